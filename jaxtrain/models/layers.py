@@ -1,0 +1,173 @@
+"""Layers that the model families share, and the vocabulary of logical axes.
+
+Every parameter is born in a box that names its dims by meaning; a table elsewhere maps these logical axes to mesh axes. The words:
+
+    embed     width of a transformer's residual stream        heads, head_dim   attention heads, and the width of one
+    mlp       hidden width of a dense block                    mlp_in            what enters a dense block
+    conv_in   channels into a convolution                      conv_out          channels out of it (norms and biases, too)
+    position  places of a learned position embedding           patch             numbers of one image patch
+    classes   outputs of the head
+    None      a dim nobody shards: kernel height and width, the three of query-key-value
+
+Dims in names: B batch, H height, W width, L length, C channels, D features; `spatial` dims are all between B and C.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+Initializer = Callable[..., Any]
+Activation = Literal["relu", "gelu", "silu"]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nn.relu, "gelu": nn.gelu, "silu": nn.silu}
+HE_FAN_IN = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
+HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+LECUN = nn.initializers.lecun_normal()
+XAVIER = nn.initializers.xavier_uniform()
+ZEROS = nn.initializers.zeros
+ONES = nn.initializers.ones
+
+
+def boxed(initializer: Initializer, *axes: str | None) -> Initializer:
+    """An initializer whose arrays are born with the names of their logical axes.
+
+    >>> value = boxed(ZEROS, "mlp_in", "mlp")(jax.random.key(0), (2, 3), jnp.float32)
+    >>> value.names, value.value.shape
+    (('mlp_in', 'mlp'), (2, 3))
+    """
+    return nn.with_logical_partitioning(initializer, axes)
+
+
+class Dropout(nn.Module):
+    """Sets each number to zero with probability `rate`, which may be traced; a Python 0 costs nothing.
+
+    >>> Dropout(rate=0.5).apply({}, jnp.ones((2, 3)), train=False).tolist()
+    [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+
+    In training it draws from the random stream `dropout`. (`nn.Dropout` raises for a traced rate.)
+    """
+
+    rate: Any = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        if not train or (isinstance(self.rate, int | float) and self.rate == 0):
+            return x
+        keep = 1.0 - jnp.asarray(self.rate, jnp.float32)
+        kept = jax.random.uniform(self.make_rng("dropout"), x.shape) < keep
+        return jnp.where(kept, x * (1.0 / keep).astype(x.dtype), jnp.zeros_like(x))
+
+
+def conv(
+    features: int,
+    kernel: Sequence[int],
+    *,
+    stride: int = 1,
+    bias: bool = False,
+    circular: bool = False,
+    initializer: Initializer = HE_FAN_OUT,
+    name: str | None = None,
+) -> nn.Conv:
+    """A convolution padded by half its kernel on both sides, so that stride s turns n places into ceil(n / s) (odd kernels).
+
+    >>> conv(4, (3, 3), stride=2).init_with_output(jax.random.key(0), jnp.ones((1, 7, 7, 2)))[0].shape
+    (1, 4, 4, 4)
+
+    XLA's "SAME" pads even sizes by less before than after; ours is what the ResNets' published weights were trained with.
+    """
+    return nn.Conv(
+        features,
+        tuple(kernel),
+        strides=stride,
+        padding="CIRCULAR" if circular else [(size // 2, (size - 1) // 2) for size in kernel],
+        use_bias=bias,
+        kernel_init=boxed(initializer, *(None,) * len(kernel), "conv_in", "conv_out"),
+        bias_init=boxed(ZEROS, "conv_out"),
+        name=name,
+    )
+
+
+def dense(features: int, axes: tuple[str, str], *, bias: bool = True, initializer: Initializer = LECUN, name: str | None = None) -> nn.Dense:
+    """A dense layer whose kernel has these two logical axes, and whose bias the second."""
+    kernel_init, bias_init = boxed(initializer, *axes), boxed(ZEROS, axes[1])
+    return nn.Dense(features, use_bias=bias, kernel_init=kernel_init, bias_init=bias_init, name=name)
+
+
+def batch_norm(train: bool, *, axis: str = "conv_out", scale: Initializer = ONES, name: str | None = None) -> nn.BatchNorm:
+    """Batch normalisation by the statistics of this batch in training, by the running averages otherwise.
+
+    The running averages keep 0.9 of their value at each step, as in PyTorch's default; unlike there the variance is the biased one.
+    """
+    scale_init, bias_init = boxed(scale, axis), boxed(ZEROS, axis)
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, scale_init=scale_init, bias_init=bias_init, name=name)
+
+
+def layer_norm(axis: str, *, name: str | None = None) -> nn.LayerNorm:
+    """Layer normalisation over the last dim, whose logical axis is `axis`."""
+    return nn.LayerNorm(epsilon=1e-6, scale_init=boxed(ONES, axis), bias_init=boxed(ZEROS, axis), name=name)
+
+
+def head(num_classes: int, axis: str, *, initializer: Initializer = LECUN) -> nn.Dense:
+    """The last dense layer, named `head` in every family so that rules and warm starts can find it."""
+    return dense(num_classes, (axis, "classes"), initializer=initializer, name="head")
+
+
+def as_float(inputs: jax.Array) -> jax.Array:
+    """Integers as float32, numbers unchanged (scaling is the data's business); floats as they are.
+
+    >>> as_float(jnp.array([255], jnp.uint8)).dtype
+    dtype('float32')
+    """
+    return inputs if jnp.issubdtype(inputs.dtype, jnp.floating) else inputs.astype(jnp.float32)
+
+
+def check_image(inputs: jax.Array, model: str) -> None:
+    """`ValueError` unless `inputs` are images (B, H, W, C)."""
+    if inputs.ndim != 4:
+        raise ValueError(f"{model}: input shape {inputs.shape} is not (batch, height, width, channels); add the missing dim")
+
+
+def spatial_to_channels(x: jax.Array, block: int) -> jax.Array:
+    """Moves each block of neighbouring places into the channels: (B, H, W, C) -> (B, H/b, W/b, b*b*C), likewise in 1-D.
+
+    >>> spatial_to_channels(jnp.zeros((2, 8, 6, 3)), 2).shape, spatial_to_channels(jnp.zeros((2, 8, 3)), 4).shape
+    ((2, 4, 3, 12), (2, 2, 12))
+
+    `ValueError` if a spatial size is no multiple of `block`.
+    """
+    spatial = x.shape[1:-1]
+    if any(size % block for size in spatial):
+        sizes = "x".join(map(str, spatial))
+        raise ValueError(f"input of {sizes}: not divisible into blocks of {block}; resize or crop it, or choose another size")
+    rank = len(spatial)
+    split = x.reshape(x.shape[0], *(part for size in spatial for part in (size // block, block)), x.shape[-1])
+    order = (0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
+    return split.transpose(order).reshape(x.shape[0], *(size // block for size in spatial), block**rank * x.shape[-1])
+
+
+def halve(x: jax.Array, kind: Literal["max", "mean"] = "max") -> jax.Array:
+    """Pools each spatial dim by 2; a last odd place is dropped, a size of 1 stays.
+
+    >>> halve(jnp.arange(6.0).reshape(1, 6, 1)).ravel().tolist()
+    [1.0, 3.0, 5.0]
+
+    Windows do not overlap, so a reshape does it: the gradient of XLA's own pooling is several times slower on CPU.
+    """
+    for dim in range(1, x.ndim - 1):
+        size = x.shape[dim] // 2
+        if size == 0:
+            continue
+        pairs = jax.lax.slice_in_dim(x, 0, 2 * size, axis=dim).reshape(*x.shape[:dim], size, 2, *x.shape[dim + 1 :])
+        first, second = (jax.lax.index_in_dim(pairs, place, axis=dim + 1, keepdims=False) for place in (0, 1))
+        x = jnp.maximum(first, second) if kind == "max" else (first + second) * 0.5
+    return x
+
+
+def mean_places(x: jax.Array) -> jax.Array:
+    """Global average pooling: the mean over all spatial dims, (B, ..., C) -> (B, C)."""
+    places = math.prod(x.shape[1:-1])
+    return x.reshape(x.shape[0], places, x.shape[-1]).mean(axis=1)

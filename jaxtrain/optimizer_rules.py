@@ -1,0 +1,206 @@
+"""What all optimizers share: weight decay, rates and freezing by path pattern, and a state that keeps its types.
+
+An optimizer is a frozen dataclass. `direction` says which way it goes (an Optax transformation); this file puts the rest around it:
+
+    gradients -> [coupled decay] -> direction -> [decoupled decay] -> times -rate of this step and parameter
+
+The rate of the step, and every number that is `Traced`, may be a tracer: the chain is built inside the compiled step, and no state
+depends in its structure, shapes or dtypes on a value.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtrain import tree
+from jaxtrain.fields import NonNegative, Positive
+from jaxtrain.tree import PyTree, Rules
+
+Number = float | jax.Array
+Transformation = optax.GradientTransformation
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """The base of all optimizers; a subclass gives its `direction`, or its whole `chain` if the rate is part of its equations."""
+
+    learning_rate: Positive = 1e-3
+    """The peak learning rate, which the schedule multiplies."""
+
+    rates: Rules[float] = ()
+    """Factors of the learning rate by path pattern, first match wins, e.g. head=10,.*=1."""
+
+    frozen: tuple[str, ...] = ()
+    """Path patterns of parameters that never change and take no optimizer memory."""
+
+    def transform(self, params: PyTree, learning_rate: Number) -> optax.GradientTransformationExtraArgs:
+        """The Optax transformation of one step, at this step's learning rate (a scalar, also a tracer).
+
+        >>> import jax.numpy as jnp
+        >>> from jaxtrain.optimizers import SGD
+        >>> params = {"kernel": jnp.ones(2), "bias": jnp.ones(2)}
+        >>> chain = SGD(frozen=("bias",)).transform(params, 0.5)
+        >>> updates, _ = chain.update(params, chain.init(params), params)
+        >>> updates["kernel"].tolist(), updates["bias"].tolist()
+        ([-0.5, -0.5], [0.0, 0.0])
+
+        Of `params` only paths and shapes are read, so it may be abstract. State and updates keep the dtypes of the parameters; the
+        arithmetic is in float32 at least. `ValueError` if a pattern decides nothing.
+        """
+        chain = self.chain(params, learning_rate)
+        if self.frozen:
+            chain = optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, self._labels(params))
+        return _typed(chain)
+
+    def chain(self, params: PyTree, learning_rate: Number) -> Transformation:
+        """The transformation of the parameters that are not frozen."""
+        return optax.chain(self.direction(params), descend(learning_rate, self.rate_factors(params)))
+
+    def direction(self, params: PyTree) -> Transformation:
+        """What the gradients are turned into before the rate is applied: the way up."""
+        raise NotImplementedError
+
+    def rate_factors(self, params: PyTree) -> PyTree | None:
+        """A factor for every parameter, or None without rules, where nothing need be multiplied."""
+        return _factors(self.rates, params, "optimizer.rates") if self.rates else None
+
+    def decay_factors(self, params: PyTree) -> PyTree:
+        """A factor of the weight decay for every parameter."""
+        return jax.tree.map(lambda _: 0.0, params)
+
+    def _labels(self, params: PyTree) -> PyTree:
+        rules = tuple((pattern, "frozen") for pattern in self.frozen)
+        labels = tree.match(rules, params, name="optimizer.frozen", default="trained")
+        if "trained" not in jax.tree.leaves(labels):
+            raise ValueError(f"optimizer.frozen={','.join(self.frozen)}: freezes every parameter; leave at least one to be trained")
+        return labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Decaying(Optimizer):
+    """An optimizer with weight decay. `coupled` decay joins the gradient (the L2 penalty); otherwise it joins the update, times the rate."""
+
+    weight_decay: NonNegative = 0.0
+    """Strength of the weight decay."""
+
+    decay: Rules[float] = ()
+    """Factors of the weight decay by path pattern, first match wins; empty: 1 for arrays of 2 and more dims, otherwise 0."""
+
+    coupled: ClassVar[bool] = False
+
+    def chain(self, params: PyTree, learning_rate: Number) -> Transformation:
+        stages = [self.direction(params), self.decayed(params)]
+        # Decay that is off leaves its (empty) slot, so the paths of the state, and old checkpoints, stay.
+        return optax.chain(*(reversed(stages) if self.coupled else stages), descend(learning_rate, self.rate_factors(params)))
+
+    def decayed(self, params: PyTree, strength: Number | None = None) -> Transformation:
+        """Adds the decayed weights to what comes in; the identity where decay is off."""
+        factors = self.decay_factors(params)  # also when off, so that a bad pattern is always an error
+        if is_off(self.weight_decay):
+            return optax.identity()
+        strength = self.weight_decay if strength is None else strength
+        return optax.stateless(lambda updates, params: add_decay(updates, params, strength, factors))
+
+    def decay_factors(self, params: PyTree) -> PyTree:
+        if self.decay:
+            return _factors(self.decay, params, "optimizer.decay")
+        return jax.tree.map(lambda leaf: float(leaf.ndim >= 2), params)
+
+
+def match_table(optimizer: Optimizer, params: PyTree) -> list[tuple[str, ...]]:
+    """Rows (path, shape, rate factor, decay factor) that show what the rules decide for every parameter.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxtrain.optimizers import AdamW
+    >>> match_table(AdamW(frozen=("bias",)), {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))})
+    [('bias', '(3,)', 'frozen', '-'), ('kernel', '(2, 3)', '1', '1')]
+    """
+    labels = optimizer._labels(params) if optimizer.frozen else jax.tree.map(lambda _: "trained", params)
+    rates = optimizer.rate_factors(params) or jax.tree.map(lambda _: 1.0, params)
+    show = {
+        "rate": jax.tree.map(lambda label, rate: "frozen" if label == "frozen" else f"{rate:g}", labels, rates),
+        "decay": jax.tree.map(lambda label, decay: "-" if label == "frozen" else f"{decay:g}", labels, optimizer.decay_factors(params)),
+    }
+    return tree.table(show, params)
+
+
+def is_off(value: Number) -> bool:
+    """Whether a number is switched off: a plain 0, which a tracer never is (see `fields.Traced`)."""
+    return isinstance(value, int | float) and value == 0
+
+
+def descend(learning_rate: Number, factors: PyTree | None) -> Transformation:
+    """Turns a direction into an update: times minus the rate, and times the factor of each parameter."""
+    if factors is None:
+        return optax.scale_by_learning_rate(learning_rate)
+    return optax.stateless(lambda updates, _: map_present(lambda factor, update: -learning_rate * factor * update, factors, updates))
+
+
+def add_decay(updates: PyTree, params: PyTree, strength: Number, factors: PyTree) -> PyTree:
+    """updates + strength * factor * params, leaving alone what does not decay."""
+
+    def add(factor: float, update: jax.Array, param: jax.Array) -> jax.Array:
+        if factor == 0:
+            return update
+        return update + (strength if factor == 1 else strength * factor) * param
+
+    return map_present(add, factors, updates, params)
+
+
+def map_present(function: Callable[..., Any], factors: PyTree, *trees: PyTree) -> PyTree:
+    """Maps over the factors of all parameters and trees from which Optax has masked some."""
+
+    def apply(factor: Any, *leaves: Any) -> Any:
+        return leaves[0] if isinstance(leaves[0], optax.MaskedNode) else function(factor, *leaves)
+
+    return jax.tree.map(apply, factors, *trees)
+
+
+def _factors(rules: Rules[float], params: PyTree, name: str) -> PyTree:
+    for pattern, factor in rules:
+        if not factor >= 0:
+            raise ValueError(f"{name}: {pattern}={factor}: must be >= 0")
+    return tree.match(rules, params, name=name)
+
+
+def _typed(inner: Transformation) -> optax.GradientTransformationExtraArgs:
+    """The same transformation, computing in float32 at least and keeping every type of its state and parameters.
+
+    Without it a float32 rate would turn bfloat16 moments into float32, and a weak type (Python's numbers have one) would become strong
+    after a step: either compiles a second program and refuses donation. Where all is float32 already, this adds no operation.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: PyTree) -> PyTree:
+        return jax.tree.map(_own, inner.init(params))
+
+    def update(updates: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
+        new_updates, new_state = inner.update(_widen(updates), _widen(state), _widen(params), **extra)
+        return jax.tree.map(_as, new_updates, params), jax.tree.map(_as, new_state, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _own(leaf: jax.Array) -> jax.Array:
+    # Several optimizers keep the first parameters themselves, or one array twice: neither could be donated along with the parameters.
+    return leaf.copy() if _is_key(leaf) else jnp.array(leaf, leaf.dtype, copy=True)
+
+
+def _widen(values: PyTree) -> PyTree:
+    def widen(leaf: jax.Array) -> jax.Array:
+        narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
+        return leaf.astype(jnp.float32) if narrow else leaf
+
+    return jax.tree.map(widen, values)
+
+
+def _as(new: jax.Array, old: jax.Array) -> jax.Array:
+    return new if _is_key(old) else jnp.asarray(new, old.dtype)
+
+
+def _is_key(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -1,0 +1,200 @@
+"""Tables for the terminal: what a run is made of before its first step, and what came out at its end; and numbers as people read them."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+
+class ParameterRow(NamedTuple):
+    """One line of the parameter summary; `arrays` of the same shape may share it."""
+
+    path: str
+    shape: str
+    arrays: int
+    count: int
+    bytes: int
+
+
+def parameter_rows(parameters: Mapping[str, Any], *, limit: int = 30) -> list[ParameterRow]:
+    """The arrays of a model (by path, as `tree.flatten` gives them) in at most about `limit` rows.
+
+    >>> import numpy as np
+    >>> layers = {f"block_{i}/kernel": np.zeros((8, 8), np.float32) for i in range(4)}
+    >>> parameter_rows(layers, limit=2)
+    [ParameterRow(path='block_*/kernel', shape='8×8', arrays=4, count=256, bytes=1024)]
+
+    Too many rows are first merged where paths differ by a number only and shapes agree, then where paths begin alike.
+    """
+    rows = [_row(path, "×".join(map(str, array.shape)) or "scalar", [array]) for path, array in parameters.items()]
+    if len(rows) <= limit:
+        return rows
+    rows = _merge(rows, [(re.sub(r"\d+", "*", row.path), row.shape) for row in rows])
+    depth = max((row.path.count("/") for row in rows), default=0)
+    while len(rows) > limit and depth > 0:
+        rows = _merge(rows, [("/".join(row.path.split("/")[:depth]), "") for row in rows])
+        depth -= 1
+    return rows
+
+
+def parameter_table(parameters: Mapping[str, Any], *, limit: int = 30) -> Table:
+    """The parameter summary: path, shape, count and bytes of each, and the sum."""
+    rows = parameter_rows(parameters, limit=limit)
+    table = _table("parameters", "shape", "arrays", "count", "size")
+    for row in rows:
+        table.add_row(clean(row.path), row.shape, f"{row.arrays:,}", f"{row.count:,}", bytes_text(row.bytes))
+    total = (sum(row.arrays for row in rows), sum(row.count for row in rows), sum(row.bytes for row in rows))
+    table.add_section()
+    table.add_row("all", "", f"{total[0]:,}", f"{total[1]:,}", bytes_text(total[2]), style="bold")
+    return table
+
+
+def memory_table(parts: Mapping[str, float], *, device_bytes: float | None = None, title: str = "memory a device") -> Table:
+    """The memory estimate: bytes of each part on one device, their sum, and the share of `device_bytes` where it is known."""
+    table = _table(title, "size", "share")
+    total = sum(parts.values())
+    whole = device_bytes or total or 1.0
+    for name, size in parts.items():
+        table.add_row(clean(name), bytes_text(size), f"{100 * size / whole:.1f}%")
+    table.add_section()
+    table.add_row(
+        "in all" if device_bytes is None else f"in all, of {bytes_text(device_bytes)}",
+        bytes_text(total),
+        f"{100 * total / whole:.1f}%",
+        style="bold",
+    )
+    return table
+
+
+def facts(title: str, rows: Mapping[str, str], *, width: int | None = None) -> Panel:
+    """A panel of named facts: the head of a run, or its summary at the end."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in rows.items():
+        grid.add_row(clean(name), clean(value))
+    return Panel(
+        grid, title=Text(clean(title), style="bold"), title_align="left", border_style="dim", expand=False, padding=(0, 1), width=width
+    )
+
+
+def result_table(results: Mapping[str, Mapping[str, float]]) -> Table:
+    """Final values of each split: `{"test": {"loss": 0.05, "accuracy": 0.98}}`."""
+    names = list(dict.fromkeys(name for values in results.values() for name in values))
+    table = _table("split", *names)
+    for split, values in results.items():
+        table.add_row(clean(split), *(value_text(name, values[name]) if name in values else "" for name in names))
+    return table
+
+
+def value_text(name: str, value: float) -> str:
+    """A value as people read it: accuracies in percent, others with about five digits.
+
+    >>> value_text("accuracy", 0.9722), value_text("loss", 0.123456), value_text("learning_rate", 3e-5), value_text("loss", float("nan"))
+    ('97.22%', '0.1235', '3.00e-05', 'nan')
+    """
+    if not isinstance(value, int | float):
+        return clean(str(value))
+    if not math.isfinite(value):
+        return str(float(value))
+    if "accuracy" in name and 0 <= value <= 1:
+        return f"{100 * value:.2f}%"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.2e}"
+    # Not "g": digits that come and go would make the live line twitch.
+    return f"{value:,.{4 if abs(value) < 10 else 2}f}"
+
+
+def bytes_text(size: float) -> str:
+    """Bytes in decimal units, as NVIDIA and disks count them.
+
+    >>> bytes_text(999), bytes_text(1_234_567), bytes_text(141e9)
+    ('999 B', '1.2 MB', '141 GB')
+    """
+    return _scaled(size, ("B", "kB", "MB", "GB", "TB", "PB"))
+
+
+def count_text(count: float) -> str:
+    """A count in short.
+
+    >>> count_text(94_154), count_text(36_500_000)
+    ('94.2 k', '36.5 M')
+    """
+    return _scaled(count, ("", "k", "M", "G", "T")).strip()
+
+
+def rate_text(rate: float) -> str:
+    """Something a second, in short.
+
+    >>> rate_text(48_210.0), rate_text(3.14159)
+    ('48.2k', '3.1')
+    """
+    return _scaled(rate, ("", "k", "M", "G")).replace(" ", "")
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds as a clock shows them.
+
+    >>> duration_text(7.6), duration_text(3723), duration_text(200_000)
+    ('0:07', '1:02:03', '2d 07:33')
+    """
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, second = divmod(int(max(seconds, 0)), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d {hour:02}:{minute:02}"
+    return f"{hour}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def clean(text: str) -> str:
+    """Text that can't move the cursor or recolour the terminal: control characters become visible.
+
+    >>> clean("a\\x1b[31mb")
+    'a\\\\x1b[31mb'
+    """
+    return "".join(character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in str(text))
+
+
+def _scaled(number: float, units: Sequence[str]) -> str:
+    if not math.isfinite(number):
+        return f"{number} {units[0]}"
+    index = 0
+    while abs(number) >= 999.5 and index < len(units) - 1:
+        number, index = number / 1000, index + 1
+    digits = f"{number:.0f}" if (index == 0 and number == int(number)) or abs(number) >= 99.95 else f"{number:.1f}"
+    return f"{digits} {units[index]}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="dim", show_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(
+            clean(column), justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold" if index == 0 else "ellipsis"
+        )
+    return table
+
+
+def _row(path: str, shape: str, arrays: Sequence[Any]) -> ParameterRow:
+    count = sum(math.prod(array.shape) for array in arrays)
+    size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+    return ParameterRow(path, shape, len(arrays), count, size)
+
+
+def _merge(rows: Sequence[ParameterRow], keys: Sequence[tuple[str, str]]) -> list[ParameterRow]:
+    """Rows with the same key (path, shape) as one, in the order in which they first came."""
+    groups: dict[tuple[str, str], list[ParameterRow]] = {}
+    for row, key in zip(rows, keys, strict=True):
+        groups.setdefault(key, []).append(row)
+    return [
+        group[0] if len(group) == 1 else ParameterRow(*key, *(sum(row[column] for row in group) for column in (2, 3, 4)))
+        for key, group in groups.items()
+    ]

@@ -1,0 +1,106 @@
+"""Tasks: what is learnt from a batch, as losses and metrics in (sum, count) form.
+
+A task is two functions: `inputs(batch)` picks what the model sees, `loss(outputs, batch)` gives `{name: (sum, count)}` with "loss" among
+the names; that one is minimised. `examine` says what a prediction was, for confusion matrices and the worst mistakes.
+
+Dims: B batch, C classes, D features.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxtrain import fields, losses, metrics
+
+Batch = Mapping[str, jax.Array]
+
+
+class Task(Protocol):
+    """What the step asks of a task."""
+
+    def inputs(self, batch: Batch) -> Any:
+        """What the model is called with."""
+
+    def loss(self, outputs: Any, batch: Batch) -> metrics.Sums:
+        """The loss, under "loss", and other metrics."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """One label an example, by cross-entropy.
+
+    >>> import jax.numpy as jnp
+    >>> batch = {"image": jnp.zeros((2, 8, 8, 1)), "label": jnp.array([1, 2])}
+    >>> sums = Classification().loss(jnp.eye(4)[:2], batch)
+    >>> [float(part) for part in sums["accuracy"]]
+    [0.0, 2.0]
+
+    A batch may hold `weight` (B,), 0 for padding, and `label_other` (B,) with `label_weight` (B,), the share of `label`, where mixup or cutmix
+    made examples of two. Then accuracy counts the label of the greater share.
+    """
+
+    label_smoothing: fields.Probability = 0.0
+    """Share of the target that is spread evenly over all classes while training."""
+    input: str = "image"
+    """The batch's field that the model sees."""
+
+    def inputs(self, batch: Batch) -> jax.Array:
+        """The field named by `input`; `ValueError` if the batch has none."""
+        if self.input not in batch:
+            raise ValueError(f"batch has keys {', '.join(sorted(batch))}; the task wants {self.input!r}; set --task.input")
+        return batch[self.input]
+
+    def loss(self, outputs: jax.Array, batch: Batch, *, train: bool = True) -> metrics.Sums:
+        """Cross-entropy and accuracy of logits (B, C); smoothing only counts while training, so that evaluation is the true likelihood."""
+        smoothing = self.label_smoothing if train else 0.0
+        weights_B = batch.get("weight")
+        labels_B = batch["label"]
+        loss_B = losses.cross_entropy(outputs, labels_B, label_smoothing=smoothing)
+        if "label_other" in batch:
+            share_B = batch["label_weight"]
+            other_B = losses.cross_entropy(outputs, batch["label_other"], label_smoothing=smoothing)
+            loss_B = share_B * loss_B + (1.0 - share_B) * other_B
+            labels_B = jnp.where(share_B >= 0.5, labels_B, batch["label_other"])
+        right_B = (jnp.argmax(outputs, axis=-1) == labels_B).astype(jnp.float32)
+        return {"loss": metrics.weighted(loss_B, weights_B), "accuracy": metrics.weighted(right_B, weights_B)}
+
+    def examine(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        """For each example: its label, the prediction, the label's probability and the loss, all (B,)."""
+        loss_B = losses.cross_entropy(outputs, batch["label"])
+        prediction_B = jnp.argmax(outputs, axis=-1).astype(jnp.int32)
+        return {"label": batch["label"], "prediction": prediction_B, "probability": jnp.exp(-loss_B), "loss": loss_B}
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression:
+    """Targets (B, D) by squared error.
+
+    >>> import jax.numpy as jnp
+    >>> sums = Regression().loss(jnp.ones((2, 3)), {"target": jnp.zeros((2, 3))})
+    >>> [float(part) for part in sums["loss"]]
+    [2.0, 2.0]
+    """
+
+    input: str = "image"
+    """The batch's field that the model sees."""
+    target: str = "target"
+    """The batch's field that the model should give."""
+
+    def inputs(self, batch: Batch) -> jax.Array:
+        """The field named by `input`; `ValueError` if the batch has none."""
+        if self.input not in batch:
+            raise ValueError(f"batch has keys {', '.join(sorted(batch))}; the task wants {self.input!r}; set --task.input")
+        return batch[self.input]
+
+    def loss(self, outputs: jax.Array, batch: Batch, *, train: bool = True) -> metrics.Sums:
+        """The mean squared error over D, summed over the batch."""
+        del train  # the same in both
+        if outputs.shape != batch[self.target].shape:
+            raise ValueError(f"outputs have shape {outputs.shape}, targets {batch[self.target].shape}; they must be equal")
+        return {"loss": metrics.weighted(losses.squared_error(outputs, batch[self.target]), batch.get("weight"))}
+
+
+NAMES = {"classification": Classification(), "regression": Regression()}

@@ -1,0 +1,84 @@
+"""Paths of a pytree, and the one rule language over them: ordered (pattern, value) pairs, first match wins."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+
+PyTree = Any
+Value = TypeVar("Value")
+Rules = tuple[tuple[str, Value], ...]
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by their slash paths, in the tree's own order.
+
+    >>> flatten({"dense": {"kernel": 1, "bias": 2}})
+    {'dense/bias': 2, 'dense/kernel': 1}
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {path_text(path): leaf for path, leaf in leaves}
+
+
+def path_text(path: Sequence[Any]) -> str:
+    """One key path as text: `params/dense_0/kernel`."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def match(rules: Rules[Value], tree: PyTree, *, name: str, default: Value | None = None) -> PyTree:
+    """A tree of values: for each leaf that of the first rule whose pattern is found in its path (`re.search`).
+
+    >>> match((("bias", 0.0), (".*", 1.0)), {"kernel": 3, "bias": 4}, name="decay")
+    {'bias': 0.0, 'kernel': 1.0}
+
+    `name` is how messages call the rules. `ValueError` if a pattern is not a regular expression, takes no leaf, or if a leaf is taken by
+    none and there is no `default`.
+    """
+    compiled = [(_compile(pattern, name), value) for pattern, value in rules]
+    idle = {pattern.pattern for pattern, _ in compiled}
+
+    def value_at(path: Sequence[Any], _: Any) -> Value:
+        text = path_text(path)
+        for pattern, value in compiled:
+            if pattern.search(text):
+                idle.discard(pattern.pattern)
+                return value
+        if default is None:
+            raise ValueError(f"{name}: no pattern matches {text}; add a last rule '.*=...'")
+        return default
+
+    values = jax.tree_util.tree_map_with_path(value_at, tree)
+    if idle:
+        first = next(pattern for pattern, _ in rules if pattern in idle)
+        known = ", ".join(list(flatten(tree))[:6])
+        raise ValueError(f"{name}: pattern {first!r} decides no parameter (paths: {known}, ...); remove it or mend it")
+    return values
+
+
+def table(columns: Mapping[str, PyTree], tree: PyTree) -> list[tuple[str, ...]]:
+    """Rows (path, shape, value of each column) that show which rule took which leaf."""
+    flat = {name: flatten(column) for name, column in columns.items()}
+    return [(path, str(tuple(leaf.shape)), *(str(flat[name][path]) for name in columns)) for path, leaf in flatten(tree).items()]
+
+
+def size(tree: PyTree) -> int:
+    """How many numbers the arrays of a tree hold.
+
+    >>> import numpy as np
+    >>> size({"a": np.zeros((2, 3)), "b": np.zeros(4)})
+    10
+    """
+    return sum(leaf.size for leaf in jax.tree_util.tree_leaves(tree))
+
+
+def num_bytes(tree: PyTree) -> int:
+    """How many bytes the arrays of a tree take, without copies on other devices."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(tree))
+
+
+def _compile(pattern: str, name: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: {pattern!r} is not a regular expression ({error})") from error

@@ -1,0 +1,172 @@
+"""Models of every kind behind one interface: each trains, and each keeps its own collections."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from jaxtrain import adapters
+from jaxtrain.models import MLP, ConvNet
+
+
+class NnxNet(nnx.Module):
+    """A small NNX network with running averages and dropout."""
+
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.first = nnx.Linear(4, 32, rngs=rngs)
+        self.norm = nnx.BatchNorm(32, rngs=rngs)
+        self.drop = nnx.Dropout(0.1, rngs=rngs)
+        self.again = nnx.Dropout(0.1, rngs=rngs)
+        self.second = nnx.Linear(32, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.second(self.again(self.drop(nnx.relu(self.norm(self.first(x))))))
+
+
+def pair_init(key: jax.Array, inputs: jax.Array) -> dict[str, jax.Array]:
+    first, second = jax.random.split(key)
+    return {"w": jax.random.normal(first, (inputs.shape[-1], 32)) / 2, "v": jax.random.normal(second, (32, 3)) / 6}
+
+
+def pair_apply(params: dict[str, jax.Array], inputs: jax.Array) -> jax.Array:
+    return jnp.tanh(inputs @ params["w"]) @ params["v"]
+
+
+def pair_apply_with_options(params: dict[str, jax.Array], inputs: jax.Array, *, train: bool, rngs: Any) -> jax.Array:
+    noise = jax.random.normal(rngs["dropout"], inputs.shape) if train else jnp.zeros_like(inputs)
+    return pair_apply(params, inputs + 0.01 * noise)
+
+
+MODELS = {
+    "linen": MLP(num_classes=3, widths=(32,), norm="batch", dropout=0.1),
+    "linen_without_train": nn.Dense(3),
+    "nnx": NnxNet(rngs=nnx.Rngs(0)),
+    "nnx_factory": NnxNet,
+    "pair": (pair_init, pair_apply),
+    "pair_with_options": (pair_init, pair_apply_with_options),
+}
+
+
+def data() -> tuple[jax.Array, jax.Array]:
+    """Three classes that one linear map tells apart."""
+    generator = np.random.default_rng(0)
+    inputs = generator.normal(size=(96, 4)).astype(np.float32)
+    labels = (inputs @ generator.normal(size=(4, 3))).argmax(axis=1)
+    return jnp.asarray(inputs), jnp.asarray(labels)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_each_kind_trains(name: str) -> None:
+    net = adapters.functions(MODELS[name])
+    inputs, labels = data()
+    variables = jax.jit(net.init)(jax.random.key(1), inputs)
+    params, collections = variables["params"], {key: tree for key, tree in variables.items() if key != "params"}
+    optimizer = optax.adam(0.03)
+
+    def loss(params: Any, collections: Any, key: jax.Array) -> tuple[jax.Array, Any]:
+        outputs, collections = net.apply({"params": params, **collections}, inputs, train=True, rngs={"dropout": key})
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean(), collections
+
+    @jax.jit
+    def step(params: Any, collections: Any, state: Any, key: jax.Array) -> Any:
+        (value, collections), gradients = jax.value_and_grad(loss, has_aux=True)(params, collections, key)
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(params, updates), collections, state, value
+
+    state = optimizer.init(params)
+    structure = jax.tree.structure((params, collections))
+    for index in range(120):
+        params, collections, state, _ = step(params, collections, state, jax.random.fold_in(jax.random.key(2), index))
+    assert jax.tree.structure((params, collections)) == structure
+    outputs, same = net.apply({"params": params, **collections}, inputs, train=False)
+    assert np.mean(outputs.argmax(-1) == labels) > 0.9
+    jax.tree.map(np.testing.assert_array_equal, same, collections)
+
+
+@pytest.mark.parametrize("name", ["linen", "nnx", "nnx_factory"])
+def test_collections_change_in_training_only(name: str) -> None:
+    net = adapters.functions(MODELS[name])
+    inputs, _ = data()
+    variables = net.init(jax.random.key(0), inputs)
+    assert set(variables) == {"params", "batch_stats"}
+    _, trained = net.apply(variables, inputs, train=True, rngs={"dropout": jax.random.key(0)})
+    _, kept = net.apply(variables, inputs, train=False)
+    assert any((old != new).any() for old, new in zip(jax.tree.leaves(variables["batch_stats"]), jax.tree.leaves(trained), strict=True))
+    jax.tree.map(np.testing.assert_array_equal, kept["batch_stats"], variables["batch_stats"])
+
+
+def test_nnx_layers_draw_different_numbers_and_repeat_by_key() -> None:
+    class TwoDrops(nnx.Module):
+        def __init__(self, *, rngs: nnx.Rngs) -> None:
+            self.a, self.b = nnx.Dropout(0.5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return self.a(x), self.b(x)
+
+    net, ones = adapters.functions(TwoDrops), jnp.ones(64)
+    variables = net.init(jax.random.key(0), ones)
+    (a, b), _ = net.apply(variables, ones, train=True, rngs={"dropout": jax.random.key(1)})
+    (again, _), _ = net.apply(variables, ones, train=True, rngs={"dropout": jax.random.key(1)})
+    (other, _), _ = net.apply(variables, ones, train=True, rngs={"dropout": jax.random.key(2)})
+    assert (a != b).any() and (a == again).all() and (a != other).any()
+    with pytest.raises(ValueError, match="draws random numbers in training; give rngs="):
+        net.apply(variables, ones, train=True)
+
+
+def test_an_nnx_factory_is_seeded_by_the_key_and_a_made_module_keeps_its_numbers() -> None:
+    inputs, _ = data()
+    kernel = [adapters.functions(NnxNet).init(jax.random.key(seed), inputs)["params"]["first"]["kernel"] for seed in (0, 1)]
+    assert (kernel[0] != kernel[1]).any()
+    made = NnxNet(rngs=nnx.Rngs(5))
+    variables = adapters.functions(made).init(jax.random.key(0), inputs)
+    np.testing.assert_array_equal(variables["params"]["first"]["kernel"], made.first.kernel[...])
+    jax.tree.map(lambda array: array.delete(), variables)
+    made.eval()
+    assert made(inputs).shape == (96, 3)
+
+
+def test_linen_variables_are_plain_arrays_also_on_a_mesh() -> None:
+    inputs = jnp.zeros((1, 8, 8, 1))
+    net = adapters.functions(ConvNet(widths=(8, 8)))
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        variables = jax.jit(net.init)(jax.random.key(0), inputs)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables))
+    expected = net.init(jax.random.key(0), inputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), variables, expected)
+
+
+def test_logical_axes_mirror_the_variables() -> None:
+    inputs = jax.ShapeDtypeStruct((1, 4), "float32")
+    axes = adapters.logical_axes(MODELS["linen"], inputs)
+    assert axes["params"]["hidden0"] == {"kernel": ("mlp_in", "mlp"), "bias": ("mlp",)}
+    assert axes["batch_stats"]["norm0"] == {"mean": None, "var": None}
+    assert adapters.logical_axes(MODELS["pair"], inputs) == {"params": {"w": None, "v": None}}
+    assert adapters.logical_axes(adapters.functions(MODELS["nnx_factory"]), inputs)["batch_stats"]["norm"] == {"mean": None, "var": None}
+
+
+def test_logical_axes_of_nnx_come_from_its_metadata() -> None:
+    class Named(nnx.Module):
+        def __init__(self, *, rngs: nnx.Rngs) -> None:
+            kernel_init = nnx.with_partitioning(nnx.initializers.ones, ("mlp_in", "mlp"))
+            self.dense = nnx.Linear(4, 3, kernel_init=kernel_init, rngs=rngs)
+
+    with nnx.use_eager_sharding(False):
+        axes = adapters.logical_axes(Named(rngs=nnx.Rngs(0)), None)
+    assert axes == {"params": {"dense": {"kernel": ("mlp_in", "mlp"), "bias": None}}}
+
+
+@pytest.mark.parametrize("model", [3, (pair_init,), (pair_init, 2)])
+def test_what_is_no_model_is_named(model: Any) -> None:
+    with pytest.raises(ValueError, match="not a model; expected a Linen module, an NNX module"):
+        adapters.functions(model)
+
+
+def test_a_function_that_makes_no_nnx_module_is_named() -> None:
+    with pytest.raises(ValueError, match="called with rngs it gave dict; expected an NNX module"):
+        adapters.functions(lambda rngs: {})
