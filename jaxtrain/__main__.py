@@ -75,7 +75,8 @@ def verify(arguments: Sequence[str]) -> int:
     """Checks a workdir's checkpoints; 74 if a numbered step does not verify."""
     if len(arguments) != 1:
         raise ValueError(f"verify: takes one WORKDIR, got {len(arguments)}; e.g. python -m jaxtrain verify runs/digits/today")
-    return importlib.import_module("jaxtrain.checkpoint").verify_command(_workdir("verify", arguments[0]))
+    workdir = _workdir("verify", arguments[0])
+    return importlib.import_module("jaxtrain.checkpoint").verify_command(workdir)
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -93,7 +94,7 @@ def report(arguments: Sequence[str]) -> int:
 def _workdir(command: str, text: str) -> Path:
     path = Path(text)
     if not path.is_dir():
-        what = "is a file, not a directory" if path.is_file() else "no such directory"
+        what = "is a file, not a directory" if path.exists() else "no such directory"
         names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
         raise ValueError(f"{command} {wording.one_line(text)}: {what}{wording.did_you_mean(path.name, names)}")
     return path

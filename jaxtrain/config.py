@@ -90,6 +90,8 @@ class Run:
     """Scales gradients down to this global norm; none = never."""
     ema_decay: Decay | None = None
     """Also keeps, and evaluates, an exponential moving average of the parameters with this decay; none = no average."""
+    normalize: bool = True
+    """Standardizes images by the mean and deviation of the train split; otherwise they are only scaled to 0..1."""
     init_from: str = ""
     """A workdir or checkpoint whose parameters the run starts from (a warm start, not a resume)."""
 

@@ -112,7 +112,7 @@ def from_json(value: Any, kind: Any, marks: Sequence[Any] = ()) -> Any:
     if base in (float, Horizon) and isinstance(value, int | float) and not isinstance(value, bool):
         return _within(float(value), marks)
     if items or type(value) is not base:
-        raise ValueError(f"is a {type(value).__name__}; expected {describe(kind)}")
+        raise ValueError(f"is a {type(value).__name__}; expected {describe(kind, marks)}")
     return _within(value, marks) if base is int else value
 
 

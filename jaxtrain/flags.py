@@ -19,6 +19,7 @@ _ALIASES = {
     "lr": "learning_rate", "wd": "weight_decay", "bs": "batch_size", "batch": "batch_size", "grad_accum": "microbatches", "dataset": "data",
     "accumulate_steps": "microbatches", "total_steps": "steps", "num_steps": "steps", "max_steps": "steps", "train_steps": "steps",
     "num_epochs": "epochs", "max_epochs": "epochs", "grad_clip": "clip_norm", "output_dir": "workdir", "logdir": "workdir", "log_dir": "workdir",
+    "beta1": "b1", "beta2": "b2", "epsilon": "eps",
 }  # fmt: skip
 """Names that other toolkits use, for suggestions only."""
 
@@ -48,7 +49,9 @@ class SettingFlag(absl_flags.Flag):
         self.setting = setting
         self.typed: str | None = None
         boolean = setting.field.type is bool
-        super().__init__(_Parser(), _Serializer(), setting.name, setting.value, setting.words, boolean=boolean, allow_using_method_names=True)
+        super().__init__(
+            _Parser(), _Serializer(), setting.name, setting.value, setting.words, boolean=boolean, allow_using_method_names=True
+        )
 
     def parse(self, argument: str) -> None:
         """Reads one value from the command line; `ValueError` with the whole line that the user sees."""
@@ -119,8 +122,9 @@ def parse(run: config.Run, argv: Sequence[str], environ: Mapping[str, str] = os.
     typed = {name: flag.typed for name, flag in table.items() if flag.present}
     values = {name: table[name].value for name in typed if name not in config.FAMILIES}
     values |= _from_environment(table, typed, environ)
+    finished = _finish(base, values, typed)
     _warn_of_secrets(typed)
-    return _finish(base, values, typed)
+    return finished
 
 
 def wants_traceback(argv: Sequence[str]) -> bool:
@@ -201,7 +205,7 @@ def _unknown(name: str, run: config.Run) -> str:
     if dot and family in config.FAMILIES and getattr(run, family) is not None:
         owners = [f"--{family}={other}" for other, offered in run.offers.get(family, {}).items() if _has(offered, rest)]
         own = [setting.removeprefix(f"{family}.") for setting in known if setting.startswith(f"{family}.")]
-        if not owners and (match := wording.nearest(rest, own)):
+        if not owners and (match := wording.nearest(_ALIASES.get(rest, rest), own)):
             return f"{shown}; did you mean --{family}.{match}?"
         has = f"{family} {run_record.kind_of(run, family)!r} has {', '.join(own) or 'no flags'}"
         return f"{shown}: {has}" + (f"; {rest} comes with {', '.join(owners[:4])}" if owners else "")

@@ -255,4 +255,4 @@ def refuse_rates(optimizer: Optimizer) -> None:
     if optimizer.rates:
         text = ",".join(f"{pattern}={factor:g}" for pattern, factor in optimizer.rates)
         name = type(optimizer).__name__.lower()
-        raise ValueError(f"optimizer.rates={text}: {name} has no rate for each parameter; remove the rules or choose another optimizer")
+        raise ValueError(f"--optimizer.rates={text}: {name} has no rate for each parameter; remove the rules or choose another optimizer")

@@ -66,7 +66,7 @@ class Optimizer:
 
     def rate_factors(self, params: PyTree) -> PyTree | None:
         """A factor for every parameter, or None without rules, where nothing need be multiplied."""
-        return _factors(self.rates, params, "optimizer.rates") if self.rates else None
+        return _factors(self.rates, params, "--optimizer.rates") if self.rates else None
 
     def decay_factors(self, params: PyTree) -> PyTree:
         """A factor of the weight decay for every parameter."""
@@ -74,9 +74,9 @@ class Optimizer:
 
     def _labels(self, params: PyTree) -> PyTree:
         rules = tuple((pattern, "frozen") for pattern in self.frozen)
-        labels = tree.match(rules, params, name="optimizer.frozen", default="trained")
+        labels = tree.match(rules, params, name="--optimizer.frozen", default="trained")
         if "trained" not in jax.tree.leaves(labels):
-            raise ValueError(f"optimizer.frozen={','.join(self.frozen)}: freezes every parameter; leave at least one to be trained")
+            raise ValueError(f"--optimizer.frozen={','.join(self.frozen)}: freezes every parameter; leave at least one to be trained")
         return labels
 
 
@@ -107,7 +107,7 @@ class Decaying(Optimizer):
 
     def decay_factors(self, params: PyTree) -> PyTree:
         if self.decay:
-            return _factors(self.decay, params, "optimizer.decay")
+            return _factors(self.decay, params, "--optimizer.decay")
         return jax.tree.map(lambda leaf: float(leaf.ndim >= 2), params)
 
 

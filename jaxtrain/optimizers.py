@@ -184,7 +184,7 @@ class Muon(Betas):
 
     def direction(self, params: PyTree) -> Transformation:
         rules = tuple((pattern, "adam") for pattern in self.adam)
-        takes = tree.match(rules, params, name="optimizer.adam", default="muon")
+        takes = tree.match(rules, params, name="--optimizer.adam", default="muon")
         # A kernel (height, width, in, out) is a matrix from all its inputs to its outputs. Of other dims we cannot know.
         dims = {2: optax.contrib.MuonDimensionNumbers(0, 1), 4: optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)}
 

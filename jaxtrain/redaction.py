@@ -6,7 +6,18 @@ from typing import Any
 
 HIDDEN = "<redacted>"
 _SECRET = re.compile(r"(?:^|[._])(?:token|key|secret|password)$")
-_HARMLESS = ("num_tokens", "cls_token", "class_token", "eos_token", "bos_token", "pad_token", "mask_token", "image_key", "label_key", "id_key")
+_HARMLESS = (
+    "num_tokens",
+    "cls_token",
+    "class_token",
+    "eos_token",
+    "bos_token",
+    "pad_token",
+    "mask_token",
+    "image_key",
+    "label_key",
+    "id_key",
+)
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/@\s]+@")
 
 

@@ -82,7 +82,12 @@ def _fields_in(definition: ast.ClassDef | None) -> dict[str, str]:
     docs = {}
     for statement, following in itertools.pairwise(body):
         named = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-        if named and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant) and isinstance(following.value.value, str):
+        if (
+            named
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+            and isinstance(following.value.value, str)
+        ):
             docs[statement.target.id] = " ".join(following.value.value.split())
     return docs
 

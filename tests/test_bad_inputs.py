@@ -101,6 +101,7 @@ ROWS = [
     Row("--batchsize=3", "unknown flag --batchsize; did you mean --batch_size?"),
     Row("-batchsize=3", "unknown flag --batchsize; did you mean --batch_size?"),
     Row("--lr=1e-3", "unknown flag --lr; did you mean --optimizer.learning_rate?"),
+    Row("--optimizer.lr=1e-3", "unknown flag --optimizer.lr; did you mean --optimizer.learning_rate?"),
     Row("--total_steps=5", "unknown flag --total_steps; did you mean --steps?"),
     Row("--nobatch_size", "unknown flag --nobatch_size; did you mean --batch_size?"),
     Row("--data.nodownload", "unknown flag --data.nodownload; did you mean --data.download?"),
@@ -290,7 +291,15 @@ def test_flags_alone(row: Row, folder: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_line_stays_one_line() -> None:
-    for argument in ("--batch_size=1\n2", "--a\nb=3", "a\nb", "--model=a\nb", "--init_from=/a\nb", "--workdir=/dev/null/\n", "--from_run=\n"):
+    for argument in (
+        "--batch_size=1\n2",
+        "--a\nb=3",
+        "a\nb",
+        "--model=a\nb",
+        "--init_from=/a\nb",
+        "--workdir=/dev/null/\n",
+        "--from_run=\n",
+    ):
         with pytest.raises(ValueError, match=".") as caught:
             flags.parse(toy_run(), [argument])
         assert "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
 """Flags and configuration: fields become flags with help, swaps bring their own, and run.json repeats a run exactly."""
 
 import dataclasses
+import importlib
 import json
 import math
 import subprocess
@@ -109,7 +110,12 @@ def test_fields_become_flags_of_their_types() -> None:
 def test_they_are_real_absl_flags() -> None:
     flag = flags._define(make_run())["optimizer.learning_rate"]
     assert isinstance(flag, absl_flags.Flag)
-    assert (flag.name, flag.default, flag.help, flag.serialize()) == ("optimizer.learning_rate", 1e-3, "The peak rate.", "--optimizer.learning_rate=1e-3")
+    assert (flag.name, flag.default, flag.help, flag.serialize()) == (
+        "optimizer.learning_rate",
+        1e-3,
+        "The peak rate.",
+        "--optimizer.learning_rate=1e-3",
+    )
 
 
 def test_swapped_components_bring_their_own_flags() -> None:
@@ -166,7 +172,9 @@ VALUES: dict[Any, strategies.SearchStrategy[Any]] = {
     Literal["a", "b", 3]: strategies.sampled_from(["a", "b", 3]),
     tuple[int, ...]: strategies.lists(strategies.integers(0, 99), max_size=4).map(tuple),
     tuple[int, float]: strategies.tuples(strategies.integers(0, 99), strategies.floats(0, 1)),
-    tuple[tuple[str, float], ...]: strategies.lists(strategies.tuples(strategies.text("ab=.*", min_size=1), strategies.floats(-1, 1))).map(tuple),
+    tuple[tuple[str, float], ...]: strategies.lists(strategies.tuples(strategies.text("ab=.*", min_size=1), strategies.floats(-1, 1))).map(
+        tuple
+    ),
 }
 
 
@@ -183,7 +191,9 @@ def test_values_survive_text_and_json(kind: Any, data: strategies.DataObject) ->
 
 
 @hypothesis.settings(max_examples=300, deadline=None)
-@hypothesis.given(text=strategies.text(max_size=12), name=strategies.sampled_from([setting.name for setting in settings.of_run(make_run())]))
+@hypothesis.given(
+    text=strategies.text(max_size=12), name=strategies.sampled_from([setting.name for setting in settings.of_run(make_run())])
+)
 def test_any_text_gives_a_value_or_one_line(text: str, name: str) -> None:
     if name in ("workdir", "init_from", "from_run"):
         return
@@ -195,7 +205,9 @@ def test_any_text_gives_a_value_or_one_line(text: str, name: str) -> None:
 
 
 def test_a_run_survives_json() -> None:
-    run = flags.parse(make_run(), ["--optimizer=sgd", "--optimizer.learning_rate=0.1", "--model.widths=3", "--eval_every=3", "--steps=12", "--seed=9"])
+    run = flags.parse(
+        make_run(), ["--optimizer=sgd", "--optimizer.learning_rate=0.1", "--model.widths=3", "--eval_every=3", "--steps=12", "--seed=9"]
+    )
     record = json.loads(json.dumps(run_record.to_json(run)))
     again = run_record.from_json(make_run(), record)
     assert again == run
@@ -261,7 +273,9 @@ def test_from_run_repeats_a_run_and_flags_override(tmp_path: Path) -> None:
 
 def test_differences_name_what_changed() -> None:
     old = run_record.to_json(make_run())
-    new = run_record.to_json(flags.parse(make_run(), ["--model.depth=8", "--optimizer=sgd", "--batch_size=4", "--resume=must", "--data.cutting.size=1"]))
+    new = run_record.to_json(
+        flags.parse(make_run(), ["--model.depth=8", "--optimizer=sgd", "--batch_size=4", "--resume=must", "--data.cutting.size=1"])
+    )
     assert run_record.differences(old, old) == []
     # depth 8 is nearest to `small` still, by how many fields differ, so only the field counts
     assert sorted(run_record.differences(old, new)) == [
@@ -282,6 +296,24 @@ def test_secrets_are_never_recorded(capsys: pytest.CaptureFixture[str]) -> None:
     assert redaction.redact(["x.py", "--optimizer.token", "abc", "--data.path=s3://k:s@b/x", "--model.num_tokens=3"]) == [
         "x.py", "--optimizer.token", "<redacted>", "--data.path=s3://<redacted>@b/x", "--model.num_tokens=3",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["models", "data", "tasks", "optimizers", "schedules", "augment"])
+def test_every_named_component_has_words_and_survives_text_and_json(family: str) -> None:
+    names = importlib.import_module(f"jaxtrain.{family}").NAMES
+    field = "data" if family == "data" else family.removesuffix("s")
+    for name, component in names.items():
+        run = make_run(**{field: component, "offers": {field: names}})
+        for setting in settings.of_component(component):
+            assert setting.words, (name, setting.name)
+            assert flag_values.read(flag_values.text(setting.value), setting.field.type, setting.field.marks) == setting.value, (
+                name,
+                setting.name,
+            )
+        assert settings.summary(type(component)), name
+        assert (
+            run_record.from_json(make_run(**{field: next(iter(names.values())), "offers": {field: names}}), run_record.to_json(run)) == run
+        )
 
 
 def test_models_that_are_no_dataclass_have_no_flags() -> None:
@@ -316,7 +348,7 @@ def test_the_command_answers_at_once_and_without_jax() -> None:
     (["list", "optmizers"],
      "list optmizers: unknown; valid: models, data, tasks, optimizers, schedules, augment; did you mean 'optimizers'?"),
     (["verify"], "verify: takes one WORKDIR, got 0; e.g. python -m jaxtrain verify runs/digits/today"),
-    (["verify", "/dev/null"], "verify /dev/null: no such directory"),
+    (["verify", "/dev/null"], "verify /dev/null: is a file, not a directory"),
     (["report", "/nowhere/at all"], "report /nowhere/at all: no such directory"),
     (["report", "/"], "report /: holds no metrics.jsonl; is it the folder of a run?"),
     (["list", "--all"], "list: unknown flag --all; it takes none"),

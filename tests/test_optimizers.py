@@ -303,14 +303,14 @@ def test_muon_orthogonalises_convolutions_and_leaves_named_matrices_to_adam() ->
 @pytest.mark.parametrize(
     ("optimizer", "text"),
     [
-        (AdamW(frozen=("tail",)), "optimizer.frozen: pattern 'tail' decides no parameter"),
-        (AdamW(frozen=(".*",)), "optimizer.frozen=.*: freezes every parameter"),
-        (AdamW(rates=(("head", 2.0),)), "optimizer.rates: no pattern matches body/bias; add a last rule"),
-        (AdamW(rates=(("head", -2.0), (".*", 1.0))), "optimizer.rates: head=-2.0: must be >= 0"),
-        (AdamW(decay=((".*", 1.0), ("bias", 0.0))), "optimizer.decay: pattern 'bias' decides no parameter"),
-        (SGD(decay=((".*", float("nan")),)), "optimizer.decay: .*=nan: must be >= 0"),
-        (Muon(adam=("embed",)), "optimizer.adam: pattern 'embed' decides no parameter"),
-        (dataclasses.replace(NAMES["cocob"], rates=((".*", 2.0),)), "optimizer.rates=.*=2: cocob has no rate for each parameter"),
+        (AdamW(frozen=("tail",)), "--optimizer.frozen: pattern 'tail' decides no parameter"),
+        (AdamW(frozen=(".*",)), "--optimizer.frozen=.*: freezes every parameter"),
+        (AdamW(rates=(("head", 2.0),)), "--optimizer.rates: no pattern matches body/bias; add a last rule"),
+        (AdamW(rates=(("head", -2.0), (".*", 1.0))), "--optimizer.rates: head=-2.0: must be >= 0"),
+        (AdamW(decay=((".*", 1.0), ("bias", 0.0))), "--optimizer.decay: pattern 'bias' decides no parameter"),
+        (SGD(decay=((".*", float("nan")),)), "--optimizer.decay: .*=nan: must be >= 0"),
+        (Muon(adam=("embed",)), "--optimizer.adam: pattern 'embed' decides no parameter"),
+        (dataclasses.replace(NAMES["cocob"], rates=((".*", 2.0),)), "--optimizer.rates=.*=2: cocob has no rate for each parameter"),
     ],
 )
 def test_bad_rules_are_errors(optimizer: Any, text: str) -> None:

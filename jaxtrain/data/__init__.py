@@ -19,7 +19,14 @@ _FILES = {
 def __getattr__(name: str) -> Any:
     """The public names, and `NAMES`: each source by the word that `--data` takes."""
     if name == "NAMES":
-        sources = {"digits": "Digits", "arrays": "Arrays", "tfds": "Tfds", "records": "Records", "images": "Images", "synthetic": "Synthetic"}
+        sources = {
+            "digits": "Digits",
+            "arrays": "Arrays",
+            "tfds": "Tfds",
+            "records": "Records",
+            "images": "Images",
+            "synthetic": "Synthetic",
+        }
         return {word: __getattr__(cls)() for word, cls in sources.items()}
     if name in _FILES:
         return getattr(importlib.import_module(f"jaxtrain.data.{_FILES[name]}"), name)

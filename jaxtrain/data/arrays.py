@@ -1,7 +1,8 @@
 """Arrays as a data set: an .npz or .npy file, a folder of .npy files (memory-mapped), or a dict of NumPy arrays in Python.
 
 Names carry the split: `x_train`, `train_images` and plain `x` are of the train split, `x_test` of the test split. The inputs are the array
-called image, images, x, inputs or data, the labels that called label, labels, y, target or targets, unless `image_key` and `label_key` say otherwise.
+called image, images, x, inputs or data, the labels that called label, labels, y, target or targets, unless `image_key` and `label_key` say
+otherwise.
 """
 
 import dataclasses
@@ -64,9 +65,8 @@ class Arrays:
         fields = {split: _as_fields(arrays, f"{origin}: {split}", notes) for split, arrays in by_split.items()}
         num_classes = _count_classes(fields, names, origin)
         tables = {split: ArrayTable(arrays, num_classes, names) for split, arrays in fields.items()}
-        return choose(
-            tables, train=self.train, validation=self.validation, test=self.test, fingerprint=digest_of_arrays(raw), notes=tuple(dict.fromkeys(notes))
-        )
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        return choose(tables, **parts, fingerprint=digest_of_arrays(raw), notes=tuple(dict.fromkeys(notes)))
 
     def _sort(self, raw: Mapping[str, np.ndarray], origin: str) -> dict[str, dict[str, np.ndarray]]:
         """Arrays by split and field."""
@@ -85,7 +85,7 @@ class Arrays:
                 if found is not None:
                     arrays[field] = arrays.pop(found)
             if "image" not in arrays:
-                raise ValueError(f"{origin}: split {split} has no inputs among {', '.join(arrays)}; set --data.image_key to the name of one")
+                raise ValueError(f"{origin}: split {split} has no inputs among {', '.join(arrays)}; name one by --data.image_key")
         return sorted_arrays
 
 
@@ -101,7 +101,8 @@ def load_arrays(path: str) -> dict[str, np.ndarray]:
         return {file.stem: _load(file, path, mmap_mode="r") for file in files}
     if not place.exists():
         near = difflib.get_close_matches(place.name, [file.name for file in place.parent.glob("*")], 1)
-        raise ValueError(f"--data.path={path!r}: no such file or folder" + (f"; did you mean {str(place.parent / near[0])!r}?" if near else ""))
+        hint = f"; did you mean {str(place.parent / near[0])!r}?" if near else ""
+        raise ValueError(f"--data.path={path!r}: no such file or folder{hint}")
     if place.suffix == ".npy":
         array = _load(place, path, mmap_mode="r")
         return {name: array[name] for name in array.dtype.names} if array.dtype.names else {"image": array}
@@ -121,9 +122,10 @@ def _load(file: pathlib.Path, path: str, mmap_mode: Any = None) -> Any:
             return arrays
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         what = file.name + (f", array {name}" if name else "")
-        if "allow_pickle" in str(error):
+        if "Object arrays" in str(error):
             raise ValueError(f"--data.path={path!r}: {what}: holds Python objects, which are not loaded; save plain arrays") from error
-        raise ValueError(f"--data.path={path!r}: {what}: not a readable NumPy file ({' '.join(str(error).split())})") from error
+        reason = "neither .npy nor .npz" if "allow_pickle" in str(error) else " ".join(str(error).split())
+        raise ValueError(f"--data.path={path!r}: {what}: not a readable NumPy file ({reason})") from error
 
 
 def _as_fields(arrays: Mapping[str, np.ndarray], origin: str, notes: list[str]) -> dict[str, np.ndarray]:

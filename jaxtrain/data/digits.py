@@ -5,7 +5,7 @@ from typing import Annotated
 
 import numpy as np
 
-from jaxtrain.data.splits import Splits, choose, digest_of_arrays
+from jaxtrain.data.splits import Splits, choose, digest_of_tables
 from jaxtrain.data.table import ArrayTable
 from jaxtrain.fields import AtLeast
 
@@ -44,5 +44,5 @@ class Digits:
             split: ArrayTable({"image": images_NHWC[part], "label": labels_N[part]}, num_classes=10, class_names=names)
             for split, part in zip(("train", "test"), rows, strict=True)
         }
-        fingerprint = digest_of_arrays({f"{field}_{split}": array for split, table in tables.items() for field, array in table.arrays.items()})
+        fingerprint = digest_of_tables(tables)
         return choose(tables, train=self.train, validation=self.validation, test=self.test, fingerprint=fingerprint)

@@ -1,7 +1,7 @@
 """The stateless order of examples: a counter-based shuffle of each epoch, with no table of length N and no state to save.
 
-Example i of the stream is element i mod N of the permutation of epoch i div N, so batches straddle epochs and every epoch holds every example
-exactly once. The permutation is a generalised Feistel network on pairs (left, right) of Z_a x Z_b, in uint32 and without a table,
+Example i of the stream is element i mod N of the permutation of epoch i div N, so batches straddle epochs and every epoch holds every
+example exactly once. The permutation is a generalised Feistel network on pairs (left, right) of Z_a x Z_b, in uint32 and without a table,
 so NumPy on the host and a compiled program on a device compute the same bits.
 """
 
@@ -52,8 +52,8 @@ def permute(seed: Any, epoch: Any, index: Any, length: int, xp: ModuleType = np)
     with np.errstate(over="ignore"):  # NumPy warns when scalars wrap around, which is what they are meant to do
         key = _mix(_mix(seed, 0x9E3779B9, xp) ^ (epoch * xp.uint32(0x85EBCA6B) + xp.uint32(1)), 0, xp)
         value = _feistel(key, value, rows, columns, xp)
-        # Cycle walking: what falls outside 0..length-1 goes through again. The grid has rows*columns - length surplus cells, no walk meets one
-        # twice, so that many repeats always suffice; `grid` keeps them few, which spares the program a loop.
+        # Cycle walking: what falls outside 0..length-1 goes through again. The grid has rows*columns - length surplus cells, no walk meets
+        # one twice, so that many repeats always suffice; `grid` keeps them few, which spares the program a loop.
         for _ in range(rows * columns - length):
             value = xp.where(value < length, value, _feistel(key, value, rows, columns, xp))
     return value.astype(xp.int32)

@@ -8,7 +8,7 @@ B: examples of a batch, N: of the table
 import collections
 import concurrent.futures
 from collections.abc import Callable, Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 import jax
 import numpy as np
@@ -87,7 +87,7 @@ class Prefetch(Iterator[Item], Generic[Item]):
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._waiting.clear()
 
-    def __enter__(self) -> "Prefetch[Item]":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -132,7 +132,7 @@ class Stream(Iterator[Batch]):
         """Ends the reading threads; may be called twice."""
         self._batches.close()
 
-    def __enter__(self) -> "Stream":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -48,7 +48,8 @@ class Records:
             index = json.loads((root / "dataset.json").read_text())
             tables = _tables(root, index)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{origin}: dataset.json is not a {_FORMAT} index ({type(error).__name__}: {error}); write the folder anew") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{origin}: dataset.json is not a {_FORMAT} index ({reason}); write the folder anew") from error
         files = {"dataset.json": root / "dataset.json"} | {name: root / name for split in index["splits"].values() for name in split}
         return choose(tables, train=self.train, validation=self.validation, test=self.test, fingerprint=digest_of_files(files))
 
@@ -120,7 +121,7 @@ def read_located(source: Any, indices: np.ndarray, files: Sequence[str], counts:
     keys = indices.tolist()
     try:
         return source.__getitems__(keys)
-    except Exception as error:
+    except Exception:
         for key in keys:
             try:
                 source[key]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from jaxtrain.data.table import Table, join, select
+from jaxtrain.data.table import ArrayTable, Table, join, select
 
 _PART = re.compile(r"\s*(?P<name>[\w.-]+)\s*(?:\[\s*(?P<start>-?\d+%?)?\s*:\s*(?P<stop>-?\d+%?)?\s*\])?\s*")
 _SMALL_BYTES = 2**28  # what can be read in a moment, when a run starts
@@ -104,7 +104,7 @@ def choose(tables: Mapping[str, Table], *, train: str, validation: str, test: st
     pieces = {role: parse(text, lengths, f"--data.{role}") for role, text in expressions.items() if text.strip()}
     parts = {role: take(chosen, tables) for role, chosen in pieces.items()}
     overlaps = tuple(
-        f"{expressions[one]} and {expressions[other]} share {share:.3g} % of examples"
+        f"{expressions[one]} and {expressions[other]} share {_percent(share)} of examples"
         for one, other in itertools.combinations(pieces, 2)
         if (share := _shared_percent(pieces[one], pieces[other]))
     )
@@ -118,8 +118,12 @@ def _shared_percent(one: tuple[Piece, ...], other: tuple[Piece, ...]) -> float:
     return 100 * both / covered
 
 
+def _percent(share: float) -> str:
+    return f"{share:.0f} %" if share >= 1 else f"{share:.1g} %"
+
+
 def digest_of_arrays(arrays: Mapping[str, np.ndarray]) -> str:
-    """A fingerprint of arrays: how many bytes, and a hash over names, dtypes, shapes and contents (of memory maps: of about 1000 rows).
+    """A fingerprint of arrays: how many bytes, and a hash over names, dtypes, shapes and contents (of a memory map: of 16 rows).
 
     >>> digest_of_arrays({"x": np.zeros(4, np.uint8)})
     '4 bytes in 1 arrays, 187ecede5138c5fb'
@@ -128,9 +132,15 @@ def digest_of_arrays(arrays: Mapping[str, np.ndarray]) -> str:
     for name in sorted(arrays):
         array = arrays[name]
         digest.update(f"{name} {array.dtype.str} {array.shape};".encode())
-        part = array[:: max(1, len(array) // 1000)] if isinstance(array, np.memmap) and array.ndim else array
+        # Rows of a memory map are far apart on the disk, and each costs a seek.
+        part = array[:: max(1, len(array) // 16)] if isinstance(array, np.memmap) and array.ndim else array
         digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
     return f"{sum(array.nbytes for array in arrays.values())} bytes in {len(arrays)} arrays, {digest.hexdigest()}"
+
+
+def digest_of_tables(tables: Mapping[str, ArrayTable]) -> str:
+    """A fingerprint of tables in memory, by the name of their split."""
+    return digest_of_arrays({f"{name}_{split}": array for split, table in tables.items() for name, array in table.arrays.items()})
 
 
 def digest_of_files(files: Mapping[str, pathlib.Path]) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from jaxtrain.data.splits import Splits, choose, digest_of_arrays
+from jaxtrain.data.splits import Splits, choose, digest_of_tables
 from jaxtrain.data.table import ArrayTable
 from jaxtrain.fields import AtLeast, Count
 
@@ -50,7 +50,7 @@ class Synthetic:
         sizes = {"train": self.examples, "test": self.test_examples}
         names = tuple(f"class {label}" for label in range(self.num_classes))
         tables = {split: ArrayTable(self._draw(random, templates, size), self.num_classes, names) for split, size in sizes.items()}
-        fingerprint = digest_of_arrays({f"{name}_{split}": array for split, table in tables.items() for name, array in table.arrays.items()})
+        fingerprint = digest_of_tables(tables)
         return choose(tables, train=self.train, validation=self.validation, test=self.test, fingerprint=fingerprint)
 
     def _draw(self, random: np.random.Generator, templates: np.ndarray, size: int) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Sets prepared by TensorFlow Datasets: without TensorFlow where they are ArrayRecord files, through it (on the CPU only) where they must be.
+"""Sets prepared by TensorFlow Datasets: read without TensorFlow where they are ArrayRecord files, and with it (on the CPU) otherwise.
 
 A set that fits into memory is loaded whole when opened; a larger one is read record by record, ahead of the step.
 """
@@ -91,15 +91,16 @@ class Tfds:
     def _missing(self, tfds: Any) -> str:
         """What to say of a set that is not there: an unknown name, or one that is not prepared."""
         data_dir = self.data_dir or "~/tensorflow_datasets"
-        prepared = {path.name for path in pathlib.Path(data_dir).expanduser().glob("[a-z]*") if path.is_dir()}
+        prepared = {path.parent.name for path in pathlib.Path(data_dir).expanduser().glob("[a-z]*/[0-9]*")}
         base = self.name.split(":")[0].split("/")[0]
         known = {*tfds.list_builders(with_community_datasets=False), *prepared}  # the community list would be fetched
         if base not in known:
             near = difflib.get_close_matches(base, sorted(known), 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            return f"--data.name={self.name!r}: unknown; {hint}(in {data_dir}: {', '.join(sorted(prepared)) or 'none'})"
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            return f"--data.name={self.name!r}: unknown; prepared in {data_dir}: {', '.join(sorted(prepared)) or 'none'}{hint}"
         run = "scripts/prepare_fashion_mnist" if base == "fashion_mnist" else f"tfds build {base} --file_format=array_record"
-        return f"--data.name={self.name}: not in --data.data_dir={data_dir} and downloads are off; run {run}, or pass --data.data_dir or --data.download"
+        remedy = f"run {run}, or pass --data.data_dir or --data.download"
+        return f"--data.name={self.name}: not in --data.data_dir={data_dir} and downloads are off; {remedy}"
 
     def _prepare(self, tfds: Any, data_dir: str | None) -> Any:
         """Downloads and prepares the set as ArrayRecord files."""
@@ -107,7 +108,8 @@ class Tfds:
             builder = tfds.builder(self.name, data_dir=data_dir, file_format="array_record")
             builder.download_and_prepare()
         except ImportError as error:
-            raise ValueError(f"--data.name={self.name}: preparing it needs another package ({error}); pip install tensorflow-cpu") from error
+            remedy = "pip install tensorflow-cpu and what it names"
+            raise ValueError(f"--data.name={self.name}: preparing it needs more packages ({error}); {remedy}") from error
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"--data.name={self.name}: cannot be downloaded and prepared ({type(error).__name__}: {reason})") from error
@@ -146,12 +148,14 @@ class _Description:
             if key not in features:
                 near = difflib.get_close_matches(key, list(features), 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"--data.{field}_key={key!r}: {source.name} has no such feature; valid: {', '.join(features)}{hint}")
+                raise ValueError(
+                    f"--data.{field}_key={key!r}: {source.name} has no such feature; valid: {', '.join(sorted(features))}{hint}"
+                )
             shape = tuple(features[key].shape)
             if field == "image" and source.size is not None:
                 shape = (*source.size, shape[-1] or 3)
             if None in shape:
-                raise ValueError(f"--data.name={source.name}: {key} has shape {shape}, which differs between examples; set --data.size=224,224")
+                raise ValueError(f"--data.name={source.name}: {key} differs in shape between examples, {shape}; set --data.size=224,224")
             fields[field] = jax.ShapeDtypeStruct(shape, device_dtype(features[key].np_dtype))
         label = features[source.label_key] if source.label_key else None
         names = tuple(label.names) if getattr(label, "num_classes", None) else None

@@ -7,21 +7,26 @@ import html
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 from jaxtrain.report.history import Curve
 
+Cut = Literal["", "upper", "lower", "zero"]
+
 WIDTH, HEIGHT = 520, 250
-LEFT, TOP, BOTTOM = 8, 14, 26
+TOP, BOTTOM = 14, 26
+CHARACTER = 6.7
+"""Width of a character of a label, about."""
 NUM_COLORS = 8
 MOST_POINTS = 600
 HOVER_POINTS = 120
 
 
-def chart(curves: Sequence[Curve], *, title: str, text: Callable[[float], str], log: bool = False) -> str:
-    """One chart as an `<svg>` element; `text` words a value of the y axis.
+def chart(curves: Sequence[Curve], *, title: str, text: Callable[[float], str], log: bool = False, cut: Cut = "") -> str:
+    """One chart as an `<svg>` element; `text` words a value of the y axis, `cut` says which wild values may leave it (see `axis_range`).
 
     >>> svg = chart([Curve("train", None, [1, 2, 3], [2.0, 1.0, 0.5])], title="Loss", text="{:.1f}".format)
-    >>> svg.startswith("<svg") and ">train 0.5<" in svg
+    >>> svg.startswith("<svg") and ">0.5<" in svg
     True
 
     Non-finite values are gaps in the line, marked on the upper edge. An empty string if there is nothing finite to draw.
@@ -29,19 +34,21 @@ def chart(curves: Sequence[Curve], *, title: str, text: Callable[[float], str], 
     finite = [(x, y) for curve in curves for x, y in zip(curve.steps, curve.values, strict=True) if math.isfinite(y) and (y > 0 or not log)]
     if not finite:
         return ""
-    low_y, high_y = axis_range([y for _, y in finite], log=log)
+    low_y, high_y = axis_range([y for _, y in finite], log=log, cut=cut)
     low_x, high_x = min(0, *(x for x, _ in finite)), max(x for x, _ in finite)
-    labels = [f"{curve.label} {text(last_finite(curve.values))}".strip() if curve.label else "" for curve in curves]
-    right = min(max((6.3 * len(label) for label in labels), default=0) + 14, 190)
+    labels = end_labels(curves, text)
+    rows = y_ticks(low_y, high_y, log=log)
+    left = CHARACTER * max(len(text(value)) for value in rows) + 10
+    right = min(CHARACTER * max(map(len, labels)) + 14, 200)
     scale = (lambda y: math.log10(y)) if log else (lambda y: y)
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - low_x) / ((high_x - low_x) or 1)
         up = (scale(y) - scale(low_y)) / ((scale(high_y) - scale(low_y)) or 1)
-        return LEFT + across * (WIDTH - LEFT - right), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+        return left + across * (WIDTH - left - right), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><title>{html.escape(title)}</title>']
-    parts += _grid(low_x, high_x, y_ticks(low_y, high_y, log=log), place, text, WIDTH - right)
+    parts += _grid(low_x, high_x, rows, place, text)
     # Faint curves first, so that they lie behind.
     for curve in sorted(curves, key=lambda curve: not curve.faint):
         parts += _line(curve, place, text, log=log)
@@ -49,14 +56,16 @@ def chart(curves: Sequence[Curve], *, title: str, text: Callable[[float], str], 
     return "".join(parts) + "</svg>"
 
 
-def axis_range(values: Sequence[float], *, log: bool) -> tuple[float, float]:
-    """The range of an axis: all values but for a wild upper 2%, and never of size zero.
+def axis_range(values: Sequence[float], *, log: bool, cut: Cut = "") -> tuple[float, float]:
+    """The range of an axis: never of size zero; by `cut` without a wild `upper` 2% (the spikes of a loss), without the lowest 10%
+    (`lower`: what an accuracy was before the first epoch) or always from `zero` (a speed).
 
-    >>> axis_range([1.0, 1.0], log=False)
-    (0.5, 1.5)
+    >>> axis_range([1.0, 1.0], log=False), axis_range([8.0, 9.0], log=False, cut="zero")
+    ((0.5, 1.5), (0.0, 9.0))
     """
     ordered = sorted(values)
-    low, high = ordered[0], ordered[min(len(ordered) - 1, math.ceil(0.98 * len(ordered)))]
+    low = 0.0 if cut == "zero" else ordered[len(ordered) // 10 if cut == "lower" else 0]
+    high = ordered[min(len(ordered) - 1, math.ceil(0.98 * len(ordered))) if cut == "upper" else -1]
     if log:
         return (low, high) if high > low * 1.01 else (low / 2, high * 2)
     if high - low <= 1e-12 * max(abs(high), abs(low), 1e-300):
@@ -125,6 +134,18 @@ def thin(steps: Sequence[int], values: Sequence[float], most: int = MOST_POINTS)
     return [steps[i] for i in sorted(kept)], [values[i] for i in sorted(kept)]
 
 
+def end_labels(curves: Sequence[Curve], text: Callable[[float], str]) -> list[str]:
+    """What stands at the end of each curve: its name and last value, or the value alone where there is no other curve.
+
+    >>> end_labels([Curve("a", 0, [1], [2.0]), Curve("b", 1, [1], [3.0]), Curve("", 1, [1], [3.0])], "{:g}".format)
+    ['a 2', 'b 3', '']
+    """
+    texts = [text(last_finite(curve.values)) for curve in curves]
+    if len(curves) == 1:
+        return texts
+    return [f"{curve.label} {value}" if curve.label else "" for curve, value in zip(curves, texts, strict=True)]
+
+
 def last_finite(values: Sequence[float]) -> float:
     """The last finite value, or nan."""
     return next((value for value in reversed(values) if math.isfinite(value)), math.nan)
@@ -139,18 +160,16 @@ def color(index: int | None) -> str:
     return "var(--muted)" if index is None else f"var(--c{index % NUM_COLORS})"
 
 
-def _grid(
-    low_x: int, high_x: int, rows: Sequence[float], place: Callable[..., tuple[float, float]], text: Callable, end: float
-) -> Iterator[str]:
+def _grid(low_x: int, high_x: int, rows: Sequence[float], place: Callable[..., tuple[float, float]], text: Callable) -> Iterator[str]:
+    start, end = place(low_x, rows[0])[0], place(high_x, rows[0])[0]
     for value in rows:
         _, y = place(low_x, value)
-        yield f'<line class="rule" x1="{LEFT}" x2="{end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text class="tick" x="{LEFT}" y="{y - 4:.1f}">{html.escape(text(value))}</text>'
+        yield f'<line class="rule" x1="{start:.1f}" x2="{end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        yield f'<text class="tick" x="{start - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{html.escape(text(value))}</text>'
     for value in ticks(low_x, high_x):
-        if value == int(value) and place(value, rows[0])[0] < end - 10 or value == high_x:
+        if value == int(value):
             x, _ = place(value, rows[0])
-            anchor = "start" if x < LEFT + 10 else "middle" if x < end - 12 else "end"
-            yield f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{value:,.0f}</text>'
+            yield f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{value:,.0f}</text>'
 
 
 def _line(curve: Curve, place: Callable[..., tuple[float, float]], text: Callable[[float], str], *, log: bool) -> Iterator[str]:
@@ -159,8 +178,9 @@ def _line(curve: Curve, place: Callable[..., tuple[float, float]], text: Callabl
     for step, value in zip(steps, values, strict=True):
         if math.isfinite(value) and (value > 0 or not log):
             x, y = place(step, value)
-            points.append((x, max(y, 2.0), step, value))
-            path.append(f"{pen}{x:.1f} {max(y, 2.0):.1f}")
+            if TOP - 2 <= y <= HEIGHT - BOTTOM + 2:
+                points.append((x, y, step, value))
+            path.append(f"{pen}{x:.1f} {y:.1f}")
             pen = "L"
         else:
             pen = "M"
@@ -169,19 +189,23 @@ def _line(curve: Curve, place: Callable[..., tuple[float, float]], text: Callabl
                 yield f'<text class="bad" x="{x:.1f}" y="10" text-anchor="middle">×<title>{note}</title></text>'
     style = f'style="--c:{color(curve.color)}"'
     kind = "faint" if curve.faint else "back" if curve.color is None else ""
-    if len(points) > 1:
-        yield f'<path class="curve {kind}" {style} d="{"".join(path)}"/>'
-    if len(points) == 1:
+    if len(path) > 1:
+        # An inner <svg> clips what leaves the axis, without the ids that a <clipPath> would need.
+        box = f"0 {TOP - 3} {WIDTH} {HEIGHT - TOP - BOTTOM + 6}"
+        frame = f'<svg y="{TOP - 3}" width="{WIDTH}" height="{HEIGHT - TOP - BOTTOM + 6}" viewBox="{box}">'
+        yield f'{frame}<path class="curve {kind}" {style} d="{"".join(path)}"/></svg>'
+    if len(path) == len(points) == 1:
         yield f'<circle class="dot" {style} cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="3.2"/>'
     if len(points) <= HOVER_POINTS and not curve.faint:
         for x, y, step, value in points:
-            note = html.escape(f"{curve.label} · step {step:,} · {text(value)}")
+            note = html.escape(f"{curve.label}, step {step:,}: {text(value)}")
             yield f'<circle class="hit" {style} cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{note}</title></circle>'
 
 
 def _end_labels(curves: Sequence[Curve], labels: Sequence[str], place: Callable, x: float, *, log: bool) -> Iterator[str]:
     named = [(curve, label, last_finite(curve.values)) for curve, label in zip(curves, labels, strict=True) if label]
     named = [(curve, label, place(0, value)[1]) for curve, label, value in named if math.isfinite(value) and (value > 0 or not log)]
+    named = [(curve, label, min(max(y, TOP), HEIGHT - BOTTOM)) for curve, label, y in named]
     gap = min(14.0, (HEIGHT - TOP - BOTTOM) / max(len(named), 1))
     heights = spread([y for _, _, y in named], gap, TOP, HEIGHT - BOTTOM) if named else []
     for (curve, label, _), y in zip(named, heights, strict=True):

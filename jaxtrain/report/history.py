@@ -97,6 +97,7 @@ def curves(histories: Sequence[History], key: str) -> list[Curve]:
     labels = names(histories)
     for index, history in enumerate(histories):
         series = {split: history.series(key, split) for split in SPLITS}
+        series = {split: (steps, [_drawable(value) for value in values]) for split, (steps, values) in series.items()}
         held_out = bool(series["validation"][0])
         for split, (steps, values) in series.items():
             if not steps:
@@ -106,15 +107,22 @@ def curves(histories: Sequence[History], key: str) -> list[Curve]:
             elif split == "validation" or split == "train":
                 behind = split == "train" and held_out
                 found.append(Curve("" if behind else labels[index], index, steps, values, faint=behind))
-    return found
+    # Neutral is for what stands beside something else.
+    return [dataclasses.replace(found[0], color=0)] if len(found) == 1 else found
 
 
 def names(histories: Sequence[History]) -> list[str]:
-    """A name for each run that no other has: its own, else its folder's, else with a number."""
-    for choices in ([history.name for history in histories], [history.folder.name for history in histories]):
+    """A name for each run that no other has: its own, else its folder's if all are called the same, else both, else with a number.
+
+    >>> names([History(Path("runs/x"), {"name": "digits"}, [], {}), History(Path("runs/y"), {"name": "digits"}, [], {})])
+    ['x', 'y']
+    """
+    own, folders = [history.name for history in histories], [history.folder.name for history in histories]
+    both = [f"{name} {folder}" for name, folder in zip(own, folders, strict=True)]
+    for choices in (own, folders if len(set(own)) == 1 else both):
         if len(set(choices)) == len(choices):
             return choices
-    return [f"{history.name} {index}" for index, history in enumerate(histories, start=1)]
+    return [f"{name} {index}" for index, name in enumerate(own, start=1)]
 
 
 def differing(histories: Sequence[History]) -> list[str]:
@@ -187,6 +195,13 @@ def grey(images: np.ndarray) -> np.ndarray:
     return np.round((images - low) * (255.0 / ((high - low) or 1.0))).astype(np.uint8)
 
 
+def _drawable(value: float) -> float:
+    """The value, unless it is beyond what arithmetic on axes can bear."""
+    if abs(value) > 1e100:
+        return math.copysign(math.inf, value)
+    return 0.0 if abs(value) < 1e-100 else value
+
+
 def _read_run(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
@@ -199,7 +214,7 @@ def _read_run(path: Path) -> dict[str, Any]:
 
 def _read_predictions(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError):
         return {}

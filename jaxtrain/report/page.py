@@ -93,7 +93,8 @@ def _figures(run: History) -> str:
     if isinstance(run.run.get("parameters"), int):
         size = run.run.get("state_bytes_per_device")
         note = f"{bytes_text(size)} of state a device" if isinstance(size, int | float) else ""
-        shown.append(("parameters", count_text(run.run["parameters"]), note))
+        count = run.run["parameters"]
+        shown.append(("parameters", f"{count:,}" if count < 1e6 else count_text(count), note))
     if (rate := _rate(run)) is not None:
         shown.append(("examples a second", rate_text(rate), "median"))
     items = (f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd><dd class=note>{_text(note)}</dd></div>" for name, value, note in shown)
@@ -133,7 +134,7 @@ def _curves(histories: Sequence[History]) -> str:
     figures = []
     for key, title, text in plots.panels(histories):
         found = history.curves(histories, key)
-        drawn = chart(found, title=title, text=text, log=plots.wants_log(key, found))
+        drawn = chart(found, title=title, text=text, log=plots.wants_log(key, found), cut=plots.cut_of(key))
         if drawn:
             figures.append(f"<figure><figcaption>{_text(title)}</figcaption>{drawn}</figure>")
     return _section("Curves", f"<div class=charts>{''.join(figures)}</div>") if figures else ""
@@ -206,13 +207,14 @@ def _picture(picture: np.ndarray, note: str) -> str:
     image = Image.fromarray(picture[..., :3] if channels >= 3 else picture[..., 0])
     file = io.BytesIO()
     image.save(file, "PNG")
-    return f'<img alt="{_text(note)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    pixels = " class=pixels" if max(picture.shape[:2]) < 64 else ""
+    return f'<img{pixels} alt="{_text(note)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
 def _configuration(run: History) -> str:
     rows = {**run.config}
     apart = {key: run.run[key] for key in ("git", "versions", "hardware", "mesh", "data") if isinstance(run.run.get(key), dict)}
-    blocks = [f"<details open><summary>Settings</summary>{_facts(rows)}</details>"] if rows else []
+    blocks = [f"<details{' open' * (len(rows) <= 20)}><summary>Settings</summary>{_facts(rows)}</details>"] if rows else []
     if apart:
         blocks.append(f"<details><summary>Versions, hardware, data</summary>{_facts(history.flat(apart))}</details>")
     command = run.run.get("command")

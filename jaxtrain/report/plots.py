@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.report import history
-from jaxtrain.report.chart import axis_range, last_finite, spread, thin, y_ticks
+from jaxtrain.report.chart import Cut, axis_range, end_labels, last_finite, spread, thin, ticks, y_ticks
 from jaxtrain.report.history import Curve, History
 from jaxtrain.report.tables import rate_text, value_text
 from jaxtrain.report.writers import is_clock
@@ -45,6 +45,17 @@ def wants_log(key: str, curves: Sequence[Curve]) -> bool:
     return history.smaller_is_better(key) and bool(values) and min(values) > 0 and max(values) > 30 * min(values)
 
 
+def cut_of(key: str) -> Cut:
+    """Which wild values may leave the chart of `key` so that the rest can be read.
+
+    >>> cut_of("loss"), cut_of("accuracy"), cut_of("examples_per_second"), cut_of("learning_rate")
+    ('upper', 'lower', 'zero', '')
+    """
+    if is_clock(key):
+        return "zero"
+    return "upper" if history.smaller_is_better(key) or key == "grad_norm" else "lower" if "accuracy" in key else ""
+
+
 def write_plots(histories: Sequence[History], folder: Path) -> list[Path]:
     """Writes what can be drawn into `folder`: loss.png, accuracy.png, learning_rate.png, throughput.png, and of a single run
     confusion.png and mistakes.png; returns their paths."""
@@ -54,7 +65,7 @@ def write_plots(histories: Sequence[History], folder: Path) -> list[Path]:
         for key, title, text in panels(histories):
             found = history.curves(histories, key)
             if any(math.isfinite(value) for curve in found for value in curve.values):
-                figures[_file_name(key)] = _curve_figure(found, title, text, log=wants_log(key, found))
+                figures[_file_name(key)] = _curve_figure(found, title, text, log=wants_log(key, found), cut=cut_of(key))
         if len(histories) == 1:
             found = history.confusion(histories[0].predictions)
             if found is not None:
@@ -67,22 +78,23 @@ def write_plots(histories: Sequence[History], folder: Path) -> list[Path]:
     return paths
 
 
-def _curve_figure(curves: Sequence[Curve], title: str, text: Callable[[float], str], *, log: bool) -> Any:
+def _curve_figure(curves: Sequence[Curve], title: str, text: Callable[[float], str], *, log: bool, cut: Cut) -> Any:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title)
     finite = [value for curve in curves for value in curve.values if math.isfinite(value) and (value > 0 or not log)]
-    low, high = axis_range(finite, log=log)
+    low, high = axis_range(finite, log=log, cut=cut)
     margin = (high / low) ** 0.04 if log else (high - low) * 0.04
     axes.set_yscale("log" if log else "linear")
     axes.set_ylim((low / margin, high * margin) if log else (low if low == 0 else low - margin, high + margin))
     axes.yaxis.set_major_locator(FixedLocator(y_ticks(low, high, log=log)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    end = max(step for curve in curves for step in curve.steps)
+    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks(0, end) if tick == int(tick)]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("step")
     for curve in sorted(curves, key=lambda curve: not curve.faint):
@@ -106,15 +118,16 @@ def _curve_figure(curves: Sequence[Curve], title: str, text: Callable[[float], s
 
 def _label_ends(axes: Any, curves: Sequence[Curve], text: Callable[[float], str], *, log: bool) -> None:
     """Names at the ends of the curves instead of a legend, moved apart where they would meet."""
-    named = [(curve, last_finite(curve.values)) for curve in curves if curve.label]
-    named = [(curve, value) for curve, value in named if math.isfinite(value) and (value > 0 or not log)]
+    named = [(curve, label, last_finite(curve.values)) for curve, label in zip(curves, end_labels(curves, text), strict=True) if label]
+    named = [(curve, label, value) for curve, label, value in named if math.isfinite(value) and (value > 0 or not log)]
     low, high = (math.log10(limit) if log else limit for limit in axes.get_ylim())
-    heights = [((math.log10(value) if log else value) - low) / ((high - low) or 1) for _, value in named]
-    for (curve, value), height in zip(named, spread(heights, 0.065, 0.0, 1.0) if named else [], strict=True):
+    heights = [((math.log10(value) if log else value) - low) / ((high - low) or 1) for *_, value in named]
+    heights = [min(max(height, 0.0), 1.0) for height in heights]
+    for (curve, label, _), height in zip(named, spread(heights, 0.065, 0.0, 1.0) if named else [], strict=True):
         shade = MUTED if curve.color is None else PALETTE[curve.color % len(PALETTE)]
-        label = curve.label if len(curve.label) <= 24 else curve.label[:23] + "…"
+        label = label if len(label) <= 29 else label[:28] + "…"
         axes.annotate(
-            f"{label} {text(value)}",
+            label,
             (1.01, height),
             xycoords="axes fraction",
             color=shade,
@@ -158,7 +171,7 @@ def _mistakes_figure(mistakes: Sequence[dict[str, Any]]) -> Any:
     columns = min(len(mistakes), 6)
     rows = math.ceil(len(mistakes) / columns)
     figure = Figure(figsize=(1.35 * columns + 0.3, 1.75 * rows + 0.5), layout="constrained")
-    figure.suptitle("Worst mistakes: prediction (label)")
+    figure.suptitle("Worst mistakes: prediction (label)", x=0.01, ha="left")
     pictures = history.grey(np.stack([mistake["image"] for mistake in mistakes]))
     for index, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axes.axis("off")
@@ -185,7 +198,7 @@ def _style() -> Iterator[None]:
         "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelcolor": MUTED,
         "axes.edgecolor": RULE, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.grid": True,
         "axes.grid.axis": "y", "grid.color": RULE, "grid.linewidth": 0.8, "axes.axisbelow": True, "text.color": INK, "xtick.color": MUTED,
-        "ytick.color": MUTED, "xtick.major.size": 0, "ytick.major.size": 0, "lines.solid_capstyle": "round", "lines.solid_joinstyle": "round",
+        "ytick.color": MUTED, "xtick.major.size": 0, "ytick.major.size": 0, "lines.solid_capstyle": "round",
         "figure.facecolor": "white", "text.parse_math": False, "figure.titleweight": "bold", "figure.titlesize": 10,
     }  # fmt: skip
     with matplotlib.rc_context(look), warnings.catch_warnings():
@@ -198,7 +211,7 @@ def _wording(key: str) -> Callable[[float], str]:
         # Ticks are round; the ends of curves deserve their digits.
         return lambda value: f"{100 * value:.0f}%" if abs(value * 100 - round(value * 100)) < 1e-9 else f"{100 * value:.2f}%"
     if key.endswith("_per_second"):
-        return rate_text
+        return lambda value: rate_text(value).replace(".0", "")
     return lambda value: f"{value:.3g}" if abs(value) < 1e4 else value_text(key, float(value))
 
 

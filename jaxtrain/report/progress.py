@@ -19,6 +19,7 @@ from rich.live import Live
 from rich.text import Text
 
 from jaxtrain.report.tables import bytes_text, clean, duration_text, rate_text, value_text
+from jaxtrain.report.writers import is_clock
 
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -92,7 +93,7 @@ class Progress:
 
     def evaluation(self, step: int, split: str, values: Mapping[str, float], *, best: bool = False) -> None:
         """Prints the result of an evaluation above the live line."""
-        shown = [f"{clean(key)} {value_text(key, value)}" for key, value in values.items() if not key.endswith("_seconds")]
+        shown = [f"{clean(key)} {value_text(key, value)}" for key, value in values.items() if not is_clock(key)]
         text = Text("  ").join([Text(f"step {step:,}"), Text(clean(split), style="bold"), *map(Text, shown)])
         self._print(text.append("  best so far", style="green") if best else text)
 
@@ -206,7 +207,7 @@ class _Line:
         self._step, self.phase, self._eta, self._eta_set = step, "", eta_seconds, time.monotonic()
         if "loss" in values:
             self._losses.append(values["loss"])
-        metric = next((key for key in values if key not in QUIET_KEYS and not key.endswith(("_seconds", "_per_second"))), None)
+        metric = next((key for key in values if key not in QUIET_KEYS and not is_clock(key)), None)
         shown = {key: f"{clean(key)} {value_text(key, values[key])}" for key in ("loss", metric) if key is not None and key in values}
         rate, memory, mfu = speed["examples_per_second"], speed["memory_bytes"], speed["mfu"]
         shown["rate"] = "" if rate is None else f"{rate_text(rate)} examples/s"

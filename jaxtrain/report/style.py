@@ -48,7 +48,7 @@ figure { margin: 0; }
 
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; }
-th, td { padding: 5px 14px 5px 0; text-align: left; font-weight: 400; vertical-align: baseline; }
+th, td { padding: 5px 22px 5px 0; text-align: left; font-weight: 400; vertical-align: baseline; }
 thead th { color: var(--muted); font-size: 13px; border-bottom: 1px solid var(--rule); }
 tbody tr + tr > * { border-top: 1px solid var(--rule); }
 .number { text-align: right; white-space: nowrap; }
@@ -67,7 +67,7 @@ tbody tr + tr > * { border-top: 1px solid var(--rule); }
 
 .mistakes { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 20px 16px; }
 .mistakes img, .mistakes svg { display: block; width: 100%; border-radius: 3px; background: var(--tint); }
-.mistakes img { image-rendering: pixelated; }
+.mistakes .pixels { image-rendering: pixelated; }
 .mistakes .signal { fill: none; stroke: var(--c0); stroke-width: 1.6; stroke-linejoin: round; }
 .mistakes figcaption { margin-top: 5px; font-size: 13px; line-height: 1.35; overflow-wrap: anywhere; }
 .mistakes b { color: var(--wrong); }
