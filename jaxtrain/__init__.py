@@ -15,11 +15,10 @@ _NAMES = {
     "make_train_steps": "step",
     "make_eval_step": "step",
     "make_predict_step": "step",
-    "evaluate": "evaluate",
     "main": "run",
 }
-_MODULES = ("adapters", "augment", "data", "losses", "metrics", "models", "optimizers", "schedules", "tasks")
-__all__ = [*_NAMES, *_MODULES]
+_MODULES = ("adapters", "augment", "data", "evaluate", "losses", "metrics", "models", "optimizers", "schedules", "tasks")
+__all__ = sorted((*_NAMES, *_MODULES))
 
 
 def __getattr__(name: str) -> Any:

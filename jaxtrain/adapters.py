@@ -124,7 +124,7 @@ def _nnx(model: Any) -> Functions:
     example = model if made else nnx.eval_shape(lambda: model(rngs=nnx.Rngs(0)))
     if not isinstance(example, nnx.Module):
         raise ValueError(f"model={model!r}: called with rngs it gave {type(example).__name__}; expected an NNX module")
-    graph, params, streams, rest = nnx.split(example, nnx.Param, nnx.RngState, ...)
+    graph, _, streams, rest = nnx.split(example, nnx.Param, nnx.RngState, ...)
     kinds = sorted({type(variable) for _, variable in nnx.to_flat_state(rest)}, key=lambda kind: kind.__name__)
     names = ["params", *(nnx.variablelib.variable_name_from_type(kind, allow_register=True) for kind in kinds)]
     takes_train = _takes(type(example).__call__, "train")

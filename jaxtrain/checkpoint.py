@@ -5,8 +5,8 @@ verify, and only then delete what the rules no longer keep. So a kill at any mom
 """
 
 import json
+import math
 import os
-import re
 import shutil
 import sys
 import threading
@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 import jax
 
-from jaxtrain import manifest, payload, tree
-from jaxtrain.manifest import Damaged, Record
+from jaxtrain import committed, manifest, payload, tree
+from jaxtrain.committed import CheckpointError
+from jaxtrain.manifest import Record
 from jaxtrain.payload import HostState
 from jaxtrain.tree import PyTree
 
@@ -29,10 +30,6 @@ OURS = ".jaxtrain-tmp-"
 FINITE = ("params", "opt_state", "collections", "ema")
 """The parts of a state in which everything must be finite; a hyper-parameter may be infinite."""
 SPARE_BYTES = 1 << 20  # for manifest, metadata and directories
-
-
-class CheckpointError(Exception):
-    """The disk or a checkpoint on it fails; one line. Exit status 74."""
 
 
 class NonFinite(CheckpointError):
@@ -69,7 +66,8 @@ class Checkpoints:
         On return the state may be donated. `loop` is any JSON. `CheckpointError` if the save before this one failed.
         """
         self.wait()
-        record = {"step": int(step), "run_id": self._run_id, "metric": None if metric is None else float(metric), "loop": dict(loop)}
+        record = {"step": int(step), "run_id": self._run_id, "loop": dict(loop)}
+        record["metric"] = float(metric) if metric is not None and math.isfinite(metric) else None
         # A copy, as it will be read back; and what JSON cannot hold is the caller's mistake, said here and not in the background.
         record = json.loads(json.dumps(record, allow_nan=False))
         copy = payload.to_host(state)
@@ -107,7 +105,7 @@ class Checkpoints:
     def check_space(self, like: PyTree) -> None:
         """`ValueError` if the disk cannot hold as many checkpoints of this (abstract) state as will lie there at once."""
         each = tree.num_bytes(like) + SPARE_BYTES
-        count = max(self._keep + 1 - len(self.numbered()), 1)
+        count = max(self._keep + 1 - len(committed.numbered(self.folder)), 1)
         free = self._free_bytes()
         if free < count * each:
             checkpoints = f"{count} checkpoint{'s' if count > 1 else ''} of {_size(each)}"
@@ -118,42 +116,20 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The committed steps, ascending: read from the COMMIT files on the disk at every call, never from memory."""
-        return list(self._records())
+        return list(committed.records(self.folder))
 
     def best(self) -> int | None:
         """The committed step with the greatest metric, the earliest of equals."""
-        metrics = {step: record["metric"] for step, record in self._records().items() if record.get("metric") is not None}
+        metrics = {step: record["metric"] for step, record in committed.records(self.folder).items() if record.get("metric") is not None}
         return max(metrics, key=lambda step: (metrics[step], -step), default=None)
 
     def verify(self, step: int) -> list[str]:
         """What is wrong with a step's folder, every byte read; empty if nothing is."""
-        folder = self.folder / str(step)
-        if not folder.is_dir() and not folder.is_symlink():
-            return ["is a file, not a directory" if folder.exists() else "no such checkpoint"]
-        found = manifest.problems(folder)
-        if not found and (written := manifest.read(folder).get("step")) != step:
-            found = [f"{manifest.MANIFEST}: is of step {written}; was the folder renamed?"]
-        return found
+        return committed.verify(self.folder, step)
 
     def newest_verified(self, on_problem: Callable[[str], None]) -> int | None:
-        """The newest step that verifies, or None if there is no numbered folder at all.
-
-        Each damaged one above it is told to `on_problem`, as one line. `CheckpointError` if there are some and none verifies: a run must not
-        start from scratch without anybody having said so.
-        """
-        damaged: list[tuple[int, str]] = []
-        for step in reversed(self.numbered()):
-            if found := self.verify(step):
-                damaged.append((step, found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")))
-                continue
-            for index, (bad, problem) in enumerate(damaged):
-                following = damaged[index + 1][0] if index + 1 < len(damaged) else step
-                on_problem(f"step {bad}: {problem}; falling back to step {following}")
-            return step
-        if damaged:
-            listed = "; ".join(f"step {step}: {problem}" for step, problem in damaged)
-            raise CheckpointError(f"{self.folder}: no checkpoint verifies ({listed}); put back a copy, or start anew in another --workdir")
-        return None
+        """The newest step that verifies; see `committed.newest` for what is said of the others."""
+        return committed.newest(self.folder, on_problem)
 
     def resume_step(self, resume: Literal["auto", "must", "never"], on_problem: Callable[[str], None]) -> int | None:
         """The step to go on from as `--resume` says, or None for a start from scratch; errors as in `newest_verified`."""
@@ -183,22 +159,6 @@ class Checkpoints:
             return payload.read(self.folder / str(step) / PAYLOAD, stored)
         except Exception as error:  # the storage library has no error class of its own, and its texts are pages long
             raise CheckpointError(f"step {step}: {PAYLOAD}: {_one_line(error)}") from error
-
-    def _records(self) -> dict[int, Record]:
-        records = {}
-        for step in self.numbered():
-            try:
-                records[step] = manifest.read(self.folder / str(step))
-            except (Damaged, OSError):
-                continue  # damage is the business of `verify`; here it only means that there is no such commit
-        return records
-
-    def numbered(self) -> list[int]:
-        """The steps of all numbered entries, ascending, committed or damaged."""
-        # No leading zeros and nothing endless: other names are not ours, and are left alone.
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(entry.name) for entry in os.scandir(self.folder) if re.fullmatch("0|[1-9][0-9]{0,17}", entry.name, re.ASCII))
 
     def _work(self, state: HostState, record: Record) -> None:
         """The background thread: everything after the copy; its error waits for the next call."""
@@ -264,7 +224,7 @@ class Checkpoints:
 
     def _prune(self, newest: int) -> None:
         """Deletes what the rules do not keep; `newest` was just verified. Folders that are damaged, of other runs or of later steps stay."""
-        own = [step for step, record in self._records().items() if step <= newest and record.get("run_id") == self._run_id]
+        own = [step for step, record in committed.records(self.folder).items() if step <= newest and record.get("run_id") == self._run_id]
         kept = {*own[-self._keep :], newest, self.best()}
         for step in own:
             if step not in kept and not (self._keep_every and step % self._keep_every == 0):
@@ -290,8 +250,10 @@ def verify_command(workdir: Path) -> int:
     """Prints a line on every checkpoint of a run, and last the digest of the newest whole one; 74 if one is damaged, 2 if there is none."""
     checkpoints = Checkpoints(workdir)
     damaged, whole = False, []
-    for step in checkpoints.numbered():
+    for step in committed.numbered(checkpoints.folder):
         if found := checkpoints.verify(step):
+            if not os.path.lexists(checkpoints.folder / str(step)):
+                continue  # a living run has just let go of it
             damaged = True
             print("\n".join(f"step {step}: {problem}" for problem in found))
             continue

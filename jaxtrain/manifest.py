@@ -15,6 +15,8 @@ from typing import Any
 
 import xxhash
 
+from jaxtrain.wording import one_line
+
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 COMMIT = "COMMIT"
@@ -93,20 +95,20 @@ def checksum(path: Path) -> list[int | str]:
 def entries(folder: Path, prefix: str = "") -> Iterator[str]:
     """Names of all files below a folder, relative to it; `Damaged` at the first link or special file. Opens nothing."""
     if not prefix and folder.is_symlink():
-        raise Damaged(f"holds symlink {folder.name} -> {os.readlink(folder)}; refused")
+        raise Damaged(f"is a symlink to {one_line(os.readlink(folder))}; refused")
     with os.scandir(folder / prefix) as scan:
         found = sorted(scan, key=lambda entry: entry.name)
     for entry in found:
         name = f"{prefix}{entry.name}"
         mode = entry.stat(follow_symlinks=False).st_mode
         if stat.S_ISLNK(mode):
-            raise Damaged(f"holds symlink {name} -> {os.readlink(entry.path)}; refused")
+            raise Damaged(f"holds symlink {one_line(name)} -> {one_line(os.readlink(entry.path))}; refused")
         if stat.S_ISDIR(mode):
             yield from entries(folder, f"{name}/")
         elif stat.S_ISREG(mode):
             yield name
         else:
-            raise Damaged(f"holds special file {name}; refused")
+            raise Damaged(f"holds special file {one_line(name)}; refused")
 
 
 def read(folder: Path) -> Record:
@@ -145,8 +147,8 @@ def problems(folder: Path) -> list[str]:
         return [str(error)]
     except OSError as error:
         return [_unreadable(error, folder)]
-    found = [f"{name}: missing" for name in sorted(listed.keys() - present)]
-    found += [f"{name}: not in the manifest" for name in sorted(present - listed.keys())]
+    found = [f"{one_line(name)}: missing" for name in sorted(listed.keys() - present)]
+    found += [f"{one_line(name)}: not in the manifest" for name in sorted(present - listed.keys())]
     for name in sorted(present & listed.keys()):
         try:
             size, digest = checksum(folder / name)
@@ -155,7 +157,7 @@ def problems(folder: Path) -> list[str]:
             continue
         if [size, digest] != listed[name]:
             expected = listed[name][0] if isinstance(listed[name], list) and listed[name] else "?"
-            found.append(f"{name}: checksum mismatch" if size == expected else f"{name}: {size} bytes, not {expected}")
+            found.append(f"{one_line(name)}: " + ("checksum mismatch" if size == expected else f"{size} bytes, not {expected}"))
     return found
 
 
@@ -179,4 +181,4 @@ def _seal_of(text: bytes) -> bytes:
 
 def _unreadable(error: OSError, folder: Path) -> str:
     name = os.path.relpath(error.filename, folder) if error.filename else folder.name
-    return f"{name}: cannot be read ({error.strerror})"
+    return f"{one_line(name)}: cannot be read ({error.strerror})"

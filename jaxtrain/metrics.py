@@ -39,7 +39,7 @@ class Totals:
     {'loss': 1.5}
     """
 
-    def __init__(self, record: Mapping[str, list[float]] | None = None):
+    def __init__(self, record: Mapping[str, list[float]] | None = None) -> None:
         self._pairs = {name: (float(pair[0]), float(pair[1])) for name, pair in (record or {}).items()}
 
     def add(self, sums: Mapping[str, tuple[float, float]]) -> None:

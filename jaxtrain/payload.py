@@ -60,7 +60,8 @@ def to_devices(arrays: HostState, like: PyTree) -> PyTree:
     def place(path: str, leaf: Any) -> jax.Array:
         value = arrays[path]
         if _is_key(leaf):
-            value = jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
+            # `key_impl` wants an array, and `like` is abstract.
+            value = jax.random.wrap_key_data(value, impl=jax.random.key_impl(jnp.empty(0, leaf.dtype)))
         # May not alias: the first step donates these buffers, so they must not be NumPy's own memory.
         return jax.device_put(value, getattr(leaf, "sharding", None), may_alias=False)
 

@@ -10,17 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtrain import tree
 from jaxtrain.mesh import BATCH_AXES
 
-LOGICAL = {
-    "embed": "fsdp",
-    "conv_in": "fsdp",
-    "mlp": "tensor",
-    "heads": "tensor",
-    "conv_out": None,
-    "kv": None,
-    "head_dim": None,
-    "classes": None,
-}
-"""Which mesh axis a logical axis is split over; names that are not here are not split."""
+LOGICAL = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor"}
+"""Which mesh axis a logical axis is split over; dims with other names, or none, are left to the automatic rule."""
 
 
 def batch(mesh: Mesh) -> NamedSharding:
@@ -34,25 +25,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def parameter(path: str, shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Mesh) -> PartitionSpec:
-    """The spec of one parameter: by its logical axes, or, if it has none, its largest dim that divides over `fsdp`.
+    """The spec of one parameter: first by its logical axes; then, if `fsdp` is not among them, over it goes the largest dim left that divides.
 
-    `ValueError` if a dim with a logical axis does not divide.
+    `ValueError` if a dim whose logical axis is in the table does not divide.
     """
-    if axes is None:
-        return _automatic(shape, mesh)
-    entries: list[str | None] = []
-    for dim, (length, name) in enumerate(zip(shape, axes, strict=True)):
+    entries: list[str | None] = [None] * len(shape)
+    for dim, (length, name) in enumerate(zip(shape, axes or entries, strict=True)):
         axis = LOGICAL.get(name) if name else None
         size = mesh.shape[axis] if axis else 1
         if axis is None or size == 1 or axis in entries:
-            entries.append(None)
             continue
         if length % size:
             below, above = length // size * size, -(-length // size) * size
             raise ValueError(
                 f"{path} dim {dim} (={length}, {name!r}) not divisible by axis {axis}={size}; change --mesh or make it {below} or {above}"
             )
-        entries.append(axis)
+        entries[dim] = axis
+    size = mesh.shape["fsdp"]
+    free = [(length, -dim) for dim, length in enumerate(shape) if entries[dim] is None and length % size == 0 and length > 0]
+    if size > 1 and "fsdp" not in entries and free:
+        entries[-max(free)[1]] = "fsdp"
+    while entries and entries[-1] is None:
+        entries.pop()  # jax drops them too, and a spec that differs in writing alone would compile a second program
     return PartitionSpec(*entries)
 
 
@@ -96,15 +90,6 @@ def bytes_per_device(shapes: tree.PyTree, shardings: tree.PyTree) -> int:
 def _itemsize(leaf: Any) -> int:
     # A typed key has no itemsize of its own: threefry's is two 32-bit words.
     return 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
-
-
-def _automatic(shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    size = mesh.shape["fsdp"]
-    fitting = [(length, -dim) for dim, length in enumerate(shape) if length % size == 0 and length >= size]
-    if size == 1 or not fitting:
-        return PartitionSpec()
-    dim = -max(fitting)[1]
-    return PartitionSpec(*("fsdp" if index == dim else None for index in range(len(shape))))
 
 
 def _flatten_axes(axes: tree.PyTree) -> list[tuple[Any, Any]]:

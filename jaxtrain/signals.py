@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from types import FrameType, TracebackType
+from typing import Self
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 75}
 """Interrupted by a person, or told to try again later."""
@@ -32,7 +33,7 @@ class Stop:
         """What the signal is called, such as SIGTERM."""
         return "" if self._received is None else self._received.name
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> Self:
         for number in STATUS:
             self._previous[number] = signal.signal(number, self._receive)
         return self

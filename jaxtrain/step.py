@@ -248,7 +248,7 @@ def _train(recipe: Recipe, mesh: Mesh | None, state: TrainState, batch: Batch) -
     abstract = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), dict(batch))
     gradients, sums, collections = _gradients(bound, state, _augmented(bound, state, _prepared(bound, batch, mesh)))
 
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     if bound.clip_norm is not None:
         gradients = jax.tree.map(lambda gradient: gradient * jnp.minimum(1.0, bound.clip_norm / (norm + 1e-9)), gradients)
     rate = bound.optimizer.learning_rate * bound.schedule.multiplier(state.step, bound.total_steps)

@@ -12,7 +12,7 @@ _PUBLIC = {
 }
 _FAMILIES = ("mlp", "convnet", "resnet", "vit")
 
-__all__ = ["NAMES", *_PUBLIC]
+__all__ = sorted(("NAMES", *_PUBLIC))
 
 
 def __getattr__(name: str) -> Any:

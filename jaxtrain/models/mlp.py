@@ -3,10 +3,10 @@
 Dims: B batch, D features.
 """
 
+from typing import Literal
+
 import jax
 from flax import linen as nn
-
-from typing import Literal
 
 from jaxtrain.fields import Count, DropRate
 from jaxtrain.models import layers

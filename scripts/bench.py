@@ -1,0 +1,316 @@
+#!/usr/bin/env python3
+"""Measures jaxtrain side by side with what it is compared to, in one process; prints a table and writes docs/benchmarks/NAME.json.
+
+    .venv/bin/python scripts/bench.py overhead                 # some four minutes on two CPU cores
+    .venv/bin/python scripts/bench.py overhead --blocks=3 --out=/tmp/bench
+
+Contestants take turns, block by block, so that what else the machine does hits all of them; the verdict is the median of the ratios of
+neighbouring blocks. Times are the wall clock's, from the first dispatch to the moment when the last update is done.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from rich.table import Table
+
+from jaxtrain import config, journal, loop, programs, step
+from jaxtrain import mesh as meshes
+from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.data import order
+from jaxtrain.data.synthetic import Synthetic
+from jaxtrain.horizon import Horizon
+from jaxtrain.models.mlp import MLP
+from jaxtrain.models.vit import NAMES as VITS
+from jaxtrain.optimizers import AdamW
+from jaxtrain.profiler import Profiler
+from jaxtrain.report.progress import Progress, make_console
+from jaxtrain.report.trackers import TensorBoardWriter
+from jaxtrain.report.writers import JsonlWriter, Writers, read_metrics
+from jaxtrain.schedules import Constant
+from jaxtrain.signals import Stop
+from jaxtrain.tasks import Classification
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+RATE, WEIGHT_DECAY = 1e-3, 1e-2
+CHECKED_STEPS = 8
+"""Over how many first steps both loops must give the same losses on the same batches."""
+TOLERANCE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One model on one kind of data, and the least ratio of speeds that we ask of ourselves."""
+
+    name: str
+    model: nn.Module
+    shape: tuple[int, ...]
+    steps: int
+    """Steps of a block; some seconds."""
+    least: float
+    log_every: int
+    batch_size: int = 32
+    examples: int = 2048
+
+
+OVERHEAD = (
+    Case("ViT-Ti/4, 32 x 32 x 3", VITS["vit_ti4"], (32, 32, 3), steps=12, least=0.98, log_every=4),
+    Case("MLP 64-32-10", MLP(widths=(32,)), (64,), steps=30_000, least=2.5, log_every=50),
+)
+
+
+class OurLoop:
+    """`loop.train` as a run calls it: data in device memory, metrics file, TensorBoard, progress; evaluation and saves are off."""
+
+    name = "jaxtrain"
+
+    def __init__(self, case: Case, folder: Path, total_steps: int) -> None:
+        self._case, self.step = case, 0
+        self.run = config.Run(
+            name="bench", model=case.model, task=Classification(), optimizer=AdamW(learning_rate=RATE, weight_decay=WEIGHT_DECAY),
+            data=Synthetic(shape=case.shape, examples=case.examples, test_examples=1, noise=4.0), schedule=Constant(), augment=None,
+            steps=total_steps, batch_size=case.batch_size, log_every=case.log_every, eval_every=Horizon(0), checkpoint_every=Horizon(0),
+        )  # fmt: skip
+        self.table = self.run.data.open().train
+        mesh = meshes.make(self.run.mesh, jax.devices()[:1])
+        recipe = programs.options(self.run, self.table, programs.lengths(self.run, len(self.table)))
+        self.prepare = recipe["prepare"]
+        batch = programs.check_model(self.run, self.table, recipe, mesh)
+        self.state = step.init_state(self.run.model, self.run.task, self.run.optimizer, batch, seed=self.run.seed, mesh=mesh, **recipe)
+        data = programs.place_data(self.run, self.table, mesh)
+        self.training = programs.compile_training(self.run, self.state, self.table, data, recipe, mesh, per_call=None)
+        self._writers = Writers(JsonlWriter(folder / "metrics.jsonl"), [TensorBoardWriter(folder / "tensorboard")])
+        self._progress = Progress(total_steps, stream=open(folder / "progress.txt", "w"), live=False)  # noqa: SIM115 - lives as long as we
+        self._journal = journal.Journal(
+            self._writers, self._progress, every=case.log_every, step=0, total_steps=total_steps, batch_size=case.batch_size,
+            flops_per_step=self.training.flops_per_step,
+        )  # fmt: skip
+        self._checkpoints, self._profiler = Unsaved(folder), Profiler(None, folder)
+
+    def block(self, steps: int) -> None:
+        """Trains on for so many steps."""
+        with Stop() as stop:
+            ending = loop.train(
+                self.state, step=self.step, feed=self.training.feed, writers=self._writers, checkpoints=self._checkpoints,
+                cadence=loop.Cadence(self.step + steps, self.training.per_call, self._case.log_every), journal=self._journal,
+                progress=self._progress, stop=stop, validate=None, test=None, at_step=self._profiler,
+            )  # fmt: skip
+        self.state, self.step = ending.state, ending.step
+
+    def losses(self) -> list[float]:
+        """The logged losses, each the mean of an interval."""
+        return [line["loss"] for line in read_metrics(self._writers.metrics.path)]
+
+    def updates(self) -> int:
+        """How many updates the state has seen."""
+        return int(self.state.step)
+
+    def close(self) -> None:
+        """Ends what runs in the background."""
+        self.training.feed.close()
+        self._writers.close()
+
+
+class Unsaved(Checkpoints):
+    """Saves nothing: the loop always commits its last step, and a commit is no part of what is measured."""
+
+    def save(self, step: int, state: Any, loop: Any, *, metric: float | None = None, wait: bool = False) -> None:
+        """Does nothing."""
+
+
+class HandLoop:
+    """What one writes by hand: a donated `jax.jit` step, the data in NumPy as the model wants it, a shuffle an epoch, the loss now and then."""
+
+    name = "by hand"
+
+    def __init__(self, model: nn.Module, images: np.ndarray, labels: np.ndarray, params: Any, *, batch_size: int, log_every: int) -> None:
+        self._images, self._labels, self._batch_size, self._log_every = images, labels, batch_size, log_every
+        decays = jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+        optimizer = optax.adamw(RATE, weight_decay=WEIGHT_DECAY, mask=decays)
+        self.params, self.opt_state = params, optimizer.init(params)
+        self.step, self._losses = 0, []
+        self._random = np.random.default_rng(0)
+        self._order, self._place = self._random.permutation(len(labels)), 0
+
+        def update(params: Any, opt_state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any, jax.Array]:
+            def mean_loss(params: Any) -> jax.Array:
+                logits = model.apply({"params": params}, images, train=True)
+                return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+            loss, gradients = jax.value_and_grad(mean_loss)(params)
+            updates, opt_state = optimizer.update(gradients, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state, loss
+
+        self._update = jax.jit(update, donate_argnums=(0, 1))
+
+    def one(self, ids: np.ndarray) -> jax.Array:
+        """One update; its loss, still on the device."""
+        self.params, self.opt_state, loss = self._update(self.params, self.opt_state, self._images[ids], self._labels[ids])
+        return loss
+
+    def block(self, steps: int) -> None:
+        """Trains on for so many steps."""
+        for _ in range(steps):
+            if self._place + self._batch_size > len(self._order):
+                self._order, self._place = self._random.permutation(len(self._labels)), 0
+            loss = self.one(self._order[self._place : self._place + self._batch_size])
+            self._place += self._batch_size
+            self.step += 1
+            if self.step % self._log_every == 0:
+                self._losses.append(float(loss))
+        jax.block_until_ready(self.params)
+
+    def losses(self) -> list[float]:
+        """The losses that were read."""
+        return self._losses
+
+    def updates(self) -> int:
+        """How many updates the optimizer has counted."""
+        return int(optax.tree.get(self.opt_state, "count"))
+
+
+def overhead(blocks: int, folder: Path, cases: Sequence[Case] = OVERHEAD) -> list[dict[str, Any]]:
+    """Our loop against one written by hand: same model, data, batch and optimizer."""
+    return [measure(case, blocks, folder / str(number)) for number, case in enumerate(cases)]
+
+
+def measure(case: Case, blocks: int, folder: Path) -> dict[str, Any]:
+    """One case: checks that both loops compute the same, then times them in turns."""
+    folder.mkdir(parents=True)
+    ours = OurLoop(case, folder, total_steps=CHECKED_STEPS + blocks * case.steps)
+    by_hand = HandLoop(
+        case.model, *prepared(ours), jax.tree.map(jnp.copy, ours.state.params), batch_size=case.batch_size, log_every=case.log_every
+    )
+    try:
+        difference = check_same_losses(case, ours, by_hand)
+        seconds = take_turns([ours, by_hand], case.steps, blocks)
+        work = {loop.name: {"updates": loop.updates(), "loss": statistics.fmean(loop.losses()[-10:])} for loop in (ours, by_hand)}
+    finally:
+        ours.close()
+    speeds = {name: [case.steps / each for each in times] for name, times in seconds.items()}
+    ratios = [mine / other for mine, other in zip(speeds[ours.name], speeds[by_hand.name], strict=True)]
+    return {
+        "case": case.name, "batch_size": case.batch_size, "steps_per_block": case.steps, "steps_per_dispatch": ours.training.per_call,
+        "log_every": case.log_every, "largest_relative_difference_of_first_losses": difference, "work": work,
+        "steps_per_second": {name: spread(values) for name, values in speeds.items()},
+        "ratio": spread(ratios), "least": case.least, "holds": statistics.median(ratios) >= case.least,
+    }  # fmt: skip
+
+
+def prepared(ours: OurLoop) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of the train split as the model wants them, in host memory."""
+    arrays = ours.table.arrays
+    assert arrays is not None and ours.prepare is not None
+    images = np.asarray(ours.prepare({"image": jnp.asarray(arrays["image"])})["image"])
+    return np.array(images), np.asarray(arrays["label"], np.int32)
+
+
+def check_same_losses(case: Case, ours: OurLoop, by_hand: HandLoop) -> float:
+    """Both take the same first steps on the same batches, which also warms them up; the largest relative difference of a loss."""
+    differences = []
+    for number in range(CHECKED_STEPS):
+        ids = order.example_ids(ours.run.seed, 0, number * case.batch_size, case.batch_size, len(ours.table))
+        ours.state, sums = ours.training.feed.advance(ours.state, 1)
+        total, count = jax.device_get(sums["loss"])
+        other = float(by_hand.one(ids))
+        differences.append(abs(float(total / count) - other) / abs(other))
+    ours.step = by_hand.step = CHECKED_STEPS
+    if max(differences) > TOLERANCE:
+        raise SystemExit(f"bench: {case.name}: the first losses differ by up to {max(differences):.1%}: the two loops do not compute the same")
+    return max(differences)
+
+
+def take_turns(contestants: Sequence[Any], steps: int, blocks: int) -> dict[str, list[float]]:
+    """The seconds of each block; who begins changes from one pair to the next."""
+    seconds: dict[str, list[float]] = {each.name: [] for each in contestants}
+    for number in range(blocks):
+        for each in contestants if number % 2 == 0 else reversed(contestants):
+            began = time.perf_counter()
+            each.block(steps)
+            seconds[each.name].append(time.perf_counter() - began)
+    return seconds
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, quartiles and ends of some numbers, and the numbers.
+
+    >>> spread([3.0, 1.0, 2.0])
+    {'median': 2.0, 'quartiles': [1.5, 2.5], 'min': 1.0, 'max': 3.0, 'values': [3.0, 1.0, 2.0]}
+    """
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": middle, "quartiles": [low, high], "min": min(values), "max": max(values), "values": list(values)}
+
+
+def surroundings(argv: Sequence[str]) -> dict[str, Any]:
+    """What the numbers hang on: machine, versions, command and date."""
+    device = jax.devices()[0]
+    info = Path("/proc/cpuinfo")
+    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return {
+        "command": " ".join(["python", "scripts/bench.py", *argv]),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "hardware": {
+            "cpu": models[0] if models else platform.processor(), "cores": len(os.sched_getaffinity(0)), "load_average": os.getloadavg()[0],
+            "platform": device.platform, "device": device.device_kind,
+        },
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
+    }  # fmt: skip
+
+
+def render(title: str, results: Sequence[dict[str, Any]]) -> Table:
+    """The results for the terminal: medians, and quartiles of the ratio."""
+    table = Table("case", "steps/s", "by hand", "ratio", "quartiles", "range", "at least", "", title=title, title_justify="left")
+    for result in results:
+        speeds, ratio = result["steps_per_second"], result["ratio"]
+        table.add_row(
+            result["case"], *(f"{speeds[name]['median']:,.4g}" for name in (OurLoop.name, HandLoop.name)), f"[bold]{ratio['median']:.3f}[/bold]",
+            " .. ".join(f"{value:.3f}" for value in ratio["quartiles"]), f"{ratio['min']:.3f} .. {ratio['max']:.3f}",
+            f"{result['least']:g}", "[green]holds[/green]" if result["holds"] else "[red]fails[/red]",
+        )  # fmt: skip
+    return table
+
+
+BENCHES: dict[str, Callable[[int, Path], list[dict[str, Any]]]] = {"overhead": overhead}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a bench; exit status 0 if every ratio holds, otherwise 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=BENCHES, help="what to measure")
+    parser.add_argument("--blocks", type=int, default=7, help="how often each contestant has its turn (default: %(default)s)")
+    default_out = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
+    parser.add_argument("--out", type=Path, default=default_out, help="folder of the JSON file (default: docs/benchmarks)")
+    options = parser.parse_args(argv)
+    if options.blocks < 1:
+        parser.error(f"--blocks={options.blocks}: must be >= 1")
+    record = surroundings(argv)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="jaxtrain-bench-") as folder:
+        results = BENCHES[options.name](options.blocks, Path(folder))
+    record |= {"bench": options.name, "blocks": options.blocks, "seconds": time.monotonic() - began, "results": results}
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{options.name}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    console = make_console()
+    console.print(render(f"{options.name}, {options.blocks} alternating blocks", results))
+    console.print(f"{path}")
+    return 0 if all(result["holds"] for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

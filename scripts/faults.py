@@ -1,0 +1,322 @@
+#!/usr/bin/env python3
+"""Faults on purpose: runs killed at random moments, and checkpoints with one bit flipped; nothing may be lost, repeated or silently wrong.
+
+    .venv/bin/python scripts/faults.py kills --trials=30 --seed=0     # SIGKILL, start again, until done: equal in every bit to an unhurt run
+    .venv/bin/python scripts/faults.py flips --trials=100 --seed=0    # each falls back, loudly, or says why not; verify exits 74
+
+One JSON line a trial, then a table; exit status 1 if a trial fails.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxtrain import checkpoint, committed, manifest
+from jaxtrain.checkpoint import CheckpointError, Checkpoints
+from jaxtrain.report.writers import is_clock, read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPERIMENT = [sys.executable, str(ROOT / "experiments" / "digits.py")]
+INTERVAL = 10
+COMMON = [
+    "--steps=120", f"--checkpoint_every={INTERVAL}", "--eval_every=20", "--log_every=7", "--batch_size=32", "--keep=3",
+    "--ema_decay=0.9", "--clip_norm=1", "--model.dropout=0.2", "--augment.crop_padding=1", "--report=false",
+]  # fmt: skip
+RECIPES = {"mlp": ["--model=mlp", "--model.widths=64,64"], "convnet": ["--model=convnet", "--model.widths=8,16"]}
+"""The first runs many steps a dispatch, the second one; both with dropout, augmentation, averaging and clipping."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """A run that nobody disturbed."""
+
+    folder: Path
+    seconds: float
+    loop_seconds: float
+    """From run.json, written before the first step, to the end."""
+    digest: str
+    metrics: list[dict[str, Any]]
+
+
+def command(recipe: str, folder: Path, *more: str) -> list[str]:
+    """How a run of the recipe is started, or started again."""
+    return [*EXPERIMENT, *COMMON, *RECIPES[recipe], f"--workdir={folder}", *more]
+
+
+def finish(recipe: str, folder: Path, *more: str) -> tuple[int, str]:
+    """Runs to the end; exit status and all that was said."""
+    done = subprocess.run(command(recipe, folder, *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    return done.returncode, done.stdout
+
+
+def golden(recipe: str, folder: Path) -> Golden:
+    """The run that all others must equal."""
+    finish(recipe, folder.with_name(f"warm-{recipe}"), "--steps=3")  # compiles, so that the clock below is that of the trials
+    began = time.monotonic()
+    status, said = finish(recipe, folder)
+    seconds = time.monotonic() - began
+    if status:
+        sys.exit(f"the undisturbed run of {recipe} failed with status {status}:\n{said}")
+    loop_seconds = time.time() - (folder / "run.json").stat().st_mtime
+    return Golden(folder, seconds, loop_seconds, verified(folder)[1], metrics_of(folder))
+
+
+def verified(folder: Path) -> tuple[int, str]:
+    """Status and digest by `python -m jaxtrain verify`."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = checkpoint.verify_command(folder)
+    last = said.getvalue().strip().splitlines()[-1]
+    return status, last.removeprefix("digest ") if last.startswith("digest ") else ""
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics without what comes from a clock."""
+    return [{key: value for key, value in line.items() if not is_clock(key)} for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def kill_once(recipe: str, folder: Path, draw: random.Random, whole: Golden) -> dict[str, Any] | None:
+    """Starts the run, kills it at a random moment, and says what that left; None if the run was faster."""
+    marker = folder / "run.json"
+    before = marker.stat().st_mtime_ns if marker.exists() else 0
+    in_loop = draw.random() < 0.75  # most kills where most can go wrong: between the first step and the end
+    wait = draw.uniform(0, whole.loop_seconds) if in_loop else draw.uniform(0, whole.seconds)
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command(recipe, folder), stdout=said, stderr=subprocess.STDOUT, cwd=ROOT)
+        while in_loop and process.poll() is None and (not marker.exists() or marker.stat().st_mtime_ns == before):
+            time.sleep(0.005)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(wait)
+        process.send_signal(signal.SIGKILL)
+        status = process.wait()
+        said.seek(0)
+        text = said.read()
+    if status == 0:
+        return None
+    problems: list[str] = []
+    newest = committed.newest(folder / "checkpoints", problems.append)
+    steps = [line["step"] for line in read_metrics(folder / "metrics.jsonl")]
+    return {
+        "where": "loop" if in_loop else "any", "seconds": round(wait, 3), "status": status, "resumed": resumed(text),
+        "reached": max(steps, default=0), "committed": newest, "problems": problems,
+    }  # fmt: skip
+
+
+def resumed(text: str) -> int | None:
+    """The step that a start said it resumed from."""
+    match = re.search(r"resumed from step (\d+)", text)
+    return int(match[1]) if match else None
+
+
+def kill_trial(recipe: str, folder: Path, draw: random.Random, whole: Golden) -> dict[str, Any]:
+    """One run, killed one to four times and started again each time; the last start runs to the end."""
+    kills: list[dict[str, Any]] = []
+    for _ in range(draw.randint(1, 4)):
+        found = kill_once(recipe, folder, draw, whole)
+        if found is None:
+            break
+        kills.append(found)
+    status, said = finish(recipe, folder)
+    # A start that was killed before it could speak says nothing of where it resumed; one that speaks must say the truth.
+    says = [kill["resumed"] for kill in kills[1:]] + [resumed(said)]
+    due = [kill["committed"] for kill in kills]
+    truthful = all(say == want for say, want in zip(says[:-1], due, strict=False) if say is not None) and (
+        status != 0 or says[-1] == (due[-1] if due else None) or "nothing to do" in said
+    )
+    result = {
+        "status": status, "kills": kills, "resumed_last": says[-1], "truthful": truthful,
+        "undamaged": not any(kill["problems"] for kill in kills),
+        "lost_most": max((kill["reached"] - (kill["committed"] or 0) for kill in kills), default=0),
+        "digest_equal": verified(folder) == (0, whole.digest), "metrics_equal": metrics_of(folder) == whole.metrics,
+    }  # fmt: skip
+    result["ok"] = status == 0 and all(result[key] for key in ("truthful", "undamaged", "digest_equal", "metrics_equal"))
+    if not result["ok"]:
+        result["said"] = said[-2000:]
+    return result
+
+
+def kills(trials: int, seed: int, folder: Path) -> list[dict[str, Any]]:
+    """The campaign of SIGKILLs, the recipes in turn."""
+    wholes = {recipe: golden(recipe, folder / f"golden-{recipe}") for recipe in RECIPES}
+    rows = []
+    for trial in range(trials):
+        recipe = list(RECIPES)[trial % len(RECIPES)]
+        place = folder / f"trial-{trial}"
+        rows.append({"trial": trial, "recipe": recipe} | kill_trial(recipe, place, random.Random(f"{seed} {trial}"), wholes[recipe]))
+        print(json.dumps(rows[-1]), flush=True)
+        if rows[-1]["ok"]:
+            shutil.rmtree(place)
+    return rows
+
+
+def show_kills(rows: Sequence[dict[str, Any]]) -> None:
+    """The table."""
+    print(f"\n{'trial':>5}  {'recipe':8}  {'kills at step (newest committed)':52}  {'digest':8}  {'metrics':8}  says")
+    for row in rows:
+        places = ", ".join(f"{kill['reached']} ({'-' if kill['committed'] is None else kill['committed']})" for kill in row["kills"])
+        equal = ["equal" if row[key] else "DIFFERS" for key in ("digest_equal", "metrics_equal")]
+        says = "-" if row["resumed_last"] is None else f"resumed from step {row['resumed_last']}"
+        print(f"{row['trial']:>5}  {row['recipe']:8}  {places:52}  {equal[0]:8}  {equal[1]:8}  {says}{'' if row['ok'] else '  FAILED'}")
+    count = sum(len(row["kills"]) for row in rows)
+    most = max((row["lost_most"] for row in rows), default=0)
+    print(f"{len(rows)} runs, {count} kills, {sum(row['ok'] for row in rows)} ok; steps run again at most {most} (one commit every {INTERVAL})")
+
+
+def flip(folder: Path, draw: random.Random) -> tuple[Path, int]:
+    """Flips one bit below `folder`: of a byte drawn from all, or of a file drawn from all, so that small files have their turn too."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    sizes = [path.stat().st_size for path in files]
+    path = draw.choices(files, weights=sizes if draw.random() < 0.5 else None)[0]
+    data = bytearray(path.read_bytes())
+    bit = draw.randrange(len(data) * 8)
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+    return path, bit
+
+
+def restored_digest(workdir: Path, said: list[str]) -> tuple[int | None, str]:
+    """Step and digest of the state that a restore gives, or why there is none; through the same calls as a run."""
+    checkpoints = Checkpoints(workdir)
+    try:
+        step = checkpoints.newest_verified(said.append)
+        if step is None:
+            return None, ""
+        like = {path: _abstract(*spec) for path, spec in manifest.read(checkpoints.folder / str(step))["tree"].items()}
+        return step, checkpoint.digest(checkpoints.restore(step, like)[0])
+    except (CheckpointError, ValueError) as error:
+        said.append(str(error))
+        return None, ""
+
+
+def _abstract(dtype: str, shape: list[int]) -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(lambda: jax.random.key(0)) if dtype.startswith("key<") else jax.ShapeDtypeStruct(tuple(shape), dtype)
+
+
+def flip_trial(source: Path, place: Path, truth: dict[int, str], draw: random.Random) -> dict[str, Any]:
+    """One bit flipped in a copy of a run's checkpoints, then a restore and a verify. One time in four there is nothing to fall back to."""
+    shutil.copytree(source / "checkpoints", place / "checkpoints")
+    newest = max(truth)
+    alone = draw.random() < 0.25
+    for step in truth if alone else ():
+        if step != newest:
+            shutil.rmtree(place / "checkpoints" / str(step))
+    where = place / "checkpoints" / str(newest) if draw.random() < 0.75 else place / "checkpoints"
+    path, bit = flip(where, draw)
+    hurt = int(path.relative_to(place / "checkpoints").parts[0])
+    said: list[str] = []
+    step, digest = restored_digest(place, said)
+    if step is None:
+        outcome = "refused" if alone and said else "WRONG"
+    elif digest != truth[step] or step == hurt:
+        outcome = "SILENTLY WRONG"
+    elif hurt == newest:
+        outcome = "fell back" if said and f"falling back to step {step}" in said[-1] else "NOT SAID"
+    else:
+        outcome = "not the newest"
+    status = verified(place)[0]
+    file = str(path.relative_to(place / "checkpoints"))
+    return {"file": file, "bit": bit, "restored": step, "said": said, "outcome": outcome, "verify": status, "ok": outcome.islower() and status == 74}
+
+
+def flip_run(source: Path, place: Path, whole: Golden, draw: random.Random) -> dict[str, Any]:
+    """One bit flipped in the newest checkpoint of a run that was stopped, which then goes on: it says so, and ends equal to the unhurt one."""
+    shutil.copytree(source, place)
+    newest = max(committed.numbered(place / "checkpoints"))
+    path, bit = flip(place / "checkpoints" / str(newest), draw)
+    before = verified(place)[0]
+    status, said = finish("mlp", place)
+    loud = [line for line in said.splitlines() if "warning: step" in line]
+    equal = metrics_of(place) == whole.metrics and Checkpoints(place).digest(120) == whole.digest
+    ok = status == 0 and before == 74 and bool(loud) and equal
+    row = {"file": str(path.relative_to(place / "checkpoints")), "bit": bit, "restored": resumed(said), "said": loud, "verify": before, "ok": ok}
+    return row | {"outcome": "run fell back, equal" if ok else "RUN FAILED"} | ({} if ok else {"output": said[-2000:]})
+
+
+def stopped(recipe: str, folder: Path) -> None:
+    """A run told to stop about half way."""
+    process = subprocess.Popen(command(recipe, folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    while process.poll() is None and max(committed.numbered(folder / "checkpoints"), default=0) < 50:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    if (status := process.wait()) != 75:
+        sys.exit(f"a run stopped by SIGTERM ended with status {status}, not 75")
+
+
+def flips(trials: int, seed: int, folder: Path, runs: int) -> list[dict[str, Any]]:
+    """The campaign of bit flips: `trials` restores, and `runs` whole runs."""
+    whole = golden("mlp", folder / "golden-mlp")
+    stopped("mlp", folder / "stopped-mlp")
+    truth = {step: Checkpoints(whole.folder).digest(step) for step in committed.numbered(whole.folder / "checkpoints")}
+    rows = []
+    for trial in range(trials + runs):
+        place, draw = folder / f"trial-{trial}", random.Random(f"{seed} {trial}")
+        found = flip_trial(whole.folder, place, truth, draw) if trial < trials else flip_run(folder / "stopped-mlp", place, whole, draw)
+        rows.append({"trial": trial} | found)
+        print(json.dumps(rows[-1]), flush=True)
+        shutil.rmtree(place)
+    return rows
+
+
+def show_flips(rows: Sequence[dict[str, Any]]) -> None:
+    """The table: what was hit, and what came of it."""
+    kinds = Counter((_kind(row["file"]), row["outcome"], row["verify"]) for row in rows)
+    print(f"\n{'file':16}  {'outcome':22}  {'verify':>6}  {'trials':>6}")
+    for (kind, outcome, status), count in sorted(kinds.items()):
+        print(f"{kind:16}  {outcome:22}  {status:>6}  {count:>6}")
+    print(f"{len(rows)} flips, {sum(row['ok'] for row in rows)} ok")
+
+
+def _kind(file: str) -> str:
+    name = Path(file).name
+    return name if name in (manifest.MANIFEST, manifest.COMMIT) else "arrays" if "/d/" in file else "array metadata"
+
+
+@contextlib.contextmanager
+def _scratch(folder: str) -> Iterator[Path]:
+    if folder:
+        Path(folder).mkdir(parents=True)
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="jaxtrain-faults-") as temporary:
+        yield Path(temporary)
+
+
+def main() -> int:
+    """Reads the arguments, runs a campaign, and says how it went."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("campaign", choices=("kills", "flips"))
+    parser.add_argument("--trials", type=int, default=None, help="how many (30 kills, 100 flips)")
+    parser.add_argument("--runs", type=int, default=5, help="of flips: how many whole runs besides")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", default="", help="a new folder that is kept; default: a temporary one")
+    options = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    with _scratch(options.folder) as folder:
+        if options.campaign == "kills":
+            rows = kills(30 if options.trials is None else options.trials, options.seed, folder)
+            show_kills(rows)
+        else:
+            rows = flips(100 if options.trials is None else options.trials, options.seed, folder, options.runs)
+            show_flips(rows)
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""The house itself: imports run downhill, files and functions stay small, every public thing has its words, and every experiment runs."""
+
+import ast
+import graphlib
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxtrain import flags, run
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = sorted((ROOT / "jaxtrain").rglob("*.py"))
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
+SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if path.is_file())
+BASH = [path for path in [*SCRIPTS, ROOT / ".ci" / "run"] if path.read_text().startswith("#!/usr/bin/env bash") or path.name == "environment"]
+PYTHON = [*PACKAGE, *EXPERIMENTS, *(path for path in SCRIPTS if path not in BASH), *sorted((ROOT / "tests").glob("*.py"))]
+OURS = [path for path in PYTHON if path.parent.name != "tests"]
+"""Everything that is not a test."""
+
+LONGEST_FILE, LONGEST_FUNCTION, LONGEST_TEST_FILE = 300, 80, 500
+LONGER: dict[str, int] = {}
+"""Files that may be longer than the others, and how long. Split rather than add."""
+KNOW_THE_RUN = {"flag_help", "flags", "programs", "run", "run_record", "settings", "workdir"}
+"""The only files that see the configuration of a whole run; every other one asks for the few things it needs."""
+FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "tarfile", "yaml"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "extractall", "unpack_archive", "system", "popen"}
+
+
+def name_of(path: Path) -> str:
+    """A file as messages show it."""
+    return str(path.relative_to(ROOT))
+
+
+def module_of(path: Path) -> str:
+    """The dotted name of a file of the package."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in PACKAGE}
+
+
+def parsed(path: Path) -> ast.Module:
+    """A file's syntax tree."""
+    return ast.parse(path.read_text(encoding="utf-8"), name_of(path))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Everything that a file imports, wherever the statement stands; of `from a import b` the module a.b, if there is one."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name_of(path)}: write imports in full, not with dots"
+            yield from (whole if (whole := f"{node.module}.{alias.name}") in MODULES else str(node.module) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and isinstance(node.args[0], ast.Constant):
+            yield node.args[0].value
+
+
+def functions(tree: ast.AST, owner: ast.ClassDef | None = None) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, ast.ClassDef | None, bool]]:
+    """Every function with its class, and whether it stands inside another function."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node, owner, False
+            yield from ((inner, None, True) for inner in ast.walk(node) if inner is not node and isinstance(inner, ast.FunctionDef))
+        elif isinstance(node, ast.ClassDef):
+            yield from functions(node, node)
+        elif not isinstance(node, ast.expr):
+            yield from functions(node, owner)
+
+
+def test_imports_run_downhill() -> None:
+    graph = {module: {name for name in imports(path) if name in MODULES} for module, path in MODULES.items()}
+    try:
+        list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(f"imports go round in a circle: {' <- '.join(error.args[1])}")
+    for module, used in graph.items():
+        assert "jaxtrain" not in used, f"{module}: import the file that has the name, not the package that passes it on"
+
+
+def test_models_know_nothing_of_the_house() -> None:
+    for module, path in MODULES.items():
+        if module.startswith("jaxtrain.models"):
+            ours = {name for name in imports(path) if name.startswith("jaxtrain") and not name.startswith("jaxtrain.models")}
+            assert ours <= {"jaxtrain.fields", "jaxtrain.horizon"}, module
+
+
+def test_the_step_knows_no_file_clock_or_logger() -> None:
+    assert not set(imports(MODULES["jaxtrain.step"])) & {"logging", "os", "time", "sys", "pathlib", "io"}
+
+
+def test_only_the_runner_sees_the_whole_run() -> None:
+    seen = {module.removeprefix("jaxtrain.") for module, path in MODULES.items() if "jaxtrain.config" in imports(path)}
+    assert seen <= KNOW_THE_RUN
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_every_file_opens_with_its_own_sentence(path: Path) -> None:
+    words = (ast.get_docstring(parsed(path)) or "").split("\n\n")[0]
+    assert words[:1].isupper() or words.startswith(("`", "scikit")), f"{name_of(path)}: opens with {words[:40]!r}"
+    assert words.endswith((".", ":")) and len(words) > 20
+
+
+def test_no_two_files_open_alike() -> None:
+    first = [(ast.get_docstring(parsed(path)) or "").splitlines()[0] for path in PYTHON]
+    assert len(set(first)) == len(first)
+
+
+def test_files_and_functions_stay_small() -> None:
+    found = []
+    for path in PYTHON:
+        length = len(path.read_text().splitlines())
+        limit = LONGER.get(name_of(path), LONGEST_TEST_FILE if path.parent.name == "tests" else LONGEST_FILE)
+        if length > limit:
+            found.append(f"{name_of(path)}: {length} lines, at most {limit}")
+        for function, _, _ in functions(parsed(path)):
+            lines = (function.end_lineno or 0) - function.lineno + 1
+            if lines > LONGEST_FUNCTION:
+                found.append(f"{name_of(path)}: {function.name} has {lines} lines, at most {LONGEST_FUNCTION}")
+    assert not found, "\n".join(found)
+
+
+def documented() -> set[tuple[str, str]]:
+    """(class, method) of every method with a docstring in the house."""
+    return {(owner.name, function.name) for path in OURS for function, owner, _ in functions(parsed(path)) if owner and ast.get_docstring(function)}
+
+
+def bases() -> dict[str, set[str]]:
+    """The names of all classes above each class of the house."""
+    direct = {
+        node.name: {ast.unparse(base).rpartition(".")[2].partition("[")[0] for base in node.bases}
+        for path in OURS
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.ClassDef)
+    }
+
+    def above(name: str) -> set[str]:
+        return direct.get(name, set()).union(*(above(base) for base in direct.get(name, set())))
+
+    return {name: above(name) for name in direct}
+
+
+def test_every_public_thing_has_its_words() -> None:
+    """A method that overrides a documented one needs none of its own."""
+    known, parents, found = documented(), bases(), []
+    for path in OURS:
+        tree = parsed(path)
+        for function, owner, inner in functions(tree):
+            hidden = inner or function.name.startswith("_") or (owner is not None and owner.name.startswith("_"))
+            inherits = owner is not None and any((base, function.name) in known for base in parents[owner.name])
+            if not (hidden or inherits or ast.get_docstring(function)):
+                found.append(f"{name_of(path)}:{function.lineno}: {function.name} has no docstring")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node):
+                found.append(f"{name_of(path)}:{node.lineno}: class {node.name} has no docstring")
+    assert not found, "\n".join(found)
+
+
+def test_everything_is_annotated() -> None:
+    found = []
+    for path in PYTHON:
+        for function, owner, inner in functions(parsed(path)):
+            arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs, function.args.vararg, function.args.kwarg]
+            method = owner is not None and not inner and not any(ast.unparse(mark) == "staticmethod" for mark in function.decorator_list)
+            bare = [argument.arg for argument in arguments[method:] if argument is not None and argument.annotation is None]
+            bare += ["its result"] if function.returns is None else []
+            if bare:
+                found.append(f"{name_of(path)}:{function.lineno}: {function.name}: {', '.join(bare)} without a type")
+    assert not found, "\n".join(found)
+
+
+def test_every_file_compiles() -> None:
+    for path in PYTHON:
+        compile(path.read_text(encoding="utf-8"), name_of(path), "exec", dont_inherit=True)
+    for path in BASH:
+        subprocess.run(["bash", "-n", path], check=True)
+
+
+def test_nothing_read_can_run_code() -> None:
+    for path in OURS:
+        used = {name.partition(".")[0] for name in imports(path)} & FORBIDDEN_IMPORTS
+        assert not used, f"{name_of(path)}: {used}"
+        for node in ast.walk(parsed(path)):
+            if not isinstance(node, ast.Call):
+                continue
+            written = ast.unparse(node.func)
+            owner, _, last = written.rpartition(".")
+            assert last not in FORBIDDEN_CALLS or owner in ("re", "lowered") or owner.endswith(")"), f"{name_of(path)}:{node.lineno}: {written}"
+            for keyword in node.keywords:
+                bad = keyword.arg in ("allow_pickle", "shell") and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
+                assert not bad, f"{name_of(path)}:{node.lineno}: {keyword.arg}"
+
+
+def test_the_linter_has_nothing_to_say() -> None:
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--output-format=concise", ROOT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
