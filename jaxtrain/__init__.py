@@ -18,7 +18,7 @@ _NAMES = {
     "main": "run",
 }
 _MODULES = ("adapters", "augment", "data", "evaluate", "losses", "metrics", "models", "optimizers", "schedules", "tasks")
-__all__ = sorted((*_NAMES, *_MODULES))
+__all__ = [*_NAMES, *_MODULES]  # noqa: PLE0604 - all of them are strings
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ verify, and only then delete what the rules no longer keep. So a kill at any mom
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import threading
@@ -280,8 +281,12 @@ def _size(count: int) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    text = (error.strerror if isinstance(error, OSError) and error.strerror else None) or str(error) or type(error).__name__
-    return " ".join(text.split())[:300]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split()) or type(error).__name__
+    # TensorStore's errors are pages long, and end in what the system said.
+    code = re.search(r"os_error_code='(\d+)'", text)
+    return os.strerror(int(code[1])) if code else text[:300]
 
 
 def _versions() -> dict[str, str]:

@@ -98,7 +98,7 @@ class Field:
         """What is wrong with `value`, or None; None itself and non-numbers have no bounds."""
         if not isinstance(value, int | float) or isinstance(value, bool):
             return None
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             return "must be finite"
         return next((text for mark in self.marks if hasattr(mark, "problem") and (text := mark.problem(value))), None)
 

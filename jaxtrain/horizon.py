@@ -41,4 +41,4 @@ class Horizon:
 
     def __str__(self) -> str:
         suffix = {"steps": "steps", "epochs": "epochs", "percent": "%"}[self.unit]
-        return f"{self.value:g}{suffix}"
+        return f"{int(self.value) if self.value == int(self.value) else self.value}{suffix}"

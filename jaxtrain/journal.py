@@ -10,7 +10,6 @@ from jaxtrain.report.progress import Progress
 from jaxtrain.report.writers import Writers
 
 LIVE_SECONDS = 0.1
-SMOOTHING = 0.9
 
 
 class Diverged(Exception):
@@ -34,7 +33,8 @@ class Journal:
         self._step = self._timed_step = step
         self._clock = time.monotonic()
         self._shown = 0.0
-        self._step_seconds: float | None = None
+        self._seconds, self._steps = 0.0, 0
+        """Spent on, and number of, the steps since the last line; pauses left out."""
 
     def take(self, step: int, sums: Mapping[str, tuple[float, float]]) -> None:
         """The sums, read from the device, of the dispatch that ended at `step`. Raises `Diverged` at once if they are not finite."""
@@ -49,10 +49,11 @@ class Journal:
         if step % self._every == 0 or step == self._total_steps:
             self._measure(step)
             means = self._totals.means()
-            seconds = {} if self._step_seconds is None else self._speed()
-            self._writers.write(step, "train", means | seconds)
-            self._totals = metrics.Totals()
+            seconds = self._step_seconds()
+            speed = {} if seconds is None else {"step_seconds": seconds, "examples_per_second": self._batch_size / seconds}
+            self._writers.write(step, "train", means | speed)
             self._show(step, means)
+            self._totals, self._seconds, self._steps = metrics.Totals(), 0.0, 0
         elif time.monotonic() - self._shown > LIVE_SECONDS:
             self._measure(step)
             self._show(step, self._totals.means())
@@ -71,19 +72,16 @@ class Journal:
 
     def _measure(self, step: int) -> None:
         now = time.monotonic()
-        if step > self._timed_step:
-            seconds = (now - self._clock) / (step - self._timed_step)
-            old = self._step_seconds
-            self._step_seconds = seconds if old is None else SMOOTHING * old + (1 - SMOOTHING) * seconds
-            self._clock, self._timed_step = now, step
+        self._seconds += now - self._clock
+        self._steps += step - self._timed_step
+        self._clock, self._timed_step = now, step
 
-    def _speed(self) -> dict[str, float]:
-        assert self._step_seconds is not None
-        return {"step_seconds": self._step_seconds, "examples_per_second": self._batch_size / max(self._step_seconds, 1e-9)}
+    def _step_seconds(self) -> float | None:
+        return self._seconds / self._steps if self._steps and self._seconds else None
 
     def _show(self, step: int, means: Mapping[str, float]) -> None:
         self._shown = time.monotonic()
-        seconds = self._step_seconds
+        seconds = self._step_seconds()
         self._progress.update(
             step,
             means,

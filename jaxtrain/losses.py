@@ -12,7 +12,7 @@ def cross_entropy(logits_BC: jax.Array, labels_B: jax.Array, *, label_smoothing:
     """The negative log-likelihood of each label, in nats, in float32.
 
     >>> import jax.numpy as jnp
-    >>> float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))[0].round(4))
+    >>> round(float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))[0]), 4)
     1.3863
 
     `label_smoothing` spreads that share of the target evenly over all classes (Szegedy et al. 2016, arXiv 1512.00567). Returns (B,).

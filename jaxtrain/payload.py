@@ -4,10 +4,13 @@ What is stored depends on the names of the state's parts but on no class of Opta
 where it is used: it takes a while, and only runs that save need it.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,40 +116,48 @@ def digest(arrays: HostState) -> str:
 
 def write(folder: Path, arrays: HostState) -> None:
     """Stores arrays by Orbax in a new folder."""
-    import orbax.checkpoint as ocp
-    from etils import epath
-
     folder.mkdir(parents=True)
-    handler = ocp.PyTreeCheckpointHandler()
-    try:
+    with _orbax() as (ocp, handler, path):
         # Orbax refuses arrays without elements; their shapes, in the manifest, say all.
-        handler.save(epath.Path(folder), args=ocp.args.PyTreeSave({path: array for path, array in arrays.items() if array.size}))
-        handler.finalize(epath.Path(folder))
-    finally:
-        handler.close()
+        handler.save(path(folder), args=ocp.args.PyTreeSave({name: array for name, array in arrays.items() if array.size}))
+        handler.finalize(path(folder))
 
 
 def read(folder: Path, stored: Specs) -> HostState:
     """The arrays of a folder, which must be as `stored` says; `ValueError` if they are not, before anything large is read."""
-    import orbax.checkpoint as ocp
-    from etils import epath
-
     dtypes = {path: np.dtype(np.uint32) if dtype.startswith("key<") else jnp.dtype(dtype) for path, (dtype, _) in stored.items()}
-    need = sum(dtype.itemsize * int(np.prod(stored[path][1], dtype=object)) for path, dtype in dtypes.items())
+    need = sum(dtype.itemsize * math.prod(stored[path][1]) for path, dtype in dtypes.items())
     if need > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
         raise ValueError(f"declares {need} bytes of arrays, this machine has {memory} bytes of memory; refused")
     empty = {path for path, (_, shape) in stored.items() if 0 in shape}
+    with _orbax() as (ocp, handler, path):
+        # The arrays' own metadata can lie as well: compared before anything is allocated by them.
+        found = {name: (tuple(array.shape), np.dtype(array.dtype)) for name, array in handler.metadata(path(folder)).tree.items()}
+        if found != {name: (tuple(stored[name][1]), dtype) for name, dtype in dtypes.items() if name not in empty}:
+            raise ValueError("its arrays are not those of its manifest; refused")
+        options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in found}
+        arrays = dict(handler.restore(path(folder), args=ocp.args.PyTreeRestore(restore_args=options)))
+    return arrays | {name: np.zeros(stored[name][1], dtypes[name]) for name in empty}
+
+
+@contextlib.contextmanager
+def _orbax() -> Iterator[tuple[Any, Any, Any]]:
+    """Orbax, a handler of flat dicts and the path class it wants."""
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    def is_ours(record: logging.LogRecord) -> bool:
+        return "/orbax/" not in record.pathname
+
+    # Orbax logs a traceback for every error that it also raises; the user gets the one line that we make of it.
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_ours)
     handler = ocp.PyTreeCheckpointHandler()
     try:
-        # The arrays' own metadata can lie as well: compared before anything is allocated by them.
-        found = {path: (tuple(array.shape), np.dtype(array.dtype)) for path, array in handler.metadata(epath.Path(folder)).tree.items()}
-        if found != {path: (tuple(stored[path][1]), dtype) for path, dtype in dtypes.items() if path not in empty}:
-            raise ValueError("its arrays are not those of its manifest; refused")
-        options = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in found}
-        arrays = dict(handler.restore(epath.Path(folder), args=ocp.args.PyTreeRestore(restore_args=options)))
+        yield ocp, handler, epath.Path
     finally:
         handler.close()
-    return arrays | {path: np.zeros(stored[path][1], dtypes[path]) for path in empty}
+        logger.removeFilter(is_ours)
 
 
 def _is_key(leaf: Any) -> bool:

@@ -130,7 +130,7 @@ def without_effect(path: Any) -> bool:
 
 @pytest.mark.parametrize("name", ["mlp", "convnet", "resnet", "wide", "vit"])
 def test_dropout_may_be_traced_and_off_costs_nothing(name: str) -> None:
-    model, shape = TINY[name]
+    model, _ = TINY[name]
     net, variables, inputs = start(name)
 
     def outputs(rate: Any) -> jax.Array:
@@ -297,4 +297,4 @@ def test_names_are_distinct_and_the_package_names_what_it_has() -> None:
     assert not set(families[0]) & set(families[1]) and {"mlp", "convnet", "convnet1d"} <= set(models.NAMES)
     assert "ViT" in dir(models)
     with pytest.raises(AttributeError, match="has no attribute 'VIT'; it has NAMES, MLP"):
-        models.VIT
+        _ = models.VIT

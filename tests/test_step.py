@@ -199,7 +199,7 @@ def test_numbers_are_inputs_not_constants(arrays):
             state = dataclasses.replace(state, hyper=state.hyper | {name: state.hyper[name] * 0.05})
         update = update if name else step.make_train_step(model, task, optimizer, clip_norm=1.0, ema_decay=0.9, schedule=Constant(warmup=3.0))
         for index in range(2):
-            state, sums = update(state, batch_of(arrays, 16 * index))
+            state, _ = update(state, batch_of(arrays, 16 * index))
         results.append(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves((state.params, state.ema))]))
     assert update._cache_size() == 1
     for index, name in enumerate(names, start=1):

@@ -12,7 +12,7 @@ _PUBLIC = {
 }
 _FAMILIES = ("mlp", "convnet", "resnet", "vit")
 
-__all__ = sorted(("NAMES", *_PUBLIC))
+__all__ = ["NAMES", *_PUBLIC]  # noqa: PLE0604 - all of them are strings
 
 
 def __getattr__(name: str) -> Any:
