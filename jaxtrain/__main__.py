@@ -87,7 +87,7 @@ def report(arguments: Sequence[str]) -> int:
     for workdir in workdirs:
         if not (workdir / "metrics.jsonl").is_file():
             raise ValueError(f"report {wording.one_line(str(workdir))}: holds no metrics.jsonl; is it the folder of a run?")
-    print(importlib.import_module("jaxtrain.report.page").write_report(workdirs, workdirs[0] / "report.html"))
+    print(importlib.import_module("jaxtrain.report.page").write_report(workdirs))
     return 0
 
 

@@ -78,7 +78,7 @@ def logical_axes(model: Any, inputs: Any) -> Variables:
     if isinstance(model, nn.Module):
         options = {"train": False} if _takes(model.__call__, "train") else {}
         boxes = jax.eval_shape(lambda key, x: model.init(key, x, **options), _abstract_key(), inputs)
-        return jax.tree.map(lambda box: getattr(box, "names", None), dict(boxes), is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
+        return jax.tree.map(lambda box: getattr(box, "names", None), dict(boxes), is_leaf=_is_box)
     if _is_pair(model):
         return jax.tree.map(lambda _: None, jax.eval_shape(_pair(model).init, _abstract_key(), inputs))
     return _nnx_axes(model)
@@ -185,6 +185,10 @@ def _nnx_axes(model: Any) -> Variables:
 
 def _is_pair(model: Any) -> bool:
     return isinstance(model, tuple) and len(model) == 2 and all(callable(part) for part in model)
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.meta.AxisMetadata)
 
 
 def _takes(function: Any, name: str) -> bool:

@@ -3,7 +3,7 @@
 An augmentation is a frozen dataclass called as `augment(batch, keys_B, key)`. What happens to one example depends on its own key only, so it is
 the same for any batch, shard or microbatch that it comes in. Mixtures depend on the batch: their partner is the example at the mirrored
 place, and one weight, from `key`, serves all; so augment the whole batch, then cut it into microbatches. Strengths are traced; those at 0
-leave no trace in the program. Parts: the two public classes, what they do to space, what they do to values, mixtures.
+leave no trace in the program. Parts: the public classes, random numbers, masks, resampling; `mixtures.py` has mixup and cutmix.
 
 B batch, H height, W width, L length of a signal, C channels, A spatial axes (H and W, or L), N numbers drawn an example.
 """
@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxtrain import mixtures
 from jaxtrain.fields import Between, NonNegative, Probability, Traced
 
 Batch = dict[str, jax.Array]
@@ -89,26 +90,26 @@ class ImageAugment:
         _check(image_BHWC, ranks=(4,), name="ImageAugment", expected="(B, H, W, C); for signals take --augment=signal")
         draws_BN = _draws(keys_B)
         image_BHWC = self._move(image_BHWC, draws_BN)
-        if not _off(self.erase):
+        if not mixtures.off(self.erase):
             image_BHWC = self._erase(image_BHWC, draws_BN, keys_B)
-        return _mix({**batch, "image": image_BHWC}, self.mixup, self.cutmix, draws_BN, key)
+        return mixtures.mix({**batch, "image": image_BHWC}, self.mixup, self.cutmix, draws_BN[:, _CENTER], key)
 
     def _move(self, image_BHWC: jax.Array, draws_BN: jax.Array) -> jax.Array:
         # Every move says where a pixel comes from, so all of them together are one gather along each axis.
         flips = ((self.flip_vertical, _FLIP_VERTICAL), (self.flip, _FLIP))
-        if all(_off(strength) for strength in (self.flip, self.flip_vertical, self.crop_padding, self.translate)):
+        if all(mixtures.off(strength) for strength in (self.flip, self.flip_vertical, self.crop_padding, self.translate)):
             return image_BHWC
         sources, inside = [], []
         for axis, (flip, place) in enumerate(flips):
             size = image_BHWC.shape[1 + axis]
             source_BS = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (len(image_BHWC), size))
             inside_BS = jnp.ones(source_BS.shape, bool)
-            if not _off(flip):
+            if not mixtures.off(flip):
                 source_BS = jnp.where((draws_BN[:, place] < flip)[:, None], size - 1 - source_BS, source_BS)
-            if not _off(self.translate):
+            if not mixtures.off(self.translate):
                 source_BS = source_BS + _whole(draws_BN[:, _TRANSLATE][:, axis], self.translate * size)[:, None]
                 inside_BS &= (source_BS >= 0) & (source_BS < size)
-            if not _off(self.crop_padding):
+            if not mixtures.off(self.crop_padding):
                 source_BS = source_BS + _whole(draws_BN[:, _CROP][:, axis], self.crop_padding)[:, None]
                 if self.padding == "zero":
                     inside_BS &= (source_BS >= 0) & (source_BS < size)
@@ -116,7 +117,7 @@ class ImageAugment:
             sources.append(jnp.clip(source_BS, 0, size - 1))
             inside.append(inside_BS)
         moved_BHWC = jax.vmap(lambda image_HWC, rows_H, columns_W: image_HWC[rows_H][:, columns_W])(image_BHWC, *sources)
-        if _off(self.translate) and (_off(self.crop_padding) or self.padding == "reflect"):
+        if mixtures.off(self.translate) and (mixtures.off(self.crop_padding) or self.padding == "reflect"):
             return moved_BHWC
         return jnp.where((inside[0][:, :, None] & inside[1][:, None, :])[..., None], moved_BHWC, jnp.zeros_like(moved_BHWC))
 
@@ -126,7 +127,7 @@ class ImageAugment:
         area_B = (0.02 + draws_BN[:, _AREA] * jnp.maximum(self.erase_area - 0.02, 0.0)) * math.prod(sides_A)
         aspect_B = jnp.exp((2 * draws_BN[:, _ASPECT] - 1) * math.log(1 / 0.3))
         extents = [jnp.sqrt(area_B * aspect_B), jnp.sqrt(area_B / aspect_B)]
-        inside_BHW1 = _spans(sides_A, extents, draws_BN[:, _BOX]) & _column(draws_BN[:, _ERASE] < self.erase, 4)
+        inside_BHW1 = _spans(sides_A, extents, draws_BN[:, _BOX]) & mixtures.column(draws_BN[:, _ERASE] < self.erase, 4)
         fill_BHWC = jnp.zeros_like(image_BHWC) if self.erase_fill == "zero" else _normal(keys_B, "erase", image_BHWC)
         return jnp.where(inside_BHW1, fill_BHWC, image_BHWC)
 
@@ -174,37 +175,37 @@ class SignalAugment:
         draws_BN = _draws(keys_B)
         signal_BLC = signal.reshape(*signal.shape[:2], -1)
         signal_BLC = self._values(self._move(signal_BLC, draws_BN), draws_BN, keys_B)
-        mixed = _mix({**batch, "image": signal_BLC}, self.mixup, self.cutmix, draws_BN, key)
+        mixed = mixtures.mix({**batch, "image": signal_BLC}, self.mixup, self.cutmix, draws_BN[:, _CENTER], key)
         return {**mixed, "image": mixed["image"].reshape(signal.shape)}
 
     def _move(self, signal_BLC: jax.Array, draws_BN: jax.Array) -> jax.Array:
         size = signal_BLC.shape[1]
-        if _off(self.shift) and _off(self.stretch) and _off(self.warp):
+        if mixtures.off(self.shift) and mixtures.off(self.stretch) and mixtures.off(self.warp):
             return signal_BLC
         time_BL = jnp.broadcast_to(jnp.arange(size, dtype=jnp.float32), signal_BLC.shape[:2])
-        if not _off(self.stretch):
+        if not mixtures.off(self.stretch):
             middle = (size - 1) / 2
             time_BL = middle + (time_BL - middle) * jnp.exp((2 * draws_BN[:, _STRETCH] - 1) * self.stretch)[:, None]
-        if not _off(self.warp):
+        if not mixtures.off(self.warp):
             time_BL = time_BL + self.warp * size * _waves(draws_BN[:, _WARP], size)
-        if not _off(self.shift):
+        if not mixtures.off(self.shift):
             time_BL = time_BL + _whole(draws_BN[:, _TRANSLATE][:, 0], self.shift * size)[:, None].astype(jnp.float32)
         return _resample(signal_BLC, time_BL, self.fill)
 
     def _values(self, signal_BLC: jax.Array, draws_BN: jax.Array, keys_B: jax.Array) -> jax.Array:
         size, dtype = signal_BLC.shape[1], signal_BLC.dtype
-        if not _off(self.scale):
-            signal_BLC = signal_BLC * _column(1 + self.scale * (2 * draws_BN[:, _SCALE] - 1), 3).astype(dtype)
-        if not _off(self.shear):
+        if not mixtures.off(self.scale):
+            signal_BLC = signal_BLC * mixtures.column(1 + self.scale * (2 * draws_BN[:, _SCALE] - 1), 3).astype(dtype)
+        if not mixtures.off(self.shear):
             line_L = jnp.linspace(-1.0, 1.0, size)
             signal_BLC = signal_BLC + (self.shear * (2 * draws_BN[:, _SHEAR, None] - 1) * line_L[None])[..., None].astype(dtype)
-        if not _off(self.noise):
+        if not mixtures.off(self.noise):
             signal_BLC = signal_BLC + jnp.asarray(self.noise, dtype) * _normal(keys_B, "noise", signal_BLC)
-        if not _off(self.smooth_noise):
+        if not mixtures.off(self.smooth_noise):
             signal_BLC = signal_BLC + jnp.asarray(self.smooth_noise, dtype) * _smooth_normal(keys_B, signal_BLC)
-        if not _off(self.erase):
+        if not mixtures.off(self.erase):
             extents = [draws_BN[:, _AREA] * self.erase_length * size]
-            inside_BL1 = _spans((size,), extents, draws_BN[:, _BOX]) & _column(draws_BN[:, _ERASE] < self.erase, 3)
+            inside_BL1 = _spans((size,), extents, draws_BN[:, _BOX]) & mixtures.column(draws_BN[:, _ERASE] < self.erase, 3)
             signal_BLC = jnp.where(inside_BL1, jnp.zeros_like(signal_BLC), signal_BLC)
         return signal_BLC
 
@@ -216,11 +217,6 @@ NAMES: dict[str, Augment] = {
     "flip_crop": ImageAugment(flip=0.5, crop_padding=4.0),
     "digit_shift": ImageAugment(crop_padding=1.0, padding="zero"),
 }
-
-
-def _off(strength: Any) -> bool:
-    """Whether an effect is switched off for good; a traced strength never is, though its value may be 0."""
-    return isinstance(strength, int | float) and strength == 0
 
 
 def _check(image: jax.Array, *, ranks: Sequence[int], name: str, expected: str) -> None:
@@ -264,11 +260,6 @@ def _reflect(index: jax.Array, size: int) -> jax.Array:
     return jnp.minimum(folded, period - folded) if size > 1 else jnp.zeros_like(index)
 
 
-def _column(values_B: jax.Array, rank: int) -> jax.Array:
-    """Gives a number an example the trailing axes that let it meet a batch."""
-    return values_B.reshape(-1, *([1] * (rank - 1)))
-
-
 def _spans(sides_A: Sequence[int], extents: Sequence[jax.Array], draws_BA: jax.Array) -> jax.Array:
     """A mask (B, *A, 1) of boxes of the given extents, rounded and cut to the sides, that lie wholly inside."""
     lows, highs = [], []
@@ -277,17 +268,7 @@ def _spans(sides_A: Sequence[int], extents: Sequence[jax.Array], draws_BA: jax.A
         low_B = jnp.floor(draws_BA[:, axis] * (side - length_B + 1))
         lows.append(jnp.minimum(low_B, side - length_B))
         highs.append(lows[-1] + length_B)
-    return _box(sides_A, lows, highs)
-
-
-def _box(sides_A: Sequence[int], lows: Sequence[jax.Array], highs: Sequence[jax.Array]) -> jax.Array:
-    """A mask (B, *A, 1): true where every axis has low <= place < high."""
-    rank = len(sides_A) + 2
-    mask = jnp.ones([1] * rank, bool)
-    for axis, (side, low_B, high_B) in enumerate(zip(sides_A, lows, highs, strict=True)):
-        places = jnp.arange(side, dtype=jnp.float32).reshape([side if axis + 1 == other else 1 for other in range(rank)])
-        mask = mask & (places >= _column(low_B, rank)) & (places < _column(high_B, rank))
-    return mask
+    return mixtures.box(sides_A, lows, highs)
 
 
 def _waves(draws_BN: jax.Array, size: int) -> jax.Array:
@@ -312,46 +293,3 @@ def _resample(signal_BLC: jax.Array, time_BL: jax.Array, fill: str) -> jax.Array
         return jnp.where((place_BL == index_BL)[..., None], values_BLC, jnp.zeros_like(values_BLC)) if fill == "zero" else values_BLC
 
     return values_at(left_BL) * (1 - part_BL1) + values_at(left_BL + 1) * part_BL1
-
-
-def _mix(batch: Batch, mixup: Any, cutmix: Any, draws_BN: jax.Array, key: jax.Array) -> Batch:
-    """Mixes each example with the one at the mirrored place of the batch; one weight serves all, as in both papers."""
-    if _off(mixup) and _off(cutmix):
-        return batch
-    if "label" not in batch:
-        raise ValueError(f"--augment.mixup, --augment.cutmix: the batch has no label to mix (it has {', '.join(batch)}); set both to 0")
-    blend_key, cut_key, choice_key = jax.random.split(key, 3)
-    image = batch["image"]
-    partner = image[::-1]
-    blended = cut = (image, jnp.ones(len(image)))
-    if not _off(mixup):
-        weight = _weight(blend_key, mixup)
-        share = weight.astype(image.dtype)
-        blended = (share * image + (1 - share) * partner, jnp.broadcast_to(weight, (len(image),)))
-    if not _off(cutmix):
-        inside, weight_B = _cut(image.shape[1:-1], _weight(cut_key, cutmix), draws_BN[:, _CENTER])
-        cut = (jnp.where(inside, partner, image), weight_B)
-    if _off(cutmix) or _off(mixup):
-        mixed, weight_B = cut if _off(mixup) else blended
-    else:
-        chosen = jax.random.bernoulli(choice_key)
-        mixed, weight_B = (jnp.where(chosen, one, other) for one, other in zip(blended, cut, strict=True))
-    return {**batch, "image": mixed, "label_other": batch["label"][::-1], "label_weight": weight_B}
-
-
-def _weight(key: jax.Array, alpha: Any) -> jax.Array:
-    """A weight from Beta(alpha, alpha); 1, so nothing mixed, where a traced alpha is 0."""
-    safe = jnp.maximum(jnp.asarray(alpha, jnp.float32), 1e-3)
-    return jnp.where(jnp.asarray(alpha) > 0, jax.random.beta(key, safe, safe), 1.0)
-
-
-def _cut(sides_A: Sequence[int], weight: jax.Array, draws_BA: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Boxes about random centres that take 1 - weight of the image, cut at its edge; and what then remains, exactly, as (B,)."""
-    lows, highs = [], []
-    for axis, side in enumerate(sides_A):
-        half = jnp.floor(jnp.floor(side * (1 - weight) ** (1 / len(sides_A))) / 2)
-        center_B = jnp.floor(draws_BA[:, axis] * side)
-        lows.append(jnp.clip(center_B - half, 0, side))
-        highs.append(jnp.clip(center_B + half, 0, side))
-    area_B = math.prod(high_B - low_B for low_B, high_B in zip(lows, highs, strict=True))
-    return _box(sides_A, lows, highs), 1 - area_B / math.prod(sides_A)

@@ -44,12 +44,17 @@ class ResidentFeed:
     def advance(self, state: TrainState, count: int) -> tuple[TrainState, metrics.Sums]:
         """Dispatches `count` steps."""
         if count not in self.counts:
-            self.counts[count] = jax.device_put(np.int32(count))
+            self.counts[count] = device_count(count, self.data)
         # Which program runs hangs on whether calls may be long at all, not on this one's length: a resumed run repeats the same bits.
         return (self.several or self.single)(state, self.data, self.counts[count])
 
     def close(self) -> None:
         """Nothing reads in the background."""
+
+
+def device_count(count: int, data: Batch) -> jax.Array:
+    """A number of steps as a device scalar, on the same devices as the data."""
+    return jax.device_put(np.int32(count), next(iter(data.values())).sharding)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ def parse(text: str) -> dict[str, int]:
         if axis not in OFFERED:
             near = difflib.get_close_matches(axis.lower(), OFFERED, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"--mesh={text}: unknown axis {axis!r}; valid: {', '.join(OFFERED)}{hint}")
+            raise ValueError(f"--mesh: unknown axis {axis!r}; axes used by this model: {', '.join(OFFERED)}{hint}")
         if axis in sizes:
             raise ValueError(f"--mesh={text}: axis {axis!r} is given twice")
         if not colon or not number.lstrip("-").isdecimal() or not number.isascii() or (size := int(number)) == 0 or size < -1:

@@ -147,7 +147,7 @@ def compile_training(
         )
         return Training(feeds.StreamFeed(compiled, stream), 1, feeds.flops_of(lowered), _memory(state, data, compiled))
     steps = step.make_train_steps(*parts, batch_size=run.batch_size, mesh=mesh, **recipe)
-    count = jax.device_put(np.int32(1))
+    count = feeds.device_count(1, data)
     lowered = steps.single.lower(state, data, count)
     flops = feeds.flops_of(lowered)
     chosen = per_call or feeds.steps_per_call(lowered, platform, run.log_every)

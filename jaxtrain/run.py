@@ -70,8 +70,14 @@ def guarded(action: Callable[[], int], *, show_traceback: bool = False) -> int:
 
 def launch(run: config.Run, argv: Sequence[str]) -> int:
     """Builds the parts of a run, trains or evaluates, and returns the exit status."""
+    with Stop() as stop:
+        return _launch(run, argv, stop)
+
+
+def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
     began = time.monotonic()
     mesh = _mesh(run)
+    meshes.check_batch("batch_size", run.batch_size, mesh)  # again with the data's shapes, but those may take a while to be known
     _use_compilation_cache()
     jax.config.update("jax_debug_nans", run.debug_nans)
     splits = run.data.open()
@@ -81,7 +87,7 @@ def launch(run: config.Run, argv: Sequence[str]) -> int:
     recipe = programs.options(run, splits.train, length)
     batch = programs.check_model(run, splits.train, recipe, mesh)
     folder = workdir.place(run)
-    with Stop() as stop, Lock(folder, force=run.force_unlock):
+    with Lock(folder, force=run.force_unlock):
         return _Session(run, argv, mesh, splits, length, recipe, batch, folder, stop, began).go()
 
 
@@ -115,10 +121,12 @@ class _Session:
                 progress.line(f"{flag}: checkpoint is already at step {newest}; nothing to do, raise it to go on")
                 self._report(progress)
                 return DONE
-            state, kept = self._state(checkpoints, newest, record)
+            abstract = self._abstract_state()
+            if not self.run.eval_only:
+                checkpoints.check_space(abstract)
+            state, kept = self._state(checkpoints, newest, abstract)
             if self.run.eval_only:
                 return self._evaluate_only(state, progress)
-            checkpoints.check_space(state)
             return self._train(state, kept, newest or 0, checkpoints, {"run_id": run_id} | (record or {}), progress)
         finally:
             progress.stop()
@@ -166,30 +174,40 @@ class _Session:
         }
         progress.show(tables.facts(f"jaxtrain {run.name}", rows))
 
-    def _state(self, checkpoints: Checkpoints, newest: int | None, record: dict[str, Any] | None) -> tuple[TrainState, dict[str, Any]]:
-        """The state to begin with and what its checkpoint says besides: restored, or new (perhaps with parameters from elsewhere)."""
+    def _abstract_state(self) -> TrainState:
+        """Shapes and shardings of the state, before anything is compiled; `ValueError` if an array does not fit the mesh."""
         parts = (self.run.model, self.run.task, self.run.optimizer)
-        state = step.init_state(*parts, self.batch, seed=self.run.seed, mesh=self.mesh, **self.recipe)
+        state = jax.eval_shape(lambda: step.init_state(*parts, self.batch, seed=self.run.seed, **self.recipe))
+        places = step.state_shardings(step.Recipe(*parts, **self.recipe), self.batch, state, self.mesh)
+        return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, places)
+
+    def _state(self, checkpoints: Checkpoints, newest: int | None, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state to begin with and what its checkpoint says besides: restored, or new (perhaps with parameters from elsewhere)."""
         if newest is None:
-            return (self._warm(state) if self.run.init_from else state), {}
-        assert record is not None
-        like = _like(state)
-        # The numbers of the recipe are those of today's flags; the checkpoint's have their own names, if a part was switched on or off since.
-        numbers, scalar = state.hyper, next(iter(like.hyper.values()))
-        like = dataclasses.replace(like, hyper=dict.fromkeys(record["hyper"], scalar))
-        restored, kept = checkpoints.restore(newest, like)
+            warm = self._warm(abstract) if self.run.init_from else {}
+            parts = (self.run.model, self.run.task, self.run.optimizer)
+            state = step.init_state(*parts, self.batch, seed=self.run.seed, mesh=self.mesh, **self.recipe)
+            return dataclasses.replace(state, **warm), {}
+        # The numbers of the recipe are those of today's flags; the checkpoint has its own, of other names if a part was switched on or off since.
+        restored, kept = checkpoints.restore(newest, dataclasses.replace(abstract, hyper={}), partial=True)
+        values = hyper.collect(step.Recipe(self.run.model, self.run.task, self.run.optimizer, **self.recipe))
+        numbers = {name: jax.device_put(np.float32(values[name]), place.sharding) for name, place in abstract.hyper.items()}
         return dataclasses.replace(restored, hyper=numbers), kept
 
-    def _warm(self, state: TrainState) -> TrainState:
-        """A new state with the parameters, and the model's other variables, of another run."""
-        source = Checkpoints(Path(self.run.init_from), keep=1, keep_every=None, run_id="")
-        newest = source.newest_verified(flags.warn)
-        if newest is None:
-            raise ValueError(f"--init_from={self.run.init_from}: no committed checkpoint there")
-        like = _like(state)
-        restored, _ = source.restore(newest, {"params": like.params, "collections": like.collections}, partial=True)
-        ema = None if state.ema is None else jax.tree.map(lambda leaf: leaf.copy(), restored["params"])
-        return dataclasses.replace(state, params=restored["params"], collections=restored["collections"], ema=ema)
+    def _warm(self, abstract: TrainState) -> dict[str, Any]:
+        """The parameters, and the model's other variables, of another run or of one of its checkpoints; an average starts from them too."""
+        path, flag = Path(self.run.init_from), f"--init_from={self.run.init_from}"
+        single = path.name.isdecimal() and path.parent.name == "checkpoints"
+        source = Checkpoints(path.parent.parent if single else path)
+        try:
+            newest = int(path.name) if single else source.newest_verified(flags.warn)
+            if newest is None:
+                raise ValueError(f"{flag}: no committed checkpoint there; give a workdir, or WORKDIR/checkpoints/STEP")
+            wanted = {"params": abstract.params, "collections": abstract.collections}
+            restored, _ = source.restore(newest, wanted, partial=True)
+        except (CheckpointError, ValueError) as error:
+            raise ValueError(str(error) if str(error).startswith(flag) else f"{flag}: {error}") from error
+        return restored | ({} if abstract.ema is None else {"ema": jax.tree.map(lambda leaf: leaf.copy(), restored["params"])})
 
     def _evaluator(self, table: Table | None) -> loop.Evaluate | None:
         if table is None:
@@ -214,7 +232,7 @@ class _Session:
         self, state: TrainState, kept: dict[str, Any], start: int, checkpoints: Checkpoints, record: dict[str, Any], progress: Progress
     ) -> int:
         run, length = self.run, self.length
-        writers = Writers(JsonlWriter(self.folder / "metrics.jsonl"), self._trackers(), note=flags.warn)
+        writers = Writers(JsonlWriter(self.folder / "metrics.jsonl"), self._trackers(record["run_id"]), note=flags.warn)
         profiler = Profiler(run.profile_steps, self.folder / "profile")
         training = None
         try:
@@ -262,10 +280,10 @@ class _Session:
             memory_bytes=lambda: _memory_in_use(device),
         )  # fmt: skip
 
-    def _trackers(self) -> list[Any]:
+    def _trackers(self, run_id: str) -> list[Any]:
         found: list[Any] = [TensorBoardWriter(self.folder / "tensorboard")] if self.run.tensorboard else []
         if self.run.wandb:
-            found.append(WandbWriter(self.run.wandb, name=self.run.name, folder=self.folder, config=workdir.describe(self.run, self.argv)["config"]))
+            found.append(WandbWriter(self.run.wandb, name=self.run.name, run_id=run_id, folder=self.folder, config=workdir.describe(self.run, self.argv)["config"]))
         return found
 
     def _write_record(self, state: TrainState, training: programs.Training, record: dict[str, Any]) -> None:

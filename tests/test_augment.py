@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxtrain import augment as augmentation
-from jaxtrain import fields, hyper
+from jaxtrain import fields, hyper, mixtures
 from jaxtrain.augment import ImageAugment, NoAugment, SignalAugment
 
 BATCH, SIDES, LENGTH = 16, (6, 5), 20
@@ -126,7 +126,7 @@ def test_both_mixtures_take_turns() -> None:
 
 
 def test_mixing_weights_are_beta() -> None:
-    weights = jax.vmap(lambda key: augmentation._weight(key, 0.5))(jax.random.split(KEY, 2000))
+    weights = jax.vmap(lambda key: mixtures._weight(key, 0.5))(jax.random.split(KEY, 2000))
     assert abs(float(weights.mean()) - 0.5) < 0.03
     assert abs(float(weights.var()) - 0.125) < 0.01
 

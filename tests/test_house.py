@@ -23,7 +23,7 @@ PYTHON = [*PACKAGE, *EXPERIMENTS, *(path for path in SCRIPTS if path not in BASH
 OURS = [path for path in PYTHON if path.parent.name != "tests"]
 """Everything that is not a test."""
 
-LONGEST_FILE, LONGEST_FUNCTION, LONGEST_TEST_FILE = 300, 80, 500
+LONGEST_FILE, LONGEST_FUNCTION, LONGEST_TEST_FILE = 300, 80, 700
 LONGER = {"jaxtrain/augment.py": 360, "jaxtrain/run.py": 420, "jaxtrain/step.py": 380, "scripts/bench.py": 400, "scripts/faults.py": 400}
 """Files that may be longer than the others, and how long. Split rather than add."""
 KNOW_THE_RUN = {"flag_help", "flags", "programs", "run", "run_record", "settings", "workdir"}
@@ -234,7 +234,7 @@ def test_every_experiment_has_its_small_form() -> None:
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_runs_two_steps(path: Path, stand_ins: dict[str, str], tmp_path: Path) -> None:
     argv = [text.format(**stand_ins) for text in SHRUNKEN[path.stem]]
-    argv += ["--steps=2", "--batch_size=16", "--eval_batch_size=16", "--log_every=1", f"--workdir={tmp_path}", "--notensorboard", "--noreport"]
+    argv += ["--steps=2", "--batch_size=16", "--eval_batch_size=16", "--log_every=1", "--mesh=data:2", f"--workdir={tmp_path}", "--notensorboard", "--noreport"]
     experiment = runpy.run_path(str(path))["experiment"]()
     assert experiment.name == path.stem
     assert run.launch(flags.parse(experiment, argv), argv) == 0

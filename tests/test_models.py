@@ -273,6 +273,9 @@ ERRORS = [
     (ResNet(), (1, 40), r"ResNet: input shape \(1, 40\) is not \(batch, height, width, channels\)"),
     (ResNet(width=8), (1, 8, 8, 1), r"ResNet.shortcut=pad: cannot pad 16 channels to 8; set stem_width <= width, or shortcut=project"),
     (ConvNet(), (1, 2, 2, 2, 2), r"ConvNet: input shape \(1, 2, 2, 2, 2\) is neither"),
+    (ConvNet(widths=(8, 0)), (1, 8, 8, 1), r"ConvNet.widths=\(8, 0\): every entry must be >= 1"),
+    (MLP(widths=(-1,)), (1, 8), r"MLP.widths=\(-1,\): every entry must be >= 1"),
+    (ResNet(stages=()), (1, 8, 8, 1), r"ResNet.stages=\(\): needs at least one entry, e.g. 3,3,3"),
     (ConvNet(block=3), (1, 8, 8, 1), r"input of 8x8: not divisible into blocks of 3"),
 ]
 

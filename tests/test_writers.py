@@ -180,7 +180,7 @@ def test_wandb_cannot_end_a_run(monkeypatch, tmp_path, failing, error):
     writer, notes = wandb_run(monkeypatch, tmp_path, FakeWandb(failing, error))
     assert writer.failures >= 1
     (note,) = notes
-    assert note == f"warning: wandb: {error.__name__}: {failing[0]} failed; training goes on without it"
+    assert note == f"wandb: {error.__name__}: {failing[0]} failed; training goes on without it"
 
 
 def test_wandb_that_is_absent_or_hangs_is_left_behind(monkeypatch, tmp_path):
@@ -226,7 +226,7 @@ def test_writers_isolate_failures_and_say_so_once(path, tmp_path):
     assert [line["loss"] for line in read_metrics(path)] == [3.0]
     assert scalars(tmp_path / "board", "loss/train") == [(1, 3.0)]
     assert writers.failures == {"Failing": 5}
-    assert notes == ["warning: Failing: OSError: gone; training goes on without it"]
+    assert notes == ["Failing: OSError: gone; training goes on without it"]
 
 
 def test_a_tensorboard_folder_that_cannot_be_made_does_not_end_a_run(path, tmp_path):

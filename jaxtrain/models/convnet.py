@@ -31,13 +31,13 @@ class ConvNet(nn.Module):
     num_classes: Count = 10
     "outputs of the network"
     widths: tuple[int, ...] = (16, 32, 64, 128)
-    "channels of each stage; the places are halved between stages"
+    "channels of each stage; the places are halved between stages, so late stages are cheap and hold most parameters"
     depth: Count = 1
     "convolutions a stage"
     kernel: Count = 3
     "places a side that a convolution sees"
     block: Count = 1
-    "fold blocks of this many pixels a side into channels first: 2 makes the first stage four times cheaper"
+    "fold blocks of this many pixels a side into channels first: 2 makes a step cheaper, and cost 1% on Fashion-MNIST"
     norm: Literal["batch", "none"] = "batch"
     "normalisation after each convolution"
     activation: layers.Activation = "relu"
@@ -51,10 +51,13 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+        layers.check_counts(self.widths, "ConvNet.widths", example="16,32,64")
         x = layers.as_float(inputs)
         x = x[..., None] if x.ndim == 2 else x
         if x.ndim not in (3, 4):
-            raise ValueError(f"ConvNet: input shape {inputs.shape} is neither (batch, length[, channels]) nor (batch, height, width, channels)")
+            raise ValueError(
+                f"ConvNet: input shape {inputs.shape} is neither (batch, length[, channels]) nor (batch, height, width, channels)"
+            )
         x = layers.spatial_to_channels(x, self.block) if self.block > 1 else x
         for stage, width in enumerate(self.widths):
             for index in range(self.depth):

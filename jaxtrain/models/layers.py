@@ -91,7 +91,9 @@ def conv(
     )
 
 
-def dense(features: int, axes: tuple[str, str], *, bias: bool = True, initializer: Initializer = LECUN, name: str | None = None) -> nn.Dense:
+def dense(
+    features: int, axes: tuple[str, str], *, bias: bool = True, initializer: Initializer = LECUN, name: str | None = None
+) -> nn.Dense:
     """A dense layer whose kernel has these two logical axes, and whose bias the second."""
     kernel_init, bias_init = boxed(initializer, *axes), boxed(ZEROS, axes[1])
     return nn.Dense(features, use_bias=bias, kernel_init=kernel_init, bias_init=bias_init, name=name)
@@ -129,6 +131,14 @@ def check_image(inputs: jax.Array, model: str) -> None:
     """`ValueError` unless `inputs` are images (B, H, W, C)."""
     if inputs.ndim != 4:
         raise ValueError(f"{model}: input shape {inputs.shape} is not (batch, height, width, channels); add the missing dim")
+
+
+def check_counts(counts: Sequence[int], name: str, *, example: str = "") -> None:
+    """`ValueError` if a count is below 1, or, where an `example` says that one is needed, if there is none."""
+    if any(count < 1 for count in counts):
+        raise ValueError(f"{name}={tuple(counts)}: every entry must be >= 1")
+    if example and not counts:
+        raise ValueError(f"{name}=(): needs at least one entry, e.g. {example}")
 
 
 def spatial_to_channels(x: jax.Array, block: int) -> jax.Array:

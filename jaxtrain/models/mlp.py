@@ -39,6 +39,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+        layers.check_counts(self.widths, "MLP.widths")
         x_BD = layers.as_float(inputs).reshape(inputs.shape[0], -1)
         x_BD = layers.Dropout(self.input_dropout)(x_BD, train)
         for index, width in enumerate(self.widths):

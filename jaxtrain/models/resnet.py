@@ -51,6 +51,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
         layers.check_image(inputs, "ResNet")
+        layers.check_counts(self.stages, "ResNet.stages", example="3,3,3")
         preactivation = self.block == "preactivation"
         x_BHWC = self._stem(layers.as_float(inputs), train, norm=not preactivation)
         for stage, blocks in enumerate(self.stages):
@@ -144,14 +145,18 @@ def cross(block: BasicBlock | BottleneckBlock, x_BHWC: jax.Array, channels: int,
         return layers.batch_norm(train, name="shortcut_norm")(projected)
     extra = channels - x_BHWC.shape[-1]
     if extra < 0:
-        raise ValueError(f"ResNet.shortcut=pad: cannot pad {x_BHWC.shape[-1]} channels to {channels}; set stem_width <= width, or shortcut=project")
+        raise ValueError(
+            f"ResNet.shortcut=pad: cannot pad {x_BHWC.shape[-1]} channels to {channels}; set stem_width <= width, or shortcut=project"
+        )
     kept = x_BHWC[:, :: block.stride, :: block.stride]
     return jnp.pad(kept, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
 
 
 def imagenet(stages: tuple[int, ...], block: Literal["basic", "bottleneck"]) -> ResNet:
     """A ResNet for ImageNet with this many blocks a stage."""
-    return ResNet(num_classes=1000, stages=stages, width=64, block=block, stem="imagenet", stem_width=64, shortcut="project", zero_init=True)
+    return ResNet(
+        num_classes=1000, stages=stages, width=64, block=block, stem="imagenet", stem_width=64, shortcut="project", zero_init=True
+    )
 
 
 NAMES: dict[str, nn.Module] = {

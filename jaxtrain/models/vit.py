@@ -72,7 +72,9 @@ class ViT(nn.Module):
         if height % self.patch or width % self.patch:
             known = [side for side in (2, 4, 7, 8, 14, 16, 32) if height % side == 0 and width % side == 0 and side < max(height, width)]
             remedy = f"choose patch {' or '.join(map(str, known))}" if known else "crop or resize the images"
-            raise ValueError(f"ViT.patch={self.patch}: images of {height}x{width} cannot be cut into {self.patch}x{self.patch} patches; {remedy}")
+            raise ValueError(
+                f"ViT.patch={self.patch}: images of {height}x{width} cannot be cut into {self.patch}x{self.patch} patches; {remedy}"
+            )
         if self.width % self.heads:
             raise ValueError(f"ViT.heads={self.heads}: does not divide width={self.width}; choose a divisor of it")
         if self.positions == "sincos" and self.width % 4:

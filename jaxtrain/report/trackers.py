@@ -139,4 +139,4 @@ class WandbWriter:
     def _failed(self, reason: str) -> None:
         self.failures += 1
         if self.failures == 1:
-            self._note(f"warning: wandb: {one_line(reason)}; training goes on without it")
+            self._note(f"wandb: {one_line(reason)}; training goes on without it")

@@ -148,7 +148,7 @@ class Writers:
                 name = type(writer).__name__
                 self.failures[name] = self.failures.get(name, 0) + 1
                 if self.failures[name] == 1:
-                    self._note(f"warning: {name}: {one_line(f'{type(error).__name__}: {error}')}; training goes on without it")
+                    self._note(f"{name}: {one_line(f'{type(error).__name__}: {error}')}; training goes on without it")
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -217,4 +217,4 @@ def one_line(text: str) -> str:
 
 def note_on_stderr(text: str) -> None:
     """Where notes go if nobody asked for them."""
-    print(text, file=sys.stderr)
+    print(f"jaxtrain: warning: {text}", file=sys.stderr)

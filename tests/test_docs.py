@@ -1,0 +1,195 @@
+"""The words are true: code in the guides runs, commands of the README too, flags exist, links lead somewhere, and the notebook is its guide.
+
+`python tests/test_docs.py` writes docs/step_as_a_library.ipynb anew from docs/step.md and runs it, so that it holds its outputs.
+"""
+
+import contextlib
+import io
+import math
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbclient
+import nbformat
+import pytest
+
+from jaxtrain import __main__ as command
+from jaxtrain import flags
+
+ROOT = Path(__file__).resolve().parent.parent
+GUIDE, NOTEBOOK = ROOT / "docs" / "step.md", ROOT / "docs" / "step_as_a_library.ipynb"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+GUIDES = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
+
+SHRINK = ["--steps=4", "--batch_size=64", "--mesh=data:1", "--log_every=2"]
+"""What is added to a training command of the README, unless the command says otherwise itself."""
+NOT_RUN = {
+    "git clone": "this is the clone",
+    "scripts/test": "it runs this test; tests/test_setup.py tests the script itself, .ci/run runs it for real",
+    "scripts/prepare_fashion_mnist": "it needs the files; tests/test_data_sources.py tests it",
+    "tensorboard": "it would not end",
+    "pip install": "it needs the network; .ci/run does the same",
+}
+"""The commands that are shown but not run here, and why."""
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of one language, in order."""
+    return [text for found, text in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Every command in the bash blocks of a page, as words; comments and continued lines are understood."""
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                yield words
+
+
+def alike(said: str, shown: str) -> bool:
+    """Whether an output is the one on the page; numbers may differ a little between machines."""
+    if NUMBER.sub("#", said).split() != NUMBER.sub("#", shown).split():
+        return False
+    pairs = zip(NUMBER.findall(said), NUMBER.findall(shown), strict=True)
+    return all(math.isclose(float(one), float(other), rel_tol=0.02, abs_tol=1e-6) for one, other in pairs)
+
+
+def python_and_text(page: Path) -> Iterator[tuple[str, str | None]]:
+    """Each python block of a page with the text block right after it, if there is one: its output."""
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    for index, (language, code) in enumerate(found):
+        if language == "python":
+            following = found[index + 1] if index + 1 < len(found) else ("", "")
+            yield code, following[1] if following[0] == "text" else None
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_code_in_the_guides_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    # A module of its own: dataclasses look up their annotations there.
+    namespace: dict[str, Any] = {"__name__": "guide"}
+    monkeypatch.setitem(sys.modules, "guide", type(sys)("guide"))
+    for number, (code, shown) in enumerate(python_and_text(page)):
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            exec(compile(code, f"{page.name}, python block {number}", "exec"), namespace)
+        assert shown is None or alike(said.getvalue(), shown), f"{page.name}, python block {number} printed\n{said.getvalue()}"
+
+
+def experiment_of(words: list[str]) -> tuple[Path, list[str]] | None:
+    """The experiment that a command trains, and its flags; None for other commands."""
+    if words[0] == "scripts/train":
+        named = len(words) > 1 and words[1].endswith(".py")
+        return ROOT / (words[1] if named else "experiments/digits.py"), words[1 + named :]
+    if words[0] == "python" and len(words) > 1 and words[1].startswith("experiments/"):
+        return ROOT / words[1], words[2:]
+    return None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_flag_on_the_page_exists(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each training command is parsed as it stands, with its values; only paths to earlier runs are left out."""
+    monkeypatch.setattr(flags.config, "check_paths", lambda run: None)
+    for words in commands(page):
+        found = experiment_of(words)
+        if found is None:
+            continue
+        path, argv = found
+        assert path.is_file(), f"{page.name}: {shlex.join(words)}: no such experiment"
+        kept = [word for word in argv if not word.startswith("--from_run=") and word not in ("--help", "--helpfull")]
+        flags.parse(runpy.run_path(str(path))["experiment"](), kept)
+
+
+def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Runs a command in this process, as the shell would, and returns its exit status."""
+    found = experiment_of(words)
+    if found is not None:
+        path, argv = found
+        ends = {"--steps", "--epochs", "--eval_only", "--help", "--from_run"} & {word.partition("=")[0] for word in argv}
+        argv += [flag for flag in SHRINK if not (flag.startswith("--steps") and ends) and "--help" not in argv]
+        monkeypatch.setattr(sys, "argv", [str(path), *argv])
+        with pytest.raises(SystemExit) as ending:
+            runpy.run_path(str(path), run_name="__main__")
+        return int(ending.value.code or 0)
+    assert words[:3] == ["python", "-m", "jaxtrain"], f"{shlex.join(words)}: say in NOT_RUN why it is not run"
+    return command.main(words[3:])
+
+
+def test_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """In order, in one folder; trainings are shrunken by `SHRINK`. `scripts/train` is taken as what it starts once .venv is there."""
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for words in commands(ROOT / "README.md"):
+        line = shlex.join(words)
+        if any(line.startswith(start) for start in NOT_RUN) or words[0] == "cd":
+            continue
+        assert run_command(words, monkeypatch) == 0, f"{line}\n{capfd.readouterr().err}"
+        ran += 1
+    assert ran >= 5
+    assert (tmp_path / "W" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    prose = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if not re.match(r"https?://|mailto:|#", target):
+            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_named_in_the_text_exist(page: Path) -> None:
+    for name in re.findall(r"`((?:jaxtrain|experiments|scripts|tests|docs)/[\w./-]+\w)`", page.read_text(encoding="utf-8")):
+        assert name.endswith("NAME.py") or (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def notebook_of(page: Path) -> nbformat.NotebookNode:
+    """A guide as a notebook: its text as it is, its python blocks as cells, without the outputs that it shows."""
+    cells, text = [], page.read_text(encoding="utf-8")
+    for part in re.split(r"(^```(?:python|text)\n.*?^```$)", text, flags=re.MULTILINE | re.DOTALL):
+        language, _, body = part.partition("\n")
+        if language == "```python":
+            cells.append(nbformat.v4.new_code_cell(body.removesuffix("```").strip()))
+        elif language != "```text" and part.strip():
+            cells.append(nbformat.v4.new_markdown_cell(part.strip()))
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
+
+
+def executed(page: Path) -> nbformat.NotebookNode:
+    """The notebook of a guide with its outputs, run in a kernel of its own."""
+    notebook = notebook_of(page)
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    return notebook
+
+
+def test_the_notebook_is_its_guide() -> None:
+    kept, wanted = nbformat.read(NOTEBOOK, as_version=4), notebook_of(GUIDE)
+    said = "python tests/test_docs.py writes it anew"
+    assert [(cell.cell_type, cell.source) for cell in kept.cells] == [(cell.cell_type, cell.source) for cell in wanted.cells], said
+
+
+@pytest.mark.filterwarnings("default")  # of the notebook's own tools
+def test_the_notebook_runs() -> None:
+    notebook = executed(GUIDE)
+    printed = {cell.source: "".join(out.get("text", "") for out in cell.outputs) for cell in notebook.cells if cell.cell_type == "code"}
+    for code, shown in python_and_text(GUIDE):
+        assert shown is None or alike(printed[code.strip()], shown), printed[code.strip()]
+
+
+if __name__ == "__main__":
+    made = executed(GUIDE)
+    for made_cell in made.cells:
+        made_cell.get("metadata", {}).pop("execution", None)  # times of this machine
+    nbformat.write(made, NOTEBOOK)
+    print(NOTEBOOK)

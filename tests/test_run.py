@@ -1,0 +1,374 @@
+"""A whole run in one process: what it writes, that its numbers are right, and that nothing beside the training can end it."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain import config, flags, loop, run
+from jaxtrain.augment import ImageAugment
+from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.data import statistics
+from jaxtrain.data.synthetic import Synthetic
+from jaxtrain.horizon import Horizon
+from jaxtrain.journal import Journal
+from jaxtrain.models import MLP, ConvNet
+from jaxtrain.optimizers import SGD, AdamW
+from jaxtrain.report import page
+from jaxtrain.report.progress import Progress
+from jaxtrain.report.writers import JsonlWriter, Writers, is_clock, read_metrics
+from jaxtrain.schedules import Constant, Cosine
+from jaxtrain.signals import Stop
+from jaxtrain.tasks import Classification
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPERIMENT = [sys.executable, str(ROOT / "experiments" / "digits.py")]
+TINY = ["--steps=20", "--batch_size=16", "--model=mlp", "--model.widths=8", "--platform=cpu", "--mesh=data:1", "--tensorboard=false"]
+
+
+def toy(**changes: Any) -> config.Run:
+    """A run of a second with everything on that keeps state: dropout, augmentation, averaging, clipping, an unfinished interval."""
+    settings: dict[str, Any] = {
+        "model": MLP(num_classes=4, widths=(16,), dropout=0.1),
+        "data": Synthetic(
+            shape=(4, 4, 1), num_classes=4, examples=120, test_examples=30, noise=0.5, train="train[:80%]", validation="train[80%:]"
+        ),
+        "task": Classification(),
+        "optimizer": AdamW(learning_rate=1e-2, weight_decay=0.01),
+        "schedule": Cosine(),
+        "augment": ImageAugment(crop_padding=1),
+        "steps": 24,
+        "batch_size": 16,
+        "clip_norm": 1.0,
+        "ema_decay": 0.9,
+        "mesh": "data:1",
+        "eval_every": Horizon(6, "steps"),
+        "eval_batch_size": 16,  # 24 validation examples, so the last batch is ragged
+        "checkpoint_every": Horizon(4, "steps"),
+        "log_every": 5,
+        "tensorboard": False,
+        "report": False,
+        "offers": {
+            "model": {"mlp": MLP(num_classes=4, widths=(16,), dropout=0.1), "convnet": ConvNet(num_classes=4, widths=(4,), depth=1)},
+            "optimizer": {"adamw": AdamW(learning_rate=1e-2, weight_decay=0.01), "sgd": SGD()},
+            "schedule": {"cosine": Cosine(), "constant": Constant()},
+        },
+    }
+    return config.Run(name="toy", **(settings | changes))
+
+
+def start(workdir: Path | str, *argv: str, **changes: Any) -> int:
+    """The exit status of a start, as `run.main` would have it."""
+    arguments = [f"--workdir={workdir}", *argv] if workdir else list(argv)
+    return run.guarded(lambda: run.launch(flags.parse(toy(**changes), arguments), arguments))
+
+
+def lines(workdir: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, without what comes from a clock."""
+    return [{key: value for key, value in line.items() if not is_clock(key)} for line in read_metrics(workdir / "metrics.jsonl")]
+
+
+def digest(workdir: Path) -> str:
+    """The digest of the newest state, which must verify."""
+    checkpoints = Checkpoints(workdir)
+    problems: list[str] = []
+    step = checkpoints.newest_verified(problems.append)
+    assert step is not None and not problems
+    return checkpoints.digest(step)
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("golden") / "run"
+    assert start(folder) == 0
+    return folder
+
+
+def test_a_run_leaves_what_the_contract_says(golden: Path) -> None:
+    record = json.loads((golden / "run.json").read_text())
+    expected = {"name", "config", "command", "versions", "git", "hardware", "mesh", "devices", "state_bytes_per_device", "started", "data", "parameters"}
+    assert expected <= record.keys()
+    assert record["name"] == "toy" and record["mesh"] == "data:1" and record["devices"] == 1 and record["parameters"] == 17 * 16 + 17 * 4
+    found = lines(golden)
+    train = [line["step"] for line in found if line["split"] == "train"]
+    validation = [line["step"] for line in found if line["split"] == "validation"]
+    assert train == [5, 10, 15, 20, 24] and validation == [0, 6, 12, 18, 24]
+    assert found[-1]["split"] == "test" and found[-1]["step"] == 24
+    assert [line["step"] for line in found] == sorted(line["step"] for line in found)
+    assert all(0 <= line["accuracy"] <= 1 for line in found)
+    assert found[-1]["accuracy"] > 0.5, "it learnt nothing"
+    checkpoints = Checkpoints(golden)
+    assert checkpoints.steps()[-2:] == [20, 24] and checkpoints.best() in checkpoints.steps()
+    assert not [entry for entry in (golden / "checkpoints").iterdir() if not entry.name.isdecimal()]
+    assert (golden / "predictions.npz").is_file() and not (golden / "tensorboard").exists() and not (golden / "report.html").exists()
+
+
+def test_the_same_run_twice_is_the_same_in_every_bit(golden: Path, tmp_path: Path) -> None:
+    assert start(tmp_path / "again") == 0
+    assert lines(tmp_path / "again") == lines(golden) and digest(tmp_path / "again") == digest(golden)
+
+
+def test_from_run_repeats_a_run(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"seed": 3, "steps": 18, "ema_decay": None, "optimizer": SGD(learning_rate=0.1)}
+    assert start(tmp_path / "first", "--optimizer.momentum=0.8", "--model.widths=12", "--epochs=2", **(changes | {"steps": None, "epochs": 1.0})) == 0
+    assert start(tmp_path / "second", f"--from_run={tmp_path / 'first'}") == 0
+    assert lines(tmp_path / "second") == lines(tmp_path / "first") != lines(golden)
+    assert digest(tmp_path / "second") == digest(tmp_path / "first")
+
+
+def test_evaluation_is_exact(golden: Path) -> None:
+    """Validation and test by hand, in float64: every example once, though the last batch is ragged."""
+    splits = toy().data.open()
+    checkpoints = Checkpoints(golden)
+    # Averaged parameters are those that are evaluated.
+    tree = {path.removeprefix("ema/"): value.astype(np.float64) for path, value in _arrays(checkpoints, 24).items() if path.startswith("ema/")}
+    measured = statistics.measure(splits.train)
+    for name, table in (("validation", splits.validation), ("test", splits.test)):
+        assert table is not None and len(table) % 16
+        examples = table.read(np.arange(len(table)))
+        x = ((examples["image"] / 255 - measured.mean_C) / measured.std_C).reshape(len(table), -1)
+        hidden = np.maximum(x @ tree["hidden0/kernel"] + tree["hidden0/bias"], 0)
+        logits = hidden @ tree["head/kernel"] + tree["head/bias"]
+        label = examples["label"]
+        losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(table)), label]
+        line = next(line for line in lines(golden) if line["split"] == name and line["step"] == 24)
+        np.testing.assert_allclose(line["loss"], losses.mean(), rtol=2e-6)
+        assert line["accuracy"] == (logits.argmax(1) == label).mean()
+
+
+def _arrays(checkpoints: Checkpoints, step: int) -> dict[str, np.ndarray]:
+    from jaxtrain import manifest, payload
+
+    folder = checkpoints.folder / str(step)
+    return payload.read(folder / "state", manifest.read(folder)["tree"])
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_eval_only(golden: Path, devices: int, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (golden / "metrics.jsonl").read_bytes()
+    assert start(golden, "--eval_only", f"--mesh=data:{devices}") == 0
+    said = capsys.readouterr().out
+    test = next(line for line in lines(golden) if line["split"] == "test")
+    assert "evaluated step 24" in said and f"test  accuracy {100 * test['accuracy']:.2f}%  loss {test['loss']:.4f}" in said
+    assert (golden / "metrics.jsonl").read_bytes() == before and digest(golden)
+
+
+def test_init_from_takes_parameters_only(golden: Path, tmp_path: Path) -> None:
+    # Another optimizer, no average and another length: nothing but the parameters fits, and nothing else is asked for.
+    assert start(tmp_path / "warm", f"--init_from={golden}", "--optimizer=sgd", "--optimizer.learning_rate=1e-30", "--ema_decay=none", "--steps=2") == 0
+    old, new = _arrays(Checkpoints(golden), 24), _arrays(Checkpoints(tmp_path / "warm"), 2)
+    same = [path for path in new if path.startswith("params/")]
+    assert len(same) == 4 and all(np.array_equal(old[path], new[path]) for path in same)
+    assert new["step"] == 2 and not [path for path in new if path.startswith("ema/")]
+
+
+class _Recorder:
+    """A feed of one number a step that notes what is dispatched; its state is the step."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int]] = []
+        self.sums: dict[int, int] = {}
+
+    def advance(self, state: Any, count: int) -> tuple[Any, dict[str, tuple[jax.Array, jax.Array]]]:
+        state = dataclasses.replace(state, step=state.step + count)
+        self.events.append(("dispatch", state.step))
+        loss = jnp.float32(state.step)
+        self.sums[id(loss)] = state.step
+        return state, {"loss": (loss, jnp.float32(1))}
+
+    def fetch(self, sums: Any) -> Any:
+        self.events.append(("read", self.sums[id(sums["loss"][0])]))
+        return jax.device_get(sums)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counting:
+    step: int = 0
+
+
+class _NoCheckpoints:
+    """Saves nothing, but notes when it would, and what was durable then."""
+
+    def __init__(self, events: list[tuple[str, int]]) -> None:
+        self.events = events
+
+    def save(self, step: int, state: Any, record: Any, **_: Any) -> None:
+        self.events.append(("save", step))
+
+    def check(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+
+def _train(tmp_path: Path, cadence: loop.Cadence, recorder: _Recorder, **options: Any) -> list[tuple[str, int]]:
+    progress = Progress(cadence.total, live=False)
+    writers = Writers(JsonlWriter(tmp_path / "metrics.jsonl"))
+    journal = Journal(writers, progress, every=cadence.log, step=0, total_steps=cadence.total, batch_size=1)
+    checkpoints: Any = _NoCheckpoints(recorder.events)
+    loop.train(
+        _Counting(), step=0, feed=recorder, cadence=cadence, journal=journal, writers=writers, checkpoints=checkpoints, progress=progress, stop=Stop(),
+        fetch=recorder.fetch, **({"validate": None, "test": None} | options),
+    )  # fmt: skip
+    writers.close()
+    return recorder.events
+
+
+def test_the_host_stays_one_step_behind(tmp_path: Path) -> None:
+    events = _train(tmp_path, loop.Cadence(total=6, log=1), _Recorder())
+    # Step n+1 is under way before the numbers of n are read; only the end waits for itself.
+    first = [("dispatch", 1), *(event for step in range(2, 7) for event in (("dispatch", step), ("read", step - 1)))]
+    assert events == [*first, ("read", 6), ("save", 6)]
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_host_reads_each_dispatch_once_and_waits_where_it_must(tmp_path: Path) -> None:
+    recorder = _Recorder()
+
+    def validate(state: _Counting) -> dict[str, float]:
+        recorder.events.append(("evaluate", state.step))
+        return {"loss": 1.0}
+
+    events = _train(tmp_path, loop.Cadence(total=8, per_call=2, log=4, evaluate=4, save=8), recorder, validate=validate, test=validate)
+    assert events == [
+        ("evaluate", 0),
+        ("dispatch", 2), ("dispatch", 4), ("read", 2), ("read", 4), ("evaluate", 4),
+        ("dispatch", 6), ("dispatch", 8), ("read", 6), ("read", 8), ("evaluate", 8), ("evaluate", 8), ("save", 8),
+    ]  # fmt: skip
+    assert [(line["step"], line["split"]) for line in read_metrics(tmp_path / "metrics.jsonl")][-3:] == [(8, "train"), (8, "validation"), (8, "test")]
+
+
+def test_every_line_is_durable_before_the_commit_that_counts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+    save = Checkpoints.save
+
+    def watched(self: Checkpoints, step: int, state: Any, record: Any, **options: Any) -> None:
+        sizes.append((record["metrics_bytes"], (tmp_path / "run" / "metrics.jsonl").stat().st_size))
+        save(self, step, state, record, **options)
+
+    monkeypatch.setattr(Checkpoints, "save", watched)
+    assert start(tmp_path / "run") == 0
+    assert len(sizes) >= 6 and all(offset == size for offset, size in sizes)
+    assert sizes[-1][0] == (tmp_path / "run" / "metrics.jsonl").stat().st_size, "the test line belongs to the last commit"
+
+
+@pytest.mark.parametrize("model", [MLP(num_classes=4, widths=(16,)), ConvNet(num_classes=4, widths=(4,), depth=1)], ids=["scanned", "single"])
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, model: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--optimizer=sgd", "--optimizer.learning_rate=1e30", "--clip_norm=none", "--schedule=constant", "--schedule.warmup=0"]
+    assert start(tmp_path / "run", *arguments, model=model) == 70
+    said = capsys.readouterr().err
+    assert said.startswith("jaxtrain: error: ") and said.count("\n") == 1 and "not finite" in said or "NaN or infinity" in said
+    checkpoints = Checkpoints(tmp_path / "run")
+    for step in checkpoints.steps():
+        assert all(np.isfinite(value).all() for value in _arrays(checkpoints, step).values() if value.dtype.kind == "f")
+    assert all(np.isfinite(value) for line in lines(tmp_path / "run") for key, value in line.items() if key != "split" and line["split"] == "train")
+
+
+def test_a_report_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: Any) -> Path:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(page, "write_report", broken)
+    assert start(tmp_path / "run", "--report", "--steps=4") == 0
+    assert capsys.readouterr().err == "jaxtrain: warning: report not written: RuntimeError: no ink\n"
+    assert lines(tmp_path / "run")[-1]["split"] == "test"
+
+
+def _wandb(**broken: Callable[..., Any]) -> types.ModuleType:
+    module = types.ModuleType("wandb")
+
+    class Run:
+        def define_metric(self, *_: Any, **__: Any) -> None: ...
+        def log(self, line: dict[str, Any]) -> None:
+            broken.get("log", lambda line: None)(line)
+
+        def finish(self) -> None: ...
+
+    module.init = broken.get("init", lambda **_: Run())  # type: ignore[attr-defined]
+    return module
+
+
+@pytest.mark.parametrize("where", ["import", "init", "log", "exit"])
+def test_wandb_never_ends_a_run(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise SystemExit(3) if where == "exit" else RuntimeError("no network")
+
+    module = None if where == "import" else _wandb(**{"log" if where == "log" else "init": fail})
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    assert start(tmp_path / "run", "--wandb=project", "--steps=4") == 0
+    assert "wandb" in capsys.readouterr().err.lower()
+    assert lines(tmp_path / "run")[-1]["split"] == "test"
+
+
+def test_a_tracker_that_fails_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "tensorboard").write_text("in the way")
+    assert start(folder, "--tensorboard", "--steps=4") == 0
+    assert "TensorBoardWriter" in capsys.readouterr().err
+    assert lines(folder)[-1]["split"] == "test"
+
+
+def test_tensorboard_and_report_are_written(tmp_path: Path) -> None:
+    assert start(tmp_path / "run", "--tensorboard", "--report", "--steps=4") == 0
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    assert (tmp_path / "run" / "report.html").stat().st_size > 1000
+
+
+def test_streamed_data_trains_the_same(golden: Path, tmp_path: Path) -> None:
+    assert start(tmp_path / "run", "--device_data=no", "--steps_per_call=1") == 0
+    for one, other in zip(lines(golden), lines(tmp_path / "run"), strict=True):
+        assert one.keys() == other.keys() and one["step"] == other["step"]
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-4)
+
+
+def test_a_full_disk_is_status_74(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(self: JsonlWriter) -> int:
+        raise OSError(28, os.strerror(28), str(self.path))
+
+    monkeypatch.setattr(JsonlWriter, "sync", full)
+    assert start(tmp_path / "run") == 74
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and said.count("\n") == 1
+
+
+def test_an_error_of_the_users_own_code_keeps_its_traceback(tmp_path: Path) -> None:
+    class Broken(MLP):
+        def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+            raise ValueError("my own mistake")
+
+    with pytest.raises(ValueError, match="my own mistake"):
+        start(tmp_path / "run", model=Broken(num_classes=4))
+
+
+def quiet_environment() -> dict[str, str]:
+    """What a subprocess gets: one CPU device, and the tests' compilation cache."""
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONWARNINGS": ""}
+
+
+def test_a_closed_pipe_does_not_end_a_run(tmp_path: Path) -> None:
+    """As in `python experiments/digits.py 2>&1 | head -1`."""
+    reader, writer = os.pipe()
+    process = subprocess.Popen([*EXPERIMENT, *TINY, f"--workdir={tmp_path}/run"], stdout=writer, stderr=writer, cwd=ROOT, env=quiet_environment())
+    os.close(writer)
+    assert os.read(reader, 1)
+    os.close(reader)
+    assert process.wait(timeout=120) == 0
+    assert lines(tmp_path / "run")[-1]["split"] == "test"
+
+
