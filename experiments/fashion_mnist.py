@@ -1,4 +1,4 @@
-"""Fashion-MNIST (60,000 + 10,000 images of 28 x 28): a CNN of under 100,000 parameters by default.
+"""Fashion-MNIST (60,000 + 10,000 images of 28 x 28): a CNN of 98,682 parameters by default.
 
     scripts/prepare_fashion_mnist      # once: builds the TFDS set
     python experiments/fashion_mnist.py
@@ -14,18 +14,20 @@ from jaxtrain.tasks import Classification
 
 def experiment() -> jaxtrain.Run:
     """The run, before flags."""
+    data = Tfds(name="fashion_mnist", train="train[:55000]", validation="train[55000:]", test="test")
     return jaxtrain.Run(
         name="fashion_mnist",
-        model=convnet.ConvNet(num_classes=10),
-        data=Tfds(name="fashion_mnist", train="train[:55000]", validation="train[55000:]", test="test"),
+        model=convnet.ConvNet(num_classes=10, widths=(16, 32, 64, 128)),
+        data=data,
         task=Classification(),
-        optimizer=optimizers.AdamW(learning_rate=3e-3, weight_decay=0.05),
+        optimizer=optimizers.Muon(learning_rate=0.02, weight_decay=0.01),
         schedule=schedules.Cosine(),
-        augment=augment.ImageAugment(flip=0.5, crop_padding=2),
-        epochs=15,
+        augment=augment.ImageAugment(flip=0.5, crop_padding=1),
+        epochs=16,
+        ema_decay=0.999,
         offers={
             "model": convnet.NAMES | mlp.NAMES | resnet.NAMES | vit.NAMES,
-            "data": {"tfds": Tfds(name="fashion_mnist")},
+            "data": {"tfds": data},
             "optimizer": optimizers.NAMES,
             "schedule": schedules.NAMES,
             "augment": augment.NAMES,

@@ -8,9 +8,9 @@ __version__ = "0.1.0"
 _NAMES = {
     "Run": "config",
     "Horizon": "horizon",
-    "Recipe": "step",
-    "TrainState": "step",
-    "init_state": "step",
+    "Recipe": "recipe",
+    "TrainState": "state",
+    "init_state": "state",
     "make_train_step": "step",
     "make_train_steps": "step",
     "make_eval_step": "step",

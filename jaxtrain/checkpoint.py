@@ -142,14 +142,15 @@ class Checkpoints:
     def restore(self, step: int, like: PyTree, *, partial: bool = False) -> tuple[PyTree, dict[str, Any]]:
         """The state of a verified step, laid out like `like` (shapes, dtypes, shardings), and its loop record.
 
-        `partial` allows the step to hold more than `like` asks for. `CheckpointError` if the step does not verify, `ValueError` if its paths,
+        `partial` allows the step to hold parts (such as `params`) that `like` has nothing of. `CheckpointError` if the step does not verify, `ValueError` if its paths,
         shapes or dtypes are not those of `like`.
         """
         if found := self.verify(step):
             raise CheckpointError(f"step {step}: {found[0]}")
         record = manifest.read(self.folder / str(step))
         stored, wanted = record["tree"], payload.specs(like)
-        payload.check_fit(step, {path: spec for path, spec in stored.items() if path in wanted or not partial}, wanted)
+        parts = {path.partition("/")[0] for path in (wanted if partial else stored)}
+        payload.check_fit(step, {path: spec for path, spec in stored.items() if path.partition("/")[0] in parts}, wanted)
         return payload.to_devices(self._read(step, stored), like), record["loop"]
 
     def digest(self, step: int) -> str:

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from jaxtrain import metrics
-from jaxtrain.step import Batch, TrainState
+from jaxtrain.recipe import Batch
+from jaxtrain.state import TrainState
 
 
 def evaluate(

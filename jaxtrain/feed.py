@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxtrain import metrics
 from jaxtrain.data.pipeline import Batch, Stream
-from jaxtrain.step import TrainState
+from jaxtrain.state import TrainState
 
 CALL_FLOPS = {"cpu": 1e8, "gpu": 2e11}
 """How much work a dispatch should hold, so that starting it (about 0.1 ms) costs nothing that can be seen."""

@@ -4,6 +4,7 @@
 exist; then absl parses flags for exactly the fields that there are. Values are strict (see `flag_values.py`), nothing is given twice, nothing is left over.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -138,7 +139,8 @@ def wants_traceback(argv: Sequence[str]) -> bool:
 
 def warn(text: str) -> None:
     """One line of warning on stderr."""
-    print(f"jaxtrain: warning: {text}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a pipe that nobody reads any more; a warning is not worth a run
+        print(f"jaxtrain: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _scan(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:

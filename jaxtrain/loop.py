@@ -16,7 +16,7 @@ from jaxtrain.journal import Journal
 from jaxtrain.report.progress import Progress
 from jaxtrain.report.writers import Writers
 from jaxtrain.signals import Stop
-from jaxtrain.step import TrainState
+from jaxtrain.state import TrainState
 
 Evaluate = Callable[[TrainState], dict[str, float]]
 

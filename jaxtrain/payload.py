@@ -142,7 +142,7 @@ def read(folder: Path, stored: Specs) -> HostState:
 
 @contextlib.contextmanager
 def _orbax() -> Iterator[tuple[Any, Any, Any]]:
-    """Orbax, a handler of flat dicts and the path class it wants."""
+    """Orbax, a handler of flat dicts, and what makes a path into one that it takes."""
     import orbax.checkpoint as ocp
     from etils import epath
 
@@ -154,7 +154,8 @@ def _orbax() -> Iterator[tuple[Any, Any, Any]]:
     logger.addFilter(is_ours)
     handler = ocp.PyTreeCheckpointHandler()
     try:
-        yield ocp, handler, epath.Path
+        # Orbax refuses relative paths, and the default workdir is one.
+        yield ocp, handler, lambda folder: epath.Path(folder.absolute())
     finally:
         handler.close()
         logger.removeFilter(is_ours)

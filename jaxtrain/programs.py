@@ -15,8 +15,9 @@ from jaxtrain import feed as feeds
 from jaxtrain import mesh as meshes
 from jaxtrain.data import pipeline, statistics
 from jaxtrain.data.table import Table
+from jaxtrain.recipe import Batch, Options
 from jaxtrain.schedules import resolve
-from jaxtrain.step import Batch, TrainState
+from jaxtrain.state import TrainState
 
 MOST_MEASURED = 10_000
 """How many examples of a data set that is not in memory its statistics are measured on."""
@@ -56,7 +57,7 @@ def scaled(batch: Batch) -> Batch:
     return dict(batch) | {"image": image.astype(jnp.float32) * np.float32(1 / 255 if image.dtype == jnp.uint8 else 1)}
 
 
-def options(run: config.Run, train: Table, length: Lengths) -> step.Options:
+def options(run: config.Run, train: Table, length: Lengths) -> Options:
     """What the recipe says besides model, task and optimizer."""
     prepare = None
     if "image" in train.fields:
@@ -64,7 +65,7 @@ def options(run: config.Run, train: Table, length: Lengths) -> step.Options:
         if run.normalize:
             limit = None if train.arrays is not None else MOST_MEASURED
             prepare = functools.partial(statistics.standardize, statistics=statistics.measure(train, max_examples=limit))
-    return step.Options(
+    return Options(
         schedule=resolve(run.schedule, total_steps=length.total, steps_per_epoch=length.per_epoch),
         total_steps=float(length.total),
         prepare=prepare,
@@ -76,7 +77,7 @@ def options(run: config.Run, train: Table, length: Lengths) -> step.Options:
     )
 
 
-def check_model(run: config.Run, train: Table, recipe: step.Options, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def check_model(run: config.Run, train: Table, recipe: Options, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Runs model and task on shapes alone; returns the abstract batch. Whatever does not fit is an error here, before anything is compiled."""
     meshes.check_batch("batch_size", run.batch_size, mesh)
     if run.microbatches > 1:
@@ -131,7 +132,7 @@ class Training:
 
 
 def compile_training(
-    run: config.Run, state: TrainState, train: Table, data: Batch | None, recipe: step.Options, mesh: Mesh, *, per_call: int | None
+    run: config.Run, state: TrainState, train: Table, data: Batch | None, recipe: Options, mesh: Mesh, *, per_call: int | None
 ) -> Training:
     """Compiles the training step for this state and data; `per_call` None lets the program's size decide."""
     parts = (run.model, run.task, run.optimizer)
@@ -157,10 +158,9 @@ def compile_training(
 
 
 def evaluation_size(run: config.Run, table: Table, mesh: Mesh) -> int:
-    """The batch size of evaluation: as asked for, but no larger than the set needs."""
+    """The batch size of evaluation: as asked for, but no larger than the set needs, and rounded up so that each device has its share."""
     shards = meshes.batch_shards(mesh)
-    meshes.check_batch("eval_batch_size", run.eval_batch_size, mesh)
-    return min(run.eval_batch_size, -(-len(table) // shards) * shards)
+    return -(-min(run.eval_batch_size, len(table)) // shards) * shards
 
 
 def batches(run: config.Run, table: Table, mesh: Mesh) -> Iterator[Batch]:

@@ -21,12 +21,13 @@ from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import Table
 from jaxtrain.lock import Lock
 from jaxtrain.profiler import Profiler
+from jaxtrain.recipe import Options, Recipe
 from jaxtrain.report import tables
 from jaxtrain.report.progress import Progress
 from jaxtrain.report.trackers import TensorBoardWriter, WandbWriter
 from jaxtrain.report.writers import JsonlWriter, Writers
 from jaxtrain.signals import Stop
-from jaxtrain.step import TrainState
+from jaxtrain.state import TrainState, init_state, state_shardings
 
 DONE, BAD_INPUT, DIVERGED, OUT_OF_MEMORY, IO_ERROR, INTERRUPTED = 0, 2, 70, 71, 74, 130
 WORST = 24
@@ -55,7 +56,9 @@ def guarded(action: Callable[[], int], *, show_traceback: bool = False) -> int:
         return _say(str(error), DIVERGED, show_traceback)
     except MemoryError as error:
         return _say(f"out of memory in the host ({error}); lower --batch_size or raise --microbatches", OUT_OF_MEMORY, show_traceback)
-    except (CheckpointError, OSError) as error:
+    except OSError as error:
+        return _say(f"{error.filename}: {error.strerror}" if error.filename else str(error), IO_ERROR, show_traceback)
+    except CheckpointError as error:
         return _say(str(error), IO_ERROR, show_traceback)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
@@ -100,7 +103,7 @@ class _Session:
     mesh: Mesh
     splits: Splits
     length: programs.Lengths
-    recipe: step.Options
+    recipe: Options
     batch: dict[str, jax.ShapeDtypeStruct]
     folder: Path
     stop: Stop
@@ -124,6 +127,9 @@ class _Session:
             abstract = self._abstract_state()
             if not self.run.eval_only:
                 checkpoints.check_space(abstract)
+            if self.stop.status is not None:
+                progress.line(f"{self.stop.name}: nothing done yet, nothing to save")
+                return self.stop.status
             state, kept = self._state(checkpoints, newest, abstract)
             if self.run.eval_only:
                 return self._evaluate_only(state, progress)
@@ -135,6 +141,8 @@ class _Session:
     def _drift(self, record: dict[str, Any] | None) -> list[str]:
         """What differs from the run that is there; `ValueError` if it may not."""
         if record is None:
+            if (self.folder / "metrics.jsonl").exists():
+                raise ValueError(f"--workdir={self.folder}: holds metrics.jsonl but no run.json; restore it, or use a new workdir")
             count = workdir.foreign_files(self.folder)
             return [f"note: {count} files not made by jaxtrain are left alone"] if count else []
         lines = workdir.check_drift(self.folder, record, self.run)
@@ -177,8 +185,8 @@ class _Session:
     def _abstract_state(self) -> TrainState:
         """Shapes and shardings of the state, before anything is compiled; `ValueError` if an array does not fit the mesh."""
         parts = (self.run.model, self.run.task, self.run.optimizer)
-        state = jax.eval_shape(lambda: step.init_state(*parts, self.batch, seed=self.run.seed, **self.recipe))
-        places = step.state_shardings(step.Recipe(*parts, **self.recipe), self.batch, state, self.mesh)
+        state = jax.eval_shape(lambda: init_state(*parts, self.batch, seed=self.run.seed, **self.recipe))
+        places = state_shardings(Recipe(*parts, **self.recipe), self.batch, state, self.mesh)
         return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, places)
 
     def _state(self, checkpoints: Checkpoints, newest: int | None, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -186,11 +194,11 @@ class _Session:
         if newest is None:
             warm = self._warm(abstract) if self.run.init_from else {}
             parts = (self.run.model, self.run.task, self.run.optimizer)
-            state = step.init_state(*parts, self.batch, seed=self.run.seed, mesh=self.mesh, **self.recipe)
+            state = init_state(*parts, self.batch, seed=self.run.seed, mesh=self.mesh, **self.recipe)
             return dataclasses.replace(state, **warm), {}
         # The numbers of the recipe are those of today's flags; the checkpoint has its own, of other names if a part was switched on or off since.
         restored, kept = checkpoints.restore(newest, dataclasses.replace(abstract, hyper={}), partial=True)
-        values = hyper.collect(step.Recipe(self.run.model, self.run.task, self.run.optimizer, **self.recipe))
+        values = hyper.collect(Recipe(self.run.model, self.run.task, self.run.optimizer, **self.recipe))
         numbers = {name: jax.device_put(np.float32(values[name]), place.sharding) for name, place in abstract.hyper.items()}
         return dataclasses.replace(restored, hyper=numbers), kept
 
@@ -232,22 +240,22 @@ class _Session:
         self, state: TrainState, kept: dict[str, Any], start: int, checkpoints: Checkpoints, record: dict[str, Any], progress: Progress
     ) -> int:
         run, length = self.run, self.length
-        writers = Writers(JsonlWriter(self.folder / "metrics.jsonl"), self._trackers(record["run_id"]), note=flags.warn)
+        if start:
+            progress.line(f"resumed from step {start}")
+        progress.show(tables.parameter_table(tree.flatten(state.params)))
+        for row in _rule_table(run, state):
+            progress.line(row)
+        progress.start(start)
+        data = programs.place_data(run, self.splits.train, self.mesh)
+        chosen = run.steps_per_call or record.get("steps_per_call")
+        training = programs.compile_training(run, state, self.splits.train, data, self.recipe, self.mesh, per_call=chosen)
+        progress.show(tables.memory_table(training.memory, device_bytes=_device_bytes(self.mesh)))
         profiler = Profiler(run.profile_steps, self.folder / "profile")
-        training = None
+        # run.json comes first: metrics in a folder without one are somebody else's.
+        self._write_record(state, training, record)
+        writers = Writers(JsonlWriter(self.folder / "metrics.jsonl"), self._trackers(record["run_id"]), note=flags.warn)
         try:
             writers.resume(start, int(kept.get("metrics_bytes", 0)))
-            if start:
-                progress.line(f"resumed from step {start}")
-            progress.show(tables.parameter_table(tree.flatten(state.params)))
-            for row in _rule_table(run, state):
-                progress.line(row)
-            progress.start(start)
-            data = programs.place_data(run, self.splits.train, self.mesh)
-            chosen = run.steps_per_call or record.get("steps_per_call")
-            training = programs.compile_training(run, state, self.splits.train, data, self.recipe, self.mesh, per_call=chosen)
-            progress.show(tables.memory_table(training.memory, device_bytes=_device_bytes(self.mesh)))
-            self._write_record(state, training, record)
             ending = loop.train(
                 state, step=start, feed=training.feed, writers=writers, checkpoints=checkpoints, progress=progress, stop=self.stop,
                 journal=self._journal(writers, progress, start, kept, training),
@@ -259,14 +267,14 @@ class _Session:
             )  # fmt: skip
         finally:
             profiler.close()
-            if training is not None:
-                training.feed.close()
+            training.feed.close()
             writers.close()
         progress.stop()
         if not ending.finished:
             status = self.stop.status
             assert status is not None
-            progress.line(f"{self.stop.name}: saved at step {ending.step}; the same command with --workdir={self.folder} goes on from there")
+            saved = f"saved at step {ending.step}" if ending.step else "no step done yet, nothing to save"
+            progress.line(f"{self.stop.name}: {saved}; the same command with --workdir={self.folder} goes on from there")
             return status
         self._finish(ending.state, progress)
         return DONE
@@ -291,7 +299,7 @@ class _Session:
         device = self.mesh.devices.flat[0]
         now = workdir.describe(self.run, self.argv) | {
             "run_id": record["run_id"],
-            "hyper": hyper.collect(step.Recipe(self.run.model, self.run.task, self.run.optimizer, **self.recipe)),
+            "hyper": hyper.collect(Recipe(self.run.model, self.run.task, self.run.optimizer, **self.recipe)),
             "data": {
                 "fingerprint": self.splits.fingerprint, "train": len(self.splits.train),
                 "validation": len(self.splits.validation or ()), "test": len(self.splits.test or ()),
@@ -362,10 +370,6 @@ def _use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def _like(state: TrainState) -> TrainState:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
-
-
 def _named(run: config.Run, family: str) -> str:
     from jaxtrain import run_record
 
@@ -405,7 +409,8 @@ def _harmless(what: str) -> Iterator[None]:
 def _say(text: str, status: int, show_traceback: bool) -> int:
     if show_traceback:
         traceback.print_exc()
-    print(f"jaxtrain: error: {' '.join(text.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # stderr may be a pipe that nobody reads any more; the status still says it
+        print(f"jaxtrain: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     return status
 
 

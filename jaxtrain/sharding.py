@@ -36,10 +36,8 @@ def parameter(path: str, shape: Sequence[int], axes: Sequence[str | None] | None
         if axis is None or size == 1 or axis in entries:
             continue
         if length % size:
-            below, above = length // size * size, -(-length // size) * size
-            raise ValueError(
-                f"{path} dim {dim} (={length}, {name!r}) not divisible by axis {axis}={size}; change --mesh or make it {below} or {above}"
-            )
+            near = " or ".join(str(whole) for whole in (length // size * size, -(-length // size) * size) if whole)
+            raise ValueError(f"{path} dim {dim} (={length}, {name!r}) not divisible by axis {axis}={size}; change --mesh or make it {near}")
         entries[dim] = axis
     size = mesh.shape["fsdp"]
     free = [(length, -dim) for dim, length in enumerate(shape) if entries[dim] is None and length % size == 0 and length > 0]

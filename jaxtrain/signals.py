@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Self
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 75}
 """Interrupted by a person, or told to try again later."""

@@ -1,12 +1,11 @@
-"""The step: `(state, batch) -> (state, metrics)`, pure, for training, evaluation and prediction, and the state that it turns over.
+"""The step: `(state, batch) -> (state, metrics)`, pure, for training, evaluation and prediction.
 
-Everything that changes over time is in one frozen pytree, `TrainState`. A `Recipe` says what a step does; its numbers are not compiled in but come
-from `state.hyper` (see `hyper.py`). In the order of a batch's trip: prepare -> augment -> model -> task -> gradients -> clip -> optimizer -> average.
+In the order of a batch's trip: prepare -> augment -> model -> task -> gradients -> clip -> optimizer -> average.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, TypedDict, Unpack
+from collections.abc import Callable
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,131 +15,12 @@ from jax.sharding import Mesh
 
 from jaxtrain import adapters, hyper, metrics, sharding, streams, tree
 from jaxtrain.data import order, pipeline
-from jaxtrain.fields import Above, Decay, Traced
 from jaxtrain.optimizers import Optimizer, evaluation_params
-from jaxtrain.schedules import Constant, Schedule
+from jaxtrain.recipe import Batch, Options, Recipe
+from jaxtrain.state import Position, TrainState, state_shardings
 from jaxtrain.tasks import Task
 
-Batch = Mapping[str, jax.Array]
-Prepare = Callable[[Batch], Batch]
-Update = Callable[["TrainState", Batch], tuple["TrainState", metrics.Sums]]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """Which example comes next: `offset` examples of epoch `epoch` are consumed, in the order that belongs to `seed`. All uint32 scalars."""
-
-    seed: jax.Array
-    epoch: jax.Array
-    offset: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """All that training changes, and all that a checkpoint holds."""
-
-    step: jax.Array
-    """Updates done, int32."""
-    params: tree.PyTree
-    opt_state: tree.PyTree
-    collections: dict[str, tree.PyTree]
-    """The model's other variables, such as batch statistics."""
-    ema: tree.PyTree
-    """The moving average of the parameters, or None."""
-    hyper: dict[str, jax.Array]
-    """The numbers of the recipe, float32, by dotted name."""
-    key: jax.Array
-    """The root of all random streams; it never changes, streams are folded by name and step."""
-    position: Position
-
-
-class Options(TypedDict, total=False):
-    """What a recipe may say besides model, task and optimizer; the same for `init_state` and the steps."""
-
-    schedule: Schedule
-    total_steps: float
-    prepare: Prepare | None
-    augment: Any
-    clip_norm: float | None
-    ema_decay: float | None
-    microbatches: int
-    num_examples: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What one step does."""
-
-    model: Any
-    task: Task
-    optimizer: Optimizer
-    schedule: Schedule = Constant(warmup=0.0)
-    total_steps: Annotated[float, Above(0), Traced()] = 1.0
-    """Where the schedule ends."""
-    prepare: Prepare | None = None
-    """What every batch goes through first, also in evaluation: casts, normalisation."""
-    augment: Any = None
-    """What training batches go through next, see `augment.py`."""
-    clip_norm: Annotated[float | None, Above(0), Traced()] = None
-    """The largest global norm of the gradient."""
-    ema_decay: Decay | None = None
-    """Decay of the moving average of the parameters, after a warm-up in which it is (1 + step) / (10 + step)."""
-    microbatches: int = 1
-    """Into how many parts a batch is cut; sums stay exact."""
-    num_examples: int | None = None
-    """How many examples an epoch has; None leaves `position.epoch` at 0."""
-
-
-def init_state(
-    model: Any, task: Task, optimizer: Optimizer, batch: Batch, *, seed: int = 0, mesh: Mesh | None = None, **options: Unpack[Options]
-) -> TrainState:
-    """The state before the first step, born on the mesh: shapes first, shardings from shapes, then the arrays.
-
-    >>> from jaxtrain.models import MLP
-    >>> from jaxtrain.optimizers import SGD
-    >>> from jaxtrain.tasks import Classification
-    >>> batch = {"image": jnp.zeros((4, 8)), "label": jnp.zeros(4, jnp.int32)}
-    >>> state = init_state(MLP(num_classes=3), Classification(), SGD(), batch)
-    >>> int(state.step), float(state.hyper["optimizer.learning_rate"].round(3))
-    (0, 0.1)
-
-    `batch` shows shapes and dtypes and may be abstract. `ValueError` if a number of the recipe is out of bounds.
-    """
-    recipe = Recipe(model, task, optimizer, **options)
-    numbers = hyper.collect(recipe)
-    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), dict(batch))
-
-    def born(numbers: dict[str, jax.Array]) -> TrainState:
-        key = streams.root(seed)
-        inputs = _inputs(recipe, {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in shapes.items()})
-        variables = adapters.functions(model).init(streams.stream(key, "init", 0), inputs)
-        params = variables.pop("params")
-        transform = hyper.bind(optimizer, numbers, "optimizer").transform(params, numbers["optimizer.learning_rate"])
-        start = Position(*(jnp.asarray(np.uint32(value)) for value in (seed, 0, 0)))
-        average = None if recipe.ema_decay is None else jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.int32(0), params, transform.init(params), variables, average, numbers, key, start)
-
-    values = {name: np.float32(value) for name, value in numbers.items()}
-    if mesh is None:
-        return jax.jit(born)(values)
-    return jax.jit(born, out_shardings=state_shardings(recipe, shapes, jax.eval_shape(born, values), mesh))(values)
-
-
-def state_shardings(recipe: Recipe, batch: Batch, state: TrainState, mesh: Mesh) -> TrainState:
-    """A `NamedSharding` for each array of an (abstract) state."""
-    abstract_inputs = jax.eval_shape(lambda batch: _inputs(recipe, batch), dict(batch))
-    axes = adapters.logical_axes(recipe.model, abstract_inputs)
-    placed = sharding.parameters(state.params, axes["params"], mesh)
-    replicate = sharding.replicated(mesh)
-    rest = jax.tree.map(lambda _: replicate, state)
-    return dataclasses.replace(
-        rest,
-        params=placed,
-        opt_state=sharding.like_parameters(state.opt_state, state.params, placed, mesh),
-        ema=None if state.ema is None else placed,
-    )
+Update = Callable[[TrainState, Batch], tuple[TrainState, metrics.Sums]]
 
 
 def make_train_step(model: Any, task: Task, optimizer: Optimizer, *, mesh: Mesh | None = None, **options: Unpack[Options]) -> Update:
@@ -148,6 +28,7 @@ def make_train_step(model: Any, task: Task, optimizer: Optimizer, *, mesh: Mesh 
 
     >>> from jaxtrain.models import MLP
     >>> from jaxtrain.optimizers import SGD
+    >>> from jaxtrain.state import init_state
     >>> from jaxtrain.tasks import Classification
     >>> batch = {"image": jnp.ones((4, 8)), "label": jnp.zeros(4, jnp.int32)}
     >>> parts = MLP(num_classes=3), Classification(), SGD()
@@ -334,10 +215,6 @@ def _augmented(recipe: Recipe, state: TrainState, batch: Batch) -> Batch:
     key = streams.stream(state.key, "augment", state.step)
     ids_B = batch["id"] if "id" in batch else jnp.arange(jax.tree.leaves(dict(batch))[0].shape[0])
     return recipe.augment(batch, streams.per_example(key, ids_B), streams.stream(state.key, "mixture", state.step))
-
-
-def _inputs(recipe: Recipe, batch: Batch) -> Any:
-    return recipe.task.inputs(batch if recipe.prepare is None else recipe.prepare(dict(batch)))
 
 
 def _outputs(recipe: Recipe, state: TrainState, batch: Batch) -> Any:

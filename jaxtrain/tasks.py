@@ -49,15 +49,13 @@ class Classification:
 
     def inputs(self, batch: Batch) -> jax.Array:
         """The field named by `input`; `ValueError` if the batch has none."""
-        if self.input not in batch:
-            raise ValueError(f"batch has keys {', '.join(sorted(batch))}; the task wants {self.input!r}; set --task.input")
-        return batch[self.input]
+        return _field(batch, self.input, "; set --task.input")
 
     def loss(self, outputs: jax.Array, batch: Batch, *, train: bool = True) -> metrics.Sums:
         """Cross-entropy and accuracy of logits (B, C); smoothing only counts while training, so that evaluation is the true likelihood."""
         smoothing = self.label_smoothing if train else 0.0
         weights_B = batch.get("weight")
-        labels_B = batch["label"]
+        labels_B = _field(batch, "label")
         loss_B = losses.cross_entropy(outputs, labels_B, label_smoothing=smoothing)
         if "label_other" in batch:
             share_B = batch["label_weight"]
@@ -91,16 +89,21 @@ class Regression:
 
     def inputs(self, batch: Batch) -> jax.Array:
         """The field named by `input`; `ValueError` if the batch has none."""
-        if self.input not in batch:
-            raise ValueError(f"batch has keys {', '.join(sorted(batch))}; the task wants {self.input!r}; set --task.input")
-        return batch[self.input]
+        return _field(batch, self.input, "; set --task.input")
 
     def loss(self, outputs: jax.Array, batch: Batch, *, train: bool = True) -> metrics.Sums:
         """The mean squared error over D, summed over the batch."""
         del train  # the same in both
-        if outputs.shape != batch[self.target].shape:
-            raise ValueError(f"outputs have shape {outputs.shape}, targets {batch[self.target].shape}; they must be equal")
-        return {"loss": metrics.weighted(losses.squared_error(outputs, batch[self.target]), batch.get("weight"))}
+        target = _field(batch, self.target, "; set --task.target")
+        if outputs.shape != target.shape:
+            raise ValueError(f"outputs have shape {outputs.shape}, targets {target.shape}; they must be equal")
+        return {"loss": metrics.weighted(losses.squared_error(outputs, target), batch.get("weight"))}
+
+
+def _field(batch: Batch, name: str, remedy: str = "") -> jax.Array:
+    if name not in batch:
+        raise ValueError(f"batch has keys {', '.join(sorted(batch))}; the task wants {name!r}{remedy}")
+    return batch[name]
 
 
 NAMES = {"classification": Classification(), "regression": Regression()}

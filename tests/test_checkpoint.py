@@ -677,9 +677,9 @@ def golden_digest(total: int) -> str:
 
 
 def test_killed_and_restarted_it_ends_in_the_same_bits(tmp_path: Path) -> None:
-    kill_and_restart(tmp_path, kills=3, total=30, golden=golden_digest(30))
+    kill_and_restart(tmp_path, kills=3, total=15, golden=golden_digest(15))
 
 
 @pytest.mark.slow
 def test_thirty_kills(tmp_path: Path) -> None:
-    kill_and_restart(tmp_path, kills=30, total=400, golden=golden_digest(400))
+    kill_and_restart(tmp_path, kills=30, total=200, golden=golden_digest(200))

@@ -18,7 +18,7 @@ import pytest
 from jaxtrain import data, fields
 from jaxtrain.data import splits as splits_lib
 from jaxtrain.data.arrays import Arrays
-from jaxtrain.data.digits import Digits
+from jaxtrain.data.digits import Digits, stratified_rows
 from jaxtrain.data.images import Images
 from jaxtrain.data.records import Records, write_records
 from jaxtrain.data.splits import Splits
@@ -127,6 +127,25 @@ def test_digits_are_stratified_and_whole_and_as_good_as_published() -> None:
     machine = SVC(gamma=0.001).fit(train["image"].reshape(-1, 64).astype(float), train["label"])
     # marks.md: 98.89 on the 80/20 split of seed 0.
     assert round(100 * machine.score(test["image"].reshape(-1, 64).astype(float), test["label"]), 2) == 98.89
+
+
+def test_digits_are_cut_as_scikit_learn_cuts_them() -> None:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    for seed in range(5):
+        opened = Digits(split_seed=seed).open()
+        expected = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=seed)
+        tables = opened.train.arrays, opened.test.arrays
+        found = [table[name] for name in ("image", "label") for table in tables]
+        for ours, theirs in zip(found, expected, strict=True):
+            assert np.array_equal(ours.reshape(theirs.shape), theirs)
+    random = np.random.default_rng(0)
+    for seed in range(40):  # odd sizes, where remainders are equal and lots decide
+        labels = np.concatenate([np.arange(4), np.arange(4), random.integers(0, 4, 40 + seed)])
+        expected = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=seed)
+        assert all(map(np.array_equal, stratified_rows(labels, seed), expected))
 
 
 @pytest.mark.parametrize("settings", [{}, {"shape": (40,), "dtype": "float32"}, {"shape": (4, 4, 1), "seed": 7}])

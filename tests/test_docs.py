@@ -24,7 +24,7 @@ from jaxtrain import flags
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE, NOTEBOOK = ROOT / "docs" / "step.md", ROOT / "docs" / "step_as_a_library.ipynb"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-GUIDES = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
+GUIDES = [page for page in PAGES if page != GUIDE and "```python" in page.read_text(encoding="utf-8")]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxtrain
-from jaxtrain import mesh, programs, step
+from jaxtrain import mesh, programs
 from jaxtrain.augment import NoAugment
 from jaxtrain.data.arrays import Arrays
 from jaxtrain.data.table import ArrayTable
@@ -15,6 +15,7 @@ from jaxtrain.horizon import Horizon
 from jaxtrain.models import MLP
 from jaxtrain.optimizers import AdamW
 from jaxtrain.schedules import Cosine
+from jaxtrain.state import init_state
 from jaxtrain.tasks import Classification
 
 N = 100
@@ -96,7 +97,7 @@ def test_streamed_data_trains_like_resident_data(grid):
     batch = programs.check_model(run, train, recipe, where)
     finals = []
     for data in (None, programs.place_data(run, train, where)):
-        state = step.init_state(run.model, run.task, run.optimizer, batch, mesh=where, **recipe)
+        state = init_state(run.model, run.task, run.optimizer, batch, mesh=where, **recipe)
         training = programs.compile_training(run, state, train, data, recipe, where, per_call=None)
         assert training.per_call == (1 if data is None else 50)
         done, losses = 0, []

@@ -20,7 +20,9 @@ from jaxtrain.data import order
 from jaxtrain.evaluate import evaluate
 from jaxtrain.models import MLP, ConvNet
 from jaxtrain.optimizers import SGD, AdamW
+from jaxtrain.recipe import Recipe
 from jaxtrain.schedules import Constant, Cosine
+from jaxtrain.state import TrainState, init_state
 from jaxtrain.tasks import Classification
 
 N, D, C = 96, 12, 5
@@ -47,7 +49,7 @@ def run(arrays: dict[str, np.ndarray], model: Any, *, count: int = 3, mesh_text:
     """The state after `count` steps and the losses."""
     task, optimizer = options.pop("task", Classification()), options.pop("optimizer", SGD(learning_rate=0.1))
     grid = None if mesh_text is None else mesh.make(mesh_text)
-    state = step.init_state(model, task, optimizer, batch_of(arrays, 0, size), mesh=grid, **options)
+    state = init_state(model, task, optimizer, batch_of(arrays, 0, size), mesh=grid, **options)
     update = step.make_train_step(model, task, optimizer, mesh=grid, **options)
     losses = []
     for index in range(count):
@@ -62,7 +64,7 @@ def assert_close(first: Any, second: Any, tolerance: float = 1e-6) -> None:
 
 def test_equals_a_hand_written_loop(arrays):
     model, task, optimizer = parts()
-    state = step.init_state(model, task, optimizer, batch_of(arrays), schedule=Cosine(warmup=2.0), total_steps=5.0)
+    state = init_state(model, task, optimizer, batch_of(arrays), schedule=Cosine(warmup=2.0), total_steps=5.0)
     update = step.make_train_step(model, task, optimizer, schedule=Cosine(warmup=2.0), total_steps=5.0)
     params = jax.tree.map(jnp.copy, state.params)
     mask = lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
@@ -142,10 +144,10 @@ def test_any_mesh_gives_the_same_numbers(arrays, text):
 def test_state_is_born_sharded_and_stays_so(arrays):
     grid = mesh.make("fsdp:8")
     model = MLP(num_classes=C, widths=(64,))
-    state = step.init_state(model, Classification(), AdamW(), batch_of(arrays), mesh=grid)
+    state = init_state(model, Classification(), AdamW(), batch_of(arrays), mesh=grid)
     update = step.make_train_step(model, Classification(), AdamW(), mesh=grid)
 
-    def shards(state: step.TrainState) -> dict[str, int]:
+    def shards(state: TrainState) -> dict[str, int]:
         kernel = next(leaf for leaf in jax.tree.leaves(state.params) if leaf.shape == (D, 64))
         moment = next(leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (D, 64))
         return {"param": kernel.addressable_shards[0].data.size, "moment": moment.addressable_shards[0].data.size}
@@ -164,7 +166,7 @@ def test_state_is_born_sharded_and_stays_so(arrays):
 def test_clipping_bounds_the_update(arrays):
     model = parts()[0]
     optimizer = SGD(learning_rate=1.0)
-    state = step.init_state(model, Classification(), optimizer, batch_of(arrays), clip_norm=0.01)
+    state = init_state(model, Classification(), optimizer, batch_of(arrays), clip_norm=0.01)
     before = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.params)
     state, sums = step.make_train_step(model, Classification(), optimizer, clip_norm=0.01)(state, batch_of(arrays))
     moved = jax.tree.map(lambda old, new: np.asarray(new, np.float64) - old, before, state.params)
@@ -193,7 +195,7 @@ def test_numbers_are_inputs_not_constants(arrays):
     results = []
     names = ("optimizer.learning_rate", "optimizer.b1", "model.dropout", "task.label_smoothing", "clip_norm", "ema_decay", "schedule.warmup")
     for name in (None, *names):
-        state = step.init_state(model, task, optimizer, batch_of(arrays), clip_norm=1.0, ema_decay=0.9, schedule=Constant(warmup=3.0))
+        state = init_state(model, task, optimizer, batch_of(arrays), clip_norm=1.0, ema_decay=0.9, schedule=Constant(warmup=3.0))
         assert set(names) <= set(state.hyper)
         if name:
             state = dataclasses.replace(state, hyper=state.hyper | {name: state.hyper[name] * 0.05})
@@ -207,7 +209,7 @@ def test_numbers_are_inputs_not_constants(arrays):
 
 
 def test_off_values_leave_no_trace():
-    numbers = hyper.collect(step.Recipe(MLP(dropout=0.0), Classification(), AdamW()))
+    numbers = hyper.collect(Recipe(MLP(dropout=0.0), Classification(), AdamW()))
     assert "model.dropout" not in numbers and "task.label_smoothing" not in numbers and "clip_norm" not in numbers
 
 
@@ -223,7 +225,7 @@ def test_every_example_once_an_epoch(arrays):
     """Batches of 20 over 96 examples straddle epochs; after 24 steps each example was seen exactly five times."""
     model, optimizer = parts()[0], SGD()
     data = {name: jnp.asarray(array) for name, array in arrays.items()}
-    state = step.init_state(model, Seen(), optimizer, batch_of(arrays), seed=3)
+    state = init_state(model, Seen(), optimizer, batch_of(arrays), seed=3)
     steps = step.make_train_steps(model, Seen(), optimizer, batch_size=20)
     state, sums = steps(state, data, jnp.int32(24))
     np.testing.assert_array_equal(sums["seen"][0], 5)
@@ -235,8 +237,8 @@ def test_many_steps_a_dispatch_are_the_same_steps(arrays):
     data = {name: jnp.asarray(array) for name, array in arrays.items()}
     steps = step.make_train_steps(model, Classification(), optimizer, batch_size=20)
 
-    def after(counts: tuple[int, ...]) -> step.TrainState:
-        state = step.init_state(model, Classification(), optimizer, batch_of(arrays))
+    def after(counts: tuple[int, ...]) -> TrainState:
+        state = init_state(model, Classification(), optimizer, batch_of(arrays))
         for count in counts:
             state, _ = steps(state, data, jnp.int32(count))
         return jax.tree.map(np.asarray, dataclasses.replace(state, key=jax.random.key_data(state.key)))
@@ -244,7 +246,7 @@ def test_many_steps_a_dispatch_are_the_same_steps(arrays):
     jax.tree.map(np.testing.assert_array_equal, after((8,)), after((3, 5)))
     assert steps.several._cache_size() == 1, "another count compiled another program"
     # A batch from the host, in the order that NumPy computes, gives the same.
-    state = step.init_state(model, Classification(), optimizer, batch_of(arrays))
+    state = init_state(model, Classification(), optimizer, batch_of(arrays))
     update = step.make_train_step(model, Classification(), optimizer, num_examples=N)
     epoch, offset = 0, 0
     for _ in range(8):
@@ -274,7 +276,7 @@ def test_what_happens_to_an_example_hangs_on_its_id_alone():
 def test_evaluation_counts_every_example_once(arrays):
     """A ragged last batch, on one and on eight devices, against float64 by hand."""
     model, task, optimizer = parts()
-    state = step.init_state(model, task, optimizer, batch_of(arrays))
+    state = init_state(model, task, optimizer, batch_of(arrays))
     logits = np.asarray(model.apply({"params": state.params}, arrays["image"][:50]), np.float64)
     shifted = logits - logits.max(1, keepdims=True)
     likelihood = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
@@ -317,7 +319,7 @@ def test_trains_other_kinds_of_models(arrays, model):
 
 def test_the_state_is_donated(arrays):
     model, task, optimizer = parts()
-    state = step.init_state(model, task, optimizer, batch_of(arrays))
+    state = init_state(model, task, optimizer, batch_of(arrays))
     new, _ = step.make_train_step(model, task, optimizer)(state, batch_of(arrays))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
@@ -325,4 +327,4 @@ def test_the_state_is_donated(arrays):
 
 def test_a_number_out_of_bounds_is_refused(arrays):
     with pytest.raises(ValueError, match=r"^optimizer.learning_rate=-1: must be > 0$"):
-        step.init_state(parts()[0], Classification(), AdamW(learning_rate=-1), batch_of(arrays))
+        init_state(parts()[0], Classification(), AdamW(learning_rate=-1), batch_of(arrays))

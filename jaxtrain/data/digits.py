@@ -49,7 +49,7 @@ def stratified_rows(labels_N: np.ndarray, seed: int) -> tuple[np.ndarray, np.nda
     """The rows that scikit-learn's `train_test_split(test_size=0.2, stratify=labels_N, random_state=seed)` gives to train and to test.
 
     >>> train, test = stratified_rows(np.repeat([0, 1], 10), seed=0)
-    >>> len(train), len(test), (test >= 10).sum()
+    >>> len(train), len(test), int((test >= 10).sum())
     (16, 4, 2)
 
     Its random numbers are drawn in its order, hence `RandomState`; importing it would take longer than all else up to the first step.

@@ -96,8 +96,10 @@ class JsonlWriter:
     def close(self) -> None:
         """Makes all durable and closes the file."""
         if not self._file.closed:
-            self.sync()
-            self._file.close()
+            try:
+                self.sync()
+            finally:
+                self._file.close()
 
 
 class Writers:

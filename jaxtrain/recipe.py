@@ -1,0 +1,56 @@
+"""The recipe: what one step does, as a value; its numbers are fed to the step from `TrainState.hyper` (see `hyper.py`)."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypedDict
+
+import jax
+
+from jaxtrain.fields import Above, Decay, Traced
+from jaxtrain.optimizers import Optimizer
+from jaxtrain.schedules import Constant, Schedule
+from jaxtrain.tasks import Task
+
+Batch = Mapping[str, jax.Array]
+Prepare = Callable[[Batch], Batch]
+
+
+class Options(TypedDict, total=False):
+    """What a recipe may say besides model, task and optimizer; the same for `init_state` and the steps."""
+
+    schedule: Schedule
+    total_steps: float
+    prepare: Prepare | None
+    augment: Any
+    clip_norm: float | None
+    ema_decay: float | None
+    microbatches: int
+    num_examples: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What one step does."""
+
+    model: Any
+    task: Task
+    optimizer: Optimizer
+    schedule: Schedule = Constant(warmup=0.0)
+    total_steps: Annotated[float, Above(0), Traced()] = 1.0
+    """Where the schedule ends."""
+    prepare: Prepare | None = None
+    """What every batch goes through first, also in evaluation: casts, normalisation."""
+    augment: Any = None
+    """What training batches go through next, see `augment.py`."""
+    clip_norm: Annotated[float | None, Above(0), Traced()] = None
+    """The largest global norm of the gradient."""
+    ema_decay: Decay | None = None
+    """Decay of the moving average of the parameters, after a warm-up in which it is (1 + step) / (10 + step)."""
+    microbatches: int = 1
+    """Into how many parts a batch is cut; sums stay exact."""
+    num_examples: int | None = None
+    """How many examples an epoch has; None leaves `position.epoch` at 0."""
+
+    def inputs(self, batch: Batch) -> Any:
+        """What the model sees of a raw batch."""
+        return self.task.inputs(batch if self.prepare is None else self.prepare(dict(batch)))

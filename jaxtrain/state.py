@@ -1,0 +1,94 @@
+"""The state of training: one frozen pytree of everything that changes over time, and its birth on the mesh."""
+
+import dataclasses
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtrain import adapters, hyper, sharding, streams, tree
+from jaxtrain.optimizers import Optimizer
+from jaxtrain.recipe import Batch, Options, Recipe
+from jaxtrain.tasks import Task
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Which example comes next: `offset` examples of epoch `epoch` are consumed, in the order that belongs to `seed`. All uint32 scalars."""
+
+    seed: jax.Array
+    epoch: jax.Array
+    offset: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that training changes, and all that a checkpoint holds."""
+
+    step: jax.Array
+    """Updates done, int32."""
+    params: tree.PyTree
+    opt_state: tree.PyTree
+    collections: dict[str, tree.PyTree]
+    """The model's other variables, such as batch statistics."""
+    ema: tree.PyTree
+    """The moving average of the parameters, or None."""
+    hyper: dict[str, jax.Array]
+    """The numbers of the recipe, float32, by dotted name."""
+    key: jax.Array
+    """The root of all random streams; it never changes, streams are folded by name and step."""
+    position: Position
+
+
+def init_state(
+    model: Any, task: Task, optimizer: Optimizer, batch: Batch, *, seed: int = 0, mesh: Mesh | None = None, **options: Unpack[Options]
+) -> TrainState:
+    """The state before the first step, born on the mesh: shapes first, shardings from shapes, then the arrays.
+
+    >>> from jaxtrain.models import MLP
+    >>> from jaxtrain.optimizers import SGD
+    >>> from jaxtrain.tasks import Classification
+    >>> batch = {"image": jnp.zeros((4, 8)), "label": jnp.zeros(4, jnp.int32)}
+    >>> state = init_state(MLP(num_classes=3), Classification(), SGD(), batch)
+    >>> int(state.step), round(float(state.hyper["optimizer.learning_rate"]), 3)
+    (0, 0.1)
+
+    `batch` shows shapes and dtypes and may be abstract. `ValueError` if a number of the recipe is out of bounds.
+    """
+    recipe = Recipe(model, task, optimizer, **options)
+    numbers = hyper.collect(recipe)
+    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), dict(batch))
+
+    def born(numbers: dict[str, jax.Array]) -> TrainState:
+        key = streams.root(seed)
+        inputs = recipe.inputs({name: jnp.zeros(spec.shape, spec.dtype) for name, spec in shapes.items()})
+        variables = adapters.functions(model).init(streams.stream(key, "init", 0), inputs)
+        params = variables.pop("params")
+        transform = hyper.bind(optimizer, numbers, "optimizer").transform(params, numbers["optimizer.learning_rate"])
+        start = Position(*(jnp.asarray(np.uint32(value)) for value in (seed, 0, 0)))
+        average = None if recipe.ema_decay is None else jax.tree.map(jnp.copy, params)
+        return TrainState(jnp.int32(0), params, transform.init(params), variables, average, numbers, key, start)
+
+    values = {name: np.float32(value) for name, value in numbers.items()}
+    if mesh is None:
+        return jax.jit(born)(values)
+    return jax.jit(born, out_shardings=state_shardings(recipe, shapes, jax.eval_shape(born, values), mesh))(values)
+
+
+def state_shardings(recipe: Recipe, batch: Batch, state: TrainState, mesh: Mesh) -> TrainState:
+    """A `NamedSharding` for each array of an (abstract) state."""
+    abstract_inputs = jax.eval_shape(recipe.inputs, dict(batch))
+    axes = adapters.logical_axes(recipe.model, abstract_inputs)
+    placed = sharding.parameters(state.params, axes["params"], mesh)
+    replicate = sharding.replicated(mesh)
+    rest = jax.tree.map(lambda _: replicate, state)
+    return dataclasses.replace(
+        rest,
+        params=placed,
+        opt_state=sharding.like_parameters(state.opt_state, state.params, placed, mesh),
+        ema=None if state.ema is None else placed,
+    )
