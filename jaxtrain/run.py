@@ -54,6 +54,8 @@ def guarded(action: Callable[[], int], *, show_traceback: bool = False) -> int:
         return _say("interrupted", INTERRUPTED, show_traceback)
     except (journal.Diverged, NonFinite) as error:
         return _say(str(error), DIVERGED, show_traceback)
+    except FloatingPointError as error:  # --debug_nans: where it happened is what was asked for
+        return _say(str(error).splitlines()[0], DIVERGED, show_traceback=True)
     except MemoryError as error:
         return _say(f"out of memory in the host ({error}); lower --batch_size or raise --microbatches", OUT_OF_MEMORY, show_traceback)
     except OSError as error:
@@ -87,6 +89,9 @@ def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
     for note in splits.notes:
         flags.warn(note)
     length = programs.lengths(run, len(splits.train))
+    if run.profile_steps is not None and run.profile_steps[0] >= length.total:
+        first, last = run.profile_steps
+        raise ValueError(f"--profile_steps={first},{last}: the run ends at step {length.total}; profile earlier steps")
     recipe = programs.options(run, splits.train, length)
     batch = programs.check_model(run, splits.train, recipe, mesh)
     folder = workdir.place(run)
@@ -355,7 +360,8 @@ def _mesh(run: config.Run) -> Mesh:
     if run.platform != "auto":
         jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[run.platform])
     try:
-        devices = jax.devices()
+        # By name too: in a process that has used jax already, the line above comes too late.
+        devices = jax.devices() if run.platform == "auto" else jax.devices(run.platform)
     except RuntimeError as error:
         if run.platform != "gpu":
             raise

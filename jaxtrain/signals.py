@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import Self
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 75}
 """Interrupted by a person, or told to try again later."""
@@ -34,7 +35,7 @@ class Stop:
         """What the signal is called, such as SIGTERM."""
         return "" if self._received is None else self._received.name
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> Self:
         for number in STATUS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._receive)

@@ -33,6 +33,9 @@ def read(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         record["config"].items()
+        for name in ("name", "run_id", "started", "command"):
+            record[name].strip()
+        record["data"]["fingerprint"].strip()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--workdir={folder}: run.json is damaged ({type(error).__name__}); restore it, or use a new workdir") from None
     return record

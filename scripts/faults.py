@@ -62,7 +62,7 @@ def command(recipe: str, folder: Path, *more: str) -> list[str]:
 
 def finish(recipe: str, folder: Path, *more: str) -> tuple[int, str]:
     """Runs to the end; exit status and all that was said."""
-    done = subprocess.run(command(recipe, folder, *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    done = subprocess.run(command(recipe, folder, *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, check=False)
     return done.returncode, done.stdout
 
 

@@ -64,7 +64,7 @@ class Machine:
 
     def run(self, script: str, *arguments: str, status: int = 0, **variables: str) -> tuple[str, str]:
         process = self.start(str(self.checkout / "scripts" / script), *arguments, **variables)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == status, err
         return out, err
 
@@ -224,7 +224,7 @@ def test_failures_are_explained_and_the_next_launch_mends(machine: Machine, outp
 def test_two_launches_at_once_install_once(machine: Machine) -> None:
     script = str(machine.checkout / "scripts/train")
     both = [machine.start(script, FAKE_PIP_SECONDS="1") for _ in range(2)]
-    said = [process.communicate(timeout=60) for process in both]
+    said = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert all(out.startswith("ran ") for out, _ in said)
     assert sum("another launch is making .venv" in err for _, err in said) == 1
@@ -236,7 +236,7 @@ def test_an_interrupted_installation_is_started_over(machine: Machine) -> None:
     while not (machine.calls_file.exists() and "pip" in machine.calls_file.read_text()):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130 and err.splitlines()[-1] == "jaxtrain: interrupted; the same command starts over"
     machine.calls()
     assert machine.run("train")[0].startswith("ran ")
