@@ -1,7 +1,12 @@
 """Handwritten digits (scikit-learn's 1,797 images of 8 x 8): a small CNN, in under a minute on two CPU cores, with no download.
 
-    scripts/train                      # this experiment is the default
+    scripts/train                                  # this experiment is the default
+    python experiments/digits.py --seed=1
     python experiments/digits.py --model=mlp --optimizer.learning_rate=3e-4
+
+Result: 99.54% test accuracy (99.44, 99.72, 99.44 with seeds 0, 1, 2) on the stratified 20% that are the test split; a support vector machine
+gets 98.89 there. 1,200 steps take 32 to 35 s, start included, on one core of a busy machine with two (AMD EPYC, 2026-11-21). The recipe was
+chosen on parts of the train split; the test split was read in these three runs only. More in docs/results.md.
 """
 
 import jaxtrain
@@ -20,8 +25,9 @@ def experiment() -> jaxtrain.Run:
         task=Classification(label_smoothing=0.1),
         optimizer=optimizers.AdamW(learning_rate=3e-3, weight_decay=0.05),
         schedule=schedules.Cosine(),
-        augment=augment.ImageAugment(crop_padding=1),
-        steps=800,
+        augment=augment.ImageAugment(crop_padding=1, erase=0.5, erase_area=0.2),
+        steps=1200,
+        ema_decay=0.99,
         eval_every=jaxtrain.Horizon(10, "percent"),
         checkpoint_every=jaxtrain.Horizon(10, "percent"),
         offers={

@@ -35,7 +35,7 @@ def experiment() -> jaxtrain.Run:
         data=IMAGENET,
         task=Classification(label_smoothing=0.1),
         optimizer=optimizers.SGD(learning_rate=0.1 * batch_size / 256, momentum=0.9, nesterov=True, weight_decay=1e-4),
-        schedule=schedules.Cosine(warmup=jaxtrain.Horizon(5, "epochs")),
+        schedule=schedules.Cosine(warmup=jaxtrain.Horizon(5.5, "percent")),  # 5 of the 90 epochs
         augment=augment.ImageAugment(flip=0.5, crop_padding=32),
         epochs=90,
         batch_size=batch_size,

@@ -1,7 +1,12 @@
-"""MNIST-1D (4,000 + 1,000 signals of 40 samples; Greydanus and Kobak, arXiv 2011.14439): a 1-D CNN, or --model=mlp.
+"""MNIST-1D (4,000 + 1,000 signals of 40 samples; Greydanus and Kobak, arXiv 2011.14439): a 1-D CNN, or an MLP.
 
     python experiments/mnist1d.py --data.path=PATH/mnist1d.npz
-    python experiments/mnist1d.py --data.path=PATH/mnist1d.npz --model=mlp
+    python experiments/mnist1d.py --data.path=PATH/mnist1d.npz --model=mlp --steps=12000
+
+The file holds x, y, x_test and y_test of the published set. Results, with seeds 0, 1, 2: the CNN 98.73% test accuracy (98.9, 98.7, 98.6) in
+33 to 39 s, the MLP MLPMEAN% (MLPALL) in 94 to 99 s, start included, on one core of a busy machine with two (AMD EPYC, 2026-11-21). Published:
+94 and 68, and 96 for people. What makes the difference is to shift the signals in a circle. Chosen on the last tenth of the train split; the
+test split was read in these runs only. More in docs/results.md.
 """
 
 import jaxtrain
@@ -18,9 +23,9 @@ def experiment() -> jaxtrain.Run:
         model=convnet.ConvNet(num_classes=10, widths=(32, 64, 128), kernel=5, padding="circular", dropout=0.3),
         data=Arrays(path="mnist1d.npz", train="train[:90%]", validation="train[90%:]", test="test"),
         task=Classification(label_smoothing=0.1),
-        optimizer=optimizers.AdamW(learning_rate=3e-3, weight_decay=0.05),
+        optimizer=optimizers.Muon(learning_rate=0.02, weight_decay=0.01),
         schedule=schedules.Cosine(),
-        augment=augment.SignalAugment(shift=0.1, scale=0.1, noise=0.05),
+        augment=augment.SignalAugment(shift=0.5, scale=0.1, noise=0.05),
         steps=3000,
         eval_every=jaxtrain.Horizon(10, "percent"),
         checkpoint_every=jaxtrain.Horizon(10, "percent"),

@@ -88,10 +88,14 @@ def check_model(run: config.Run, train: Table, recipe: Options, mesh: Mesh) -> d
     batch = {name: jax.ShapeDtypeStruct((run.batch_size, *field.shape), field.dtype) for name, field in train.fields.items()}
 
     def forward(batch: Batch) -> Any:
-        inputs = run.task.inputs(batch if recipe["prepare"] is None else recipe["prepare"](dict(batch)))
-        functions = adapters.functions(run.model)
-        outputs, _ = functions.apply(functions.init(jax.random.key(0), inputs), inputs, train=False)
-        return outputs, run.task.loss(outputs, batch)
+        key = jax.random.key(0)
+        batch = batch if recipe["prepare"] is None else recipe["prepare"](dict(batch))
+        inputs, functions = run.task.inputs(batch), adapters.functions(run.model)
+        outputs, _ = functions.apply(functions.init(key, inputs), inputs, train=False)
+        sums = run.task.loss(outputs, batch)
+        if run.augment is not None:
+            sums = run.task.loss(outputs, run.augment(batch, jax.random.split(key, run.batch_size), key))
+        return outputs, sums
 
     outputs, _ = jax.eval_shape(forward, batch)
     classes = num_classes(train)

@@ -54,7 +54,7 @@ def parameters(shapes: tree.PyTree, axes: tree.PyTree, mesh: Mesh) -> tree.PyTre
 
     def place(path: Sequence[Any], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         text = tree.path_text(path)
-        return NamedSharding(mesh, parameter(text, leaf.shape, flat_axes.get(text), mesh))
+        return NamedSharding(mesh, parameter(f"params/{text}", leaf.shape, flat_axes.get(text), mesh))
 
     return jax.tree_util.tree_map_with_path(place, shapes)
 

@@ -79,7 +79,7 @@ def test_code_in_the_guides_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     for number, (code, shown) in enumerate(python_and_text(page)):
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
-            exec(compile(code, f"{page.name}, python block {number}", "exec"), namespace)
+            exec(compile(code, f"{page.name}, python block {number}", "exec"), namespace)  # noqa: S102 - our own pages
         assert shown is None or alike(said.getvalue(), shown), f"{page.name}, python block {number} printed\n{said.getvalue()}"
 
 

@@ -63,7 +63,7 @@ def toy(**changes: Any) -> config.Run:
             "schedule": {"cosine": Cosine(), "constant": Constant()},
         },
     }
-    return config.Run(name="toy", **(settings | changes))
+    return config.Run(**({"name": "toy"} | settings | changes))
 
 
 def start(workdir: Path | str, *argv: str, **changes: Any) -> int:
