@@ -3,9 +3,9 @@
     scripts/prepare_fashion_mnist      # once: builds the TFDS set
     python experiments/fashion_mnist.py
 
-Result: 93.22% test accuracy (93.30, 93.24, 93.13 with seeds 0, 1, 2), after 16 epochs on 55,000 images, in 331 to 391 s, start included, on a
-busy machine with two cores (AMD EPYC, 2026-11-21; SPEED when it has nothing else to do). Published for CNNs of this size: 92.5.
-Chosen on the other 5,000 images; the test split was read in these three runs only. More in docs/results.md.
+Result: 93.22% test accuracy (93.30, 93.24, 93.13 with seeds 0, 1, 2), after 16 epochs on 55,000 images, in 331 to 391 s, start included,
+on a busy machine with two cores (AMD EPYC, 2026-11-21). Published for CNNs of this size: 92.5. Chosen on the other 5,000 images; the test
+split was read in these three runs only. More in docs/results.md.
 
 Larger networks want a GPU and the recipe of Random Erasing (arXiv 1708.04896), which gets 95.55% with ResNet-20 and 95.7 with WRN-28-10 on
 today's data. NOT run to its end by us, as we had no GPU: what was run are two shrunken steps of each.

@@ -6,8 +6,8 @@ and smoothed labels (He et al., arXiv 1812.01187).
     python experiments/imagenet_resnet50.py --data=synthetic    # made-up images in device memory: how fast the step is
     python experiments/imagenet_resnet50.py --model=resnet18
 
-Published near this recipe: 76.3% top-1 after 90 epochs (Goyal et al. 76.3; Flax's own example 76.27, in 4.3 h on eight V100). Cost by the count
-of operations: 90 epochs are 115 million images of 24.5 GFLOP (2.8 EFLOP), 11.5 h at 2,800 images/s, which is stock PyTorch on one H100.
+Published near this recipe: 76.3% top-1 after 90 epochs (Goyal et al. 76.3; Flax's own example 76.27, in 4.3 h on eight V100). Cost by the
+count of operations: 115 million images of 24.5 GFLOP (2.8 EFLOP), 11.4 h at 2,800 images/s, which is stock PyTorch's speed on one H100.
 
 NOT run to its end by us: no machine of ours had a GPU or the data (2026-11-21). What was run are two shrunken steps on two CPU cores:
     python experiments/imagenet_resnet50.py --data=synthetic --data.shape=32,32,3 --data.examples=16 --data.test= --batch_size=4 --steps=2

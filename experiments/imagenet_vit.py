@@ -11,8 +11,8 @@ images of 27.6 GFLOP (3.2 EFLOP), 4 h at 8,000 images/s.
 NOT run to its end by us: no machine of ours had a GPU or the data (2026-11-21). What was run are two shrunken steps on two CPU cores:
     python experiments/imagenet_vit.py --data=synthetic --data.shape=32,32,3 --data.examples=16 --data.test= --model.depth=2 \
         --batch_size=4 --steps=2
-Three things differ from the paper and will cost accuracy: no RandAugment; the images are cut at the centre, then flipped and shifted by up to
-32 pixels, in place of crops of random size; and everything is float32.
+Three things differ from the paper: there is no RandAugment, and images are cut at the centre, then flipped and shifted by up to 32
+pixels, in place of crops of random size, which will both cost accuracy; and everything is float32.
 """
 
 import jaxtrain

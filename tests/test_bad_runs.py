@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from test_run import EXPERIMENT, ROOT, TINY, quiet_environment, start
 
-from jaxtrain import programs, run
+from jaxtrain import programs, run, session
 from jaxtrain.augment import NoAugment
 from jaxtrain.data.arrays import Arrays
 from jaxtrain.data.synthetic import Synthetic
@@ -109,8 +109,8 @@ def nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def compiled(*_: Any, **__: Any) -> None:
         raise AssertionError("compiled before all input was looked at")
 
-    init_state, platforms = run.init_state, jax.config.jax_platforms
-    monkeypatch.setattr(run, "init_state", lambda *parts, mesh=None, **options: compiled() if mesh else init_state(*parts, **options))
+    init_state, platforms = session.init_state, jax.config.jax_platforms
+    monkeypatch.setattr(session, "init_state", lambda *parts, mesh=None, **options: compiled() if mesh else init_state(*parts, **options))
     monkeypatch.setattr(programs, "compile_training", compiled)
     yield
     jax.config.update("jax_platforms", platforms)
@@ -121,14 +121,14 @@ def nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_bad_runs(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     if "device_data=yes" in row.arguments:
         monkeypatch.setattr(programs.pipeline, "fits_on_device", lambda *_: False)
-        monkeypatch.setattr(run, "init_state", _initial)  # which data fits beside the state is asked when the state is there
+        monkeypatch.setattr(session, "init_state", _initial)  # which data fits beside the state is asked when the state is there
     arguments = row.arguments.replace("{tmp}", str(tmp_path)).split()
     assert start(tmp_path / "run", *arguments, **row.changes) == row.status
     assert capsys.readouterr().err == f"jaxtrain: error: {row.line}\n".replace("{tmp}", str(tmp_path))
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-_initial = run.init_state
+_initial = session.init_state
 
 
 @pytest.fixture(scope="module")

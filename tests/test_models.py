@@ -294,8 +294,7 @@ def test_a_model_imports_alone() -> None:
 
 
 def test_names_are_distinct_and_the_package_names_what_it_has() -> None:
-    families = [resnet.NAMES, vit.NAMES]
-    assert not set(families[0]) & set(families[1]) and {"mlp", "convnet", "convnet1d"} <= set(models.NAMES)
+    assert not set(resnet.NAMES) & set(vit.NAMES) and {"mlp", "convnet", "convnet1d"} <= set(models.NAMES)
     assert "ViT" in dir(models)
     with pytest.raises(AttributeError, match="has no attribute 'VIT'; it has NAMES, MLP"):
         _ = models.VIT

@@ -1,0 +1,273 @@
+"""A session: one start of a run with its workdir locked, from what lies there to the last commit."""
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtrain import config, ending, evaluate, flags, hardware, hyper, journal, loop, optimizers, programs, run_record, step, tree, workdir
+from jaxtrain import mesh as meshes
+from jaxtrain.checkpoint import CheckpointError, Checkpoints
+from jaxtrain.data.splits import Splits
+from jaxtrain.data.table import Table
+from jaxtrain.profiler import Profiler
+from jaxtrain.recipe import Options, Recipe
+from jaxtrain.report import tables
+from jaxtrain.report.progress import Progress
+from jaxtrain.report.trackers import TensorBoardWriter, WandbWriter
+from jaxtrain.report.writers import JsonlWriter, Writers
+from jaxtrain.signals import Stop
+from jaxtrain.state import TrainState, init_state, state_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """One start of a run, with its workdir locked."""
+
+    run: config.Run
+    argv: Sequence[str]
+    mesh: Mesh
+    splits: Splits
+    length: programs.Lengths
+    recipe: Options
+    batch: dict[str, jax.ShapeDtypeStruct]
+    folder: Path
+    stop: Stop
+    began: float
+
+    def go(self) -> int:
+        """Resumes or starts, trains, and sums up."""
+        record = workdir.read(self.folder)
+        notes = self._drift(record)
+        run_id = (record or {}).get("run_id") or os.urandom(8).hex()
+        checkpoints = Checkpoints(self.folder, keep=self.run.keep, keep_every=self.length.keep_every, run_id=run_id)
+        progress = Progress(self.length.total)
+        try:
+            newest = self._newest(checkpoints, record)
+            self._welcome(progress, notes)
+            if newest is not None and newest >= self.length.total and not self.run.eval_only:
+                flag = f"--steps={self.run.steps}" if self.run.steps is not None else f"--epochs={self.run.epochs:g}"
+                progress.line(f"{flag}: checkpoint is already at step {newest}; nothing to do, raise it to go on")
+                ending.report(self.run, self.folder)
+                return 0
+            abstract = self._abstract_state()
+            if not self.run.eval_only:
+                checkpoints.check_space(abstract)
+            if self.stop.status is not None:
+                progress.line(f"{self.stop.name}: nothing done yet, nothing to save")
+                return self.stop.status
+            state, kept = self._state(checkpoints, newest, abstract)
+            if self.run.eval_only:
+                return self._evaluate_only(state, progress)
+            return self._train(state, kept, newest or 0, checkpoints, {"run_id": run_id} | (record or {}), progress)
+        finally:
+            progress.stop()
+            checkpoints.close(timeout=60)
+
+    def _drift(self, record: dict[str, Any] | None) -> list[str]:
+        """What differs from the run that is there; `ValueError` if it may not."""
+        if record is None:
+            if (self.folder / "metrics.jsonl").exists():
+                raise ValueError(f"--workdir={self.folder}: holds metrics.jsonl but no run.json; restore it, or use a new workdir")
+            count = workdir.foreign_files(self.folder)
+            return [f"note: {count} files not made by jaxtrain are left alone"] if count else []
+        lines = workdir.check_drift(self.folder, record, self.run)
+        old, new = record["data"]["fingerprint"], self.splits.fingerprint
+        if old != new and "data" not in self.run.allow_config_change:
+            raise ValueError(f"--data: fingerprint differs from the run's ({old} -> {new}); restore the data or --allow_config_change=data")
+        return lines
+
+    def _newest(self, checkpoints: Checkpoints, record: dict[str, Any] | None) -> int | None:
+        """The step to go on from; `ValueError` where --resume forbids or demands it."""
+        place = self.folder / "checkpoints"
+        if self.run.resume == "never":
+            if checkpoints.steps():
+                raise ValueError(f"--resume=never: {place} holds checkpoints up to step {max(checkpoints.steps())}; use a new --workdir")
+            return None
+        newest = checkpoints.newest_verified(flags.warn)
+        if newest is None and (self.run.resume == "must" or self.run.eval_only):
+            flag = "--resume=must" if self.run.resume == "must" else "--eval_only"
+            raise ValueError(f"{flag}: no committed checkpoint in {place}")
+        if newest is not None and record is None:
+            raise ValueError(f"--workdir={self.folder}: holds checkpoints but no run.json; restore it, or use a new workdir")
+        return newest
+
+    def _welcome(self, progress: Progress, notes: Sequence[str]) -> None:
+        for note in notes:
+            progress.line(note)
+        run, device = self.run, self.mesh.devices.flat[0]
+        train, length = self.splits.train, self.length
+        others = [f"{len(table):,} {name}" for name, table in (("validation", self.splits.validation), ("test", self.splits.test)) if table is not None]
+        rows = {
+            "model": run_record.kind_of(run, "model"),
+            "data": f"{run_record.kind_of(run, 'data')}: {', '.join([f'{len(train):,} train', *others])}",
+            "optimizer": f"{run_record.kind_of(run, 'optimizer')}, {run_record.kind_of(run, 'schedule')} schedule, peak rate {run.optimizer.learning_rate:g}",
+            "length": f"{length.total:,} steps of {run.batch_size} ({length.total / length.per_epoch:.1f} epochs)",
+            "devices": f"{self.mesh.size} x {device.device_kind}, mesh {meshes.describe(self.mesh)}",
+            "workdir": str(self.folder),
+        }
+        progress.show(tables.facts(f"jaxtrain {run.name}", rows))
+
+    def _abstract_state(self) -> TrainState:
+        """Shapes and shardings of the state, before anything is compiled; `ValueError` if an array does not fit the mesh."""
+        parts = (self.run.model, self.run.task, self.run.optimizer)
+        state = jax.eval_shape(lambda: init_state(*parts, self.batch, seed=self.run.seed, **self.recipe))
+        places = state_shardings(Recipe(*parts, **self.recipe), self.batch, state, self.mesh)
+        return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, places)
+
+    def _state(self, checkpoints: Checkpoints, newest: int | None, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state to begin with and what its checkpoint says besides: restored, or new (perhaps with parameters from elsewhere)."""
+        if newest is None:
+            warm = self._warm(abstract) if self.run.init_from else {}
+            parts = (self.run.model, self.run.task, self.run.optimizer)
+            state = init_state(*parts, self.batch, seed=self.run.seed, mesh=self.mesh, **self.recipe)
+            return dataclasses.replace(state, **warm), {}
+        # The numbers of the recipe are those of today's flags; the checkpoint has its own, of other names if a part was switched on or off since.
+        restored, kept = checkpoints.restore(newest, dataclasses.replace(abstract, hyper={}), partial=True)
+        values = hyper.collect(Recipe(self.run.model, self.run.task, self.run.optimizer, **self.recipe))
+        numbers = {name: jax.device_put(np.float32(values[name]), place.sharding) for name, place in abstract.hyper.items()}
+        return dataclasses.replace(restored, hyper=numbers), kept
+
+    def _warm(self, abstract: TrainState) -> dict[str, Any]:
+        """The parameters, and the model's other variables, of another run or of one of its checkpoints; an average starts from them too."""
+        path, flag = Path(self.run.init_from), f"--init_from={self.run.init_from}"
+        single = path.name.isdecimal() and path.parent.name == "checkpoints"
+        source = Checkpoints(path.parent.parent if single else path)
+        try:
+            newest = int(path.name) if single else source.newest_verified(flags.warn)
+            if newest is None:
+                raise ValueError(f"{flag}: no committed checkpoint there; give a workdir, or WORKDIR/checkpoints/STEP")
+            wanted = {"params": abstract.params, "collections": abstract.collections}
+            restored, _ = source.restore(newest, wanted, partial=True)
+        except (CheckpointError, ValueError) as error:
+            raise ValueError(str(error) if str(error).startswith(flag) else f"{flag}: {error}") from error
+        return restored | ({} if abstract.ema is None else {"ema": jax.tree.map(lambda leaf: leaf.copy(), restored["params"])})
+
+    def _evaluator(self, table: Table | None) -> loop.Evaluate | None:
+        if table is None:
+            return None
+        eval_step = step.make_eval_step(self.run.model, self.run.task, self.run.optimizer, mesh=self.mesh, **self.recipe)
+        return lambda state: evaluate.evaluate(eval_step, state, programs.batches(self.run, table, self.mesh))
+
+    def _evaluate_only(self, state: TrainState, progress: Progress) -> int:
+        results = {
+            name: evaluator(state)
+            for name, table in (("validation", self.splits.validation), ("test", self.splits.test))
+            if (evaluator := self._evaluator(table)) is not None
+        }
+        if not results:
+            raise ValueError("--eval_only: the data has neither a validation nor a test split; set --data.validation or --data.test")
+        progress.line(f"evaluated step {int(jax.device_get(state.step))}")
+        for name, values in results.items():
+            progress.evaluation(int(jax.device_get(state.step)), name, values)
+        return 0
+
+    def _train(
+        self, state: TrainState, kept: dict[str, Any], start: int, checkpoints: Checkpoints, record: dict[str, Any], progress: Progress
+    ) -> int:
+        run, length = self.run, self.length
+        if start:
+            progress.line(f"resumed from step {start}")
+        progress.show(tables.parameter_table(tree.flatten(state.params)))
+        for row in _rule_table(run, state):
+            progress.line(row)
+        progress.start(start)
+        data = programs.place_data(run, self.splits.train, self.mesh)
+        chosen = run.steps_per_call or record.get("steps_per_call")
+        training = programs.compile_training(run, state, self.splits.train, data, self.recipe, self.mesh, per_call=chosen)
+        progress.show(tables.memory_table(training.memory, device_bytes=_device_bytes(self.mesh)))
+        profiler = Profiler(run.profile_steps, self.folder / "profile")
+        # run.json comes first: metrics in a folder without one are somebody else's.
+        self._write_record(state, training, record)
+        writers = Writers(JsonlWriter(self.folder / "metrics.jsonl"), self._trackers(record["run_id"]), note=flags.warn)
+        try:
+            writers.resume(start, int(kept.get("metrics_bytes", 0)))
+            outcome = loop.train(
+                state, step=start, feed=training.feed, writers=writers, checkpoints=checkpoints, progress=progress, stop=self.stop,
+                journal=self._journal(writers, progress, start, kept, training),
+                cadence=loop.Cadence(
+                    length.total, training.per_call, run.log_every, length.evaluate if self.splits.validation is not None else 0, length.save,
+                    marks=run.profile_steps or (),
+                ),
+                validate=self._evaluator(self.splits.validation), test=self._evaluator(self.splits.test), best=kept.get("best"), at_step=profiler,
+            )  # fmt: skip
+        finally:
+            profiler.close()
+            training.feed.close()
+            writers.close()
+        progress.stop()
+        if not outcome.finished:
+            status = self.stop.status
+            assert status is not None
+            saved = f"saved at step {outcome.step}" if outcome.step else "no step done yet, nothing to save"
+            progress.line(f"{self.stop.name}: {saved}; the same command with --workdir={self.folder} goes on from there")
+            return status
+        parts = (run.model, run.task, run.optimizer)
+        predict = step.make_predict_step(*parts, mesh=self.mesh, **self.recipe) if hasattr(run.task, "examine") else None
+        ending.finish(run, self.folder, self.splits, self.mesh, predict, outcome.state, progress, seconds=time.monotonic() - self.began)
+        return 0
+
+    def _journal(self, writers: Writers, progress: Progress, start: int, kept: dict[str, Any], training: programs.Training) -> journal.Journal:
+        device = self.mesh.devices.flat[0]
+        peak = hardware.peak_flops(device.device_kind, "fp32") if device.platform == "gpu" else None
+        return journal.Journal(
+            writers, progress, every=self.run.log_every, step=start, total_steps=self.length.total, batch_size=self.run.batch_size,
+            interval=kept.get("interval"), flops_per_step=training.flops_per_step, peak_flops=peak and peak * self.mesh.size,
+            memory_bytes=lambda: _memory_in_use(device),
+        )  # fmt: skip
+
+    def _trackers(self, run_id: str) -> list[Any]:
+        found: list[Any] = [TensorBoardWriter(self.folder / "tensorboard")] if self.run.tensorboard else []
+        if self.run.wandb:
+            found.append(WandbWriter(self.run.wandb, name=self.run.name, run_id=run_id, folder=self.folder, config=workdir.describe(self.run, self.argv)["config"]))
+        return found
+
+    def _write_record(self, state: TrainState, training: programs.Training, record: dict[str, Any]) -> None:
+        """run.json: enough to repeat the run; on a resume the first start's facts stay, and the configuration is today's."""
+        device = self.mesh.devices.flat[0]
+        now = workdir.describe(self.run, self.argv) | {
+            "run_id": record["run_id"],
+            "hyper": hyper.collect(Recipe(self.run.model, self.run.task, self.run.optimizer, **self.recipe)),
+            "data": {
+                "fingerprint": self.splits.fingerprint, "train": len(self.splits.train),
+                "validation": len(self.splits.validation or ()), "test": len(self.splits.test or ()),
+                "class_names": list(self.splits.train.class_names or ()),
+            },
+            "hardware": {"platform": device.platform, "device_kind": device.device_kind, "host_cpus": os.cpu_count()},
+            "mesh": meshes.describe(self.mesh), "devices": self.mesh.size,
+            "total_steps": self.length.total, "steps_per_epoch": self.length.per_epoch, "steps_per_call": training.per_call,
+            "parameters": tree.size(state.params), "state_bytes_per_device": programs.state_bytes(state), "memory_estimate": training.memory,
+        }  # fmt: skip
+        if "config" in record:
+            starts = [*record.get("resumed", []), {"started": now["started"], "command": now["command"], "devices": now["devices"]}]
+            now |= {"started": record["started"], "command": record["command"], "resumed": starts}
+        workdir.write(self.folder, now)
+
+
+def _rule_table(run: config.Run, state: TrainState) -> list[str]:
+    """Which rule decides which parameter, if the optimizer has rules at all."""
+    optimizer = run.optimizer
+    if not (getattr(optimizer, "rates", ()) or getattr(optimizer, "decay", ()) or getattr(optimizer, "frozen", ())):
+        return []
+    return ["parameter, shape, rate, decay", *("  ".join(row) for row in optimizers.match_table(optimizer, state.params))]
+
+
+def _device_bytes(mesh: Mesh) -> int | None:
+    return (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+
+
+def _memory_in_use(device: jax.Device) -> int | None:
+    """Bytes in use on the device; on CPU, where it does not say, those of the process."""
+    stats = device.memory_stats()
+    if stats:
+        return stats.get("bytes_in_use")
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return None
