@@ -78,7 +78,8 @@ def train(
         best = _evaluate(state, 0, "validation", validate, writers, progress, best)[1]
     journal.resume()
 
-    with jax.transfer_guard("disallow"):
+    # --debug_nans runs a bad step again operation by operation, and each of them brings its constants along.
+    with jax.transfer_guard("allow" if jax.config.jax_debug_nans else "disallow"):
         while step < cadence.total and stop.status is None:
             at_step(step)
             count = cadence.next(step) - step

@@ -144,21 +144,29 @@ def compile_training(
     if data is None:
         batch = {name: jax.ShapeDtypeStruct((run.batch_size, *field.shape), field.dtype, sharding=sharding.batch(mesh)) for name, field in train.fields.items()}
         batch["id"] = jax.ShapeDtypeStruct((run.batch_size,), jnp.int32, sharding=sharding.batch(mesh))
-        lowered = step.make_train_step(*parts, mesh=mesh, **recipe).lower(state, batch)
+        single = step.make_train_step(*parts, mesh=mesh, **recipe)
+        lowered = single.lower(state, batch)
         compiled = lowered.compile()
         place = jax.device_get(state.position)
         stream = pipeline.Stream(
             train, seed=int(place.seed), batch_size=run.batch_size, epoch=int(place.epoch), offset=int(place.offset), sharding=sharding.batch(mesh)
         )
-        return Training(feeds.StreamFeed(compiled, stream), 1, feeds.flops_of(lowered), _memory(state, data, compiled))
+        return Training(feeds.StreamFeed(_checked(single) if run.debug_nans else compiled, stream), 1, feeds.flops_of(lowered), _memory(state, data, compiled))
     steps = step.make_train_steps(*parts, batch_size=run.batch_size, mesh=mesh, **recipe)
     count = feeds.device_count(1, data)
     lowered = steps.single.lower(state, data, count)
     flops = feeds.flops_of(lowered)
+    if run.debug_nans:
+        return Training(feeds.ResidentFeed(_checked(steps.single), None, data), 1, flops, _memory(state, data, lowered.compile()))
     chosen = per_call or feeds.steps_per_call(lowered, platform, run.log_every)
     compiled = lowered.compile() if chosen == 1 else steps.several.lower(state, data, count).compile()
     feed = feeds.ResidentFeed(compiled, None if chosen == 1 else compiled, data)
     return Training(feed, chosen, flops, _memory(state, data, compiled))
+
+
+def _checked(jitted: Any) -> Any:
+    """The function as --debug_nans needs it: called through jit, which looks for NaNs, and with its inputs kept, for it runs a bad step again."""
+    return jax.jit(jitted.__wrapped__)
 
 
 def evaluation_size(run: config.Run, table: Table, mesh: Mesh) -> int:

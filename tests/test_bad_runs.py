@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from test_run import EXPERIMENT, ROOT, TINY, quiet_environment, start
 
-from jaxtrain import programs, run, session
+from jaxtrain import programs, session
 from jaxtrain.augment import NoAugment
 from jaxtrain.data.arrays import Arrays
 from jaxtrain.data.synthetic import Synthetic

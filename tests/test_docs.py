@@ -87,17 +87,21 @@ def test_code_in_the_guides_runs(page: Path, tmp_path: Path, monkeypatch: pytest
 
 def experiment_of(words: list[str]) -> tuple[Path, list[str]] | None:
     """The experiment that a command trains, and its flags; None for other commands."""
-    if words[0] == "scripts/train":
+    while words and (re.match(r"[A-Z_]+=", words[0]) or words[0] in ("do", "time", "nice")):
+        words = words[1:]
+    end = next((place for place, word in enumerate(words) if word.endswith((";", "|", "&")) or word.startswith((">", "2>"))), len(words))
+    words = [word.removesuffix(";") for word in words[: end + 1] if not re.fullmatch(r"\||&+|\d?>.*", word)]
+    if words and words[0] == "scripts/train":
         named = len(words) > 1 and words[1].endswith(".py")
         return ROOT / (words[1] if named else "experiments/digits.py"), words[1 + named :]
-    if words[0] == "python" and len(words) > 1 and words[1].startswith("experiments/"):
+    if len(words) > 1 and words[0].endswith("python") and words[1].startswith("experiments/"):
         return ROOT / words[1], words[2:]
     return None
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_flag_on_the_page_exists(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each training command is parsed as it stands, with its values; only paths to earlier runs are left out."""
+    """Each training command is parsed as it stands, with its values; only paths to earlier runs and values that the shell fills in are left out."""
     monkeypatch.setattr(flags.config, "check_paths", lambda run: None)
     for words in commands(page):
         found = experiment_of(words)
@@ -105,7 +109,7 @@ def test_every_flag_on_the_page_exists(page: Path, monkeypatch: pytest.MonkeyPat
             continue
         path, argv = found
         assert path.is_file(), f"{page.name}: {shlex.join(words)}: no such experiment"
-        kept = [word for word in argv if not word.startswith("--from_run=") and word not in ("--help", "--helpfull")]
+        kept = [word for word in argv if not word.startswith("--from_run=") and "$" not in word and word not in ("--help", "--helpfull")]
         flags.parse(runpy.run_path(str(path))["experiment"](), kept)
 
 

@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "jaxtrain").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if path.is_file())
-BASH = [path for path in [*SCRIPTS, ROOT / ".ci" / "run"] if path.read_text().startswith("#!/usr/bin/env bash") or path.name == "environment"]
+BASH = [
+    path for path in [*SCRIPTS, ROOT / ".ci" / "run"] if path.read_text().startswith("#!/usr/bin/env bash") or path.name == "environment"
+]
 PYTHON = [*PACKAGE, *EXPERIMENTS, *(path for path in SCRIPTS if path not in BASH), *sorted((ROOT / "tests").glob("*.py"))]
 OURS = [path for path in PYTHON if path.parent.name != "tests"]
 """Everything that is not a test."""
@@ -64,7 +66,9 @@ def imports(path: Path) -> Iterator[str]:
             yield node.args[0].value
 
 
-def functions(tree: ast.AST, owner: ast.ClassDef | None = None) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, ast.ClassDef | None, bool]]:
+def functions(
+    tree: ast.AST, owner: ast.ClassDef | None = None
+) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, ast.ClassDef | None, bool]]:
     """Every function with its class, and whether it stands inside another function."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -129,7 +133,12 @@ def test_files_and_functions_stay_small() -> None:
 
 def documented() -> set[tuple[str, str]]:
     """(class, method) of every method with a docstring in the house."""
-    return {(owner.name, function.name) for path in OURS for function, owner, _ in functions(parsed(path)) if owner and ast.get_docstring(function)}
+    return {
+        (owner.name, function.name)
+        for path in OURS
+        for function, owner, _ in functions(parsed(path))
+        if owner and ast.get_docstring(function)
+    }
 
 
 def bases() -> dict[str, set[str]]:
@@ -167,7 +176,13 @@ def test_everything_is_annotated() -> None:
     found = []
     for path in OURS:
         for function, _, _ in functions(parsed(path)):
-            arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs, function.args.vararg, function.args.kwarg]
+            arguments = [
+                *function.args.posonlyargs,
+                *function.args.args,
+                *function.args.kwonlyargs,
+                function.args.vararg,
+                function.args.kwarg,
+            ]
             bare = [argument.arg for argument in arguments if argument is not None and argument.annotation is None]
             bare = bare[1:] if bare[:1] in (["self"], ["cls"]) else bare
             bare += ["its result"] if function.returns is None else []
@@ -194,16 +209,27 @@ def test_nothing_read_can_run_code() -> None:
             allowed = written not in FORBIDDEN_CALLS and written.rpartition(".")[2] not in FORBIDDEN_METHODS and "builtins" not in written
             assert allowed, f"{name_of(path)}:{node.lineno}: {written}"
             for keyword in node.keywords:
-                bad = keyword.arg in ("allow_pickle", "shell") and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
+                bad = keyword.arg in ("allow_pickle", "shell") and not (
+                    isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                )
                 assert not bad, f"{name_of(path)}:{node.lineno}: {keyword.arg}"
 
 
 def test_the_linter_has_nothing_to_say() -> None:
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--output-format=concise", ROOT], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--output-format=concise", ROOT], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 
-SMALL_IMAGES = ["--data=synthetic", "--data.shape=32,32,3", "--data.examples=48", "--data.test_examples=16", "--data.train=train", "--data.validation="]
+SMALL_IMAGES = [
+    "--data=synthetic",
+    "--data.shape=32,32,3",
+    "--data.examples=48",
+    "--data.test_examples=16",
+    "--data.train=train",
+    "--data.validation=",
+]
 SHRUNKEN = {
     "digits": [],
     "fashion_mnist": ["--data.data_dir={fashion_mnist}", "--data.train=train[:80%]", "--data.validation=train[80%:]"],
@@ -219,10 +245,17 @@ RANDOM = np.random.default_rng(0)
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Small sets of the same shape as those that an experiment finds on the disk, by the name of the experiment."""
     folder = tmp_path_factory.mktemp("data")
-    signals = {"x": RANDOM.normal(size=(60, 40)), "y": np.arange(60) % 10, "x_test": RANDOM.normal(size=(20, 40)), "y_test": np.arange(20) % 10}
+    signals = {
+        "x": RANDOM.normal(size=(60, 40)),
+        "y": np.arange(60) % 10,
+        "x_test": RANDOM.normal(size=(20, 40)),
+        "y_test": np.arange(20) % 10,
+    }
     np.savez(folder / "mnist1d.npz", **signals)
     prepare = runpy.run_path(str(ROOT / "scripts" / "prepare_fashion_mnist"))
-    parts = [bytes(head) + bytes(RANDOM.integers(0, 10, size * count, np.uint8)) for count in (60, 20) for head, size in ((16, 784), (8, 1))]
+    parts = [
+        bytes(head) + bytes(RANDOM.integers(0, 10, size * count, np.uint8)) for count in (60, 20) for head, size in ((16, 784), (8, 1))
+    ]
     prepare["build"](dict(zip(prepare["FILES"], parts, strict=True)), folder / "tfds")
     return {"mnist1d": str(folder / "mnist1d.npz"), "fashion_mnist": str(folder / "tfds")}
 
@@ -234,7 +267,16 @@ def test_every_experiment_has_its_small_form() -> None:
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_runs_two_steps(path: Path, stand_ins: dict[str, str], tmp_path: Path) -> None:
     argv = [text.format(**stand_ins) for text in SHRUNKEN[path.stem]]
-    argv += ["--steps=2", "--batch_size=16", "--eval_batch_size=16", "--log_every=1", "--mesh=data:2", f"--workdir={tmp_path}", "--notensorboard", "--noreport"]
+    argv += [
+        "--steps=2",
+        "--batch_size=16",
+        "--eval_batch_size=16",
+        "--log_every=1",
+        "--mesh=data:2",
+        f"--workdir={tmp_path}",
+        "--notensorboard",
+        "--noreport",
+    ]
     experiment = runpy.run_path(str(path))["experiment"]()
     assert experiment.name == path.stem
     assert run.launch(flags.parse(experiment, argv), argv) == 0
