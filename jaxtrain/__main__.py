@@ -1,6 +1,7 @@
 """`python -m jaxtrain COMMAND`: list, verify and report. Help answers without importing jax."""
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -76,11 +77,13 @@ def verify(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
         raise ValueError(f"verify: takes one WORKDIR, got {len(arguments)}; e.g. python -m jaxtrain verify runs/digits/today")
     workdir = _workdir("verify", arguments[0])
+    # Reading files needs no card, and a run may be using it.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     return importlib.import_module("jaxtrain.checkpoint").verify_command(workdir)
 
 
 def report(arguments: Sequence[str]) -> int:
-    """Writes the report of one run into its folder, or of several into the first one's."""
+    """Writes the report of one run into its folder, or of several into the working directory."""
     if not arguments:
         raise ValueError("report: takes at least one WORKDIR, got 0; e.g. python -m jaxtrain report runs/digits/today")
     workdirs = [_workdir("report", argument) for argument in arguments]

@@ -19,6 +19,8 @@ FAMILIES = ("model", "data", "task", "optimizer", "schedule", "augment")
 """The fields of `Run` that hold a component, which `--FAMILY=NAME` swaps for a named one that the experiment offers."""
 NOT_FLAGS = ("name", "offers")
 """The fields of `Run` that belong to the experiment alone."""
+PATHS = ("workdir", "init_from", "from_run")
+"""The fields of `Run` that name a place on the disk; on the command line they may begin with ~."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Run:
     platform: Literal["auto", "cpu", "gpu"] = "auto"
     """Which devices to use; auto takes the best there is."""
     steps_per_call: Count | None = None
-    """How many steps one dispatch runs; none = chosen by the model's speed."""
+    """How many steps one dispatch runs over data in device memory; none = chosen by the work of a step."""
     device_data: Literal["auto", "yes", "no"] = "auto"
     """Whether the train split lives in device memory; auto = if it fits."""
     debug_nans: bool = False
@@ -199,16 +201,6 @@ def nearest_divisors(whole: int, value: int) -> str:
     below = max((number for number in divisors if number <= value), default=None)
     above = min((number for number in divisors if number > value), default=None)
     return " or ".join(str(number) for number in (below, above) if number is not None)
-
-
-def nearest_multiples(of: int, value: int) -> str:
-    """The positive multiples of `of` next to `value`, in words.
-
-    >>> nearest_multiples(8, 10), nearest_multiples(8, 3)
-    ('8 or 16', '8')
-    """
-    below = value // of * of
-    return " or ".join(str(number) for number in (below, below + of) if number > 0)
 
 
 def check_paths(run: Run) -> None:

@@ -27,12 +27,13 @@ def finish(
     if predict is not None:
         with _harmless("predictions"):
             write_predictions(run, folder, splits, mesh, predict, state)
-    done = history.load(folder)
-    values = {(split, name): done.last(name, split) for split in ("validation", "test") for name in ("loss", "accuracy")}
-    rows = {f"{split} {name}": tables.value_text(name, value) for (split, name), value in values.items() if value is not None}
-    rows |= {"time": tables.duration_text(seconds), "workdir": str(folder)}
     page = report(run, folder)
-    progress.show(tables.facts(f"{run.name}: done", rows | ({"report": str(page)} if page else {})))
+    with _harmless("summary"):
+        done = history.load(folder)
+        values = {(split, name): done.last(name, split) for split in ("validation", "test") for name in ("loss", "accuracy")}
+        rows = {f"{split} {name}": tables.value_text(name, value) for (split, name), value in values.items() if value is not None}
+        rows |= {"time": tables.duration_text(seconds), "workdir": str(folder)}
+        progress.show(tables.facts(f"{run.name}: done", rows | ({"report": str(page)} if page else {})))
 
 
 def report(run: config.Run, folder: Path) -> Path | None:

@@ -110,7 +110,7 @@ def parse(run: config.Run, argv: Sequence[str], environ: Mapping[str, str] = os.
     """
     scanned = list(_scan(argv))
     wanted = {name: value for name, value in scanned if value is not None}
-    base = run_record.load(run, wanted["from_run"]) if wanted.get("from_run") else run
+    base = run_record.load(run, os.path.expanduser(wanted["from_run"])) if wanted.get("from_run") else run
     swaps = {family: wanted[family] for family in config.FAMILIES if family in wanted}
     table = _define(base)
     chosen = {family: table[family].read(name) for family, name in swaps.items() if family in table}
@@ -122,6 +122,7 @@ def parse(run: config.Run, argv: Sequence[str], environ: Mapping[str, str] = os.
     _absl_parse(table, argv, base)
     typed = {name: flag.typed for name, flag in table.items() if flag.present}
     values = {name: table[name].value for name in typed if name not in config.FAMILIES}
+    values |= {name: os.path.expanduser(values[name]) for name in config.PATHS if name in values}  # the shell leaves --workdir=~/x alone
     values |= _from_environment(table, typed, environ)
     finished = _finish(base, values, typed)
     _warn_of_secrets(typed)

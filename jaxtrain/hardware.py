@@ -1,7 +1,7 @@
 """Hardware: what the cards can do at best, by the name under which jax knows them.
 
 Figures are peaks of dense products in TFLOP/s, float32 accumulation, no sparsity, boost clock. They come from NVIDIA's data sheets and
-architecture papers (Volta, Turing, GA100, GA102, AD102, Hopper, Blackwell); where a sheet gives the sparse figure only, it is halved. No
+architecture papers (Volta, Turing, GA100, GA102, AD102, Hopper, Blackwell); where a sheet gives the sparse figure only, it is halved. None was measured here. No
 card reaches its peak: a bare bf16 product gets to about 80% of it on an H100 or H200 and 87% on an A100 (stas00/ml-engineering,
 compute/accelerator), which is the ceiling for model FLOP utilisation (MFU). Laptop cards, and cards held below their usual power, are
 slower than their name says.

@@ -66,7 +66,7 @@ class Journal:
         """Starts it again."""
         self._clock, self._timed_step = time.monotonic(), self._step
 
-    def record(self) -> dict[str, list[float]]:
+    def record(self) -> dict[str, list[float | str]]:
         """The unfinished interval, for the checkpoint."""
         return self._totals.record()
 

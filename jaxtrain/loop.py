@@ -5,11 +5,13 @@ before. It waits only where it says so.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
+from jaxtrain import tree
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.feed import Feed
 from jaxtrain.journal import Journal
@@ -18,6 +20,9 @@ from jaxtrain.report.writers import Writers
 from jaxtrain.signals import Stop
 from jaxtrain.state import TrainState
 
+SMALL = 4_000_000
+"""Numbers in a state whose commit is waited for: some 30 ms, after which a kill costs at most one interval. What is larger is written in the
+background, and a kill may then also cost the steps done meanwhile."""
 Evaluate = Callable[[TrainState], dict[str, float]]
 
 
@@ -131,19 +136,19 @@ def score_of(values: Mapping[str, float]) -> float:
 
 def _evaluate(
     state: TrainState, step: int, split: str, evaluate: Evaluate, writers: Writers, progress: Progress, best: float | None
-) -> tuple[float, float]:
-    """Evaluates and writes one line; the score, and the best so far."""
+) -> tuple[float, float | None]:
+    """Evaluates and writes one line; the score, and the best so far, which only a finite score can be."""
     progress.phase("evaluating")
     values = evaluate(state)
     score = score_of(values)
     writers.write(step, split, values)
     progress.evaluation(step, split, values, best=best is not None and score > best)
     progress.phase("")
-    return score, score if best is None else max(score, best)
+    return score, max((each for each in (best, score) if each is not None and math.isfinite(each)), default=None)
 
 
 def _commit(
     state: TrainState, step: int, score: float | None, best: float | None, journal: Journal, writers: Writers, checkpoints: Checkpoints
 ) -> None:
     record = {"metrics_bytes": writers.sync(), "interval": journal.record(), "best": best}
-    checkpoints.save(step, state, record, metric=score, wait=False)
+    checkpoints.save(step, state, record, metric=score, wait=tree.size(state) <= SMALL)

@@ -1,12 +1,13 @@
 """The mesh: the devices at hand, arranged along named axes."""
 
-import difflib
 import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
+
+from jaxtrain import wording
 
 AXES = ("sweep", "pipeline", "data", "fsdp", "expert", "sequence", "tensor")
 """Every mesh has all of them, in this order; those not asked for have size 1."""
@@ -26,9 +27,8 @@ def parse(text: str) -> dict[str, int]:
     for part in text.split(","):
         axis, colon, number = part.strip().partition(":")
         if axis not in OFFERED:
-            near = difflib.get_close_matches(axis.lower(), OFFERED, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"--mesh: unknown axis {axis!r}; axes used by this model: {', '.join(OFFERED)}{hint}")
+            near = wording.did_you_mean(axis, OFFERED)
+            raise ValueError(f"--mesh: unknown axis {axis!r}; axes used by this model: {', '.join(OFFERED)}{near}")
         if axis in sizes:
             raise ValueError(f"--mesh={text}: axis {axis!r} is given twice")
         if not colon or not number.lstrip("-").isdecimal() or not number.isascii() or (size := int(number)) == 0 or size < -1:
@@ -82,6 +82,4 @@ def check_batch(name: str, size: int, mesh: Mesh) -> None:
     """`ValueError` if a batch of `size` cannot be split evenly."""
     shards = batch_shards(mesh)
     if size % shards:
-        below, above = size // shards * shards, -(-size // shards) * shards
-        nearest = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(f"--{name}={size}: not divisible by {shards} devices; nearest: {nearest}")
+        raise ValueError(f"--{name}={size}: not divisible by {shards} devices; nearest: {wording.nearest_multiples(shards, size)}")

@@ -3,6 +3,7 @@
 B is the batch dim.
 """
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -39,7 +40,7 @@ class Totals:
     {'loss': 1.5}
     """
 
-    def __init__(self, record: Mapping[str, list[float]] | None = None) -> None:
+    def __init__(self, record: Mapping[str, list[float | str]] | None = None) -> None:
         self._pairs = {name: (float(pair[0]), float(pair[1])) for name, pair in (record or {}).items()}
 
     def add(self, sums: Mapping[str, tuple[float, float]]) -> None:
@@ -52,6 +53,6 @@ class Totals:
         """Sum over count, by name; a name with count 0 is left out."""
         return {name: total / count for name, (total, count) in self._pairs.items() if count}
 
-    def record(self) -> dict[str, list[float]]:
-        """What a checkpoint stores, so that a resumed interval ends with the same numbers."""
-        return {name: list(pair) for name, pair in self._pairs.items()}
+    def record(self) -> dict[str, list[float | str]]:
+        """What a checkpoint stores, so that a resumed interval ends with the same numbers; JSON holds those that are not finite as text."""
+        return {name: [part if math.isfinite(part) else str(part) for part in pair] for name, pair in self._pairs.items()}

@@ -165,8 +165,17 @@ def compile_training(
 
 
 def _checked(jitted: Any) -> Any:
-    """The function as --debug_nans needs it: called through jit, which looks for NaNs, and with its inputs kept, for it runs a bad step again."""
-    return jax.jit(jitted.__wrapped__)
+    """The step as --debug_nans needs it: one that made a NaN runs again, operation by operation, so that jax can say which one it was."""
+    kept = jax.jit(jitted.__wrapped__)  # takes over no state: there must be something to run again from
+
+    def call(*arguments: Any) -> Any:
+        result = kept(*arguments)
+        numbers = [leaf for leaf in jax.tree.leaves(result) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        if any(np.isnan(number).any() for number in jax.device_get(numbers)):
+            jitted.__wrapped__(*arguments)  # raises FloatingPointError
+        return result
+
+    return call
 
 
 def evaluation_size(run: config.Run, table: Table, mesh: Mesh) -> int:

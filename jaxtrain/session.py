@@ -59,6 +59,7 @@ class Session:
                 return 0
             abstract = self._abstract_state()
             if not self.run.eval_only:
+                checkpoints.sweep()  # what a killed start left half written would count as used space
                 checkpoints.check_space(abstract)
             if self.stop.status is not None:
                 progress.line(f"{self.stop.name}: nothing done yet, nothing to save")
@@ -91,10 +92,9 @@ class Session:
             if checkpoints.steps():
                 raise ValueError(f"--resume=never: {place} holds checkpoints up to step {max(checkpoints.steps())}; use a new --workdir")
             return None
-        newest = checkpoints.newest_verified(flags.warn)
-        if newest is None and (self.run.resume == "must" or self.run.eval_only):
-            flag = "--resume=must" if self.run.resume == "must" else "--eval_only"
-            raise ValueError(f"{flag}: no committed checkpoint in {place}")
+        newest = checkpoints.resume_step(self.run.resume, flags.warn)
+        if newest is None and self.run.eval_only:
+            raise ValueError(f"--eval_only: no committed checkpoint in {place}")
         if newest is not None and record is None:
             raise ValueError(f"--workdir={self.folder}: holds checkpoints but no run.json; restore it, or use a new workdir")
         return newest
@@ -105,12 +105,14 @@ class Session:
         run, device = self.run, self.mesh.devices.flat[0]
         train, length = self.splits.train, self.length
         others = [f"{len(table):,} {name}" for name, table in (("validation", self.splits.validation), ("test", self.splits.test)) if table is not None]
+        there = jax.device_count(device.platform)
+        count = f"{self.mesh.size}{f' of {there}' if there > self.mesh.size else ''}"
         rows = {
             "model": run_record.kind_of(run, "model"),
             "data": f"{run_record.kind_of(run, 'data')}: {', '.join([f'{len(train):,} train', *others])}",
             "optimizer": f"{run_record.kind_of(run, 'optimizer')}, {run_record.kind_of(run, 'schedule')} schedule, peak rate {run.optimizer.learning_rate:g}",
             "length": f"{length.total:,} steps of {run.batch_size} ({length.total / length.per_epoch:.1f} epochs)",
-            "devices": f"{self.mesh.size} x {device.device_kind}, mesh {meshes.describe(self.mesh)}",
+            "devices": f"{count} x {device.device_kind}, mesh {meshes.describe(self.mesh)}",
             "workdir": str(self.folder),
         }
         progress.show(tables.facts(f"jaxtrain {run.name}", rows))
@@ -150,18 +152,18 @@ class Session:
             raise ValueError(str(error) if str(error).startswith(flag) else f"{flag}: {error}") from error
         return restored | ({} if abstract.ema is None else {"ema": jax.tree.map(lambda leaf: leaf.copy(), restored["params"])})
 
-    def _evaluator(self, table: Table | None) -> loop.Evaluate | None:
-        if table is None:
-            return None
+    def _evaluators(self) -> dict[str, loop.Evaluate]:
+        """What evaluates each held-out split that there is; one program for both."""
         eval_step = step.make_eval_step(self.run.model, self.run.task, self.run.optimizer, mesh=self.mesh, **self.recipe)
-        return lambda state: evaluate.evaluate(eval_step, state, programs.batches(self.run, table, self.mesh))
+
+        def evaluator(table: Table) -> loop.Evaluate:
+            return lambda state: evaluate.evaluate(eval_step, state, programs.batches(self.run, table, self.mesh))
+
+        tables = {"validation": self.splits.validation, "test": self.splits.test}
+        return {name: evaluator(table) for name, table in tables.items() if table is not None}
 
     def _evaluate_only(self, state: TrainState, progress: Progress) -> int:
-        results = {
-            name: evaluator(state)
-            for name, table in (("validation", self.splits.validation), ("test", self.splits.test))
-            if (evaluator := self._evaluator(table)) is not None
-        }
+        results = {name: evaluator(state) for name, evaluator in self._evaluators().items()}
         if not results:
             raise ValueError("--eval_only: the data has neither a validation nor a test split; set --data.validation or --data.test")
         progress.line(f"evaluated step {int(jax.device_get(state.step))}")
@@ -183,7 +185,9 @@ class Session:
         chosen = run.steps_per_call or record.get("steps_per_call")
         training = programs.compile_training(run, state, self.splits.train, data, self.recipe, self.mesh, per_call=chosen)
         progress.show(tables.memory_table(training.memory, device_bytes=_device_bytes(self.mesh)))
-        profiler = Profiler(run.profile_steps, self.folder / "profile")
+        if run.steps_per_call not in (None, training.per_call):
+            progress.line(f"note: --steps_per_call={run.steps_per_call} needs data in device memory and no --debug_nans; {training.per_call} a dispatch instead")
+        profiler, evaluators = Profiler(run.profile_steps, self.folder / "profile"), self._evaluators()
         # run.json comes first: metrics in a folder without one are somebody else's.
         self._write_record(state, training, record)
         writers = Writers(JsonlWriter(self.folder / "metrics.jsonl"), self._trackers(record["run_id"]), note=flags.warn)
@@ -196,7 +200,7 @@ class Session:
                     length.total, training.per_call, run.log_every, length.evaluate if self.splits.validation is not None else 0, length.save,
                     marks=run.profile_steps or (),
                 ),
-                validate=self._evaluator(self.splits.validation), test=self._evaluator(self.splits.test), best=kept.get("best"), at_step=profiler,
+                validate=evaluators.get("validation"), test=evaluators.get("test"), best=kept.get("best"), at_step=profiler,
             )  # fmt: skip
         finally:
             profiler.close()
@@ -226,7 +230,8 @@ class Session:
     def _trackers(self, run_id: str) -> list[Any]:
         found: list[Any] = [TensorBoardWriter(self.folder / "tensorboard")] if self.run.tensorboard else []
         if self.run.wandb:
-            found.append(WandbWriter(self.run.wandb, name=self.run.name, run_id=run_id, folder=self.folder, config=workdir.describe(self.run, self.argv)["config"]))
+            record = run_record.to_json(self.run)
+            found.append(WandbWriter(self.run.wandb, name=self.run.name, run_id=run_id, folder=self.folder, config=record, note=flags.warn))
         return found
 
     def _write_record(self, state: TrainState, training: programs.Training, record: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain import tree
+from jaxtrain import tree, wording
 from jaxtrain.mesh import BATCH_AXES
 
 LOGICAL = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor"}
@@ -36,7 +36,7 @@ def parameter(path: str, shape: Sequence[int], axes: Sequence[str | None] | None
         if axis is None or size == 1 or axis in entries:
             continue
         if length % size:
-            near = " or ".join(str(whole) for whole in (length // size * size, -(-length // size) * size) if whole)
+            near = wording.nearest_multiples(size, length)
             raise ValueError(f"{path} dim {dim} (={length}, {name!r}) not divisible by axis {axis}={size}; change --mesh or make it {near}")
         entries[dim] = axis
     size = mesh.shape["fsdp"]

@@ -1,7 +1,7 @@
 """Tasks: what is learnt from a batch, as losses and metrics in (sum, count) form.
 
-A task is two functions: `inputs(batch)` picks what the model sees, `loss(outputs, batch)` gives `{name: (sum, count)}` with "loss" among
-the names; that one is minimised. `examine` says what a prediction was, for confusion matrices and the worst mistakes.
+A task is two functions: `inputs(batch)` picks what the model sees, `loss(outputs, batch, train=...)` gives `{name: (sum, count)}` with
+"loss" among the names; that one is minimised. `examine` says what a prediction was, for confusion matrices and the worst mistakes.
 
 Dims: B batch, C classes, D features.
 """
@@ -24,8 +24,8 @@ class Task(Protocol):
     def inputs(self, batch: Batch) -> Any:
         """What the model is called with."""
 
-    def loss(self, outputs: Any, batch: Batch) -> metrics.Sums:
-        """The loss, under "loss", and other metrics."""
+    def loss(self, outputs: Any, batch: Batch, *, train: bool = True) -> metrics.Sums:
+        """The loss, under "loss", and other metrics; `train` is False in evaluation."""
 
 
 @dataclasses.dataclass(frozen=True)

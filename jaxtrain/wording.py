@@ -25,6 +25,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return "" if match is None else f"; did you mean {match!r}?"
 
 
+def nearest_multiples(of: int, value: int) -> str:
+    """The positive multiples of `of` next to `value`, which is none itself, in words.
+
+    >>> nearest_multiples(8, 10), nearest_multiples(8, 3)
+    ('8 or 16', '8')
+    """
+    below = value // of * of
+    return " or ".join(str(number) for number in (below, below + of) if number > 0)
+
+
 def shown(text: str) -> str:
     """A typed value as messages show it: numbers as they are, anything else quoted, on one line, not endless."""
     short = text if len(text) <= 80 else text[:60] + "..." + text[-10:]

@@ -1,7 +1,10 @@
 """A run's folder: where it is, what its run.json says, and whether a run that is there may go on under this configuration."""
 
+import contextlib
+import itertools
 import json
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -21,8 +24,14 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "jaxt
 
 
 def place(run: config.Run) -> Path:
-    """The folder of a run: --workdir, or runs/NAME/TIME."""
-    return Path(run.workdir) if run.workdir else Path("runs") / run.name / time.strftime("%Y%m%d-%H%M%S")
+    """The folder of a run: --workdir, or runs/NAME/TIME, made here and now so that runs started in one second have one each."""
+    if run.workdir:
+        return Path(run.workdir)
+    if run.eval_only or run.resume == "must":
+        raise ValueError(f"{'--eval_only' if run.eval_only else '--resume=must'}: needs --workdir, the folder of a run")
+    folder = Path("runs") / run.name / time.strftime("%Y%m%d-%H%M%S")
+    others = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(each for each in itertools.chain([folder], others) if _is_mine(each))
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -75,11 +84,21 @@ def describe(run: config.Run, argv: Sequence[str]) -> dict[str, Any]:
     return {
         "name": run.name,
         "config": run_record.to_json(run),
-        "command": " ".join(["python", sys.argv[0], *redaction.redact(argv)]),
+        "command": shlex.join(["python", sys.argv[0], *redaction.redact(argv)]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "git": _git(),
     }
+
+
+def _is_mine(folder: Path) -> bool:
+    """Makes a folder; False if another start has just made it."""
+    with contextlib.suppress(OSError):  # the lock, which comes next, says what is wrong
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            return False
+    return True
 
 
 def _shown(value: Any) -> str:

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import random
@@ -34,9 +35,9 @@ from jaxtrain.report.writers import is_clock, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENT = [sys.executable, str(ROOT / "experiments" / "digits.py")]
-INTERVAL = 10
+STEPS, INTERVAL = 120, 10
 COMMON = [
-    "--steps=120", f"--checkpoint_every={INTERVAL}", "--eval_every=20", "--log_every=7", "--batch_size=32", "--keep=3",
+    f"--steps={STEPS}", f"--checkpoint_every={INTERVAL}", "--eval_every=20", "--log_every=7", "--batch_size=32", "--keep=3",
     "--ema_decay=0.9", "--clip_norm=1", "--model.dropout=0.2", "--augment.crop_padding=1", "--report=false",
 ]  # fmt: skip
 RECIPES = {"mlp": ["--model=mlp", "--model.widths=64,64"], "convnet": ["--model=convnet", "--model.widths=8,16"]}
@@ -50,7 +51,7 @@ class Golden:
     folder: Path
     seconds: float
     loop_seconds: float
-    """From run.json, written before the first step, to the end."""
+    """From run.json, written before the first step, to the last commit."""
     digest: str
     metrics: list[dict[str, Any]]
 
@@ -74,7 +75,8 @@ def golden(recipe: str, folder: Path) -> Golden:
     seconds = time.monotonic() - began
     if status:
         sys.exit(f"the undisturbed run of {recipe} failed with status {status}:\n{said}")
-    loop_seconds = time.time() - (folder / "run.json").stat().st_mtime
+    last = folder / "checkpoints" / str(STEPS) / manifest.COMMIT
+    loop_seconds = last.stat().st_mtime - (folder / "run.json").stat().st_mtime
     return Golden(folder, seconds, loop_seconds, verified(folder)[1], metrics_of(folder))
 
 
@@ -92,31 +94,25 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if not is_clock(key)} for line in read_metrics(folder / "metrics.jsonl")]
 
 
-def kill_once(recipe: str, folder: Path, draw: random.Random, whole: Golden) -> dict[str, Any] | None:
-    """Starts the run, kills it at a random moment, and says what that left; None if the run was faster."""
+def start(recipe: str, folder: Path, seconds: float | None, in_loop: bool) -> dict[str, Any]:
+    """Starts the run, kills it so many seconds later (or after its first step; None: not at all), and says what it said and left."""
     marker = folder / "run.json"
     before = marker.stat().st_mtime_ns if marker.exists() else 0
-    in_loop = draw.random() < 0.75  # most kills where most can go wrong: between the first step and the end
-    wait = draw.uniform(0, whole.loop_seconds) if in_loop else draw.uniform(0, whole.seconds)
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command(recipe, folder), stdout=said, stderr=subprocess.STDOUT, cwd=ROOT)
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command(recipe, folder), stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
         while in_loop and process.poll() is None and (not marker.exists() or marker.stat().st_mtime_ns == before):
-            time.sleep(0.005)
+            time.sleep(0.002)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(wait)
+            process.wait(seconds)
         process.send_signal(signal.SIGKILL)
         status = process.wait()
-        said.seek(0)
-        text = said.read()
-    if status == 0:
-        return None
+        output.seek(0)
+        text = output.read()
     problems: list[str] = []
     newest = committed.newest(folder / "checkpoints", problems.append)
-    steps = [line["step"] for line in read_metrics(folder / "metrics.jsonl")]
-    return {
-        "where": "loop" if in_loop else "any", "seconds": round(wait, 3), "status": status, "resumed": resumed(text),
-        "reached": max(steps, default=0), "committed": newest, "problems": problems,
-    }  # fmt: skip
+    reached = max((line["step"] for line in read_metrics(folder / "metrics.jsonl")), default=0)
+    found = {"status": status, "resumed": resumed(text), "reached": reached, "committed": newest, "problems": problems}
+    return found if status in (0, -signal.SIGKILL) else found | {"said": text[-2000:]}
 
 
 def resumed(text: str) -> int | None:
@@ -126,31 +122,34 @@ def resumed(text: str) -> int | None:
 
 
 def kill_trial(recipe: str, folder: Path, draw: random.Random, whole: Golden) -> dict[str, Any]:
-    """One run, killed one to four times and started again each time; the last start runs to the end."""
-    kills: list[dict[str, Any]] = []
-    for _ in range(draw.randint(1, 4)):
-        found = kill_once(recipe, folder, draw, whole)
-        if found is None:
-            break
-        kills.append(found)
-    status, said = finish(recipe, folder)
-    # A start that was killed before it could speak says nothing of where it resumed; one that speaks must say the truth.
-    says = [kill["resumed"] for kill in kills[1:]] + [resumed(said)]
-    due = [kill["committed"] for kill in kills]
-    truthful = all(say == want for say, want in zip(says[:-1], due, strict=False) if say is not None) and (
-        status != 0 or says[-1] == (due[-1] if due else None) or "nothing to do" in said
-    )
+    """One run, killed one to four times before its last commit, and started again each time; the last start runs to the end."""
+    starts: list[dict[str, Any]] = []
+    wanted = draw.randint(1, 4)
+    while not starts or starts[-1]["status"] == -signal.SIGKILL:
+        if len(starts) == wanted:
+            seconds, in_loop = None, False
+        else:
+            in_loop = draw.random() < 0.75  # most kills where most can go wrong: between the first step and the last commit
+            seconds = draw.uniform(0, whole.loop_seconds if in_loop else whole.seconds)
+        starts.append(start(recipe, folder, seconds, in_loop))
+        if len(starts) == 1 and starts[0]["committed"] == STEPS:
+            starts.clear()  # it was faster than its killer: again
+            shutil.rmtree(folder)
+    kills = starts[:-1]
+    # A start that was killed before it could speak says nothing of where it resumed; one that speaks says the newest that verifies.
+    pairs = [(after["resumed"], before["committed"]) for before, after in itertools.pairwise(starts)]
+    speaks = starts[-1]["resumed"] is not None or kills[-1]["committed"] in (None, STEPS)
     result = {
-        "status": status, "kills": kills, "resumed_last": says[-1], "truthful": truthful,
+        "status": starts[-1]["status"], "kills": kills, "resumed": starts[-1]["resumed"],
+        "truthful": speaks and all(said in (None, due) for said, due in pairs),
         "undamaged": not any(kill["problems"] for kill in kills),
-        "lost_most": max((kill["reached"] - (kill["committed"] or 0) for kill in kills), default=0),
+        "again_most": max(kill["reached"] - (kill["committed"] or 0) for kill in kills),
         "digest_equal": verified(folder) == (0, whole.digest), "metrics_equal": metrics_of(folder) == whole.metrics,
     }  # fmt: skip
     # While a save is written in the background the next interval runs; its own save waits for the one before.
-    result["ok"] = status == 0 and result["lost_most"] <= 2 * INTERVAL and all(result[key] for key in ("truthful", "undamaged", "digest_equal", "metrics_equal"))
-    if not result["ok"]:
-        result["said"] = said[-2000:]
-    return result
+    result["ok"] = result["status"] == 0 and result["again_most"] <= 2 * INTERVAL
+    result["ok"] &= all(result[key] for key in ("truthful", "undamaged", "digest_equal", "metrics_equal"))
+    return result if result["ok"] else result | {"said": starts[-1].get("said", "")}
 
 
 def kills(trials: int, seed: int, folder: Path) -> list[dict[str, Any]]:
@@ -173,10 +172,10 @@ def show_kills(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         places = ", ".join(f"{kill['reached']} ({'-' if kill['committed'] is None else kill['committed']})" for kill in row["kills"])
         equal = ["equal" if row[key] else "DIFFERS" for key in ("digest_equal", "metrics_equal")]
-        says = "-" if row["resumed_last"] is None else f"resumed from step {row['resumed_last']}"
+        says = "-" if row["resumed"] is None else f"resumed from step {row['resumed']}"
         print(f"{row['trial']:>5}  {row['recipe']:8}  {places:52}  {equal[0]:8}  {equal[1]:8}  {says}{'' if row['ok'] else '  FAILED'}")
     count = sum(len(row["kills"]) for row in rows)
-    most = max((row["lost_most"] for row in rows), default=0)
+    most = max((row["again_most"] for row in rows), default=0)
     ok = sum(row["ok"] for row in rows)
     again = f"{most} (a commit every {INTERVAL}, and what ran while one was being written)"
     print(f"{len(rows)} runs, {count} kills, {ok} ok; steps run again at most {again}")
@@ -246,7 +245,7 @@ def flip_run(source: Path, place: Path, whole: Golden, draw: random.Random) -> d
     before = verified(place)[0]
     status, said = finish("mlp", place)
     loud = [line for line in said.splitlines() if "warning: step" in line]
-    equal = metrics_of(place) == whole.metrics and Checkpoints(place).digest(120) == whole.digest
+    equal = metrics_of(place) == whole.metrics and Checkpoints(place).digest(STEPS) == whole.digest
     ok = status == 0 and before == 74 and bool(loud) and equal
     row = {"file": str(path.relative_to(place / "checkpoints")), "bit": bit, "restored": resumed(said), "said": loud, "verify": before, "ok": ok}
     return row | {"outcome": "run fell back, equal" if ok else "RUN FAILED"} | ({} if ok else {"output": said[-2000:]})

@@ -244,7 +244,7 @@ def test_metrics_that_were_lost(loss: str, folder: Path, capsys: pytest.CaptureF
     metrics.unlink() if loss == "gone" else metrics.write_bytes(text[:100])
     assert start(folder, "--steps=30") == 2
     size = 0 if loss == "gone" else 100
-    line = f"{metrics}: {size} bytes, but the checkpoint was committed at {len(text)}; restore the file or use --resume=never"
+    line = f"{metrics}: {size} bytes, but the checkpoint was committed at {len(text)}; restore the file, or use a new --workdir"
     assert capsys.readouterr().err == f"jaxtrain: error: {line}\n"
 
 

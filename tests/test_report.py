@@ -19,7 +19,7 @@ from jaxtrain.hardware import CARDS, peak_flops
 from jaxtrain.report import chart, history, plots
 from jaxtrain.report.page import render, write_report
 from jaxtrain.report.progress import Progress
-from jaxtrain.report.tables import facts, memory_table, parameter_rows, parameter_table, result_table
+from jaxtrain.report.tables import facts, memory_table, parameter_rows, parameter_table
 
 VALUES = {"loss": 0.3124, "accuracy": 0.912, "learning_rate": 1e-3, "step_seconds": 0.1}
 SPEED = {"examples_per_second": 48210.0, "eta_seconds": 34.0, "memory_bytes": 1.2e9, "mfu": 0.413}
@@ -180,8 +180,7 @@ def test_tables_survive_any_width_and_no_rows(width):
     for table in (
         parameter_table(transformer(2)), parameter_table({}), memory_table({"parameters": 4e9, "[b]": 0}, device_bytes=141e9),
         memory_table({}),
-        facts("run [x]", {"model": "[red]" + "x" * 300, "": ""}), facts("", {}), result_table({"test": VALUES, "train": {}}),
-        result_table({}),
+        facts("run [x]", {"model": "[red]" + "x" * 300, "": ""}), facts("", {}),
     ):  # fmt: skip
         text_of(table, width)
     assert "2.8%" in text_of(memory_table({"parameters": 4e9}, device_bytes=141e9))

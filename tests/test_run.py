@@ -195,6 +195,7 @@ class _Recorder:
 @dataclasses.dataclass(frozen=True)
 class _Counting:
     step: int = 0
+    size: int = 1
 
 
 class _NoCheckpoints:
@@ -269,7 +270,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, model: Any, capsy
     arguments = ["--optimizer=sgd", "--optimizer.learning_rate=1e30", "--clip_norm=none", "--schedule=constant", "--schedule.warmup=0"]
     assert start(tmp_path / "run", *arguments, model=model) == 70
     said = capsys.readouterr().err
-    assert said.startswith("jaxtrain: error: ") and said.count("\n") == 1 and "not finite" in said or "NaN or infinity" in said
+    assert said.startswith("jaxtrain: error: ") and said.count("\n") == 1 and ("not finite" in said or "NaN or infinity" in said)
     checkpoints = Checkpoints(tmp_path / "run")
     for step in checkpoints.steps():
         assert all(np.isfinite(value).all() for value in _arrays(checkpoints, step).values() if value.dtype.kind == "f")

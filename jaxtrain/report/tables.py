@@ -83,15 +83,6 @@ def facts(title: str, rows: Mapping[str, str], *, width: int | None = None) -> P
     )
 
 
-def result_table(results: Mapping[str, Mapping[str, float]]) -> Table:
-    """Final values of each split: `{"test": {"loss": 0.05, "accuracy": 0.98}}`."""
-    names = list(dict.fromkeys(name for values in results.values() for name in values))
-    table = _table("split", *names)
-    for split, values in results.items():
-        table.add_row(clean(split), *(value_text(name, values[name]) if name in values else "" for name in names))
-    return table
-
-
 def value_text(name: str, value: float) -> str:
     """A value as people read it: accuracies in percent, others with about five digits.
 

@@ -80,12 +80,12 @@ class JsonlWriter:
         size = self.sync()
         if offset > size:
             raise ValueError(
-                f"{self.path}: {size} bytes, but the checkpoint was committed at {offset}; restore the file or use --resume=never"
+                f"{self.path}: {size} bytes, but the checkpoint was committed at {offset}; restore the file, or use a new --workdir"
             )
         with open(self.path, "rb") as file:
             file.seek(max(offset - 1, 0))
             if offset and file.read(1) != b"\n":
-                raise ValueError(f"{self.path}: byte {offset} is not the end of a line; restore the file or use --resume=never")
+                raise ValueError(f"{self.path}: byte {offset} is not the end of a line; restore the file, or use a new --workdir")
         self._file.truncate(offset)
         self._last_step = -1
         self.sync()
