@@ -14,6 +14,7 @@ from jaxtrain import adapters, config, sharding, step, tree
 from jaxtrain import feed as feeds
 from jaxtrain import mesh as meshes
 from jaxtrain.data import pipeline, statistics
+from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import Table
 from jaxtrain.recipe import Batch, Options
 from jaxtrain.schedules import resolve
@@ -104,6 +105,26 @@ def check_model(run: config.Run, train: Table, recipe: Options, mesh: Mesh) -> d
     return batch
 
 
+def check_held_out(run: config.Run, splits: Splits, recipe: Options, batch: Batch) -> None:
+    """Runs model and task on the shapes of the held-out splits; a test split without labels must not be found out after the training."""
+
+    def forward(batch: Batch, other: Batch) -> Any:
+        batch, other = (each if recipe["prepare"] is None else recipe["prepare"](dict(each)) for each in (batch, other))
+        functions = adapters.functions(run.model)
+        variables = functions.init(jax.random.key(0), run.task.inputs(batch))
+        return run.task.loss(functions.apply(variables, run.task.inputs(other), train=False)[0], other, train=False)
+
+    for name, table in (("validation", splits.validation), ("test", splits.test)):
+        if table is None or dict(table.fields) == dict(splits.train.fields):
+            continue
+        other = {field: jax.ShapeDtypeStruct((run.eval_batch_size, *spec.shape), spec.dtype) for field, spec in table.fields.items()}
+        try:
+            jax.eval_shape(forward, batch, other)
+        except Exception as error:  # whatever the model says of a shape that is not its own
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"--data.{name}={getattr(run.data, name, '')}: does not fit what is trained on ({reason})") from error
+
+
 def num_classes(table: Table) -> int | None:
     """How many classes a table's labels need: what it says, or one more than its greatest label if it is in memory."""
     if table.num_classes is not None or table.arrays is None or "label" not in table.arrays:
@@ -141,6 +162,7 @@ def compile_training(
     """Compiles the training step for this state and data; `per_call` None lets the program's size decide."""
     parts = (run.model, run.task, run.optimizer)
     platform = mesh.devices.flat[0].platform
+    repeats = 1 if platform == "cpu" else run.microbatches  # XLA counts the body of a loop once, and off the CPU the parts are a loop
     if data is None:
         batch = {name: jax.ShapeDtypeStruct((run.batch_size, *field.shape), field.dtype, sharding=sharding.batch(mesh)) for name, field in train.fields.items()}
         batch["id"] = jax.ShapeDtypeStruct((run.batch_size,), jnp.int32, sharding=sharding.batch(mesh))
@@ -151,11 +173,11 @@ def compile_training(
         stream = pipeline.Stream(
             train, seed=int(place.seed), batch_size=run.batch_size, epoch=int(place.epoch), offset=int(place.offset), sharding=sharding.batch(mesh)
         )
-        return Training(feeds.StreamFeed(_checked(single) if run.debug_nans else compiled, stream), 1, feeds.flops_of(lowered), _memory(state, data, compiled))
+        return Training(feeds.StreamFeed(_checked(single) if run.debug_nans else compiled, stream), 1, repeats * feeds.flops_of(lowered), _memory(state, data, compiled))
     steps = step.make_train_steps(*parts, batch_size=run.batch_size, mesh=mesh, **recipe)
     count = feeds.device_count(1, data)
     lowered = steps.single.lower(state, data, count)
-    flops = feeds.flops_of(lowered)
+    flops = repeats * feeds.flops_of(lowered)
     if run.debug_nans:
         return Training(feeds.ResidentFeed(_checked(steps.single), None, data), 1, flops, _memory(state, data, lowered.compile()))
     chosen = per_call or feeds.steps_per_call(lowered, platform, run.log_every)

@@ -18,6 +18,7 @@ from jaxtrain.lock import Lock
 from jaxtrain.session import Session
 from jaxtrain.signals import Stop
 
+OLDEST_JAX = (0, 10, 2)
 BAD_INPUT, DIVERGED, OUT_OF_MEMORY, IO_ERROR, INTERRUPTED = 2, 70, 71, 74, 130
 
 
@@ -68,6 +69,8 @@ def launch(run: config.Run, argv: Sequence[str]) -> int:
 
 def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
     began = time.monotonic()
+    if jax.__version_info__ < OLDEST_JAX:
+        raise ValueError(f"needs jax >= {'.'.join(map(str, OLDEST_JAX))}; found {jax.__version__} (python -m pip install -U jax)")
     mesh = _mesh(run)
     meshes.check_batch("batch_size", run.batch_size, mesh)  # again with the data's shapes, but those may take a while to be known
     _use_compilation_cache()
@@ -81,6 +84,7 @@ def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
         raise ValueError(f"--profile_steps={first},{last}: the run ends at step {length.total}; profile earlier steps")
     recipe = programs.options(run, splits.train, length)
     batch = programs.check_model(run, splits.train, recipe, mesh)
+    programs.check_held_out(run, splits, recipe, batch)
     folder = workdir.place(run)
     with Lock(folder, force=run.force_unlock):
         return Session(run, argv, mesh, splits, length, recipe, batch, folder, stop, began).go()

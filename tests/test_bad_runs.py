@@ -90,6 +90,18 @@ ROWS = [
         2,
         {"data": Arrays.of({"x": np.zeros((40, 4), np.float32), "y": np.arange(40) % 4}, test="")},
     ),
+    Row(
+        "",
+        "--data.test=test: does not fit what is trained on (batch has keys image; the task wants 'label')",
+        2,
+        {"data": Arrays.of({"x": np.zeros((40, 4), np.float32), "y": np.arange(40) % 4, "x_test": np.zeros((8, 4), np.float32)}), "augment": NoAugment()},
+    ),
+    Row(
+        "",
+        "arrays: x_train is not the only 'x' of split train; rename one",
+        2,
+        {"data": Arrays.of({"x": np.zeros((40, 4)), "x_train": np.zeros((40, 4)), "y": np.arange(40) % 4}, test="")},
+    ),
     # 14 of schedules: longer than the run
     Row("--schedule.warmup=100", "--schedule.warmup=100steps: 100 steps do not fit into a run of 24; shorten them or write e.g. 5%"),
     # 40, 46: where to go on from

@@ -259,6 +259,13 @@ def test_json_lacks_nothing() -> None:
         run_record.from_json(make_run(), record)
 
 
+def test_paths_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.json").write_text(json.dumps({"name": "toy", "config": run_record.to_json(make_run())}))
+    run = flags.parse(make_run(), ["--workdir=~/new", "--from_run=~", "--init_from", "~/run.json"])
+    assert (run.workdir, run.from_run, run.init_from) == (f"{tmp_path}/new", str(tmp_path), f"{tmp_path}/run.json")
+
+
 def test_from_run_repeats_a_run_and_flags_override(tmp_path: Path) -> None:
     run = flags.parse(make_run(), ["--optimizer=sgd", "--optimizer.momentum=0.3", "--epochs=3", f"--workdir={tmp_path}", "--resume=never"])
     (tmp_path / "run.json").write_text(json.dumps({"name": "toy", "config": run_record.to_json(run)}))

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain import config, flags, loop, run
+from jaxtrain import config, flags, loop, run, workdir
 from jaxtrain.augment import ImageAugment
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.data import statistics
@@ -205,6 +205,7 @@ class _NoCheckpoints:
         self.events = events
 
     def save(self, step: int, state: Any, record: Any, **_: Any) -> None:
+        json.dumps(record, allow_nan=False)  # as the real ones do
         self.events.append(("save", step))
 
     def check(self) -> None:
@@ -249,6 +250,23 @@ def test_the_host_reads_each_dispatch_once_and_waits_where_it_must(tmp_path: Pat
         ("dispatch", 6), ("dispatch", 8), ("read", 6), ("read", 8), ("evaluate", 8), ("evaluate", 8), ("save", 8),
     ]  # fmt: skip
     assert [(line["step"], line["split"]) for line in read_metrics(tmp_path / "metrics.jsonl")][-3:] == [(8, "train"), (8, "validation"), (8, "test")]
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf, -np.inf])
+def test_a_validation_that_is_no_number_ends_nothing(tmp_path: Path, loss: float) -> None:
+    values = iter([loss, 2.0, loss, 1.0])
+    events = _train(tmp_path, loop.Cadence(total=3, log=1, evaluate=1, save=9), _Recorder(), validate=lambda _: {"loss": next(values)})
+    # Only what is the best so far is saved, and the end.
+    assert [event for event in events if event[0] == "save"] == [("save", 1), ("save", 3)]
+
+
+def test_runs_of_one_second_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(workdir.time, "strftime", lambda _: "now")
+    assert [str(workdir.place(toy())) for _ in range(3)] == ["runs/toy/now", "runs/toy/now-2", "runs/toy/now-3"]
+    with pytest.raises(ValueError, match="^--eval_only: needs --workdir, the folder of a run$"):
+        workdir.place(toy(eval_only=True))
+    assert workdir.place(toy(workdir="x")) == Path("x") and len(list((tmp_path / "runs" / "toy").iterdir())) == 3
 
 
 def test_every_line_is_durable_before_the_commit_that_counts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,3 +398,10 @@ def test_a_closed_pipe_does_not_end_a_run(tmp_path: Path) -> None:
     assert lines(tmp_path / "run")[-1]["split"] == "test"
 
 
+
+
+def test_an_old_jax_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(jax, "__version_info__", (0, 6, 1))
+    monkeypatch.setattr(jax, "__version__", "0.6.1")
+    assert run.guarded(lambda: run.launch(None, [])) == 2  # type: ignore[arg-type]  # said before the run is looked at
+    assert capsys.readouterr().err == "jaxtrain: error: needs jax >= 0.10.2; found 0.6.1 (python -m pip install -U jax)\n"

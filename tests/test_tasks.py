@@ -3,6 +3,8 @@
 Dims: B batch, C classes.
 """
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +98,13 @@ def test_totals_carry_over_a_record():
     for value in values[7:]:
         second.add({"loss": (value, 1.0)})
     assert second.means() == whole.means()
+
+
+def test_totals_that_overflow_can_be_recorded():
+    first = metrics.Totals()
+    first.add({"loss": (3.0, 2.0), "perplexity": (np.inf, 2.0), "odd": (np.nan, 2.0)})
+    second = metrics.Totals(json.loads(json.dumps(first.record(), allow_nan=False)))
+    np.testing.assert_equal(second.means(), {"loss": 1.5, "perplexity": np.inf, "odd": np.nan})
 
 
 def test_steps_per_call_by_work():

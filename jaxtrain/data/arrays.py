@@ -74,7 +74,10 @@ class Arrays:
         for name, array in raw.items():
             match = _NAME.fullmatch(name)
             split = _SPLITS[match["before"] or match["after"] or "train"]
-            sorted_arrays.setdefault(split, {})[match["field"]] = array
+            arrays = sorted_arrays.setdefault(split, {})
+            if match["field"] in arrays:
+                raise ValueError(f"{origin}: {name} is not the only {match['field']!r} of split {split}; rename one")
+            arrays[match["field"]] = array
         for split, arrays in list(sorted_arrays.items()):
             for field, key in (("image", self.image_key), ("label", self.label_key)):
                 if key and key not in arrays:

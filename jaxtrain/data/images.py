@@ -1,7 +1,7 @@
 """Image files as a data set: a folder for each class, decoded by Pillow in threads.
 
     ROOT/CLASS/*.jpg                   one split, train
-    ROOT/train/CLASS/*.jpg             splits by folder: train, val or validation, test
+    ROOT/train/CLASS/*.jpg             splits by folder: train, val (or valid, validation), test
 
 Every image is cut to the centre of the wanted shape and resized, so a table has one size; random crops belong to augmentation.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtrain.data.splits import Splits, choose, digest_of_files
 from jaxtrain.fields import AtLeast
 
-_SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+_SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
