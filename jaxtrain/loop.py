@@ -69,24 +69,25 @@ class Ending:
 
 def train(
     state: TrainState, *, step: int, feed: Feed, cadence: Cadence, journal: Journal, writers: Writers, checkpoints: Checkpoints, progress: Progress,
-    stop: Stop, validate: Evaluate | None, test: Evaluate | None, best: float | None = None, at_step: Callable[[int], None] = lambda step: None,
-    fetch: Callable[[Any], Any] = jax.device_get,
+    stop: Stop, validate: Evaluate | None, test: Evaluate | None, best: float | None = None, owed: bool = False,
+    at_step: Callable[[int, TrainState], None] = lambda step, state: None, fetch: Callable[[Any], Any] = jax.device_get,
 ) -> Ending:  # fmt: skip
     """Trains from `step` to the end of the cadence, or until asked to stop; the last step's state is always committed.
 
-    `at_step` is called with every step at which a dispatch ends (the profiler). `fetch` reads numbers from the device.
+    `owed` says that a signal put off the evaluation of `step`. `at_step` is called with every step at which a dispatch ends (the profiler,
+    the lock). `fetch` reads numbers from the device.
     Raises `Diverged`, `CheckpointError`, and what the feed raises; nothing that is not finite is committed.
     """
     pending: tuple[int, Any] | None = None
     saved = step if step else None
-    if step == 0 and validate is not None and cadence.evaluate:
-        best = _evaluate(state, 0, "validation", validate, writers, progress, best)[1]
+    if (step == 0 or owed) and validate is not None and cadence.evaluate:
+        best = _evaluate(state, step, "validation", validate, writers, progress, best)[1]
     journal.resume()
 
     # --debug_nans runs a bad step again operation by operation, and each of them brings its constants along.
     with jax.transfer_guard("allow" if jax.config.jax_debug_nans else "disallow"):
         while step < cadence.total and stop.status is None:
-            at_step(step)
+            at_step(step, state)
             count = cadence.next(step) - step
             state, sums = feed.advance(state, count)  # dispatched, not awaited
             step += count
@@ -103,7 +104,9 @@ def train(
             pending = None
             journal.pause()
             score = None
-            if evaluates:
+            # Who sends a signal grants seconds, and an evaluation may take minutes: it is owed, and done first when the run goes on.
+            put_off = evaluates and stop.status is not None and step < cadence.total
+            if evaluates and not put_off:
                 # 3. Evaluation before the commit: the commit holds the offset of its line, and whether it is the best.
                 score, higher = _evaluate(state, step, "validation", validate, writers, progress, best)
                 saves, best = saves or higher != best, higher
@@ -112,14 +115,14 @@ def train(
                 _evaluate(state, step, "test", test, writers, progress, None)
             if saves or stop.status is not None:
                 # 5. Metrics durable before the commit that refers to them.
-                _commit(state, step, score, best, journal, writers, checkpoints)
+                _commit(state, step, score, best, journal, writers, checkpoints, owed=put_off)
                 saved = step
             journal.resume()
         if pending is not None:
             journal.take(pending[0], fetch(pending[1]))  # a signal came while nothing was due: the host waits, then saves
         if step and saved != step:
             _commit(state, step, None, best, journal, writers, checkpoints)
-    at_step(step)
+    at_step(step, state)
     progress.phase("saving")
     checkpoints.wait()
     return Ending(state, step, finished=step >= cadence.total)
@@ -148,7 +151,8 @@ def _evaluate(
 
 
 def _commit(
-    state: TrainState, step: int, score: float | None, best: float | None, journal: Journal, writers: Writers, checkpoints: Checkpoints
-) -> None:
-    record = {"metrics_bytes": writers.sync(), "interval": journal.record(), "best": best}
+    state: TrainState, step: int, score: float | None, best: float | None, journal: Journal, writers: Writers, checkpoints: Checkpoints, *,
+    owed: bool = False,
+) -> None:  # fmt: skip
+    record = {"metrics_bytes": writers.sync(), "interval": journal.record(), "best": best, "owed": owed}
     checkpoints.save(step, state, record, metric=score, wait=tree.size(state) <= SMALL)

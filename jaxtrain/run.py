@@ -86,8 +86,8 @@ def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
     batch = programs.check_model(run, splits.train, recipe, mesh)
     programs.check_held_out(run, splits, recipe, batch)
     folder = workdir.place(run)
-    with Lock(folder, force=run.force_unlock):
-        return Session(run, argv, mesh, splits, length, recipe, batch, folder, stop, began).go()
+    with Lock(folder, force=run.force_unlock) as lock:
+        return Session(run, argv, mesh, splits, length, recipe, batch, folder, lock, stop, began).go()
 
 
 def _mesh(run: config.Run) -> Mesh:

@@ -167,7 +167,6 @@ NAMES: dict[str, Schedule] = {
     "rsqrt": Rsqrt(),
     "step": Step(),
     "warmup_stable_decay": WarmupStableDecay(),
-    "wsd": WarmupStableDecay(),
 }
 
 

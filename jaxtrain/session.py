@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from jaxtrain import mesh as meshes
 from jaxtrain.checkpoint import CheckpointError, Checkpoints
 from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import Table
+from jaxtrain.lock import Lock
 from jaxtrain.profiler import Profiler
 from jaxtrain.recipe import Options, Recipe
 from jaxtrain.report import tables
@@ -39,6 +40,7 @@ class Session:
     recipe: Options
     batch: dict[str, jax.ShapeDtypeStruct]
     folder: Path
+    lock: Lock
     stop: Stop
     began: float
 
@@ -182,7 +184,7 @@ class Session:
             progress.line(row)
         progress.start(start)
         data = programs.place_data(run, self.splits.train, self.mesh)
-        chosen = run.steps_per_call or record.get("steps_per_call")
+        chosen = run.steps_per_call or _earlier_steps_per_call(record, run, self.mesh)
         training = programs.compile_training(run, state, self.splits.train, data, self.recipe, self.mesh, per_call=chosen)
         progress.show(tables.memory_table(training.memory, device_bytes=_device_bytes(self.mesh)))
         if run.steps_per_call not in (None, training.per_call):
@@ -200,7 +202,7 @@ class Session:
                     length.total, training.per_call, run.log_every, length.evaluate if self.splits.validation is not None else 0, length.save,
                     marks=run.profile_steps or (),
                 ),
-                validate=evaluators.get("validation"), test=evaluators.get("test"), best=kept.get("best"), at_step=profiler,
+                validate=evaluators.get("validation"), test=evaluators.get("test"), best=kept.get("best"), owed=kept.get("owed", False), at_step=self._watch(profiler),
             )  # fmt: skip
         finally:
             profiler.close()
@@ -217,6 +219,16 @@ class Session:
         predict = step.make_predict_step(*parts, mesh=self.mesh, **self.recipe) if hasattr(run.task, "examine") else None
         ending.finish(run, self.folder, self.splits, self.mesh, predict, outcome.state, progress, seconds=time.monotonic() - self.began)
         return 0
+
+    def _watch(self, profiler: Profiler) -> Callable[[int, TrainState], None]:
+        """What is called at the end of every dispatch."""
+
+        def at_step(step: int, state: TrainState) -> None:
+            if not self.lock.held():
+                raise CheckpointError(f"{self.folder}: its lock is gone (the folder was removed, moved or taken over); nothing more is written there")
+            profiler(step, state)
+
+        return at_step
 
     def _journal(self, writers: Writers, progress: Progress, start: int, kept: dict[str, Any], training: programs.Training) -> journal.Journal:
         device = self.mesh.devices.flat[0]
@@ -254,6 +266,14 @@ class Session:
             starts = [*record.get("resumed", []), {"started": now["started"], "command": now["command"], "devices": now["devices"]}]
             now |= {"started": record["started"], "command": record["command"], "resumed": starts}
         workdir.write(self.folder, now)
+
+
+def _earlier_steps_per_call(record: dict[str, Any], run: config.Run, mesh: Mesh) -> int | None:
+    """How many steps a dispatch had when the run started, so that it goes on with the same bits; None if it ran under other conditions."""
+    before = record.get("config", {})
+    same = all(before.get(name) == getattr(run, name) for name in ("device_data", "debug_nans"))
+    same = same and record.get("hardware", {}).get("platform") == mesh.devices.flat[0].platform
+    return record.get("steps_per_call") if same else None
 
 
 def _rule_table(run: config.Run, state: TrainState) -> list[str]:

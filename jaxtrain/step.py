@@ -45,7 +45,7 @@ def make_train_step(model: Any, task: Task, optimizer: Optimizer, *, mesh: Mesh 
 
 def make_train_steps(
     model: Any, task: Task, optimizer: Optimizer, *, batch_size: int, mesh: Mesh | None = None, **options: Unpack[Options]
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, metrics.Sums]]:
+) -> "TrainSteps":
     """The compiled `(state, data, count) -> (state, sums)`: `count` steps in one dispatch over data that lies on the device.
 
     `data` holds whole arrays (see `pipeline.resident_arrays`); each step gathers its batch by `state.position`. `count` is an int32 scalar, not
@@ -76,11 +76,11 @@ def make_train_steps(
         return one(state, data)
 
     # A loop in the program is not free: XLA runs a convolution inside one 25 times slower on CPU. So the loop is a choice, and one step has none.
-    return _Choice(jax.jit(steps, donate_argnums=0), jax.jit(single, donate_argnums=0))
+    return TrainSteps(jax.jit(steps, donate_argnums=0), jax.jit(single, donate_argnums=0))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Choice:
+class TrainSteps:
     """Several steps by the looped program; `single` is the same without a loop, for one step a dispatch."""
 
     several: Any

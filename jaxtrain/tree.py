@@ -36,13 +36,13 @@ def match(rules: Rules[Value], tree: PyTree, *, name: str, default: Value | None
     none and there is no `default`.
     """
     compiled = [(_compile(pattern, name), value) for pattern, value in rules]
-    idle = {pattern.pattern for pattern, _ in compiled}
+    idle = set(range(len(compiled)))
 
     def value_at(path: Sequence[Any], _: Any) -> Value:
         text = path_text(path)
-        for pattern, value in compiled:
+        for index, (pattern, value) in enumerate(compiled):
             if pattern.search(text):
-                idle.discard(pattern.pattern)
+                idle.discard(index)
                 return value
         if default is None:
             raise ValueError(f"{name}: no pattern matches {text}; add a last rule '.*=...'")
@@ -50,7 +50,7 @@ def match(rules: Rules[Value], tree: PyTree, *, name: str, default: Value | None
 
     values = jax.tree_util.tree_map_with_path(value_at, tree)
     if idle:
-        first = next(pattern for pattern, _ in rules if pattern in idle)
+        first = rules[min(idle)][0]
         known = ", ".join(list(flatten(tree))[:6])
         raise ValueError(f"{name}: pattern {first!r} decides no parameter (paths: {known}, ...); remove it or mend it")
     return values

@@ -269,6 +269,42 @@ def test_runs_of_one_second_have_a_folder_each(tmp_path: Path, monkeypatch: pyte
     assert workdir.place(toy(workdir="x")) == Path("x") and len(list((tmp_path / "runs" / "toy").iterdir())) == 3
 
 
+def test_an_evaluation_is_put_off_when_a_signal_came_and_done_first_on_the_way_back(tmp_path: Path) -> None:
+    """Whoever sends the signal may wait for seconds only: the commit comes at once, and the lines are those of an undisturbed run."""
+    stop: Any = types.SimpleNamespace(status=None)
+    recorder = _Recorder()
+    checkpoints: Any = _NoCheckpoints(recorder.events)
+    saved: list[dict[str, Any]] = []
+    checkpoints.save = lambda step, state, record, **_: (recorder.events.append(("save", step)), saved.append(record))
+    cadence = loop.Cadence(total=8, per_call=2, log=4, evaluate=4)
+
+    def validate(state: _Counting) -> dict[str, float]:
+        recorder.events.append(("evaluate", state.step))
+        return {"loss": 1.0}
+
+    def told(step: int, state: Any) -> None:
+        if step == 2 and not saved:
+            stop.status = 75
+
+    def go(step: int, **options: Any) -> None:
+        writers, progress = Writers(JsonlWriter(tmp_path / "metrics.jsonl")), Progress(8, live=False)
+        journal = Journal(writers, progress, every=4, step=step, total_steps=8, batch_size=1)
+        loop.train(
+            _Counting(step), step=step, feed=recorder, cadence=cadence, journal=journal, writers=writers, checkpoints=checkpoints, progress=progress,
+            stop=stop, validate=validate, test=validate, fetch=recorder.fetch, at_step=told, **options,
+        )  # fmt: skip
+        writers.close()
+
+    go(0)
+    assert recorder.events[-2:] == [("read", 4), ("save", 4)] and saved[-1]["owed"]
+    stop.status = None
+    del recorder.events[:]
+    go(4, owed=saved[-1]["owed"], best=saved[-1]["best"])
+    assert recorder.events[:2] == [("evaluate", 4), ("dispatch", 6)] and not saved[-1]["owed"]
+    lines = [(line["step"], line["split"]) for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert lines == [(0, "validation"), (4, "train"), (4, "validation"), (8, "train"), (8, "validation"), (8, "test")]
+
+
 def test_every_line_is_durable_before_the_commit_that_counts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[tuple[int, int]] = []
     save = Checkpoints.save
