@@ -92,7 +92,9 @@ def check_model(run: config.Run, train: Table, recipe: Options, mesh: Mesh) -> d
         key = jax.random.key(0)
         batch = batch if recipe["prepare"] is None else recipe["prepare"](dict(batch))
         inputs, functions = run.task.inputs(batch), adapters.functions(run.model)
-        outputs, _ = functions.apply(functions.init(key, inputs), inputs, train=False)
+        variables = functions.init(key, inputs)
+        run.optimizer.transform(variables["params"], 1.0).init(variables["params"])  # a rule that decides no parameter is an error
+        outputs, _ = functions.apply(variables, inputs, train=False)
         sums = run.task.loss(outputs, batch)
         if run.augment is not None:
             sums = run.task.loss(outputs, run.augment(batch, jax.random.split(key, run.batch_size), key))

@@ -66,6 +66,11 @@ ROWS = [
         "--mesh=tensor:8 --model.widths=12",
         "params/hidden0/bias dim 0 (=12, 'mlp') not divisible by axis tensor=8; change --mesh or make it 8 or 16",
     ),
+    Row(
+        "--optimizer.frozen=tail",
+        "--optimizer.frozen: pattern 'tail' decides no parameter (paths: head/bias, head/kernel, hidden0/bias, hidden0/kernel, ...); "
+        "remove it or mend it",
+    ),
     # 51, 53, 54: data and model
     Row("--data.train=train[:0]", "--data.train='train[:0]': 0 examples"),
     Row("--data.train=trian", "--data.train='trian': unknown split 'trian'; valid: train, test; did you mean 'train'?"),
