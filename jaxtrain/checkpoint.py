@@ -12,6 +12,7 @@ import shutil
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -59,7 +60,7 @@ class Checkpoints:
         self._keep, self._keep_every, self._run_id = max(keep, 1), keep_every, run_id
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
-        self._inode: int | None = None  # of `folder`, once this process has written there
+        self._held: int | None = None  # `folder` as an open descriptor, once this process has written there: its inode cannot be used again
 
     def save(self, step: int, state: PyTree, loop: Mapping[str, Any], *, metric: float | None = None, wait: bool = False) -> None:
         """Copies the state and commits it in the background, after an earlier save is through; `metric` (greater is better) decides the best.
@@ -193,12 +194,13 @@ class Checkpoints:
 
     def _prepare(self, step: int, need: int) -> None:
         """The folder is there, is the one of the last save, and has room."""
-        if self._inode is None:
+        if self._held is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             manifest.fsync(self.folder.parent)
             self.sweep()
-            self._inode = self.folder.stat().st_ino
-        elif not self.folder.is_dir() or self.folder.stat().st_ino != self._inode:
+            self._held = os.open(self.folder, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._held)
+        elif not self.folder.is_dir() or not os.path.samestat(self.folder.stat(), os.fstat(self._held)):
             raise CheckpointError(f"step {step}: not saved: {self.folder} was removed or replaced while the run was going")
         need += SPARE_BYTES
         if (free := self._free_bytes()) < need:
