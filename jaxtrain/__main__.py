@@ -27,12 +27,18 @@ def main(argv: Sequence[str]) -> int:
     """Runs one command; returns the exit status."""
     arguments = [argument for argument in argv if argument != "--traceback"]
     try:
-        return _run(arguments)
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
     except ValueError as error:
         if len(arguments) < len(argv):
             raise
         print(f"jaxtrain: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # `| head` has read enough. What is still buffered must not raise again when Python closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _run(arguments: Sequence[str]) -> int:

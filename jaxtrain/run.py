@@ -1,10 +1,12 @@
 """The runner: flags to parts to loop, and the one place that turns what went wrong into a line and an exit status."""
 
 import contextlib
+import os
+import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtrain import config, flags, journal, programs, workdir
 from jaxtrain import mesh as meshes
 from jaxtrain.checkpoint import CheckpointError, NonFinite
+from jaxtrain.lock import NAME as LOCK_NAME
 from jaxtrain.lock import Lock
 from jaxtrain.session import Session
 from jaxtrain.signals import Stop
@@ -85,9 +88,21 @@ def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
     recipe = programs.options(run, splits.train, length)
     batch = programs.check_model(run, splits.train, recipe, mesh)
     programs.check_held_out(run, splits, recipe, batch)
+    made = not run.workdir or not Path(run.workdir).exists()
     folder = workdir.place(run)
-    with Lock(folder, force=run.force_unlock) as lock:
+    with _no_litter(folder, made), Lock(folder, force=run.force_unlock) as lock:
         return Session(run, argv, mesh, splits, length, recipe, batch, folder, lock, stop, began).go()
+
+
+@contextlib.contextmanager
+def _no_litter(folder: Path, made: bool) -> Iterator[None]:
+    """A run that is refused takes the folder with it that was made for it, if nothing else is there."""
+    try:
+        yield
+    except ValueError:
+        if made and folder.is_dir() and os.listdir(folder) == [LOCK_NAME]:
+            shutil.rmtree(folder)
+        raise
 
 
 def _mesh(run: config.Run) -> Mesh:

@@ -64,6 +64,8 @@ def from_json(run: config.Run, record: Mapping[str, Any]) -> config.Run:
 def load(run: config.Run, workdir: str) -> config.Run:
     """The configuration of the run in `workdir`; `ValueError` naming `--from_run` if it cannot be read or belongs to another experiment."""
     flag, path = f"--from_run={wording.one_line(workdir)}", Path(workdir) / "run.json"
+    if Path(workdir).is_file():
+        raise ValueError(f"{flag}: is a file; give the run's folder: --from_run={wording.one_line(str(Path(workdir).parent))}")
     if not path.is_file():
         missing = "holds no run.json" if path.parent.is_dir() else f"no such directory{config.siblings(workdir)}"
         raise ValueError(f"{flag}: {missing}")

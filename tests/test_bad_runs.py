@@ -327,3 +327,11 @@ def test_in_a_process_of_its_own(tmp_path: Path) -> None:
     loud = subprocess.run([*command, "--traceback"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert loud.returncode == 2 and loud.stderr.startswith("Traceback") and loud.stderr.endswith(line)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
+    assert start(tmp_path / "new", "--resume=must") == 2
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    assert start(tmp_path / "mine", "--resume=must") == 2
+    assert (tmp_path / "mine").is_dir()  # it was there before

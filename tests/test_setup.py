@@ -153,7 +153,9 @@ def test_a_second_launch_does_nothing_but_run(machine: Machine) -> None:
     _, first = machine.run("train")
     assert "WARNING" not in first and len(first.splitlines()) == 2
     assert machine.calls() == ["venv", "pip ."]
-    assert machine.run("train", "other.py", "--seed=1") == ("ran other.py --seed=1\n", "")
+    other = machine.checkout / "other.py"
+    other.touch()
+    assert machine.run("train", str(other), "--seed=1") == ("ran ./other.py --seed=1\n", "")
     assert machine.run("test", "-k", "x")[0] == "ran -m pytest -k x\n"
     assert machine.calls() == ["pip .[test]"]
     assert machine.run("train")[1] == "" and machine.run("test")[1] == ""
@@ -289,3 +291,10 @@ def test_extras_and_licence() -> None:
 def test_scripts_parse(script: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
     assert script == "scripts/environment" or os.access(ROOT / script, os.X_OK)
+
+
+def test_a_misspelt_experiment_is_told_before_anything_is_installed(machine: Machine) -> None:
+    for name in ("digits", "experiments/nope.py"):
+        _, err = machine.run("train", name, status=2)
+        assert err.startswith(f"jaxtrain: error: {name}: no such experiment; there are experiments/")
+    assert machine.calls() == []
