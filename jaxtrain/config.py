@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from jaxtrain import fields, flag_values, wording
 from jaxtrain.fields import Above, Count, Decay, Traced
 from jaxtrain.horizon import Horizon
+from jaxtrain.tree import Rules
 
 FAMILIES = ("model", "data", "task", "optimizer", "schedule", "augment")
 """The fields of `Run` that hold a component, which `--FAMILY=NAME` swaps for a named one that the experiment offers."""
@@ -99,6 +100,22 @@ class Run:
 
     mesh: str = "data:-1"
     """The devices as named axes, e.g. data:2,fsdp:4; one size may be -1, which takes what is left."""
+    shard: Rules[str] = ()
+    """Where parameters lie, by path pattern, before what their models say: a mesh axis or - for each dim, e.g. head/kernel=-:tensor."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
+    """What the model computes in; parameters stay float32. auto = by the card: fp32 on CPUs and old cards, fp16 on V100 and Turing, bf16 from Ampere on."""
+    matmul_precision: Literal["default", "tf32", "fp32"] = "default"
+    """How products of float32 are computed on GPUs; default = TF32 where the card has it."""
+    optimizer_state: Literal["fp32", "bf16"] = "fp32"
+    """What the optimizer's averages are stored in; bf16 halves them, rounded stochastically."""
+    remat: Literal["none", "dots", "blocks", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: all but matrix products, all within a block, or everything."""
+    offload: Literal["none", "optimizer"] = "none"
+    """What lives in the memory of the host instead of the GPU's."""
+    reproducible: bool = False
+    """The same bits on any number of devices and processes, at some cost; for the axes data and fsdp."""
+    logical_shards: Count = 8
+    """Into how many parts --reproducible cuts every batch; a multiple of the devices, and part of the mathematics."""
     platform: Literal["auto", "cpu", "gpu"] = "auto"
     """Which devices to use; auto takes the best there is."""
     steps_per_call: Count | None = None
@@ -107,6 +124,21 @@ class Run:
     """Whether the train split lives in device memory; auto = if it fits."""
     debug_nans: bool = False
     """Stops at the operation that first makes a NaN (slow)."""
+
+    compare_meshes: tuple[str, ...] = ()
+    """Trains nothing, but compares these meshes with one device and names what differs, e.g. data:8,fsdp:4xtensor:2."""
+    compare_steps: Count = 20
+    """How many steps --compare_meshes compares."""
+    processes: Count | None = None
+    """How many processes the run has; none = as SLURM, Open MPI, Kubernetes or scripts/launch_local say, else one."""
+    process: Annotated[int | None, WholeAtLeast(0)] = None
+    """Which of them this one is, from 0."""
+    coordinator: str = ""
+    """HOST:PORT where process 0 is to be found."""
+    hang_seconds: Annotated[float | None, Above(0)] = None
+    """Seconds without progress after which a process counts as hung; none = by phase, where the run is supervised."""
+    max_restarts: Annotated[int, WholeAtLeast(0)] = 0
+    """How often a run that lost a process starts again from its last commit."""
 
     workdir: str = ""
     """The run's folder; empty = runs/NAME/TIME."""
@@ -176,6 +208,9 @@ def check(run: Run) -> None:
         raise ValueError(f"--profile_steps={flag_values.text(run.profile_steps)}: must be FIRST,LAST with 0 <= FIRST < LAST")
     if run.keep_every is not None and run.keep_every.value == 0:
         raise ValueError("--keep_every=0steps: must be > 0; to keep none for ever, give none")
+    if run.reproducible and run.batch_size % run.logical_shards:
+        near = nearest_divisors(run.batch_size, run.logical_shards)
+        raise ValueError(f"--logical_shards={run.logical_shards}: must divide --batch_size={run.batch_size}; nearest: {near}")
     if run.eval_only and run.resume == "never":
         raise ValueError("--eval_only and --resume=never: evaluating needs a checkpoint; drop one of them")
 

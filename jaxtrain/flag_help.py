@@ -12,6 +12,7 @@ from jaxtrain import config, flag_values, redaction, run_record, settings
 _HEADINGS = {
     "steps": "Training",
     "mesh": "Devices",
+    "processes": "Processes",
     "workdir": "The run's folder",
     "eval_every": "Evaluation and checkpoints",
     "log_every": "What is shown and written",

@@ -12,7 +12,10 @@ from typing import Any
 from jaxtrain import config, flag_values, redaction, wording
 from jaxtrain.fields import Field, fields_of, is_component
 
-INVOCATION = ("workdir", "resume", "from_run", "allow_config_change", "force_unlock", "eval_only", "profile_steps", "traceback")
+INVOCATION = (
+    "workdir", "resume", "from_run", "allow_config_change", "force_unlock", "eval_only", "profile_steps", "traceback", "compare_meshes", "compare_steps",
+    "processes", "process", "coordinator", "hang_seconds", "max_restarts",
+)  # fmt: skip
 """The fields of `Run` that say how this one start behaves; repeating a run does not take them over, and they may always differ."""
 
 

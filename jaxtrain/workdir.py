@@ -16,7 +16,7 @@ from typing import Any
 from jaxtrain import config, manifest, redaction, run_record
 
 FREE = (
-    "steps", "epochs", "mesh", "platform", "device_data", "debug_nans", "eval_every", "eval_batch_size", "checkpoint_every", "keep", "keep_every",
+    "steps", "epochs", "mesh", "shard", "remat", "offload", "platform", "device_data", "debug_nans", "eval_every", "eval_batch_size", "checkpoint_every", "keep", "keep_every",
     "log_every", "steps_per_call", "tensorboard", "wandb", "report", "init_from",
 )  # fmt: skip
 """Fields that may differ from those of the run that goes on; a line says so. All others need --allow_config_change."""
