@@ -211,6 +211,9 @@ def check(run: Run) -> None:
     if run.reproducible and run.batch_size % run.logical_shards:
         near = nearest_divisors(run.batch_size, run.logical_shards)
         raise ValueError(f"--logical_shards={run.logical_shards}: must divide --batch_size={run.batch_size}; nearest: {near}")
+    for other, clash in (("--debug_nans", run.debug_nans), ("--offload", run.offload != "none")):
+        if run.reproducible and clash:
+            raise ValueError(f"--reproducible and {other}: cannot go together; drop one of them")
     if run.eval_only and run.resume == "never":
         raise ValueError("--eval_only and --resume=never: evaluating needs a checkpoint; drop one of them")
 

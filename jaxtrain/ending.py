@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import config, evaluate, flags, programs
+from jaxtrain import config, evaluate, flags, group, programs, pulse
 from jaxtrain.data.splits import Splits
 from jaxtrain.recipe import Batch
 from jaxtrain.report import history, tables
@@ -24,9 +24,12 @@ def finish(
     run: config.Run, folder: Path, splits: Splits, mesh: Mesh, predict: Predict | None, state: TrainState, progress: Progress, *, seconds: float
 ) -> None:
     """Writes predictions.npz and the report, and shows the summary; `predict` is None if the task cannot say what a prediction is."""
+    pulse.beat("ending")
     if predict is not None:
         with _harmless("predictions"):
             write_predictions(run, folder, splits, mesh, predict, state)
+    if not group.is_main():
+        return
     page = report(run, folder)
     with _harmless("summary"):
         done = history.load(folder)
@@ -52,7 +55,9 @@ def write_predictions(run: config.Run, folder: Path, splits: Splits, mesh: Mesh,
     table = splits.test if splits.test is not None else splits.validation
     if table is None or "label" not in table.fields:
         return
-    found = evaluate.predictions(predict, state, programs.batches(run, table, mesh))
+    found = evaluate.predictions(predict, state, programs.batches(run, table, mesh))  # all processes take part
+    if not group.is_main():
+        return
     wrong = np.flatnonzero(found["label"] != found["prediction"])
     worst = wrong[np.argsort(-found["loss"][wrong], kind="stable")][:WORST]
     ids = found.pop("id")[worst]

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain import metrics
+from jaxtrain import metrics, pulse
 from jaxtrain.recipe import Batch
 from jaxtrain.state import TrainState
 
@@ -24,7 +24,8 @@ def evaluate(
     """
     totals = metrics.Totals()
     pending = None
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        pulse.beat("evaluating" if number else "compiling")  # the first batch of a run compiles
         sums = eval_step(state, batch)
         if pending is not None:
             totals.add(fetch(pending))  # the host waits for the batch before this one

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jaxtrain import metrics
+from jaxtrain import group, metrics
 from jaxtrain.data.pipeline import Batch, Stream
+from jaxtrain.reproducible import Trainer
 from jaxtrain.state import TrainState
 
 CALL_FLOPS = {"cpu": 1e8, "gpu": 2e11}
@@ -54,7 +55,34 @@ class ResidentFeed:
 
 def device_count(count: int, data: Batch) -> jax.Array:
     """A number of steps as a device scalar, on the same devices as the data."""
-    return jax.device_put(np.int32(count), next(iter(data.values())).sharding)
+    return group.place(np.asarray(count, np.int32), next(iter(data.values())).sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReproducibleFeed:
+    """Steps of one-device programs (`reproducible.py`), over data in device memory or over a stream."""
+
+    trainer: Trainer
+    source: Batch | Stream
+    batch_size: int
+
+    def advance(self, state: TrainState, count: int) -> tuple[TrainState, metrics.Sums]:
+        """Dispatches `count` steps."""
+        copies, sums = self.trainer.copies(state), None
+        for _ in range(count):
+            if isinstance(self.source, Stream):
+                parts = self.trainer.cut(next(self.source))
+            else:
+                parts = self.trainer.draw(copies, self.source, self.batch_size)
+            copies, more = self.trainer.step(copies, parts)
+            sums = more if sums is None else metrics.add(sums, more)
+        assert sums is not None
+        return self.trainer.joined(copies, state), sums
+
+    def close(self) -> None:
+        """Ends the reading threads."""
+        if isinstance(self.source, Stream):
+            self.source.close()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 
-from jaxtrain import tree
+from jaxtrain import pulse, tree
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.feed import Feed
+from jaxtrain.group import Agreement
 from jaxtrain.journal import Journal
 from jaxtrain.report.progress import Progress
 from jaxtrain.report.writers import Writers
-from jaxtrain.signals import Stop
 from jaxtrain.state import TrainState
 
 SMALL = 4_000_000
@@ -69,7 +69,7 @@ class Ending:
 
 def train(
     state: TrainState, *, step: int, feed: Feed, cadence: Cadence, journal: Journal, writers: Writers, checkpoints: Checkpoints, progress: Progress,
-    stop: Stop, validate: Evaluate | None, test: Evaluate | None, best: float | None = None, owed: bool = False,
+    stop: Agreement, validate: Evaluate | None, test: Evaluate | None, best: float | None = None, owed: bool = False,
     at_step: Callable[[int, TrainState], None] = lambda step, state: None, fetch: Callable[[Any], Any] = jax.device_get,
 ) -> Ending:  # fmt: skip
     """Trains from `step` to the end of the cadence, or until asked to stop; the last step's state is always committed.
@@ -95,6 +95,8 @@ def train(
             if pending is not None:
                 journal.take(pending[0], fetch(pending[1]))
             pending = (step, sums)
+            stop.tick()  # what any process has heard; all of them end at the same step
+            pulse.beat("training", step)
             checkpoints.check()  # a background save that failed is said now, not at the next save
             evaluates, saves = validate is not None and cadence.evaluates(step), cadence.saves(step)
             if not (evaluates or saves or stop.status is not None):
@@ -124,7 +126,9 @@ def train(
             _commit(state, step, None, best, journal, writers, checkpoints)
     at_step(step, state)
     progress.phase("saving")
+    pulse.beat("saving", step)
     checkpoints.wait()
+    pulse.beat("ending", step)
     return Ending(state, step, finished=step >= cadence.total)
 
 
@@ -154,5 +158,6 @@ def _commit(
     state: TrainState, step: int, score: float | None, best: float | None, journal: Journal, writers: Writers, checkpoints: Checkpoints, *,
     owed: bool = False,
 ) -> None:  # fmt: skip
+    pulse.beat("saving", step)
     record = {"metrics_bytes": writers.sync(), "interval": journal.record(), "best": best, "owed": owed}
     checkpoints.save(step, state, record, metric=score, wait=tree.size(state) <= SMALL)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain import tree
+from jaxtrain import group, tree
 from jaxtrain.tree import PyTree
 
 HostState = dict[str, np.ndarray]
@@ -43,7 +43,8 @@ def to_host(state: PyTree) -> HostState:
             raise ValueError(f"state: path {path!r} cannot be stored; rename it")
     plain = {path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves.items()}
     # Here the host waits for the device. On CPU `device_get` gives views of device memory, which the next step overwrites: hence the copy.
-    return {path: np.array(array, copy=True, order="C") for path, array in jax.device_get(plain).items()}
+    arrays = jax.device_get(plain) if jax.process_count() == 1 else {path: group.fetch(array) for path, array in plain.items()}
+    return {path: np.array(array, copy=True, order="C") for path, array in arrays.items()}
 
 
 def specs(state: PyTree) -> Specs:
@@ -62,11 +63,11 @@ def to_devices(arrays: HostState, like: PyTree) -> PyTree:
 
     def place(path: str, leaf: Any) -> jax.Array:
         value = arrays[path]
-        if _is_key(leaf):
-            # `key_impl` wants an array, and `like` is abstract.
-            value = jax.random.wrap_key_data(value, impl=jax.random.key_impl(jnp.empty(0, leaf.dtype)))
+        sharding = getattr(leaf, "sharding", None)
         # May not alias: the first step donates these buffers, so they must not be NumPy's own memory.
-        return jax.device_put(value, getattr(leaf, "sharding", None), may_alias=False)
+        array = jax.device_put(value, may_alias=False) if sharding is None else group.place(value, sharding)
+        # `key_impl` wants an array, and `like` is abstract.
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(jnp.empty(0, leaf.dtype))) if _is_key(leaf) else array
 
     return jax.tree.unflatten(jax.tree.structure(like), [place(path, leaf) for path, leaf in tree.flatten(like).items()])
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,15 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import adapters, config, sharding, step, tree
-from jaxtrain import feed as feeds
+from jaxtrain import adapters, config, evaluate, group, loop, precision, reproducible, sharding, step
 from jaxtrain import mesh as meshes
-from jaxtrain.data import pipeline, statistics
+from jaxtrain.data import order, pipeline, statistics
 from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import Table
 from jaxtrain.recipe import Batch, Options
 from jaxtrain.schedules import resolve
-from jaxtrain.state import TrainState
 
 MOST_MEASURED = 10_000
 """How many examples of a data set that is not in memory its statistics are measured on."""
@@ -58,6 +56,16 @@ def scaled(batch: Batch) -> Batch:
     return dict(batch) | {"image": image.astype(jnp.float32) * np.float32(1 / 255 if image.dtype == jnp.uint8 else 1)}
 
 
+def chosen_precision(run: config.Run, mesh: Mesh) -> str:
+    """The precision of the run on the devices of the mesh, with `auto` decided by the card; `ValueError` if the card does not have it."""
+    device = mesh.local_devices[0]
+    capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
+    if run.precision == "auto":
+        return precision.choose(device.platform, capability)
+    precision.check(run.precision, device.platform, capability, device.device_kind)
+    return run.precision
+
+
 def options(run: config.Run, train: Table, length: Lengths) -> Options:
     """What the recipe says besides model, task and optimizer."""
     prepare = None
@@ -75,17 +83,24 @@ def options(run: config.Run, train: Table, length: Lengths) -> Options:
         ema_decay=run.ema_decay,
         microbatches=run.microbatches,
         num_examples=len(train),
+        precision=run.precision,
+        optimizer_state=run.optimizer_state,
+        remat=run.remat,
+        offload=run.offload,
+        shard=run.shard,
     )
 
 
 def check_model(run: config.Run, train: Table, recipe: Options, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Runs model and task on shapes alone; returns the abstract batch. Whatever does not fit is an error here, before anything is compiled."""
     meshes.check_batch("batch_size", run.batch_size, mesh)
+    if run.reproducible:
+        reproducible.check(mesh, run.logical_shards, run.batch_size)
     if run.microbatches > 1:
-        shards = meshes.batch_shards(mesh)
+        shards = run.logical_shards if run.reproducible else meshes.batch_shards(mesh)
         if (run.batch_size // run.microbatches) % shards:
             part = run.batch_size // run.microbatches
-            raise ValueError(f"--microbatches={run.microbatches}: a part of {part} examples is not divisible by {shards} devices; use fewer parts")
+            raise ValueError(f"--microbatches={run.microbatches}: a part of {part} examples is not divisible by {shards} {'logical shards' if run.reproducible else 'devices'}; use fewer parts")
     batch = {name: jax.ShapeDtypeStruct((run.batch_size, *field.shape), field.dtype) for name, field in train.fields.items()}
 
     def forward(batch: Batch) -> Any:
@@ -138,99 +153,46 @@ def place_data(run: config.Run, train: Table, mesh: Mesh) -> Batch | None:
     """The train split in device memory, or None if it is to be streamed; `ValueError` if it was asked for and cannot be."""
     if run.device_data == "no":
         return None
-    stats = mesh.devices.flat[0].memory_stats() or {}
+    stats = mesh.local_devices[0].memory_stats() or {}
     free = stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
-    if not pipeline.fits_on_device(train, free):
+    # What process 0 decides holds for all: a program over resident data and one over batches do not meet.
+    if not group.from_main(pipeline.fits_on_device(train, free)):
         if run.device_data == "yes":
             raise ValueError("--device_data=yes: the train split is not in host memory, or larger than half of what is free on the device; use auto")
         return None
     return pipeline.resident_arrays(train, sharding.replicated(mesh))
 
 
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """The compiled training program behind its feed, and what it needs."""
-
-    feed: feeds.Feed
-    per_call: int
-    flops_per_step: float
-    memory: dict[str, int]
-    """Bytes on one device by what they are for."""
-
-
-def compile_training(
-    run: config.Run, state: TrainState, train: Table, data: Batch | None, recipe: Options, mesh: Mesh, *, per_call: int | None
-) -> Training:
-    """Compiles the training step for this state and data; `per_call` None lets the program's size decide."""
-    parts = (run.model, run.task, run.optimizer)
-    platform = mesh.devices.flat[0].platform
-    repeats = 1 if platform == "cpu" else run.microbatches  # XLA counts the body of a loop once, and off the CPU the parts are a loop
-    if data is None:
-        batch = {name: jax.ShapeDtypeStruct((run.batch_size, *field.shape), field.dtype, sharding=sharding.batch(mesh)) for name, field in train.fields.items()}
-        batch["id"] = jax.ShapeDtypeStruct((run.batch_size,), jnp.int32, sharding=sharding.batch(mesh))
-        single = step.make_train_step(*parts, mesh=mesh, **recipe)
-        lowered = single.lower(state, batch)
-        compiled = lowered.compile()
-        place = jax.device_get(state.position)
-        stream = pipeline.Stream(
-            train, seed=int(place.seed), batch_size=run.batch_size, epoch=int(place.epoch), offset=int(place.offset), sharding=sharding.batch(mesh)
-        )
-        return Training(feeds.StreamFeed(_checked(single) if run.debug_nans else compiled, stream), 1, repeats * feeds.flops_of(lowered), _memory(state, data, compiled))
-    steps = step.make_train_steps(*parts, batch_size=run.batch_size, mesh=mesh, **recipe)
-    count = feeds.device_count(1, data)
-    lowered = steps.single.lower(state, data, count)
-    flops = repeats * feeds.flops_of(lowered)
-    if run.debug_nans:
-        return Training(feeds.ResidentFeed(_checked(steps.single), None, data), 1, flops, _memory(state, data, lowered.compile()))
-    chosen = per_call or feeds.steps_per_call(lowered, platform, run.log_every)
-    compiled = lowered.compile() if chosen == 1 else steps.several.lower(state, data, count).compile()
-    feed = feeds.ResidentFeed(compiled, None if chosen == 1 else compiled, data)
-    return Training(feed, chosen, flops, _memory(state, data, compiled))
-
-
-def _checked(jitted: Any) -> Any:
-    """The step as --debug_nans needs it: one that made a NaN runs again, operation by operation, so that jax can say which one it was."""
-    kept = jax.jit(jitted.__wrapped__)  # takes over no state: there must be something to run again from
-
-    def call(*arguments: Any) -> Any:
-        result = kept(*arguments)
-        numbers = [leaf for leaf in jax.tree.leaves(result) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-        if any(np.isnan(number).any() for number in jax.device_get(numbers)):
-            jitted.__wrapped__(*arguments)  # raises FloatingPointError
-        return result
-
-    return call
-
-
 def evaluation_size(run: config.Run, table: Table, mesh: Mesh) -> int:
     """The batch size of evaluation: as asked for, but no larger than the set needs, and rounded up so that each device has its share."""
-    shards = meshes.batch_shards(mesh)
+    shards = run.logical_shards if run.reproducible else meshes.batch_shards(mesh)
     return -(-min(run.eval_batch_size, len(table)) // shards) * shards
+
+
+def evaluators(run: config.Run, splits: Splits, recipe: Options, mesh: Mesh) -> dict[str, loop.Evaluate]:
+    """What evaluates each held-out split that there is; one program for both."""
+    parts = (run.model, run.task, run.optimizer)
+    if run.reproducible:
+        eval_step = reproducible.make_eval_step(*parts, mesh=mesh, shards=run.logical_shards, **recipe)
+    else:
+        eval_step = step.make_eval_step(*parts, mesh=mesh, **recipe)
+
+    def evaluator(table: Table) -> loop.Evaluate:
+        return lambda state: evaluate.evaluate(eval_step, state, batches(run, table, mesh))
+
+    tables = {"validation": splits.validation, "test": splits.test}
+    return {name: evaluator(table) for name, table in tables.items() if table is not None}
+
+
+def host_batches(run: config.Run, train: Table) -> Iterator[dict[str, Any]]:
+    """The batches of a run in its order, in host memory."""
+    epoch, offset = 0, 0
+    while True:
+        ids_B = order.example_ids(run.seed, epoch, offset, run.batch_size, len(train))
+        yield dict(train.read(ids_B)) | {"id": ids_B}
+        epoch, offset = order.advance(epoch, offset, run.batch_size, len(train))
 
 
 def batches(run: config.Run, table: Table, mesh: Mesh) -> Iterator[Batch]:
     """One pass over a table for evaluation."""
     return pipeline.evaluation_batches(table, evaluation_size(run, table, mesh), sharding.batch(mesh))
-
-
-def _memory(state: TrainState, data: Batch | None, compiled: Any) -> dict[str, int]:
-    analysis = compiled.memory_analysis()
-    parts: Mapping[str, tree.PyTree] = {
-        "parameters": (state.params, state.collections),
-        "optimizer state": state.opt_state,
-        "averaged parameters": state.ema,
-        "data": data,
-    }
-    sizes = {name: _bytes_per_device(part) for name, part in parts.items()}
-    sizes["gradients, activations, scratch"] = int(getattr(analysis, "temp_size_in_bytes", 0) or 0)
-    return {name: size for name, size in sizes.items() if size}
-
-
-def _bytes_per_device(arrays: tree.PyTree) -> int:
-    leaves = [leaf for leaf in jax.tree.leaves(arrays) if hasattr(leaf, "sharding")]
-    return sharding.bytes_per_device(leaves, [leaf.sharding for leaf in leaves])
-
-
-def state_bytes(state: TrainState) -> int:
-    """How many bytes of the state each device holds."""
-    return _bytes_per_device(state)

@@ -10,6 +10,7 @@ from jaxtrain.fields import Above, Decay, Traced
 from jaxtrain.optimizers import Optimizer
 from jaxtrain.schedules import Constant, Schedule
 from jaxtrain.tasks import Task
+from jaxtrain.tree import Rules
 
 Batch = Mapping[str, jax.Array]
 Prepare = Callable[[Batch], Batch]
@@ -26,6 +27,11 @@ class Options(TypedDict, total=False):
     ema_decay: float | None
     microbatches: int
     num_examples: int | None
+    precision: str
+    optimizer_state: str
+    remat: str
+    offload: str
+    shard: Rules[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,16 @@ class Recipe:
     """Into how many parts a batch is cut; sums stay exact."""
     num_examples: int | None = None
     """How many examples an epoch has; None leaves `position.epoch` at 0."""
+    precision: str = "fp32"
+    """What the model computes in: fp32, bf16, fp16 (with loss scaling) or fp8, see `precision.py`."""
+    optimizer_state: str = "fp32"
+    """What the optimizer's averages are stored in: fp32 or bf16, see `rounding.py`."""
+    remat: str = "none"
+    """What the backward pass computes again: none, dots, blocks or full, see `gradients.py`."""
+    offload: str = "none"
+    """What is kept in the memory of the host: none or optimizer."""
+    shard: Rules[str] = ()
+    """Where parameters lie, by path pattern, see `sharding.py`."""
 
     def inputs(self, batch: Batch) -> Any:
         """What the model sees of a raw batch."""

@@ -13,23 +13,42 @@ from typing import NoReturn
 import jax
 from jax.sharding import Mesh
 
-from jaxtrain import config, flags, journal, programs, workdir
+from jaxtrain import compare, config, flags, group, journal, processes, programs, pulse, workdir
 from jaxtrain import mesh as meshes
 from jaxtrain.checkpoint import CheckpointError, NonFinite
+from jaxtrain.data.table import Table
 from jaxtrain.lock import NAME as LOCK_NAME
 from jaxtrain.lock import Lock
+from jaxtrain.recipe import Options
+from jaxtrain.rendezvous import PeerLost
+from jaxtrain.report import tables
+from jaxtrain.report.progress import Progress
 from jaxtrain.session import Session
 from jaxtrain.signals import Stop
+from jaxtrain.witness import WitnessLock
 
 OLDEST_JAX = (0, 10, 2)
-BAD_INPUT, DIVERGED, OUT_OF_MEMORY, IO_ERROR, INTERRUPTED = 2, 70, 71, 74, 130
+DIFFERENT, BAD_INPUT, DIVERGED, OUT_OF_MEMORY, IO_ERROR, TRY_AGAIN, INTERRUPTED = 1, 2, 70, 71, 74, 75, 130
+
+BROKEN_PEERS = ("gloo", "nccl", "connection", "coordination", "heartbeat", "barrier", "socket", "peer")
+"""Words of jax's errors when another process is gone."""
 
 
 def main(run: config.Run, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs an experiment as the command line says, and exits with the status of the contract (design, section 3)."""
     argv = sys.argv[1:] if argv is None else argv
-    status = guarded(lambda: launch(flags.parse(run, argv), argv), show_traceback=flags.wants_traceback(argv))
+    try:
+        status = guarded(lambda: _start(flags.parse(run, argv), argv), show_traceback=flags.wants_traceback(argv))
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        status = 1
     sys.stdout.flush()
+    if jax.distributed.is_initialized():
+        # The group broke: jax would wait at its exit for processes that no longer come, five minutes long.
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 
@@ -41,6 +60,8 @@ def guarded(action: Callable[[], int], *, show_traceback: bool = False) -> int:
     """
     try:
         return action()
+    except PeerLost as error:
+        return _say(str(error), TRY_AGAIN, show_traceback)
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED, show_traceback)
     except (journal.Diverged, NonFinite) as error:
@@ -55,13 +76,24 @@ def guarded(action: Callable[[], int], *, show_traceback: bool = False) -> int:
         return _say(str(error), IO_ERROR, show_traceback)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
-            raise
+            if not jax.distributed.is_initialized() or not any(word in str(error).lower() for word in BROKEN_PEERS):
+                raise
+            return _say(f"lost another process of the run ({str(error).splitlines()[0][:160]})", TRY_AGAIN, show_traceback)
         reason = str(error).splitlines()[0][:160]
         return _say(f"out of memory on the device ({reason}); lower --batch_size or raise --microbatches", OUT_OF_MEMORY, show_traceback)
     except ValueError as error:
         if not _is_ours(error):
             raise
         return _say(str(error), BAD_INPUT, show_traceback)
+
+
+def _start(run: config.Run, argv: Sequence[str]) -> int:
+    """Launches, under a supervisor if the run asks for what only one can do."""
+    if (run.max_restarts or run.hang_seconds is not None) and pulse.SUPERVISED not in os.environ and Path(sys.argv[0]).is_file():
+        sys.stdout.flush()
+        # In this process's place, so that signals and the terminal are the supervisor's own.
+        os.execv(sys.executable, [sys.executable, "-m", "jaxtrain.supervisor", sys.argv[0], *argv])
+    return launch(run, argv)
 
 
 def launch(run: config.Run, argv: Sequence[str]) -> int:
@@ -74,10 +106,15 @@ def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
     began = time.monotonic()
     if jax.__version_info__ < OLDEST_JAX:
         raise ValueError(f"needs jax >= {'.'.join(map(str, OLDEST_JAX))}; found {jax.__version__} (python -m pip install -U jax)")
+    pulse.beat("starting")
+    _join(run, stop)
     mesh = _mesh(run)
+    asked, run = run.precision, config.replaced(run, {"precision": programs.chosen_precision(run, mesh)})
     meshes.check_batch("batch_size", run.batch_size, mesh)  # again with the data's shapes, but those may take a while to be known
     _use_compilation_cache()
     jax.config.update("jax_debug_nans", run.debug_nans)
+    jax.config.update("jax_default_matmul_precision", {"default": None, "tf32": "tensorfloat32", "fp32": "highest"}[run.matmul_precision])
+    pulse.beat("data")
     splits = run.data.open()
     for note in splits.notes:
         flags.warn(note)
@@ -88,10 +125,44 @@ def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
     recipe = programs.options(run, splits.train, length)
     batch = programs.check_model(run, splits.train, recipe, mesh)
     programs.check_held_out(run, splits, recipe, batch)
+    if run.compare_meshes:
+        return _compare(run, splits.train, recipe)
     made = not run.workdir or not Path(run.workdir).exists()
-    folder = workdir.place(run)
-    with _no_litter(folder, made), Lock(folder, force=run.force_unlock) as lock:
-        return Session(run, argv, mesh, splits, length, recipe, batch, folder, lock, stop, began).go()
+    folder = Path(group.from_main(str(workdir.place(run)) if group.is_main() else None))
+    mine = Lock(folder, force=run.force_unlock) if group.is_main() else WitnessLock(folder)
+    with _no_litter(folder, made and group.is_main()), mine as lock:
+        status = Session(run, argv, mesh, splits, length, recipe, batch, folder, lock, stop, began, asked).go()
+    pulse.beat("ending")
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()  # all of them are here
+    return status
+
+
+def _join(run: config.Run, stop: Stop) -> None:
+    """Finds the other processes of the run, if there are any."""
+    if run.platform != "auto":
+        jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[run.platform])
+    found = processes.find(os.environ, processes=run.processes, process=run.process, coordinator=run.coordinator)
+    if found is None:
+        return
+
+    def waiting() -> None:
+        if stop.status is not None:
+            raise PeerLost(f"{stop.name} while waiting for the other processes; nothing done yet")
+
+    pulse.beat("joining")
+    processes.join(found, arrived=lambda: pulse.beat("joining"), waiting=waiting)
+
+
+def _compare(run: config.Run, train: Table, recipe: Options) -> int:
+    """Compares meshes instead of training; 1 if one differs."""
+    parts = (run.model, run.task, run.optimizer)
+    batches = programs.host_batches(run, train)
+    report = compare.compare(*parts, batches, run.compare_meshes, seed=run.seed, steps=run.compare_steps, **recipe)
+    progress = Progress(run.compare_steps)
+    progress.show(tables.comparison_table(report.rows()))
+    progress.line(report.summary())
+    return 0 if report.agree else DIFFERENT
 
 
 @contextlib.contextmanager
@@ -106,8 +177,6 @@ def _no_litter(folder: Path, made: bool) -> Iterator[None]:
 
 
 def _mesh(run: config.Run) -> Mesh:
-    if run.platform != "auto":
-        jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[run.platform])
     try:
         # By name too: in a process that has used jax already, the line above comes too late.
         devices = jax.devices() if run.platform == "auto" else jax.devices(run.platform)

@@ -12,11 +12,27 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import config, ending, evaluate, flags, hardware, hyper, journal, loop, optimizers, programs, run_record, step, tree, workdir
-from jaxtrain import mesh as meshes
+from jaxtrain import (
+    config,
+    ending,
+    facts,
+    flags,
+    group,
+    hardware,
+    hyper,
+    journal,
+    loop,
+    payload,
+    programs,
+    pulse,
+    run_record,
+    step,
+    training,
+    tree,
+    workdir,
+)
 from jaxtrain.checkpoint import CheckpointError, Checkpoints
 from jaxtrain.data.splits import Splits
-from jaxtrain.data.table import Table
 from jaxtrain.lock import Lock
 from jaxtrain.profiler import Profiler
 from jaxtrain.recipe import Options, Recipe
@@ -26,6 +42,7 @@ from jaxtrain.report.trackers import TensorBoardWriter, WandbWriter
 from jaxtrain.report.writers import JsonlWriter, Writers
 from jaxtrain.signals import Stop
 from jaxtrain.state import TrainState, init_state, state_shardings
+from jaxtrain.witness import WitnessCheckpoints, WitnessLock, WitnessWriters, witness_progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,39 +57,55 @@ class Session:
     recipe: Options
     batch: dict[str, jax.ShapeDtypeStruct]
     folder: Path
-    lock: Lock
+    lock: Lock | WitnessLock
     stop: Stop
     began: float
+    asked_precision: str
+    """What --precision said, before `auto` was decided."""
 
     def go(self) -> int:
         """Resumes or starts, trains, and sums up."""
-        record = workdir.read(self.folder)
-        notes = self._drift(record)
-        run_id = (record or {}).get("run_id") or os.urandom(8).hex()
-        checkpoints = Checkpoints(self.folder, keep=self.run.keep, keep_every=self.length.keep_every, run_id=run_id)
-        progress = Progress(self.length.total)
+        pulse.workdir(self.folder)
+        found = group.from_main(self._found() if group.is_main() else None)
+        record, newest = found["record"], found["newest"]
+        made = Checkpoints if group.is_main() else WitnessCheckpoints
+        checkpoints = made(self.folder, keep=self.run.keep, keep_every=self.length.keep_every, run_id=found["run_id"])
+        progress = Progress(self.length.total) if group.is_main() else witness_progress(self.length.total)
         try:
-            newest = self._newest(checkpoints, record)
-            self._welcome(progress, notes)
+            for note in found["notes"]:
+                progress.line(note)
+            rows = facts.welcome(self.run, self.splits, self.length, self.mesh, str(self.folder), asked=self.asked_precision)
+            progress.show(tables.facts(f"jaxtrain {self.run.name}", rows))
             if newest is not None and newest >= self.length.total and not self.run.eval_only:
                 flag = f"--steps={self.run.steps}" if self.run.steps is not None else f"--epochs={self.run.epochs:g}"
                 progress.line(f"{flag}: checkpoint is already at step {newest}; nothing to do, raise it to go on")
-                ending.report(self.run, self.folder)
+                if group.is_main():
+                    ending.report(self.run, self.folder)
                 return 0
             abstract = self._abstract_state()
             if not self.run.eval_only:
                 checkpoints.sweep()  # what a killed start left half written would count as used space
                 checkpoints.check_space(abstract)
-            if self.stop.status is not None:
-                progress.line(f"{self.stop.name}: nothing done yet, nothing to save")
-                return self.stop.status
+            stop = group.Agreement(self.stop)
+            stop.settle()
+            if stop.status is not None:
+                progress.line(f"{stop.name}: nothing done yet, nothing to save")
+                return stop.status
             state, kept = self._state(checkpoints, newest, abstract)
             if self.run.eval_only:
                 return self._evaluate_only(state, progress)
-            return self._train(state, kept, newest or 0, checkpoints, {"run_id": run_id} | (record or {}), progress)
+            return self._train(state, kept, newest or 0, checkpoints, {"run_id": found["run_id"]} | (record or {}), progress, stop)
         finally:
             progress.stop()
             checkpoints.close(timeout=60)
+
+    def _found(self) -> dict[str, Any]:
+        """What lies in the folder, as process 0 sees it; the others take its word, for it may be writing there already when they look."""
+        record = workdir.read(self.folder)
+        notes = self._drift(record)
+        run_id = (record or {}).get("run_id") or os.urandom(8).hex()
+        newest = self._newest(Checkpoints(self.folder, run_id=run_id), record)
+        return {"record": record, "notes": notes, "run_id": run_id, "newest": newest}
 
     def _drift(self, record: dict[str, Any] | None) -> list[str]:
         """What differs from the run that is there; `ValueError` if it may not."""
@@ -101,24 +134,6 @@ class Session:
             raise ValueError(f"--workdir={self.folder}: holds checkpoints but no run.json; restore it, or use a new workdir")
         return newest
 
-    def _welcome(self, progress: Progress, notes: Sequence[str]) -> None:
-        for note in notes:
-            progress.line(note)
-        run, device = self.run, self.mesh.devices.flat[0]
-        train, length = self.splits.train, self.length
-        others = [f"{len(table):,} {name}" for name, table in (("validation", self.splits.validation), ("test", self.splits.test)) if table is not None]
-        there = jax.device_count(device.platform)
-        count = f"{self.mesh.size}{f' of {there}' if there > self.mesh.size else ''}"
-        rows = {
-            "model": run_record.kind_of(run, "model"),
-            "data": f"{run_record.kind_of(run, 'data')}: {', '.join([f'{len(train):,} train', *others])}",
-            "optimizer": f"{run_record.kind_of(run, 'optimizer')}, {run_record.kind_of(run, 'schedule')} schedule, peak rate {run.optimizer.learning_rate:g}",
-            "length": f"{length.total:,} steps of {run.batch_size} ({length.total / length.per_epoch:.1f} epochs)",
-            "devices": f"{count} x {device.device_kind}, mesh {meshes.describe(self.mesh)}",
-            "workdir": str(self.folder),
-        }
-        progress.show(tables.facts(f"jaxtrain {run.name}", rows))
-
     def _abstract_state(self) -> TrainState:
         """Shapes and shardings of the state, before anything is compiled; `ValueError` if an array does not fit the mesh."""
         parts = (self.run.model, self.run.task, self.run.optimizer)
@@ -131,12 +146,17 @@ class Session:
         if newest is None:
             warm = self._warm(abstract) if self.run.init_from else {}
             parts = (self.run.model, self.run.task, self.run.optimizer)
-            state = init_state(*parts, self.batch, seed=self.run.seed, mesh=self.mesh, **self.recipe)
+            if self.run.reproducible:
+                # Born by a program for one device, which rounds alike on every mesh, and laid out afterwards.
+                whole = init_state(*parts, self.batch, seed=self.run.seed, **self.recipe)
+                state = payload.to_devices(payload.to_host(whole), abstract)
+            else:
+                state = init_state(*parts, self.batch, seed=self.run.seed, mesh=self.mesh, **self.recipe)
             return dataclasses.replace(state, **warm), {}
         # The numbers of the recipe are those of today's flags; the checkpoint has its own, of other names if a part was switched on or off since.
         restored, kept = checkpoints.restore(newest, dataclasses.replace(abstract, hyper={}), partial=True)
         values = hyper.collect(Recipe(self.run.model, self.run.task, self.run.optimizer, **self.recipe))
-        numbers = {name: jax.device_put(np.float32(values[name]), place.sharding) for name, place in abstract.hyper.items()}
+        numbers = {name: group.place(np.asarray(values[name], np.float32), place.sharding) for name, place in abstract.hyper.items()}
         return dataclasses.replace(restored, hyper=numbers), kept
 
     def _warm(self, abstract: TrainState) -> dict[str, Any]:
@@ -154,18 +174,8 @@ class Session:
             raise ValueError(str(error) if str(error).startswith(flag) else f"{flag}: {error}") from error
         return restored | ({} if abstract.ema is None else {"ema": jax.tree.map(lambda leaf: leaf.copy(), restored["params"])})
 
-    def _evaluators(self) -> dict[str, loop.Evaluate]:
-        """What evaluates each held-out split that there is; one program for both."""
-        eval_step = step.make_eval_step(self.run.model, self.run.task, self.run.optimizer, mesh=self.mesh, **self.recipe)
-
-        def evaluator(table: Table) -> loop.Evaluate:
-            return lambda state: evaluate.evaluate(eval_step, state, programs.batches(self.run, table, self.mesh))
-
-        tables = {"validation": self.splits.validation, "test": self.splits.test}
-        return {name: evaluator(table) for name, table in tables.items() if table is not None}
-
     def _evaluate_only(self, state: TrainState, progress: Progress) -> int:
-        results = {name: evaluator(state) for name, evaluator in self._evaluators().items()}
+        results = {name: evaluator(state) for name, evaluator in programs.evaluators(self.run, self.splits, self.recipe, self.mesh).items()}
         if not results:
             raise ValueError("--eval_only: the data has neither a validation nor a test split; set --data.validation or --data.test")
         progress.line(f"evaluated step {int(jax.device_get(state.step))}")
@@ -174,46 +184,49 @@ class Session:
         return 0
 
     def _train(
-        self, state: TrainState, kept: dict[str, Any], start: int, checkpoints: Checkpoints, record: dict[str, Any], progress: Progress
-    ) -> int:
+        self, state: TrainState, kept: dict[str, Any], start: int, checkpoints: Checkpoints, record: dict[str, Any], progress: Progress, stop: group.Agreement,
+    ) -> int:  # fmt: skip
         run, length = self.run, self.length
         if start:
             progress.line(f"resumed from step {start}")
         progress.show(tables.parameter_table(tree.flatten(state.params)))
-        for row in _rule_table(run, state):
+        for row in facts.rule_table(run, state):
             progress.line(row)
         progress.start(start)
+        pulse.beat("data")
         data = programs.place_data(run, self.splits.train, self.mesh)
-        chosen = run.steps_per_call or _earlier_steps_per_call(record, run, self.mesh)
-        training = programs.compile_training(run, state, self.splits.train, data, self.recipe, self.mesh, per_call=chosen)
-        progress.show(tables.memory_table(training.memory, device_bytes=_device_bytes(self.mesh)))
-        if run.steps_per_call not in (None, training.per_call):
-            progress.line(f"note: --steps_per_call={run.steps_per_call} needs data in device memory and no --debug_nans; {training.per_call} a dispatch instead")
-        profiler, evaluators = Profiler(run.profile_steps, self.folder / "profile"), self._evaluators()
+        chosen = run.steps_per_call or facts.earlier_steps_per_call(record, run, self.mesh)
+        pulse.beat("compiling")
+        compiled = training.compile_training(run, state, self.splits.train, data, self.recipe, self.mesh, per_call=chosen)
+        progress.show(tables.memory_table(compiled.memory, device_bytes=_device_bytes(self.mesh)))
+        if run.steps_per_call not in (None, compiled.per_call):
+            progress.line(f"note: --steps_per_call={run.steps_per_call} needs data in device memory and no --debug_nans; {compiled.per_call} a dispatch instead")
+        profiler, evaluators = Profiler(run.profile_steps, self.folder / "profile"), programs.evaluators(self.run, self.splits, self.recipe, self.mesh)
         # run.json comes first: metrics in a folder without one are somebody else's.
-        self._write_record(state, training, record)
-        writers = Writers(JsonlWriter(self.folder / "metrics.jsonl"), self._trackers(record["run_id"]), note=flags.warn)
+        if group.is_main():
+            workdir.write(self.folder, facts.record(run, self.argv, self.splits, length, self.recipe, self.mesh, state, compiled, record))
+        writers = self._writers(record["run_id"])
         try:
             writers.resume(start, int(kept.get("metrics_bytes", 0)))
             outcome = loop.train(
-                state, step=start, feed=training.feed, writers=writers, checkpoints=checkpoints, progress=progress, stop=self.stop,
-                journal=self._journal(writers, progress, start, kept, training),
+                state, step=start, feed=compiled.feed, writers=writers, checkpoints=checkpoints, progress=progress, stop=stop,
+                journal=self._journal(writers, progress, start, kept, compiled),
                 cadence=loop.Cadence(
-                    length.total, training.per_call, run.log_every, length.evaluate if self.splits.validation is not None else 0, length.save,
+                    length.total, compiled.per_call, run.log_every, length.evaluate if self.splits.validation is not None else 0, length.save,
                     marks=run.profile_steps or (),
                 ),
                 validate=evaluators.get("validation"), test=evaluators.get("test"), best=kept.get("best"), owed=kept.get("owed", False), at_step=self._watch(profiler),
             )  # fmt: skip
         finally:
             profiler.close()
-            training.feed.close()
+            compiled.feed.close()
             writers.close()
         progress.stop()
         if not outcome.finished:
-            status = self.stop.status
+            status = stop.status
             assert status is not None
             saved = f"saved at step {outcome.step}" if outcome.step else "no step done yet, nothing to save"
-            progress.line(f"{self.stop.name}: {saved}; the same command with --workdir={self.folder} goes on from there")
+            progress.line(f"{stop.name}: {saved}; the same command with --workdir={self.folder} goes on from there")
             return status
         parts = (run.model, run.task, run.optimizer)
         predict = step.make_predict_step(*parts, mesh=self.mesh, **self.recipe) if hasattr(run.task, "examine") else None
@@ -230,14 +243,19 @@ class Session:
 
         return at_step
 
-    def _journal(self, writers: Writers, progress: Progress, start: int, kept: dict[str, Any], training: programs.Training) -> journal.Journal:
-        device = self.mesh.devices.flat[0]
-        peak = hardware.peak_flops(device.device_kind, "fp32") if device.platform == "gpu" else None
+    def _journal(self, writers: Writers, progress: Progress, start: int, kept: dict[str, Any], compiled: training.Training) -> journal.Journal:
+        device = self.mesh.local_devices[0]
+        peak = hardware.peak_flops(device.device_kind, self.run.precision) if device.platform == "gpu" else None
         return journal.Journal(
             writers, progress, every=self.run.log_every, step=start, total_steps=self.length.total, batch_size=self.run.batch_size,
-            interval=kept.get("interval"), flops_per_step=training.flops_per_step, peak_flops=peak and peak * self.mesh.size,
+            interval=kept.get("interval"), flops_per_step=compiled.flops_per_step, peak_flops=peak and peak * self.mesh.size,
             memory_bytes=lambda: _memory_in_use(device),
         )  # fmt: skip
+
+    def _writers(self, run_id: str) -> Writers:
+        if not group.is_main():
+            return WitnessWriters()
+        return Writers(JsonlWriter(self.folder / "metrics.jsonl"), self._trackers(run_id), note=flags.warn)
 
     def _trackers(self, run_id: str) -> list[Any]:
         found: list[Any] = [TensorBoardWriter(self.folder / "tensorboard")] if self.run.tensorboard else []
@@ -246,46 +264,8 @@ class Session:
             found.append(WandbWriter(self.run.wandb, name=self.run.name, run_id=run_id, folder=self.folder, config=record, note=flags.warn))
         return found
 
-    def _write_record(self, state: TrainState, training: programs.Training, record: dict[str, Any]) -> None:
-        """run.json: enough to repeat the run; on a resume the first start's facts stay, and the configuration is today's."""
-        device = self.mesh.devices.flat[0]
-        now = workdir.describe(self.run, self.argv) | {
-            "run_id": record["run_id"],
-            "hyper": hyper.collect(Recipe(self.run.model, self.run.task, self.run.optimizer, **self.recipe)),
-            "data": {
-                "fingerprint": self.splits.fingerprint, "train": len(self.splits.train),
-                "validation": len(self.splits.validation or ()), "test": len(self.splits.test or ()),
-                "class_names": list(self.splits.train.class_names or ()),
-            },
-            "hardware": {"platform": device.platform, "device_kind": device.device_kind, "host_cpus": os.cpu_count()},
-            "mesh": meshes.describe(self.mesh), "devices": self.mesh.size,
-            "total_steps": self.length.total, "steps_per_epoch": self.length.per_epoch, "steps_per_call": training.per_call,
-            "parameters": tree.size(state.params), "state_bytes_per_device": programs.state_bytes(state), "memory_estimate": training.memory,
-        }  # fmt: skip
-        if "config" in record:
-            starts = [*record.get("resumed", []), {"started": now["started"], "command": now["command"], "devices": now["devices"]}]
-            now |= {"started": record["started"], "command": record["command"], "resumed": starts}
-        workdir.write(self.folder, now)
-
-
-def _earlier_steps_per_call(record: dict[str, Any], run: config.Run, mesh: Mesh) -> int | None:
-    """How many steps a dispatch had when the run started, so that it goes on with the same bits; None if it ran under other conditions."""
-    before = record.get("config", {})
-    same = all(before.get(name) == getattr(run, name) for name in ("device_data", "debug_nans"))
-    same = same and record.get("hardware", {}).get("platform") == mesh.devices.flat[0].platform
-    return record.get("steps_per_call") if same else None
-
-
-def _rule_table(run: config.Run, state: TrainState) -> list[str]:
-    """Which rule decides which parameter, if the optimizer has rules at all."""
-    optimizer = run.optimizer
-    if not (getattr(optimizer, "rates", ()) or getattr(optimizer, "decay", ()) or getattr(optimizer, "frozen", ())):
-        return []
-    return ["parameter, shape, rate, decay", *("  ".join(row) for row in optimizers.match_table(optimizer, state.params))]
-
-
 def _device_bytes(mesh: Mesh) -> int | None:
-    return (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+    return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 
 
 def _memory_in_use(device: jax.Device) -> int | None:

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 75}
 """Interrupted by a person, or told to try again later."""
@@ -19,6 +19,10 @@ class Stop:
     ...     stop.status
     75
     """
+
+    statuses: ClassVar = {int(number): status for number, status in STATUS.items()}
+    """The exit status by the number of the signal."""
+    names: ClassVar = {int(number): number.name for number in STATUS}
 
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
@@ -34,6 +38,11 @@ class Stop:
     def name(self) -> str:
         """What the signal is called, such as SIGTERM."""
         return "" if self._received is None else self._received.name
+
+    @property
+    def number(self) -> int:
+        """The signal's number, or 0."""
+        return 0 if self._received is None else int(self._received)
 
     def __enter__(self) -> Self:
         for number in STATUS:

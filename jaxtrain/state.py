@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import adapters, hyper, sharding, streams, tree
+from jaxtrain import adapters, hyper, precision, rounding, sharding, streams, tree
+from jaxtrain.loss_scale import LossScale
 from jaxtrain.optimizers import Optimizer
 from jaxtrain.recipe import Batch, Options, Recipe
 from jaxtrain.tasks import Task
@@ -42,6 +43,8 @@ class TrainState:
     key: jax.Array
     """The root of all random streams; it never changes, streams are folded by name and step."""
     position: Position
+    scaling: LossScale | None = None
+    """The loss scale of fp16, or None."""
 
 
 def init_state(
@@ -71,7 +74,11 @@ def init_state(
         transform = hyper.bind(optimizer, numbers, "optimizer").transform(params, numbers["optimizer.learning_rate"])
         start = Position(*(jnp.asarray(np.uint32(value)) for value in (seed, 0, 0)))
         average = None if recipe.ema_decay is None else jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.int32(0), params, transform.init(params), variables, average, numbers, key, start)
+        opt_state = transform.init(params)
+        if recipe.optimizer_state == "bf16":
+            opt_state = rounding.to_bf16(opt_state, streams.stream(key, "rounding", 0))
+        scaling = LossScale.new() if precision.POLICIES[recipe.precision].scaled else None
+        return TrainState(jnp.int32(0), params, opt_state, variables, average, numbers, key, start, scaling)
 
     values = {name: np.float32(value) for name, value in numbers.items()}
     if mesh is None:
@@ -83,12 +90,20 @@ def state_shardings(recipe: Recipe, batch: Batch, state: TrainState, mesh: Mesh)
     """A `NamedSharding` for each array of an (abstract) state."""
     abstract_inputs = jax.eval_shape(recipe.inputs, dict(batch))
     axes = adapters.logical_axes(recipe.model, abstract_inputs)
-    placed = sharding.parameters(state.params, axes["params"], mesh)
+    placed = sharding.parameters(state.params, axes["params"], mesh, rules=recipe.shard)
     replicate = sharding.replicated(mesh)
     rest = jax.tree.map(lambda _: replicate, state)
-    return dataclasses.replace(
-        rest,
-        params=placed,
-        opt_state=sharding.like_parameters(state.opt_state, state.params, placed, mesh),
-        ema=None if state.ema is None else placed,
-    )
+    opt_state = sharding.like_parameters(state.opt_state, state.params, placed, mesh)
+    if recipe.offload == "optimizer":
+        opt_state = jax.tree.map(lambda place: place.with_memory_kind("pinned_host"), opt_state)
+    return dataclasses.replace(rest, params=placed, opt_state=opt_state, ema=None if state.ema is None else placed)
+
+
+def working_opt_state(recipe: Recipe, state: TrainState) -> tree.PyTree:
+    """The optimizer's state as arithmetic wants it: in the device's memory, and in the dtypes that the optimizer gave it."""
+    opt_state = state.opt_state
+    if recipe.offload == "optimizer":
+        opt_state = jax.device_put(opt_state, jax.memory.Space.Device)
+    if recipe.optimizer_state == "fp32":
+        return opt_state
+    return rounding.to_fp32(opt_state, jax.eval_shape(recipe.optimizer.transform(state.params, 1.0).init, state.params))

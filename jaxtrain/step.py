@@ -1,6 +1,7 @@
 """The step: `(state, batch) -> (state, metrics)`, pure, for training, evaluation and prediction.
 
-In the order of a batch's trip: prepare -> augment -> model -> task -> gradients -> clip -> optimizer -> average.
+A batch's trip: `gradients.py` (prepare -> augment -> model -> task -> gradients), then `update.py` (clip -> optimizer -> average). Here both are
+compiled, for one step and for many.
 """
 
 import dataclasses
@@ -9,16 +10,14 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
-from jaxtrain import adapters, hyper, metrics, sharding, streams, tree
+from jaxtrain import gradients, hyper, metrics, sharding, tree, update
 from jaxtrain.data import order, pipeline
-from jaxtrain.optimizers import Optimizer, evaluation_params
+from jaxtrain.optimizers import Optimizer
 from jaxtrain.recipe import Batch, Options, Recipe
-from jaxtrain.state import Position, TrainState, state_shardings
+from jaxtrain.state import TrainState
 from jaxtrain.tasks import Task
 
 Update = Callable[[TrainState, Batch], tuple[TrainState, metrics.Sums]]
@@ -42,6 +41,20 @@ def make_train_step(model: Any, task: Task, optimizer: Optimizer, *, mesh: Mesh 
     """
     recipe = Recipe(model, task, optimizer, **options)
     return jax.jit(lambda state, batch: _train(recipe, mesh, state, batch), donate_argnums=0)
+
+
+def make_gradients(
+    model: Any, task: Task, optimizer: Optimizer, *, mesh: Mesh | None = None, **options: Unpack[Options]
+) -> Callable[[TrainState, Batch], tuple[tree.PyTree, metrics.Sums]]:
+    """The compiled `(state, batch) -> (gradients, sums)`: the gradient of the mean loss, before clipping, and nothing changed."""
+    recipe = Recipe(model, task, optimizer, **options)
+
+    def mean_gradients(state: TrainState, batch: Batch) -> tuple[tree.PyTree, metrics.Sums]:
+        total = gradients.total(recipe, state, batch, mesh=mesh)
+        count = jnp.maximum(total.sums["loss"][1], 1e-9)
+        return jax.tree.map(lambda gradient: gradient / count, total.gradients), dict(total.sums)
+
+    return jax.jit(mean_gradients)
 
 
 def make_train_steps(
@@ -103,11 +116,16 @@ def make_eval_step(
     recipe = Recipe(model, task, optimizer, **options)
 
     def evaluate(state: TrainState, batch: Batch) -> metrics.Sums:
-        bound = hyper.bind(recipe, state.hyper)
-        batch = _prepared(bound, batch, mesh)
-        return dict(bound.task.loss(_outputs(bound, state, batch), batch, train=False))
+        return evaluated(recipe, state, batch, mesh=mesh)
 
     return jax.jit(evaluate)
+
+
+def evaluated(recipe: Recipe, state: TrainState, batch: Batch, *, mesh: Mesh | None = None) -> metrics.Sums:
+    """The sums of a raw batch in evaluation."""
+    bound = hyper.bind(recipe, state.hyper)
+    batch = gradients.prepared(bound, batch, mesh)
+    return dict(bound.task.loss(gradients.outputs(bound, state, batch), batch, train=False))
 
 
 def make_predict_step(
@@ -119,123 +137,16 @@ def make_predict_step(
     def predict(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
         bound = hyper.bind(recipe, state.hyper)
         kept = {name: batch[name] for name in ("id", "weight") if name in batch}
-        batch = _prepared(bound, batch, mesh)
-        return bound.task.examine(_outputs(bound, state, batch), batch) | kept
+        batch = gradients.prepared(bound, batch, mesh)
+        found = bound.task.examine(gradients.outputs(bound, state, batch), batch) | kept
+        # Every process can read an array only if it holds the whole of it.
+        return found if mesh is None else jax.lax.with_sharding_constraint(found, sharding.replicated(mesh))
 
     return jax.jit(predict)
 
 
 def _train(recipe: Recipe, mesh: Mesh | None, state: TrainState, batch: Batch) -> tuple[TrainState, metrics.Sums]:
     """One update."""
-    bound = hyper.bind(recipe, state.hyper)
-    batch_size = jax.tree.leaves(dict(batch))[0].shape[0]
     abstract = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), dict(batch))
-    gradients, sums, collections = _gradients(bound, state, _augmented(bound, state, _prepared(bound, batch, mesh)))
-
-    norm = optax.tree.norm(gradients)
-    if bound.clip_norm is not None:
-        gradients = jax.tree.map(lambda gradient: gradient * jnp.minimum(1.0, bound.clip_norm / (norm + 1e-9)), gradients)
-    rate = bound.optimizer.learning_rate * bound.schedule.multiplier(state.step, bound.total_steps)
-    transform = bound.optimizer.transform(state.params, rate)
-    updates, opt_state = transform.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    one = jnp.float32(1)
-    new = TrainState(
-        step=state.step + 1,
-        params=params,
-        opt_state=opt_state,
-        collections=collections,
-        ema=_average(bound.ema_decay, state, params),
-        hyper=state.hyper,
-        key=state.key,
-        position=_advance(state.position, batch_size, recipe.num_examples),
-    )
-    if mesh is not None and mesh.size > 1:
-        # Nothing else says that the new state should lie as the old one did.
-        new = jax.lax.with_sharding_constraint(new, state_shardings(recipe, abstract, new, mesh))
-    return new, dict(sums) | {"learning_rate": (jnp.float32(rate), one), "grad_norm": (norm, one)}
-
-
-def _gradients(recipe: Recipe, state: TrainState, batch: Batch) -> tuple[tree.PyTree, metrics.Sums, dict[str, tree.PyTree]]:
-    """The gradient of the mean loss, the sums of the metrics and the new collections, over all microbatches."""
-    apply = adapters.functions(recipe.model).apply
-    dropout = streams.stream(state.key, "dropout", state.step)
-
-    def total(params: tree.PyTree, part: Batch, index: int | jax.Array) -> tuple[jax.Array, tuple[metrics.Sums, dict[str, tree.PyTree]]]:
-        variables = {"params": params} | state.collections
-        rngs = {"dropout": jax.random.fold_in(dropout, index)}
-        outputs, collections = apply(variables, recipe.task.inputs(part), train=True, rngs=rngs)
-        sums = dict(recipe.task.loss(outputs, part))
-        return sums["loss"][0], (sums, collections)
-
-    def one(part: Batch, index: int | jax.Array) -> tuple[tree.PyTree, metrics.Sums, dict[str, tree.PyTree]]:
-        (_, (sums, collections)), gradients = jax.value_and_grad(total, has_aux=True)(state.params, part, index)
-        return gradients, sums, collections
-
-    if recipe.microbatches == 1:
-        gradients, sums, collections = one(batch, 0)
-    else:
-        gradients, sums, collections = _over_microbatches(one, batch, recipe.microbatches)
-    count = jnp.maximum(sums["loss"][1], 1e-9)
-    return jax.tree.map(lambda gradient: gradient / count, gradients), sums, collections
-
-
-def _over_microbatches(one: Callable[..., Any], batch: Batch, count: int) -> tuple[tree.PyTree, metrics.Sums, dict[str, tree.PyTree]]:
-    """Sums of gradients and metrics over the parts. Each part starts from the step's own collections, and their mean is kept: an average
-    of running averages is the running average of the mean, so batch statistics move once a step however many parts there are."""
-
-    def split(array: jax.Array) -> jax.Array:
-        # Part m takes examples m, m + count, ...: each device's share of the batch then gives an even share of every part.
-        return array.reshape(array.shape[0] // count, count, *array.shape[1:]).swapaxes(0, 1)
-
-    parts = jax.tree.map(split, dict(batch))
-    if jax.default_backend() == "cpu":
-        # Unrolled, for convolutions in a loop are slow there; elsewhere a loop keeps the memory of one part.
-        results = [one(jax.tree.map(lambda array, index=index: array[index], parts), index) for index in range(count)]
-        gradients, sums, collections = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *results)
-    else:
-        shapes = jax.eval_shape(one, jax.tree.map(lambda array: array[0], parts), 0)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-        def body(carry: Any, item: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, one(*item)), None
-
-        (gradients, sums, collections), _ = jax.lax.scan(body, zeros, (parts, jnp.arange(count)))
-    mean = jax.tree.map(lambda leaf: (leaf / count).astype(leaf.dtype), collections)
-    return gradients, sums, mean
-
-
-def _prepared(recipe: Recipe, batch: Batch, mesh: Mesh | None) -> Batch:
-    batch = dict(batch)
-    if mesh is not None and mesh.size > 1:
-        batch = jax.lax.with_sharding_constraint(batch, sharding.batch(mesh))
-    return batch if recipe.prepare is None else recipe.prepare(batch)
-
-
-def _augmented(recipe: Recipe, state: TrainState, batch: Batch) -> Batch:
-    if recipe.augment is None:
-        return batch
-    key = streams.stream(state.key, "augment", state.step)
-    ids_B = batch["id"] if "id" in batch else jnp.arange(jax.tree.leaves(dict(batch))[0].shape[0])
-    return recipe.augment(batch, streams.per_example(key, ids_B), streams.stream(state.key, "mixture", state.step))
-
-
-def _outputs(recipe: Recipe, state: TrainState, batch: Batch) -> Any:
-    params = evaluation_params(recipe.optimizer, state.opt_state, state.params) if state.ema is None else state.ema
-    variables = {"params": params} | state.collections
-    return adapters.functions(recipe.model).apply(variables, recipe.task.inputs(batch), train=False)[0]
-
-
-def _average(decay: jax.Array | None, state: TrainState, params: tree.PyTree) -> tree.PyTree:
-    if decay is None:
-        return None
-    step = state.step.astype(jnp.float32)
-    now = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda old, new: (now * old + (1.0 - now) * new).astype(old.dtype), state.ema, params)
-
-
-def _advance(position: Position, count: int, length: int | None) -> Position:
-    if length is None:
-        return dataclasses.replace(position, offset=position.offset + np.uint32(count))
-    epoch, offset = order.advance(position.epoch, position.offset, np.uint32(count), np.uint32(length))
-    return dataclasses.replace(position, epoch=epoch, offset=offset)
+    total = gradients.total(recipe, state, batch, mesh=mesh)
+    return update.update(recipe, state, total, abstract, batch_size=jax.tree.leaves(abstract)[0].shape[0], mesh=mesh)

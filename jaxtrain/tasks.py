@@ -3,7 +3,7 @@
 A task is two functions: `inputs(batch)` picks what the model sees, `loss(outputs, batch, train=...)` gives `{name: (sum, count)}` with
 "loss" among the names; that one is minimised. `examine` says what a prediction was, for confusion matrices and the worst mistakes.
 
-Dims: B batch, C classes, D features.
+Dims: B batch, C classes, D features, T tokens to predict, V vocabulary.
 """
 
 import dataclasses
@@ -100,10 +100,47 @@ class Regression:
         return {"loss": metrics.weighted(losses.squared_error(outputs, target), batch.get("weight"))}
 
 
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """Each token of a sequence from those before it, by cross-entropy.
+
+    >>> import jax.numpy as jnp
+    >>> batch = {"tokens": jnp.array([[0, 1, 2]])}
+    >>> sums = NextToken().loss(jnp.eye(4)[None, 1:3], batch)
+    >>> [float(part) for part in sums["accuracy"]]
+    [2.0, 2.0]
+
+    Of tokens (B, T + 1) the model sees all but the last and is asked for all but the first. Losses are in nats and count by the token; a batch may
+    hold `weight` (B,), which all tokens of a sequence have, 0 for padding.
+    """
+
+    input: str = "tokens"
+    """The batch's field that holds the tokens."""
+
+    def inputs(self, batch: Batch) -> jax.Array:
+        """All tokens but the last, (B, T); `ValueError` if the batch has none, or none to predict."""
+        tokens = _field(batch, self.input, "; set --task.input")
+        if tokens.ndim != 2 or tokens.shape[1] < 2:
+            raise ValueError(f"{self.input!r} has shape {tokens.shape}; the task wants (batch, length) with a length of 2 or more")
+        return tokens[:, :-1]
+
+    def loss(self, outputs: jax.Array, batch: Batch, *, train: bool = True) -> metrics.Sums:
+        """Cross-entropy and accuracy of logits (B, T, V), summed over tokens."""
+        del train  # the same in both
+        targets_BT = _field(batch, self.input, "; set --task.input")[:, 1:]
+        if outputs.ndim != 3 or outputs.shape[:2] != targets_BT.shape:
+            raise ValueError(f"outputs have shape {outputs.shape}; the task wants {targets_BT.shape} and the vocabulary")
+        weights = batch.get("weight")
+        weights = None if weights is None else jnp.broadcast_to(weights[:, None], targets_BT.shape).ravel()
+        logits, targets = outputs.reshape(-1, outputs.shape[-1]), targets_BT.ravel()
+        right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+        return {"loss": metrics.weighted(losses.cross_entropy(logits, targets), weights), "accuracy": metrics.weighted(right, weights)}
+
+
 def _field(batch: Batch, name: str, remedy: str = "") -> jax.Array:
     if name not in batch:
         raise ValueError(f"batch has keys {', '.join(sorted(batch))}; the task wants {name!r}{remedy}")
     return batch[name]
 
 
-NAMES = {"classification": Classification(), "regression": Regression()}
+NAMES = {"classification": Classification(), "regression": Regression(), "next_token": NextToken()}

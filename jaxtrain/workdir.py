@@ -57,7 +57,7 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
 
 def foreign_files(folder: Path) -> int:
     """How many entries of a folder that holds no run were there before; they are left alone."""
-    return sum(entry.name != ".lock" for entry in folder.iterdir()) if folder.is_dir() else 0
+    return sum(entry.name not in (".lock", "logs", "stacks") for entry in folder.iterdir()) if folder.is_dir() else 0
 
 
 def check_drift(folder: Path, record: Mapping[str, Any], run: config.Run) -> list[str]:

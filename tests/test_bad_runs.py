@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from test_run import EXPERIMENT, ROOT, TINY, quiet_environment, start
 
-from jaxtrain import programs, session
+from jaxtrain import programs, session, training
 from jaxtrain.augment import NoAugment
 from jaxtrain.data.arrays import Arrays
 from jaxtrain.data.synthetic import Synthetic
@@ -57,10 +57,10 @@ ROWS = [
     Row("--mesh=data:0", "--mesh=data:0: 'data:0' needs a size >= 1, or -1 for all that is left, e.g. data:2"),
     Row("--mesh=data:2,data:4", "--mesh=data:2,data:4: axis 'data' is given twice"),
     Row("--mesh=data:-1,fsdp:-1", "--mesh=data:-1,fsdp:-1: only one size may be -1"),
-    Row("--mesh=data:-1,fsdp:3", "--mesh=data:-1,fsdp:3: 8 devices are not a multiple of 3"),
+    Row("--mesh=data:-1,fsdp:3", "--mesh=data:-1,fsdp:3: 8 devices are not a multiple of 3; nearest: data:-1,fsdp:2 or data:-1,fsdp:4"),
     Row(
         "--mesh=data:16",
-        "--mesh=data:16: needs 16 devices, there are only 8; for a dry run set XLA_FLAGS=--xla_force_host_platform_device_count=16",
+        "--mesh=data:16: needs 16 devices, there are only 8; nearest: data:8; for a dry run set XLA_FLAGS=--xla_force_host_platform_device_count=16",
     ),
     Row(
         "--mesh=tensor:8 --model.widths=12",
@@ -128,7 +128,7 @@ def nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     init_state, platforms = session.init_state, jax.config.jax_platforms
     monkeypatch.setattr(session, "init_state", lambda *parts, mesh=None, **options: compiled() if mesh else init_state(*parts, **options))
-    monkeypatch.setattr(programs, "compile_training", compiled)
+    monkeypatch.setattr(training, "compile_training", compiled)
     yield
     jax.config.update("jax_platforms", platforms)
 

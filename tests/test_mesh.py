@@ -1,16 +1,23 @@
-"""Meshes from text, and which array goes where on them."""
+"""Meshes from text: their sizes, which devices they take, and in which order."""
+
+import dataclasses
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
-from jaxtrain import mesh, sharding
+from jaxtrain import mesh
 
 
 @pytest.mark.parametrize(
     ("text", "sizes"),
-    [("data:-1", {"data": 8}), ("data:2,fsdp:-1", {"data": 2, "fsdp": 4}), ("tensor:2,data:2", {"data": 2, "tensor": 2}), ("fsdp:1", {})],
+    [
+        ("data:-1", {"data": 8}),
+        ("data:2,fsdp:-1", {"data": 2, "fsdp": 4}),
+        ("tensor:2,data:2", {"data": 2, "tensor": 2}),
+        ("fsdp:4xtensor:2", {"fsdp": 4, "tensor": 2}),
+        ("fsdp:1", {}),
+    ],
 )
 def test_sizes(text, sizes):
     made = mesh.make(text)
@@ -27,14 +34,24 @@ def test_sizes(text, sizes):
         ("data:two", "'data:two' needs a size >= 1, or -1 for all that is left, e.g. data:2"),
         ("data:2,data:4", "axis 'data' is given twice"),
         ("data:-1,fsdp:-1", "only one size may be -1"),
-        ("data:16", "needs 16 devices, there are only 8; for a dry run set XLA_FLAGS=--xla_force_host_platform_device_count=16"),
-        ("data:3,fsdp:-1", "8 devices are not a multiple of 3"),
+        ("data:16", f"needs 16 devices, there are only 8; nearest: data:8; {(dry := 'for a dry run set XLA_FLAGS=--xla_force_host_platform_device_count=')}16"),
+        ("data:4,fsdp:3", f"needs 12 devices, there are only 8; nearest: data:2,fsdp:3 or data:4,fsdp:2; {dry}12"),
+        ("data:16,fsdp:-1", f"needs 16 devices, there are only 8; nearest: data:8,fsdp:-1; {dry}16"),
+        ("data:9,fsdp:9", f"needs 81 devices, there are only 8; {dry}81"),
+        ("data:3,fsdp:-1", "8 devices are not a multiple of 3; nearest: data:2,fsdp:-1 or data:4,fsdp:-1"),
+        ("data:5,fsdp:-1", "8 devices are not a multiple of 5; nearest: data:4,fsdp:-1 or data:8,fsdp:-1"),
+        ("data:3,tensor:2,fsdp:-1", "8 devices are not a multiple of 6; nearest: data:2,tensor:2,fsdp:-1 or data:4,tensor:2,fsdp:-1"),
     ],
-)
+)  # fmt: skip
 def test_bad_text(text, message):
     with pytest.raises(ValueError, match="^--mesh") as caught:
         mesh.make(text)
     assert str(caught.value) == f"--mesh={text}: {message}"
+
+
+def test_an_unknown_axis():
+    with pytest.raises(ValueError, match=r"^--compare_meshes: unknown axis 'dat'; axes .*: data, fsdp, tensor; did you mean 'data'\?$"):
+        mesh.make("dat:2", flag="--compare_meshes")
 
 
 def test_batch_must_divide():
@@ -46,36 +63,77 @@ def test_batch_must_divide():
         mesh.check_batch("batch_size", 3, grid)
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What the order of devices looks at."""
+
+    id: int
+    process_index: int
+    slice_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "toy"
+
+
+def machine(hosts: int, local: int) -> list[Device]:
+    """A process a host."""
+    return [Device(host * local + place, host) for host in range(hosts) for place in range(local)]
+
+
+def ids(text: str, devices: list[Device]) -> np.ndarray:
+    """The mesh as device ids, with dims for data, fsdp and tensor."""
+    made = mesh.make(text, devices)
+    return np.vectorize(lambda device: device.id)(made.devices).reshape(*(made.shape[axis] for axis in mesh.OFFERED))
+
+
 @pytest.mark.parametrize(
-    ("text", "shape", "axes", "spec"),
+    ("text", "hosts", "local", "inner"),
     [
-        ("fsdp:8", (12, 64), None, PartitionSpec(None, "fsdp")),
-        ("fsdp:8", (12, 7), None, PartitionSpec()),
-        ("fsdp:4,tensor:2", (64, 32), ("embed", "mlp"), PartitionSpec("fsdp", "tensor")),
-        ("fsdp:4,tensor:2", (64, 32), ("mlp_in", "mlp"), PartitionSpec("fsdp", "tensor")),
-        ("tensor:2", (64, 32), ("embed", "mlp"), PartitionSpec(None, "tensor")),
-        ("fsdp:8", (3, 3, 1, 16), (None, None, "conv_in", "conv_out"), PartitionSpec(None, None, None, "fsdp")),
-        ("data:8", (64, 32), ("embed", "mlp"), PartitionSpec()),
+        ("data:2,fsdp:4", 2, 4, ("fsdp", "tensor")),
+        ("data:4,fsdp:2,tensor:2", 2, 8, ("fsdp", "tensor")),
+        ("data:4,fsdp:2,tensor:2", 4, 4, ("fsdp", "tensor")),
+        ("data:6,tensor:2", 3, 4, ("tensor",)),
+        ("fsdp:4,tensor:4", 4, 4, ("tensor",)),
+        ("data:2,fsdp:4,tensor:2", 4, 4, ("tensor",)),
     ],
 )
-def test_specs(text, shape, axes, spec):
-    assert sharding.parameter("dense/kernel", shape, axes, mesh.make(text)) == spec
+def test_the_last_axes_stay_within_a_host(text, hosts, local, inner):
+    grid = ids(text, machine(hosts, local))
+    assert sorted(grid.ravel()) == list(range(hosts * local))
+    outer = tuple(place for place, axis in enumerate(mesh.OFFERED) if axis not in inner)
+    rows = np.moveaxis(grid, outer, range(len(outer))).reshape(*(grid.shape[place] for place in outer), -1)
+    assert all(len(set(row // local)) == 1 for row in rows.reshape(-1, rows.shape[-1]))
 
 
-def test_a_logical_dim_that_does_not_divide_is_an_error():
-    with pytest.raises(ValueError, match="^params") as caught:
-        sharding.parameter("params/mlp/kernel", (64, 1000), ("embed", "mlp"), mesh.Mesh(_devices(16), mesh.AXES))
-    assert str(caught.value) == "params/mlp/kernel dim 1 (=1000, 'mlp') not divisible by axis tensor=16; change --mesh or make it 992 or 1008"
+def test_devices_listed_in_any_order_make_the_same_mesh():
+    devices = machine(2, 4)
+    np.testing.assert_array_equal(ids("data:2,fsdp:4", devices[::-1]), ids("data:2,fsdp:4", devices))
 
 
-def _devices(tensor: int):
-    import numpy as np
+def test_a_process_a_device_still_knows_its_machine():
+    """Two machines of four cards, each card with a process, numbered across machines: fsdp stays within one."""
+    devices = [Device(number, number, slice_index=number % 2) for number in range(8)]
+    np.testing.assert_array_equal(ids("data:2,fsdp:4", devices)[:, :, 0], [[0, 2, 4, 6], [1, 3, 5, 7]])
 
-    return np.asarray([jax.devices()[0]] * tensor, dtype=object).reshape((1,) * 6 + (tensor,))
+
+def test_hosts_of_unequal_size_still_make_a_mesh():
+    devices = [*machine(1, 2), *(Device(2 + place, 1) for place in range(4))]
+    assert sorted(ids("data:3,fsdp:2", devices).ravel()) == list(range(6))
 
 
-def test_bytes_by_hand():
-    grid = mesh.make("fsdp:8")
-    shapes = {"a": jax.ShapeDtypeStruct((16, 64), jnp.float32), "b": jax.ShapeDtypeStruct((7,), jnp.float32)}
-    placed = sharding.parameters(shapes, {"a": None, "b": None}, grid)
-    assert sharding.bytes_per_device(shapes, placed) == 16 * 64 * 4 // 8 + 7 * 4
+def test_a_smaller_mesh_takes_as_many_of_each_process():
+    assert ids("data:2,tensor:2", machine(2, 4)).ravel().tolist() == [0, 1, 4, 5]
+    assert mesh.make("data:3", jax.devices()).devices.ravel().tolist() == jax.devices()[:3]
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts", "local", "message"),
+    [
+        ("data:1", 2, 4, "1 device cannot be shared evenly by 2 processes; nearest: 2"),
+        ("data:3", 2, 4, "3 devices cannot be shared evenly by 2 processes; nearest: 2 or 4"),
+        ("data:2", 4, 1, "2 devices cannot be shared evenly by 4 processes; nearest: 4"),
+    ],
+)
+def test_every_process_has_its_part(text, hosts, local, message):
+    with pytest.raises(ValueError, match="^--mesh") as caught:
+        mesh.make(text, machine(hosts, local))
+    assert str(caught.value) == f"--mesh={text}: {message}"

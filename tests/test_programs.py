@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxtrain
-from jaxtrain import mesh, programs
+from jaxtrain import mesh, programs, training
 from jaxtrain.augment import NoAugment
 from jaxtrain.data.arrays import Arrays
 from jaxtrain.data.table import ArrayTable
@@ -34,6 +34,7 @@ def make_run(**changes):
         augment=NoAugment(),
         steps=40,
         batch_size=16,
+        precision="fp32",
     )
     return dataclasses.replace(run, **changes)
 
@@ -98,15 +99,15 @@ def test_streamed_data_trains_like_resident_data(grid):
     finals = []
     for data in (None, programs.place_data(run, train, where)):
         state = init_state(run.model, run.task, run.optimizer, batch, mesh=where, **recipe)
-        training = programs.compile_training(run, state, train, data, recipe, where, per_call=None)
-        assert training.per_call == (1 if data is None else 50)
+        compiled = training.compile_training(run, state, train, data, recipe, where, per_call=None)
+        assert compiled.per_call == (1 if data is None else 50)
         done, losses = 0, []
         with jax.transfer_guard("disallow"):
             while done < 20:
-                state, sums = training.feed.advance(state, 5)
+                state, sums = compiled.feed.advance(state, 5)
                 done += 5
                 losses.append(jax.device_get(sums["loss"]))
-        training.feed.close()
+        compiled.feed.close()
         finals.append((losses, jax.device_get(state.params), int(state.position.epoch), int(state.position.offset)))
     np.testing.assert_allclose(finals[0][0], finals[1][0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), finals[0][1], finals[1][1])

@@ -19,6 +19,7 @@ from jaxtrain.augment import ImageAugment
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.data import statistics
 from jaxtrain.data.synthetic import Synthetic
+from jaxtrain.group import Agreement
 from jaxtrain.horizon import Horizon
 from jaxtrain.journal import Journal
 from jaxtrain.models import MLP, ConvNet
@@ -221,7 +222,7 @@ def _train(tmp_path: Path, cadence: loop.Cadence, recorder: _Recorder, **options
     journal = Journal(writers, progress, every=cadence.log, step=0, total_steps=cadence.total, batch_size=1)
     checkpoints: Any = _NoCheckpoints(recorder.events)
     loop.train(
-        _Counting(), step=0, feed=recorder, cadence=cadence, journal=journal, writers=writers, checkpoints=checkpoints, progress=progress, stop=Stop(),
+        _Counting(), step=0, feed=recorder, cadence=cadence, journal=journal, writers=writers, checkpoints=checkpoints, progress=progress, stop=Agreement(Stop()),
         fetch=recorder.fetch, **({"validate": None, "test": None} | options),
     )  # fmt: skip
     writers.close()
@@ -271,7 +272,7 @@ def test_runs_of_one_second_have_a_folder_each(tmp_path: Path, monkeypatch: pyte
 
 def test_an_evaluation_is_put_off_when_a_signal_came_and_done_first_on_the_way_back(tmp_path: Path) -> None:
     """Whoever sends the signal may wait for seconds only: the commit comes at once, and the lines are those of an undisturbed run."""
-    stop: Any = types.SimpleNamespace(status=None)
+    stop: Any = types.SimpleNamespace(status=None, tick=lambda: None)
     recorder = _Recorder()
     checkpoints: Any = _NoCheckpoints(recorder.events)
     saved: list[dict[str, Any]] = []

@@ -11,6 +11,7 @@ _FILES = {
     "Splits": "splits",
     "Stream": "pipeline",
     "Synthetic": "synthetic",
+    "SyntheticTokens": "tokens",
     "Table": "table",
     "Tfds": "tfds_source",
 }
@@ -26,6 +27,7 @@ def __getattr__(name: str) -> Any:
             "records": "Records",
             "images": "Images",
             "synthetic": "Synthetic",
+            "tokens": "SyntheticTokens",
         }
         return {word: __getattr__(cls)() for word, cls in sources.items()}
     if name in _FILES:

@@ -8,9 +8,10 @@ _PUBLIC = {
     "ConvNet": "convnet",
     "ResNet": "resnet",
     "ViT": "vit",
+    "Transformer": "transformer",
     "Dropout": "layers",
 }
-_FAMILIES = ("mlp", "convnet", "resnet", "vit")
+_FAMILIES = ("mlp", "convnet", "resnet", "vit", "transformer")
 
 __all__ = ["NAMES", *_PUBLIC]  # noqa: PLE0604 - all of them are strings
 

@@ -63,6 +63,7 @@ class ConvNet(nn.Module):
             for index in range(self.depth):
                 last = index == self.depth - 1 and stage < len(self.widths) - 1
                 x = self._unit(x, width, halve=last, train=train, name=f"stage{stage}_{index}")
+            x = layers.block_end(x)
         x = layers.mean_places(x)
         x = layers.Dropout(self.dropout)(x, train)
         return layers.head(self.num_classes, "conv_out")(x)

@@ -57,7 +57,8 @@ class ResNet(nn.Module):
         for stage, blocks in enumerate(self.stages):
             for index in range(blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
-                x_BHWC = self._block(self.width * 2**stage, stride, name=f"stage{stage}_block{index}")(x_BHWC, train)
+                block = self._block(self.width * 2**stage, stride, name=f"stage{stage}_block{index}")
+                x_BHWC = layers.block_end(block(x_BHWC, train))
         if preactivation:
             x_BHWC = nn.relu(layers.batch_norm(train, name="norm")(x_BHWC))
         x_BC = layers.mean_places(x_BHWC)

@@ -1,7 +1,7 @@
 """The vision transformer (Dosovitskiy et al. 2021; the sizes Ti, S, B, L of that paper and of DeiT), pre-norm throughout.
 
 Dims: B batch, H height, W width, C channels, L places (patches, and the class token if there is one), D model width, N heads, K head
-width, M hidden width, Q the three of query, key and value.
+width.
 """
 
 from typing import Literal
@@ -95,35 +95,19 @@ class Block(nn.Module):
         branch = layers.layer_norm("embed", name="norm1")(x_BLD)
         branch = layers.dense(self.hidden, ("embed", "mlp"), initializer=layers.XAVIER, name="mlp_in")(branch)
         branch = layers.dense(x_BLD.shape[-1], ("mlp", "embed"), initializer=layers.XAVIER, name="mlp_out")(nn.gelu(branch))
-        return x_BLD + layers.Dropout(self.dropout)(branch, train)
+        return layers.block_end(x_BLD + layers.Dropout(self.dropout)(branch, train))
 
 
 class Attention(nn.Module):
-    """Every place looks at every place; query, key and value come from one product, which is faster than three."""
+    """Every place looks at every place."""
 
     heads: int
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        width = x_BLD.shape[-1]
-        head_dim = width // self.heads
-        shape = (width, 3, self.heads, head_dim)
-        # Xavier's bound for each of the three on its own: the dim of three is a batch of kernels, not a wider one.
-        xavier = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=0, out_axis=(-2, -1), batch_axis=1)
-        kernel_DQNK = self.param("kernel", layers.boxed(xavier, "embed", None, "heads", "head_dim"), shape)
-        bias_QNK = self.param("bias", layers.boxed(layers.ZEROS, None, "heads", "head_dim"), shape[1:])
-        x_BLD, kernel_DQNK, bias_QNK = nn.dtypes.promote_dtype(x_BLD, kernel_DQNK, bias_QNK)
-        qkv_BLQNK = jnp.einsum("bld,dqnk->blqnk", x_BLD, kernel_DQNK) + bias_QNK[None, None]
-        query, key, value = (qkv_BLQNK[:, :, index] for index in range(3))
+        query, key, value = layers.query_key_value(self, x_BLD, self.heads)
         mixed_BLNK = jax.nn.dot_product_attention(query, key, value)
-        out = nn.DenseGeneral(
-            width,
-            axis=(-2, -1),
-            kernel_init=layers.boxed(layers.XAVIER, "heads", "head_dim", "embed"),
-            bias_init=layers.boxed(layers.ZEROS, "embed"),
-            name="out",
-        )
-        return out(mixed_BLNK)
+        return layers.merged_heads(x_BLD.shape[-1], name="out")(mixed_BLNK)
 
 
 def sincos_positions(rows: int, columns: int, width: int) -> jax.Array:

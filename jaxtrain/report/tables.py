@@ -54,6 +54,45 @@ def parameter_table(parameters: Mapping[str, Any], *, limit: int = 30) -> Table:
     return table
 
 
+def sharding_table(rows: Sequence[tuple[str, Sequence[int], str, int, str]]) -> Table:
+    """Where each parameter lies: path, shape, spec, bytes a device and the reason (see `sharding.Row`), and the sum; equal layers share a row."""
+    groups: dict[tuple[Any, ...], list[tuple[str, int]]] = {}
+    for path, shape, spec, size, why in rows:
+        key = (re.sub(r"\d+", "#", path), tuple(shape), spec, why)
+        groups.setdefault(key, []).append((path, size))
+    table = _table("parameters", "shape", "arrays", "split over", "a device", "why")
+    table.columns[-1].justify = "left"
+    for (_, shape, spec, why), group in groups.items():
+        shown = "×".join(map(str, shape)) or "scalar"
+        size = sum(size for _, size in group)
+        table.add_row(clean(merged_path([path for path, _ in group])), shown, f"{len(group):,}", spec, bytes_text(size), clean(why))
+    table.add_section()
+    table.add_row("all", "", f"{len(rows):,}", "", bytes_text(sum(row[3] for row in rows)), "", style="bold")
+    return table
+
+
+def merged_path(paths: Sequence[str]) -> str:
+    """Paths that differ in numbers only as one.
+
+    >>> merged_path([f"block{i}/mlp_in/kernel" for i in range(12)]), merged_path(["stage0_0/bias", "stage2_0/bias"]), merged_path(["head/kernel"])
+    ('block{0..11}/mlp_in/kernel', 'stage{0,2}_0/bias', 'head/kernel')
+
+    Of two numbers in a path each is said for itself: not every pair of them need be there.
+    """
+    parts = [re.split(r"(\d+)", path) for path in paths]
+    columns = [list(dict.fromkeys(column)) for column in zip(*parts, strict=True)]
+    return "".join(column[0] if len(column) == 1 else _numbers(column) for column in columns)
+
+
+def comparison_table(rows: Sequence[tuple[str, Sequence[float], float, float, str]]) -> Table:
+    """What `--compare_meshes` found, a row a mesh: differences of the losses of a free run, of single steps' losses and gradients, and the verdict."""
+    table = _table("mesh", "loss, free run", "loss, single steps", "gradient, single steps", "first to differ")
+    table.columns[-1].justify = "left"
+    for mesh, free, loss, gradient, first in rows:
+        table.add_row(clean(mesh), f"{max(free, default=0.0):.1e}", f"{loss:.1e}", f"{gradient:.1e}", clean(first))
+    return table
+
+
 def memory_table(parts: Mapping[str, float], *, device_bytes: float | None = None, title: str = "memory a device") -> Table:
     """The memory estimate: bytes of each part on one device, their sum, and the share of `device_bytes` where it is known."""
     table = _table(title, "size", "share")
@@ -172,6 +211,12 @@ def _table(*columns: str) -> Table:
             clean(column), justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold" if index == 0 else "ellipsis"
         )
     return table
+
+
+def _numbers(texts: Sequence[str]) -> str:
+    numbers = sorted(map(int, texts))
+    run = len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1))
+    return f"{{{numbers[0]}..{numbers[-1]}}}" if run else f"{{{','.join(map(str, numbers))}}}"
 
 
 def _row(path: str, shape: str, arrays: Sequence[Any]) -> ParameterRow:
