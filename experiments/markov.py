@@ -15,12 +15,14 @@ def experiment() -> jaxtrain.Run:
     return jaxtrain.Run(
         name="markov",
         model=transformer.Transformer(vocabulary=16, width=64, depth=2, heads=4, positions="rotary"),
-        data=SyntheticTokens(vocabulary=16, order=2, length=64, examples=16384, test_examples=2048, train="train[:98%]", validation="train[98%:]"),
+        data=SyntheticTokens(
+            vocabulary=16, order=2, length=32, examples=32768, test_examples=4096, train="train[:95%]", validation="train[95%:]"
+        ),
         task=NextToken(),
-        optimizer=optimizers.AdamW(learning_rate=3e-3, weight_decay=0.05),
+        optimizer=optimizers.AdamW(learning_rate=8e-3, weight_decay=0.01),
         schedule=schedules.Cosine(),
         augment=augment.NoAugment(),
-        steps=1000,
+        steps=600,
         batch_size=64,
         eval_every=jaxtrain.Horizon(10, "percent"),
         checkpoint_every=jaxtrain.Horizon(25, "percent"),

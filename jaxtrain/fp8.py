@@ -116,7 +116,7 @@ def _forward(left: jax.Array, right: jax.Array, contracting: Dims, dtype: Any) -
     """
     few_left, few_right = quantised(left, FORWARD), quantised(right, FORWARD)
     kept = few_left, few_right, jnp.zeros(0, left.dtype), jnp.zeros(0, right.dtype)
-    return _product(few_left, few_right, contracting).astype(dtype), kept
+    return _product(few_left, few_right, contracting, lax.Precision.DEFAULT).astype(dtype), kept
 
 
 def _backward(contracting: Dims, dtype: Any, kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -130,9 +130,9 @@ def _backward(contracting: Dims, dtype: Any, kept: Any, gradient: jax.Array) -> 
     rows, columns = tuple(range(len(free_left))), tuple(range(len(free_left), gradient.ndim))
     # A product lists the free dims of its left operand, then those of its right one, each in their order; what is listed is put back in its place.
     pairs_right, pairs_left = sorted(zip(over_right, over_left, strict=True)), sorted(zip(over_left, over_right, strict=True))
-    to_left = _product(few, right, (columns, free_right))
+    to_left = _product(few, right, (columns, free_right), lax.Precision.HIGHEST)
     to_left = _placed(to_left, (*free_left, *(dim for _, dim in pairs_right)))
-    to_right = _product(left, few, (free_left, rows))
+    to_right = _product(left, few, (free_left, rows), lax.Precision.HIGHEST)
     to_right = _placed(to_right, (*(dim for _, dim in pairs_left), *free_right))
     return to_left.astype(like_left.dtype), to_right.astype(like_right.dtype)
 
@@ -159,13 +159,15 @@ def quantised(values: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return jnp.where(jnp.isfinite(scaled), scaled, jnp.nan).astype(dtype), safe * (1.0 / top)
 
 
-def _product(left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array], contracting: Dims) -> jax.Array:
+def _product(
+    left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array], contracting: Dims, accumulate: lax.Precision
+) -> jax.Array:
     """The product of two scaled fp8 arrays, float32.
 
     The operands enter as fp8: of this XLA makes an fp8 kernel for an H100 (Triton) and an RTX 4090 (cuBLASLt), while of operands that are widened
     and scaled first, the pattern of the literature, it makes a bfloat16 kernel.
     """
-    wide = lax.dot_general(left[0], right[0], (contracting, ((), ())), preferred_element_type=jnp.float32)
+    wide = lax.dot_general(left[0], right[0], (contracting, ((), ())), precision=accumulate, preferred_element_type=jnp.float32)
     return wide * (left[1] * right[1])
 
 

@@ -44,6 +44,8 @@ class Journal:
         if bad:
             between = f"step {step}" if step == self._step + 1 else f"one of steps {self._step + 1} to {step}"
             raise Diverged(f"{between}: {' and '.join(bad)} not finite; lower --optimizer.learning_rate, set --clip_norm=1 or look with --debug_nans")
+        if "skipped" in sums and float(sums["skipped"][0]) and float(sums["loss_scale"][0]) <= float(sums["loss_scale"][1]):
+            raise Diverged(f"step {step}: gradients overflow float16 even at loss scale 1; lower --optimizer.learning_rate, or use bf16 or fp32")
         self._step = step
         self._totals.add(sums)
         if step % self._every == 0 or step == self._total_steps:

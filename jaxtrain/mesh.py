@@ -74,8 +74,8 @@ def arranged(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
     >>> arranged(jax.devices()[:1], (1, 1)).shape
     (1, 1)
 
-    A host is what jax calls a slice (one fast network: the cards of a machine, or a rack joined by NVLink), where devices say so, and otherwise
-    a process. Within it the order is `mesh_utils`', which knows the machine. Source: `mesh_utils.create_hybrid_device_mesh`.
+    A host is what jax calls a slice (one fast network: the cards of a machine, or a rack joined by NVLink), where devices say so, and
+    otherwise a process. Within it the order is `mesh_utils`', which knows the machine. Source: `mesh_utils.create_hybrid_device_mesh`.
     """
     by_slice = len({getattr(device, "slice_index", 0) for device in devices}) > 1
     key = "slice_index" if by_slice else "process_index"
@@ -140,8 +140,9 @@ def _nearest(sizes: dict[str, int], count: int) -> str:
     for axis, size in sizes.items():
         others = math.prod(other for name, other in sizes.items() if name != axis and other > 0)
         fits = [number for number in range(1, count // others + 1) if -1 not in sizes.values() or count % (number * others) == 0]
-        near = (max((number for number in fits if number < size), default=None), min((number for number in fits if number > size), default=None))
-        found += [_text(sizes | {axis: number}) for number in near if number is not None and size > 1]
+        below = max((number for number in fits if number < size), default=None)
+        above = min((number for number in fits if number > size), default=None)
+        found += [_text(sizes | {axis: number}) for number in (below, above) if number is not None and size > 1]
     return f"; nearest: {' or '.join(found)}" if found else ""
 
 

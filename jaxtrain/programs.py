@@ -94,6 +94,8 @@ def options(run: config.Run, train: Table, length: Lengths) -> Options:
 def check_model(run: config.Run, train: Table, recipe: Options, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Runs model and task on shapes alone; returns the abstract batch. Whatever does not fit is an error here, before anything is compiled."""
     meshes.check_batch("batch_size", run.batch_size, mesh)
+    if run.offload != "none" and "pinned_host" not in {memory.kind for memory in mesh.local_devices[0].addressable_memories()}:
+        raise ValueError(f"--offload={run.offload}: programs on {mesh.local_devices[0].device_kind} cannot reach the host's memory; drop it")
     if run.reproducible:
         reproducible.check(mesh, run.logical_shards, run.batch_size)
     if run.microbatches > 1:

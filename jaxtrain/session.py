@@ -199,6 +199,8 @@ class Session:
         pulse.beat("compiling")
         compiled = training.compile_training(run, state, self.splits.train, data, self.recipe, self.mesh, per_call=chosen)
         progress.show(tables.memory_table(compiled.memory, device_bytes=_device_bytes(self.mesh)))
+        if compiled.copied:
+            progress.line(f"note: {compiled.copied:,} bytes a device of the state are kept twice: the program does not take them over")
         if run.steps_per_call not in (None, compiled.per_call):
             progress.line(f"note: --steps_per_call={run.steps_per_call} needs data in device memory and no --debug_nans; {compiled.per_call} a dispatch instead")
         profiler, evaluators = Profiler(run.profile_steps, self.folder / "profile"), programs.evaluators(self.run, self.splits, self.recipe, self.mesh)

@@ -1,7 +1,7 @@
-"""Sharding: one table from the models' logical axes to mesh axes, rules by path before it, and from both a sharding for each array of the state.
+"""Sharding: one table from the models' logical axes to mesh axes, rules by path before it, and from both a sharding for each array.
 
-A parameter's place is decided by the first of these that has a word to say: a rule of `--shard`, the logical axes that its model gave it (the
-table `LOGICAL`), and for `fsdp`, where neither named it, the automatic rule: over it goes the largest dim left that divides.
+A parameter's place is decided by the first of these that has a word to say: a rule of `--shard`, the logical axes that its model gave it
+(the table `LOGICAL`), and for `fsdp`, where neither named it, the automatic rule: over it goes the largest dim left that divides.
 """
 
 import math
@@ -49,9 +49,9 @@ def parameter(path: str, shape: Sequence[int], axes: Sequence[str | None] | None
     >>> len(parameter("params/head/kernel", (64, 10), None, mesh.make("data:1"), rule="-:tensor"))
     0
 
-    `rule` has one entry a dim, with colons: the mesh axis that the dim is split over, or `-`; a single `-` is a whole copy for any number of
-    dims, and `auto` is no rule. Axes of size 1 split nothing and are left out. `ValueError` if a rule does not fit, or if a dim that a rule or
-    the table sends to an axis does not divide by it.
+    `rule` has one entry a dim, with colons: the mesh axis that the dim is split over, or `-`; a single `-` is a whole copy for any number
+    of dims, and `auto` is no rule. Axes of size 1 split nothing and are left out. `ValueError` if a rule does not fit, or if a dim that a
+    rule or the table sends to an axis does not divide by it.
     """
     return _decided(path, shape, axes, mesh, rule)[0]
 
@@ -86,7 +86,7 @@ def table(params: tree.PyTree, axes: tree.PyTree, placed: tree.PyTree, mesh: Mes
 
 
 def like_parameters(shapes: tree.PyTree, params: tree.PyTree, placed: tree.PyTree, mesh: Mesh) -> tree.PyTree:
-    """Shardings for a tree that holds copies of parameters (optimizer state, EMA): those of the parameter with the same ending of path and shape.
+    """Shardings for a tree that holds copies of parameters (optimizer state, EMA): those of the parameter of the same shape and path's end.
 
     What belongs to no parameter (counts, scalars) is replicated.
     """
@@ -149,11 +149,13 @@ def _by_rule(path: str, shape: Sequence[int], mesh: Mesh, rule: str) -> list[str
         if entry != "-" and entries.count(entry) > 1:
             raise ValueError(f"{said} has axis {entry} twice; an axis splits one dim of an array, give - for the other")
     if len(entries) != len(shape):
-        raise ValueError(f"{said} has {len(entries)} of {len(shape)} entries, one for each of its dims {list(shape)}; a single - is a whole copy")
+        unfit = f"has {len(entries)} of {len(shape)} entries, one for each of its dims {list(shape)}"
+        raise ValueError(f"{said} {unfit}; a single - is a whole copy")
     for dim, (length, axis) in enumerate(zip(shape, entries, strict=True)):
         if axis != "-" and length % mesh.shape[axis]:
             near = wording.nearest_multiples(mesh.shape[axis], length)
-            raise ValueError(f"{said}: dim {dim} (={length}) not divisible by axis {axis}={mesh.shape[axis]}; give - for it, or make it {near}")
+            unfit = f"dim {dim} (={length}) not divisible by axis {axis}={mesh.shape[axis]}"
+            raise ValueError(f"{said}: {unfit}; give - for it, or make it {near}")
     return [axis if axis != "-" and mesh.shape[axis] > 1 else None for axis in entries]
 
 

@@ -26,6 +26,8 @@ class Training:
     flops_per_step: float
     memory: dict[str, int]
     """Bytes on one device by what they are for."""
+    copied: int = 0
+    """Bytes of the state that the program does not take over but keeps twice; none, unless something is wrong."""
 
 
 def compile_training(
@@ -44,7 +46,7 @@ def compile_training(
         lowered = single.lower(state, batch)
         compiled = lowered.compile()
         feed = feeds.StreamFeed(_checked(single) if run.debug_nans else compiled, _stream(run, state, train, mesh))
-        return Training(feed, 1, repeats * feeds.flops_of(lowered), _memory(state, data, compiled))
+        return Training(feed, 1, repeats * feeds.flops_of(lowered), _memory(state, data, compiled), _copied(state, compiled))
     steps = step.make_train_steps(*parts, batch_size=run.batch_size, mesh=mesh, **recipe)
     count = feeds.device_count(1, data)
     lowered = steps.single.lower(state, data, count)
@@ -54,7 +56,7 @@ def compile_training(
     chosen = per_call or feeds.steps_per_call(lowered, platform, run.log_every)
     compiled = lowered.compile() if chosen == 1 else steps.several.lower(state, data, count).compile()
     feed = feeds.ResidentFeed(compiled, None if chosen == 1 else compiled, data)
-    return Training(feed, chosen, flops, _memory(state, data, compiled))
+    return Training(feed, chosen, flops, _memory(state, data, compiled), _copied(state, compiled))
 
 
 def _reproducible(
@@ -105,6 +107,12 @@ def _memory(state: TrainState, data: Batch | None, compiled: Any) -> dict[str, i
     sizes = {name: _bytes_per_device(part) for name, part in parts.items()}
     sizes["gradients, activations, scratch"] = int(getattr(analysis, "temp_size_in_bytes", 0) or 0)
     return {name: size for name, size in sizes.items() if size}
+
+
+def _copied(state: TrainState, compiled: Any) -> int:
+    """Bytes of a donated state that its successor does not lie in."""
+    taken = getattr(compiled.memory_analysis(), "alias_size_in_bytes", None)
+    return 0 if taken is None else max(0, state_bytes(state) - taken)
 
 
 def _bytes_per_device(arrays: tree.PyTree) -> int:

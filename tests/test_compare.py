@@ -96,6 +96,16 @@ def test_every_layout_of_every_model_agrees(name):
     assert any(found.gradient > 0 for found in report.meshes)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 5e-3), ("bf16", 2e-2), ("fp8", 1e-1)])
+def test_what_rounding_is_hangs_on_the_precision(precision, tolerance):
+    model = MLP(num_classes=C, widths=(16,), norm="batch")
+    report = compare.compare(model, Classification(), SGD(learning_rate=0.1), batches(D), ("data:8",), steps=3, precision=precision)
+    assert report.tolerance == tolerance and report.agree, report
+    broken = compare.compare(broken_model(), Classification(), SGD(learning_rate=0.1), batches(D), ("data:4",), steps=1, precision=precision)
+    assert broken.meshes[0].first is not None and broken.meshes[0].first.path == "b"
+
+
 @custom_partitioning
 def local_sum(gradient_BD: jax.Array) -> jax.Array:
     """The sum over the batch, partitioned by somebody who forgot to add up what the devices found."""

@@ -151,7 +151,8 @@ def bases() -> dict[str, set[str]]:
     }
 
     def above(name: str) -> set[str]:
-        return direct.get(name, set()).union(*(above(base) for base in direct.get(name, set())))
+        own = direct.get(name, set()) - {name}  # a class may bear the name of the one that it extends in another house
+        return own.union(*(above(base) for base in own))
 
     return {name: above(name) for name in direct}
 

@@ -55,7 +55,7 @@ def parameter_table(parameters: Mapping[str, Any], *, limit: int = 30) -> Table:
 
 
 def sharding_table(rows: Sequence[tuple[str, Sequence[int], str, int, str]]) -> Table:
-    """Where each parameter lies: path, shape, spec, bytes a device and the reason (see `sharding.Row`), and the sum; equal layers share a row."""
+    """Where each parameter lies: path, shape, spec, bytes a device, reason (see `sharding.Row`), and the sum; equal layers share a row."""
     groups: dict[tuple[Any, ...], list[tuple[str, int]]] = {}
     for path, shape, spec, size, why in rows:
         key = (re.sub(r"\d+", "#", path), tuple(shape), spec, why)
@@ -74,8 +74,8 @@ def sharding_table(rows: Sequence[tuple[str, Sequence[int], str, int, str]]) -> 
 def merged_path(paths: Sequence[str]) -> str:
     """Paths that differ in numbers only as one.
 
-    >>> merged_path([f"block{i}/mlp_in/kernel" for i in range(12)]), merged_path(["stage0_0/bias", "stage2_0/bias"]), merged_path(["head/kernel"])
-    ('block{0..11}/mlp_in/kernel', 'stage{0,2}_0/bias', 'head/kernel')
+    >>> merged_path([f"block{i}/mlp_in/kernel" for i in range(12)]), merged_path(["stage0_0/bias", "stage2_0/bias"])
+    ('block{0..11}/mlp_in/kernel', 'stage{0,2}_0/bias')
 
     Of two numbers in a path each is said for itself: not every pair of them need be there.
     """
@@ -85,7 +85,7 @@ def merged_path(paths: Sequence[str]) -> str:
 
 
 def comparison_table(rows: Sequence[tuple[str, Sequence[float], float, float, str]]) -> Table:
-    """What `--compare_meshes` found, a row a mesh: differences of the losses of a free run, of single steps' losses and gradients, and the verdict."""
+    """What `--compare_meshes` found, a row a mesh: differences of a free run's losses and of single steps' losses and gradients."""
     table = _table("mesh", "loss, free run", "loss, single steps", "gradient, single steps", "first to differ")
     table.columns[-1].justify = "left"
     for mesh, free, loss, gradient, first in rows:

@@ -1,0 +1,257 @@
+"""Reproducible training: the same bits on every number of devices and processes, and the mathematics that logical shards are.
+
+The default tests compare layouts inside this process; the slow ones start whole runs by their command lines, as users do.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain import augment, checkpoint, mesh, payload, reproducible, sharding, state, step
+from jaxtrain.adapters import functions
+from jaxtrain.losses import cross_entropy
+from jaxtrain.models import convnet, mlp, vit
+from jaxtrain.optimizers import SGD, AdamW
+from jaxtrain.recipe import Recipe
+from jaxtrain.tasks import Classification
+
+ROOT = Path(__file__).resolve().parent.parent
+RANDOM = np.random.default_rng(0)
+DATA = {"image": RANDOM.normal(size=(48, 8, 8, 1)).astype(np.float32), "label": RANDOM.integers(0, 10, 48).astype(np.int32)}
+LAYOUTS = ("data:1", "fsdp:2", "data:4")
+
+
+class Dividing:
+    """A model that divides by a broadcast number, which XLA rewrites differently in programs for one device and for many; a pair of functions."""
+
+    def init(self, key: jax.Array, inputs: jax.Array) -> dict[str, jax.Array]:
+        """One matrix and one bias."""
+        return {"kernel": jax.random.normal(key, (64, 10)) * 0.1, "bias": jnp.zeros(10)}
+
+    def apply(self, params: dict[str, jax.Array], inputs: jax.Array) -> jax.Array:
+        """Features divided by their norm, times the matrix."""
+        flat = inputs.reshape(inputs.shape[0], -1)
+        scaled = flat / (jnp.sqrt(jnp.sum(flat * flat, axis=1, keepdims=True)) + 0.1)
+        return jnp.tanh(scaled @ params["kernel"]) / 0.3 + params["bias"][None]
+
+
+DIVIDING = Dividing()
+MODELS: dict[str, Any] = {
+    "mlp": mlp.MLP(widths=(16,), norm="layer", dropout=0.1),
+    "cnn": convnet.ConvNet(widths=(4, 8), dropout=0.2),
+    "vit": vit.ViT(patch=4, width=12, depth=1, heads=3, dropout=0.1),
+    "own": (DIVIDING.init, DIVIDING.apply),
+}
+
+
+def trained(model: Any, layout: str, *, steps: int = 3, shards: int = 8, **options: Any) -> tuple[str, dict[str, tuple[float, float]], Any]:
+    """Digest, last sums and evaluation sums after a few steps over resident data on one layout."""
+    where = mesh.make(layout)
+    parts = (model, Classification(label_smoothing=0.1), AdamW(learning_rate=0.01))
+    options = {"clip_norm": 0.5, "ema_decay": 0.9, "augment": augment.ImageAugment(crop_padding=1, mixup=0.4), "num_examples": 48} | options
+    batch = {name: jax.ShapeDtypeStruct((16, *array.shape[1:]), array.dtype) for name, array in DATA.items()}
+    whole = state.init_state(*parts, batch, **options)
+    abstract = jax.eval_shape(lambda: state.init_state(*parts, batch, **options))
+    places = state.state_shardings(Recipe(*parts, **options), batch, abstract, where)
+    like = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, places)
+    now = payload.to_devices(payload.to_host(whole), like)
+    trainer = reproducible.Trainer(Recipe(*parts, **options), where, shards)
+    data = jax.device_put(DATA, sharding.replicated(where))
+    copies = trainer.copies(now)
+    for _ in range(steps):
+        copies, sums = trainer.step(copies, trainer.draw(copies, data, 16))
+    now = trainer.joined(copies, now)
+    assert [leaf.sharding for leaf in jax.tree.leaves(now)] == [leaf.sharding for leaf in jax.tree.leaves(like)]
+    held_out = {name: array[:16] for name, array in DATA.items()}
+    evaluated = reproducible.make_eval_step(*parts, mesh=where, shards=shards, **options)(now, held_out)
+    return checkpoint.digest(now), jax.device_get(sums), jax.device_get(evaluated)
+
+
+@pytest.mark.parametrize("name", ["own", pytest.param("cnn", marks=pytest.mark.slow), pytest.param("vit", marks=pytest.mark.slow)])
+def test_the_same_bits_on_other_meshes(name: str) -> None:
+    """Every program is compiled for each device, hence the slow marks; whole runs are compared below."""
+    first, *others = (trained(MODELS[name], layout) for layout in LAYOUTS)
+    for other in others:
+        assert other == first
+
+
+@pytest.mark.slow
+def test_the_same_bits_in_bf16() -> None:
+    first, other = (trained(MODELS["vit"], layout, precision="bf16") for layout in ("data:1", "data:2"))
+    assert other == first
+
+
+def test_shards_that_are_no_power_of_two() -> None:
+    """12 shards on 1, 2 and 3 devices: subtrees that no device holds whole."""
+
+    def run(layout: str) -> Any:
+        where = mesh.make(layout)
+        parts = (MODELS["own"], Classification(), SGD(learning_rate=0.1))
+        batch = {name: array[:24] for name, array in DATA.items()}
+        now = payload.to_devices(
+            payload.to_host(state.init_state(*parts, batch)), jax.eval_shape(lambda: state.init_state(*parts, batch, mesh=where))
+        )
+        now = jax.device_put(now, sharding.replicated(where))
+        made = reproducible.make_train_step(*parts, mesh=where, shards=12)
+        for _ in range(2):
+            now, _ = made(now, batch)
+        return checkpoint.digest(now)
+
+    assert run("data:1") == run("data:2") == run("data:3")
+
+
+def test_a_step_is_the_plain_step_where_nothing_draws_or_averages() -> None:
+    """Without dropout, mixtures and batch statistics, logical shards are the plain mathematics, summed in another order."""
+    parts = (vit.ViT(patch=4, width=12, depth=1, heads=3), Classification(), AdamW(learning_rate=0.01))
+    batch = {name: array[:16] for name, array in DATA.items()}
+    where = mesh.make("data:2")
+    one, sums = reproducible.make_train_step(*parts, mesh=where)(
+        jax.device_put(state.init_state(*parts, batch), sharding.replicated(where)), batch
+    )
+    other, plain = step.make_train_step(*parts)(state.init_state(*parts, batch), batch)
+    for name, (total, count) in jax.device_get(plain).items():
+        np.testing.assert_allclose(jax.device_get(sums[name]), (total, count), rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), jax.device_get(one.params), jax.device_get(other.params)
+    )
+
+
+def test_batch_statistics_are_those_of_each_shard() -> None:
+    """Ghost batch norm by hand: each shard normalised alone, the loss summed, the running averages averaged."""
+    model = convnet.ConvNet(widths=(4,))
+    parts = (model, Classification(), SGD(learning_rate=0.1))
+    batch = {name: array[:16] for name, array in DATA.items()}
+    where = mesh.make("data:1")
+    start = state.init_state(*parts, batch)
+    before = jax.device_get(start)
+    after, sums = reproducible.make_train_step(*parts, mesh=where, shards=4)(jax.device_put(start, sharding.replicated(where)), batch)
+    losses, averages = [], []
+    for part in range(4):
+        rows = slice(4 * part, 4 * part + 4)
+        outputs, found = functions(model).apply({"params": before.params} | before.collections, batch["image"][rows], train=True)
+        losses.append(float(cross_entropy(outputs, jnp.asarray(batch["label"][rows])).sum()))
+        averages.append(jax.device_get(found["batch_stats"]))
+    assert float(sums["loss"][0]) == pytest.approx(sum(losses), rel=1e-5)
+    expected = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *averages)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), jax.device_get(after.collections["batch_stats"]), expected
+    )
+
+
+def test_mixup_partners_stay_within_a_shard() -> None:
+    mixed = augment.ImageAugment(mixup=0.4)
+    recipe = Recipe(MODELS["mlp"], Classification(), SGD(), augment=mixed)
+    batch = {name: array[:16] for name, array in DATA.items()}
+    trainer = reproducible.Trainer(recipe, mesh.make("data:2"), 4)
+    assert [[part["label"].tolist() for part in parts] for parts in trainer.cut(batch)] == [
+        [batch["label"][:4].tolist(), batch["label"][4:8].tolist()],
+        [batch["label"][8:12].tolist(), batch["label"][12:].tolist()],
+    ]
+
+
+def test_the_tree_of_additions() -> None:
+    """Against the same tree in NumPy; the plain order gives other bits, or this would prove nothing."""
+    values = RANDOM.normal(size=(8, 1000)).astype(np.float32)
+    pairs = [values[i] + values[i + 1] for i in range(0, 8, 2)]
+    expected = (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])
+    assert np.asarray(reproducible.tree_sum(list(values))).tobytes() == expected.tobytes()
+    in_order = values[0]
+    for row in values[1:]:
+        in_order = in_order + row
+    assert in_order.tobytes() != expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("layout", "shards", "batch", "message"),
+    [
+        ("tensor:2", 8, 16, "--reproducible: the mesh axis tensor splits single sums, whose bits then depend on it; use data and fsdp"),
+        ("data:8", 4, 16, "--logical_shards=4: must be a multiple of the 8 devices; use --logical_shards=8 or fewer devices"),
+        ("data:3", 8, 24, "--logical_shards=8: must be a multiple of the 3 devices; use --logical_shards=3 or fewer devices"),
+    ],
+)
+def test_what_cannot_be_reproduced_is_refused(layout: str, shards: int, batch: int, message: str) -> None:
+    with pytest.raises(ValueError, match="^--") as caught:
+        reproducible.check(mesh.make(layout), shards, batch)
+    assert str(caught.value) == message
+
+
+EXPERIMENTS = {
+    "mlp": ["experiments/digits.py", "--model=mlp", "--model.widths=32"],
+    "cnn": ["experiments/digits.py", "--model.widths=8,16", "--model.dropout=0.2", "--augment.mixup=0.2"],
+    "transformer": ["experiments/markov.py", "--model.width=16", "--model.depth=1", "--model.heads=2", "--data.examples=512", "--data.length=16",
+                    "--data.test_examples=64", "--model.dropout=0.1"],
+}  # fmt: skip
+PLACES = [
+    (1, 1, "data:1"),
+    (1, 2, "fsdp:2"),
+    (1, 4, "data:2,fsdp:2"),
+    (1, 8, "data:8"),
+    (2, 1, "data:2"),
+    (2, 4, "data:2,fsdp:4"),
+    (4, 1, "data:4"),
+]
+"""Processes, devices of each, and the mesh."""
+
+
+def launch(
+    arguments: list[str], processes: int, devices: int, workdir: Path, *, more: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """One run by its command line."""
+    command = [
+        sys.executable,
+        "-m",
+        "jaxtrain.supervisor",
+        f"--processes={processes}",
+        f"--devices={devices}",
+        *arguments,
+        f"--workdir={workdir}",
+    ]
+    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"} | (more or {})
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=900, check=False)
+
+
+def digest_of(workdir: Path) -> str:
+    """The last line of verify."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxtrain", "verify", str(workdir)], cwd=ROOT, capture_output=True, text=True, timeout=100, check=True
+    )
+    return done.stdout.splitlines()[-1]
+
+
+def metrics_of(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics without what a clock said."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.endswith(("_seconds", "_per_second"))} for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_whole_runs_are_equal_on_1_to_8_devices_and_1_to_4_processes(name: str, precision: str, tmp_path: Path) -> None:
+    found = []
+    for processes, devices, layout in PLACES:
+        workdir = tmp_path / f"{processes}x{devices}"
+        arguments = [*EXPERIMENTS[name], "--steps=200", "--batch_size=32", "--reproducible", f"--precision={precision}", f"--mesh={layout}"]
+        done = launch([*arguments, "--clip_norm=1", "--noreport", "--notensorboard"], processes, devices, workdir)
+        assert done.returncode == 0, done.stderr
+        found.append((digest_of(workdir), metrics_of(workdir)))
+        print(name, precision, processes, devices, layout, found[-1][0], flush=True)
+        assert found[-1] == found[0]
+
+
+def test_a_run_of_two_processes_is_the_run_of_one(tmp_path: Path) -> None:
+    arguments = [*EXPERIMENTS["mlp"], "--steps=4", "--batch_size=32", "--log_every=1", "--reproducible", "--noreport", "--notensorboard"]
+    found = []
+    for processes, devices in ((1, 1), (2, 1)):
+        done = launch(arguments, processes, devices, tmp_path / str(processes))
+        assert done.returncode == 0, done.stderr
+        found.append((digest_of(tmp_path / str(processes)), metrics_of(tmp_path / str(processes))))
+    assert found[0] == found[1]
