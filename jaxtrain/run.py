@@ -126,7 +126,7 @@ def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
     batch = programs.check_model(run, splits.train, recipe, mesh)
     programs.check_held_out(run, splits, recipe, batch)
     if run.compare_meshes:
-        return _compare(run, splits.train, recipe)
+        return _compare(run, splits.train, recipe, jax.devices(mesh.devices.flat[0].platform))
     made = not run.workdir or not Path(run.workdir).exists()
     folder = Path(group.from_main(str(workdir.place(run)) if group.is_main() else None))
     mine = Lock(folder, force=run.force_unlock) if group.is_main() else WitnessLock(folder)
@@ -154,11 +154,11 @@ def _join(run: config.Run, stop: Stop) -> None:
     processes.join(found, arrived=lambda: pulse.beat("joining"), waiting=waiting)
 
 
-def _compare(run: config.Run, train: Table, recipe: Options) -> int:
+def _compare(run: config.Run, train: Table, recipe: Options, devices: Sequence[jax.Device]) -> int:
     """Compares meshes instead of training; 1 if one differs."""
     parts = (run.model, run.task, run.optimizer)
     batches = programs.host_batches(run, train)
-    report = compare.compare(*parts, batches, run.compare_meshes, seed=run.seed, steps=run.compare_steps, **recipe)
+    report = compare.compare(*parts, batches, run.compare_meshes, seed=run.seed, steps=run.compare_steps, devices=devices, **recipe)
     progress = Progress(run.compare_steps)
     progress.show(tables.comparison_table(report.rows()))
     progress.line(report.summary())

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import (
+    adapters,
     config,
     ending,
     facts,
@@ -26,6 +27,7 @@ from jaxtrain import (
     programs,
     pulse,
     run_record,
+    sharding,
     step,
     training,
     tree,
@@ -189,7 +191,7 @@ class Session:
         run, length = self.run, self.length
         if start:
             progress.line(f"resumed from step {start}")
-        progress.show(tables.parameter_table(tree.flatten(state.params)))
+        progress.show(self._parameters(state))
         for row in facts.rule_table(run, state):
             progress.line(row)
         progress.start(start)
@@ -234,6 +236,15 @@ class Session:
         predict = step.make_predict_step(*parts, mesh=self.mesh, **self.recipe) if hasattr(run.task, "examine") else None
         ending.finish(run, self.folder, self.splits, self.mesh, predict, outcome.state, progress, seconds=time.monotonic() - self.began)
         return 0
+
+    def _parameters(self, state: TrainState) -> Any:
+        """The table of parameters; where they are split over devices, it says how and why."""
+        if not (self.run.shard or self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] > 1):
+            return tables.parameter_table(tree.flatten(state.params))
+        inputs = jax.eval_shape(Recipe(self.run.model, self.run.task, self.run.optimizer, **self.recipe).inputs, self.batch)
+        axes = adapters.logical_axes(self.run.model, inputs)["params"]
+        placed = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+        return tables.sharding_table(sharding.table(state.params, axes, placed, self.mesh, self.run.shard))
 
     def _watch(self, profiler: Profiler) -> Callable[[int, TrainState], None]:
         """What is called at the end of every dispatch."""

@@ -236,6 +236,7 @@ SHRUNKEN = {
     "fashion_mnist": ["--data.data_dir={fashion_mnist}", "--data.train=train[:80%]", "--data.validation=train[80%:]"],
     "imagenet_resnet50": [*SMALL_IMAGES, "--model.stages=1,1", "--model.width=4", "--model.stem_width=4"],
     "imagenet_vit": [*SMALL_IMAGES, "--model.width=24", "--model.depth=1", "--model.heads=3"],
+    "markov": ["--data.examples=64", "--data.test_examples=16", "--data.length=8", "--model.width=16"],
     "mnist1d": ["--data.path={mnist1d}"],
 }
 """What makes each experiment small enough for a test; everything that is not here is the experiment's own."""

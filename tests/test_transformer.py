@@ -164,6 +164,11 @@ def test_gpt2_is_a_setting() -> None:
     assert count_of(shapes_of(gpt2)) == 124_439_808
 
 
+@pytest.mark.parametrize(("name", "count"), [("decoder_tiny", 169_728), ("decoder_small", 932_608), ("decoder_medium", 11_065_344)])
+def test_sizes_by_name_are_those_of_the_guide(name: str, count: int) -> None:
+    assert count_of(shapes_of(transformer.NAMES[name])) == count
+
+
 def test_a_tied_head_has_no_kernel_and_learns_by_the_embedding() -> None:
     params = random_params(TINY)
     assert "head" not in params and "head" in random_params(KINDS["rotary, untied"])
