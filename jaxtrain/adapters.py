@@ -141,11 +141,20 @@ def _nnx(model: Any) -> Functions:
         seeded = _seeded(streams, rngs or {}, needed=train)
         module = nnx.merge(graph, *(variables[name] for name in names), seeded)
         module.train() if train else module.eval()
+        for _, layer in nnx.iter_modules(module):
+            if isinstance(layer, nnx.BatchNorm) and layer.dtype is None:
+                # Its float32 averages would make its output float32, and all that comes after. Linen's averages do not.
+                layer.promote_dtype = _as_they_are
         outputs = module(inputs, **({"train": train} if takes_train else {}))
         source = pure(module) if train else variables
         return outputs, {name: source[name] for name in names[1:]}
 
     return Functions(init, apply, model)
+
+
+def _as_they_are(arrays: tuple[Any, ...], **_: Any) -> tuple[Any, ...]:
+    """Promotes no dtypes."""
+    return arrays
 
 
 def _seeded(streams: Any, rngs: Keys, *, needed: bool) -> PyTree:

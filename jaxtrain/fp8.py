@@ -1,9 +1,10 @@
 """Products in fp8: a function's dense products, and their gradients, with operands of eight bits and one scale a tensor.
 
-Each operand is multiplied by what brings its largest magnitude to the largest number of its format, is rounded, and the float32 result of the product
-is scaled back. Operands of the forward pass are float8_e4m3fn (448 at most, 3 bits of mantissa), incoming gradients float8_e5m2 (57,344 at most,
-2 bits): Micikevicius et al. 2022, arXiv 2209.05433. The scales come from the tensor as it is now ("current scaling"), not from its past
-("delayed scaling"), so there is no state; the price is one pass over each operand, and one number reduced over the devices where it is sharded.
+Each operand is multiplied by what brings its largest magnitude to the largest number of its format, is rounded, and the float32 result of
+the product is scaled back. Operands of the forward pass are float8_e4m3fn (448 at most, 3 bits of mantissa), incoming gradients float8_e5m2
+(57,344 at most, 2 bits): Micikevicius et al. 2022, arXiv 2209.05433. The scales come from the tensor as it is now ("current scaling"), not
+from its past ("delayed scaling"), so there is no state; the price is one pass over each operand, and one number reduced over the devices
+where it is sharded.
 
 The function is traced to a jaxpr, which is then run with other products: any model will do, for none has to know.
 """
@@ -32,10 +33,10 @@ def with_fp8_products(function: Callable[..., Any]) -> Callable[..., Any]:
     >>> product(jnp.full((2, 4), 3.0), jnp.ones((4, 2))).round(5).tolist()
     [[12.0, 12.0], [12.0, 12.0]]
 
-    A dense product is a `dot_general` of two floating-point operands without batch dims; its result keeps its dtype. Products of attention, which
-    have batch dims, and convolutions stay as they are. Products are also found inside `jit`, `jax.checkpoint`, `lax.scan` and `lax.cond`; those
-    inside `lax.while_loop`, `shard_map`, a kernel, or a function with derivatives of its own (`custom_jvp`, `custom_vjp`) stay as they are.
-    It can be differentiated once, backwards; arguments are positional.
+    A dense product is a `dot_general` of two floating-point operands without batch dims; its result keeps its dtype. Products of attention,
+    which have batch dims, and convolutions stay as they are. Products are also found inside `jit`, `jax.checkpoint`, `lax.scan` and
+    `lax.cond`; those inside `lax.while_loop`, `shard_map`, a kernel, or a function with derivatives of its own (`custom_jvp`, `custom_vjp`)
+    stay as they are. It can be differentiated once, backwards; arguments are positional.
     """
 
     @functools.wraps(function)
@@ -128,7 +129,7 @@ def _backward(contracting: Dims, dtype: Any, kept: Any, gradient: jax.Array) -> 
     free_left = tuple(dim for dim in range(left[0].ndim) if dim not in over_left)
     free_right = tuple(dim for dim in range(right[0].ndim) if dim not in over_right)
     rows, columns = tuple(range(len(free_left))), tuple(range(len(free_left), gradient.ndim))
-    # A product lists the free dims of its left operand, then those of its right one, each in their order; what is listed is put back in its place.
+    # A product lists the free dims of its left operand, then those of its right one, each in their order: they are put back.
     pairs_right, pairs_left = sorted(zip(over_right, over_left, strict=True)), sorted(zip(over_left, over_right, strict=True))
     to_left = _product(few, right, (columns, free_right), lax.Precision.HIGHEST)
     to_left = _placed(to_left, (*free_left, *(dim for _, dim in pairs_right)))
@@ -147,8 +148,8 @@ def quantised(values: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     >>> few.tolist(), round(448 * float(scale), 5)
     ([112.0, -224.0, 448.0], 2.0)
 
-    The scale is 1 where the largest magnitude is below 1e-30 or not finite. Infinities become NaN, which every format has, so that an overflow is
-    seen downstream and never saturates.
+    The scale is 1 where the largest magnitude is below 1e-30 or not finite. Infinities become NaN, which every format has, so that an
+    overflow is seen downstream and never saturates.
     """
     largest = jnp.max(jnp.abs(values), initial=0.0).astype(jnp.float32)
     top = float(jnp.finfo(dtype).max)
@@ -164,9 +165,10 @@ def _product(
 ) -> jax.Array:
     """The product of two scaled fp8 arrays, float32.
 
-    The operands enter as fp8: of this XLA makes an fp8 kernel for an H100 (Triton) and an RTX 4090 (cuBLASLt), while of operands that are widened
-    and scaled first, the pattern of the literature, it makes a bfloat16 kernel. At `Precision.DEFAULT` tensor cores may add up in fewer bits than
-    float32 has, which is faster and does for the forward pass; at `HIGHEST`, for gradients, cuBLASLt adds up in float32 (XLA's `cuda_blas_lt.cc`).
+    The operands enter as fp8: of this XLA makes an fp8 kernel for an H100 (Triton) and an RTX 4090 (cuBLASLt), while of operands that are
+    widened and scaled first, the pattern of the literature, it makes a bfloat16 kernel. At `Precision.DEFAULT` tensor cores may add up in
+    fewer bits than float32 has, which is faster and does for the forward pass; at `HIGHEST`, for gradients, cuBLASLt adds up in float32
+    (XLA's `cuda_blas_lt.cc`).
     """
     wide = lax.dot_general(left[0], right[0], (contracting, ((), ())), precision=accumulate, preferred_element_type=jnp.float32)
     return wide * (left[1] * right[1])

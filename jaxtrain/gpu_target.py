@@ -11,7 +11,7 @@ leaves the question out. `prepare` sets it where the machine has no NVIDIA devic
 import dataclasses
 import os
 from collections.abc import Callable
-from importlib import metadata, util
+from importlib import util
 from typing import Any
 
 from jaxtrain import hardware, wording
@@ -137,6 +137,8 @@ def text(target: Target) -> str:
 
 def available() -> str | None:
     """Why nothing can be compiled for GPUs here, or None if it can."""
+    from importlib import metadata  # not above: this file is imported in every process, and needs it in few
+
     versions = {}
     for wheel in ("jax", *WHEELS):
         try:

@@ -1,9 +1,9 @@
 """Dynamic loss scaling: keeps the gradients of float16 inside its narrow range, and skips the step where they left it.
 
-float16 rounds to zero below 6e-8, where many gradients of a network lie. So the loss is multiplied by a scale before the backward pass and the
-float32 gradients are divided by it. The scale is the largest that does not overflow, found by trying: an overflow halves it and the step changes
-nothing; a long run of good steps doubles it (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2). All scales are powers of two, so scaling
-rounds nothing.
+float16 rounds to zero below 6e-8, where many gradients of a network lie. So the loss is multiplied by a scale before the backward pass and
+the float32 gradients are divided by it. The scale is the largest that does not overflow, found by trying: an overflow halves it and the
+step changes nothing; a long run of good steps doubles it (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2). All scales are powers
+of two, so scaling rounds nothing.
 """
 
 import dataclasses
@@ -46,7 +46,8 @@ class LossScale:
 def update(state: LossScale, finite: ArrayLike) -> LossScale:
     """The state after a step whose gradients were `finite`, a bool scalar, or were not.
 
-    An overflow at the smallest scale, 1, changes the scale no more and is still counted: then the network itself overflows, and a scale cannot help.
+    An overflow at the smallest scale, 1, changes the scale no more and is still counted: then the network itself overflows, and a scale
+    cannot help.
     """
     good_steps = jnp.where(finite, state.good_steps + 1, 0)
     grows = good_steps >= GROWTH_STEPS

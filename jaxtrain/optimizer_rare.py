@@ -1,7 +1,7 @@
 """More of Optax's optimizers: signs, rules of thumb and research; see `optimizer_zoo.py` for the adaptive ones and what is left out."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import jax
 import optax
@@ -17,6 +17,7 @@ from jaxtrain.tree import PyTree
 class Cocob(Decaying):
     """Learns by betting on coins, without a rate (Orabona and Tommasi), with L2 decay; the schedule weights the gradients."""
 
+    keeps_parameters: ClassVar[bool] = True
     learning_rate: Positive = 1.0
     alpha: Positive = 100.0
     """How cautious the first bets are."""
@@ -33,6 +34,7 @@ class Cocob(Decaying):
 class Madgrad(Decaying):
     """Momentumised dual averaging (Defazio and Jelassi), with L2 decay."""
 
+    keeps_parameters: ClassVar[bool] = True
     learning_rate: Positive = 1e-2
     momentum: Decay = 0.9
     """How slowly the parameters follow the dual average."""

@@ -37,6 +37,9 @@ class Optimizer:
     frozen: tuple[str, ...] = ()
     """Path patterns of parameters that never change and take no optimizer memory."""
 
+    keeps_parameters: ClassVar[bool] = False
+    """Whether the state holds copies of parameters, which must not be rounded as averages may be."""
+
     def transform(self, params: PyTree, learning_rate: Number) -> optax.GradientTransformationExtraArgs:
         """The Optax transformation of one step, at this step's learning rate (a scalar, also a tracer).
 

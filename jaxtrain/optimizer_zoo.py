@@ -68,6 +68,7 @@ class Adaptive(Betas):
 class Prodigy(Adaptive):
     """AdamW that finds its own rate (Mishchenko and Defazio)."""
 
+    keeps_parameters: ClassVar[bool] = True
     growth: Positive = 1.0
     """Factor of the rate found."""
 
@@ -93,6 +94,7 @@ class DAdaptAdamW(Adaptive):
 class DoG(Decaying):
     """SGD whose rate is distance over gradients (Ivgi et al.), with L2 decay."""
 
+    keeps_parameters: ClassVar[bool] = True
     learning_rate: Positive = 1.0
     start: Literal["heuristic", "distance", "learning_rate"] = "heuristic"
     """What the first value means: times 1 + the norm of the parameters, the distance, or the first rate."""
@@ -113,6 +115,7 @@ class DoG(Decaying):
 class DoWG(Decaying):
     """SGD whose rate is distance over weighted gradients (Khaled et al.), with L2 decay."""
 
+    keeps_parameters: ClassVar[bool] = True
     learning_rate: Positive = 1.0
     initial: Positive | None = None
     """The first guess of the squared distance; none: eps."""

@@ -203,6 +203,7 @@ class Muon(Betas):
 class ScheduleFreeSGD(Decaying):
     """SGD that averages instead of following a schedule (Defazio et al.); use a constant schedule with warm-up."""
 
+    keeps_parameters: ClassVar[bool] = True
     learning_rate: Positive = 1.0
     b1: Annotated[float, Above(0), Between(0, 1, open_above=True), Traced()] = 0.9
     """How near to the average the gradients are taken."""

@@ -1,7 +1,8 @@
 """The precision policy: what a model computes in, which card can do it, and which one `auto` takes.
 
-Parameters, gradients and the optimizer are float32 under every policy. A policy says in what the model's own arithmetic is done: its parameters and
-inputs are cast on the way in, so gradients come back as float32 through the cast. Batch statistics stay float32, and losses are computed in float32.
+Parameters, gradients and the optimizer are float32 under every policy. A policy says in what the model's own arithmetic is done: its
+parameters and inputs are cast on the way in, so gradients come back as float32 through the cast. Batch statistics stay float32, and losses
+are computed in float32.
 """
 
 import dataclasses
@@ -55,8 +56,8 @@ def apply_in(policy: Policy, apply: Apply) -> Apply:
     >>> apply({"params": jnp.ones(2)}, jnp.ones(2), train=True)[0].dtype
     dtype(bfloat16)
 
-    Parameters and inputs are cast, other collections (batch statistics) are not, and come back in the dtypes they were given in. Outputs are low
-    precision; a loss that sums them has to widen them first.
+    Parameters and inputs are cast, other collections (batch statistics) are not, and come back in the dtypes they were given in. Outputs
+    are low precision; a loss that sums them has to widen them first.
     """
     if policy.dtype == jnp.float32 and not policy.fp8:
         return apply
@@ -85,8 +86,8 @@ def choose(platform: str, capability: Capability) -> str:
     >>> choose("cpu", None), choose("gpu", "6.1"), choose("gpu", "7.0"), choose("gpu", "7.5"), choose("gpu", "8.0")
     ('fp32', 'fp32', 'fp16', 'fp16', 'bf16')
 
-    `platform` is jax's (`device.platform`). fp8 is never chosen: it is a rounding that a user should know of. A TPU takes bf16. A GPU that tells no
-    CUDA compute capability takes fp32, which all can do.
+    `platform` is jax's (`device.platform`). fp8 is never chosen: it is a rounding that a user should know of. A TPU takes bf16. A GPU that
+    tells no CUDA compute capability takes fp32, which all can do.
     """
     if platform == "tpu":
         return "bf16"
@@ -103,8 +104,8 @@ def check(name: str, platform: str, capability: Capability, device_kind: str) ->
     Traceback (most recent call last):
     ValueError: --precision=bf16: Tesla V100-SXM2-16GB (compute capability 7.0) has no bfloat16; use --precision=fp16, which scales its loss
 
-    `device_kind` is what messages call the card. On CPU every policy is allowed, as a rehearsal. fp16 is allowed on every GPU: below 7.0 it has no
-    tensor cores and saves memory only. A GPU that tells no CUDA compute capability is not judged: its compiler will say.
+    `device_kind` is what messages call the card. On CPU every policy is allowed, as a rehearsal. fp16 is allowed on every GPU: below 7.0 it
+    has no tensor cores and saves memory only. A GPU that tells no CUDA compute capability is not judged: its compiler will say.
     """
     if name not in POLICIES:
         raise ValueError(f"--precision={name}: not a precision; choose auto, {', '.join(POLICIES)}")

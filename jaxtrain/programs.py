@@ -119,8 +119,9 @@ def check_model(run: config.Run, train: Table, recipe: Options, mesh: Mesh) -> d
 
     outputs, _ = jax.eval_shape(forward, batch)
     classes = num_classes(train)
-    if hasattr(outputs, "shape") and classes is not None and "label" in batch and outputs.shape[-1] < classes:
-        raise ValueError(f"--model.num_classes={outputs.shape[-1]}: the data has {classes} classes; set --model.num_classes={classes}")
+    field, what = ("num_classes", "classes") if "label" in batch else ("vocabulary", "tokens")
+    if hasattr(outputs, "shape") and classes is not None and {"label", "tokens"} & set(batch) and outputs.shape[-1] < classes:
+        raise ValueError(f"--model.{field}={outputs.shape[-1]}: the data has {classes} {what}; set --model.{field}={classes}")
     return batch
 
 

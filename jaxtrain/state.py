@@ -63,6 +63,9 @@ def init_state(
     `batch` shows shapes and dtypes and may be abstract. `ValueError` if a number of the recipe is out of bounds.
     """
     recipe = Recipe(model, task, optimizer, **options)
+    if recipe.optimizer_state == "bf16" and optimizer.keeps_parameters:
+        kind = type(optimizer).__name__
+        raise ValueError(f"--optimizer_state=bf16: {kind} keeps copies of the parameters in its state, and would round them; use --optimizer_state=fp32")
     numbers = hyper.collect(recipe)
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), dict(batch))
 

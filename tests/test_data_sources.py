@@ -160,7 +160,7 @@ def test_synthetic_classes_can_be_learnt_and_come_out_the_same(settings: dict[st
 
 
 def test_every_source_is_a_frozen_component_with_words_for_its_flags() -> None:
-    assert list(data.NAMES) == ["digits", "arrays", "tfds", "records", "images", "synthetic"]
+    assert list(data.NAMES) == ["digits", "arrays", "tfds", "records", "images", "synthetic", "tokens"]
     for source in data.NAMES.values():
         names = [field.name for field in fields.fields_of(source)]
         assert {"train", "validation", "test"} <= set(names)

@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -271,14 +272,14 @@ def test_words_for_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def version(name: str) -> str:
         if name == "nvidia-cuda-nvcc-cu12":
-            raise gpu_target.metadata.PackageNotFoundError(name)
+            raise metadata.PackageNotFoundError(name)
         return versions.get(name, "0.10.2")
 
-    monkeypatch.setattr(gpu_target.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     assert gpu_target.available() == "nvidia-cuda-nvcc-cu12 is not installed; pip install 'jaxtrain[plan]'"
     with pytest.raises(ValueError, match=r"^compiling for h100: nvidia-cuda-nvcc-cu12 is not installed; pip install 'jaxtrain\[plan\]'$"):
         gpu_target.devices("h100", 8)
-    monkeypatch.setattr(gpu_target.metadata, "version", lambda name: versions.get(name, "0.10.2"))
+    monkeypatch.setattr(metadata, "version", lambda name: versions.get(name, "0.10.2"))
     assert gpu_target.available() == "jax-cuda12-plugin is 0.10.1 but jax is 0.10.2; pip install 'jax-cuda12-plugin==0.10.2'"
 
 

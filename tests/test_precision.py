@@ -104,7 +104,9 @@ def products(jaxpr: Any) -> Iterator[tuple[str, ...]]:
     """(primitive, dtypes of its operands) of every product and convolution in a jaxpr, at any depth."""
     for equation in jaxpr.eqns:
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
-            yield equation.primitive.name, *(operand.aval.dtype.name for operand in equation.invars)
+            # jax's attention goes back through float32 scores, and asks for an algorithm that narrows them before they are multiplied.
+            narrowed = {"BF16_BF16_F32": "bfloat16", "F16_F16_F32": "float16"}.get(getattr(equation.params["precision"], "name", ""))
+            yield equation.primitive.name, *(narrowed or operand.aval.dtype.name for operand in equation.invars)
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):
                 if hasattr(inner, "eqns"):

@@ -263,3 +263,23 @@ def mean_places(x: jax.Array) -> jax.Array:
     """Global average pooling: the mean over all spatial dims, (B, ..., C) -> (B, C)."""
     places = math.prod(x.shape[1:-1])
     return x.reshape(x.shape[0], places, x.shape[-1]).mean(axis=1)
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = False) -> jax.Array:
+    """Softmax attention of (B, L, N, K) arrays, each place over all places, or over itself and those before it.
+
+    >>> attention(*[jnp.ones((1, 2, 1, 4))] * 3).shape
+    (1, 2, 1, 4)
+
+    XLA's CPU backend has no float16 product of the kind that jax asks for here, so there float16 is computed in float32.
+    """
+
+    def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(query, key, value, is_causal=causal)
+
+    def widened(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return plain(*(array.astype(jnp.float32) for array in (query, key, value))).astype(query.dtype)
+
+    if query.dtype != jnp.float16:
+        return plain(query, key, value)
+    return jax.lax.platform_dependent(query, key, value, cpu=widened, default=plain)

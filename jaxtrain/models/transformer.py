@@ -116,7 +116,7 @@ class Attention(nn.Module):
         query, key, value = layers.query_key_value(self, x_BTD, self.heads)
         if angles_TR is not None:
             query, key = turned(query, angles_TR), turned(key, angles_TR)
-        mixed_BTNK = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        mixed_BTNK = layers.attention(query, key, value, causal=True)
         return layers.merged_heads(x_BTD.shape[-1], name="out")(mixed_BTNK)
 
 

@@ -106,7 +106,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         query, key, value = layers.query_key_value(self, x_BLD, self.heads)
-        mixed_BLNK = jax.nn.dot_product_attention(query, key, value)
+        mixed_BLNK = layers.attention(query, key, value)
         return layers.merged_heads(x_BLD.shape[-1], name="out")(mixed_BLNK)
 
 

@@ -1,0 +1,105 @@
+"""The levers of memory: recomputing, parts of a batch, the host's memory, small averages, and a state that is taken over and not copied."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain import gradients, mesh, sharding, state, step, training
+from jaxtrain.adapters import functions
+from jaxtrain.data.tokens import SyntheticTokens
+from jaxtrain.models.transformer import Transformer
+from jaxtrain.optimizers import NAMES, AdamW
+from jaxtrain.tasks import NextToken
+
+PARTS = (Transformer(vocabulary=8, width=16, depth=2, heads=2, dropout=0.1), NextToken(), AdamW(learning_rate=0.01))
+TOKENS = SyntheticTokens(vocabulary=8, length=12, examples=16, test_examples=2).open().train.read(np.arange(8))
+BATCH = {"tokens": jnp.asarray(TOKENS["tokens"])}
+
+
+def trained(where: jax.sharding.Mesh | None = None, **options: Any) -> tuple[list[float], state.TrainState, int]:
+    """Losses of two steps, the state after them, and the bytes of the state that the program copies."""
+    now = state.init_state(*PARTS, BATCH, mesh=where, **options)
+    batch = BATCH if where is None else jax.device_put(BATCH, sharding.batch(where))
+    compiled = step.make_train_step(*PARTS, mesh=where, **options).lower(now, batch).compile()
+    copied, losses = training._copied(now, compiled), []
+    for _ in range(2):
+        now, sums = compiled(now, batch)
+        losses.append(float(sums["loss"][0]))
+    return losses, now, copied
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[list[float], state.TrainState, int]:
+    return trained()
+
+
+@pytest.mark.parametrize("remat", ["dots", "blocks", "full"])
+def test_recomputing_changes_no_number(remat: str, plain: Any) -> None:
+    """Dropout included: the second forward pass draws what the first one drew."""
+    losses, _, copied = trained(remat=remat)
+    np.testing.assert_allclose(losses, plain[0], rtol=1e-5)
+    assert copied == plain[2] == 0
+    now = state.init_state(*PARTS, BATCH)
+    found, expected = (jax.device_get(step.make_gradients(*PARTS, remat=each)(now, BATCH)[0]) for each in (remat, "none"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), found, expected)
+
+
+def test_blocks_keep_less_than_products_and_products_less_than_all() -> None:
+    """By the numbers that the backward pass is given; jax's own accounting of residuals."""
+    from jax._src.ad_checkpoint import saved_residuals  # jax.ad_checkpoint prints them only
+
+    model = Transformer(vocabulary=8, width=16, depth=4, heads=2)
+    variables = functions(model).init(jax.random.key(0), BATCH["tokens"])
+
+    def bytes_kept(remat: str) -> int:
+        def loss(params: Any) -> jax.Array:
+            return functions(model).apply({"params": params}, BATCH["tokens"], train=True)[0].sum()
+
+        kept = saved_residuals(loss if remat == "none" else jax.checkpoint(loss, policy=gradients.REMAT[remat]), variables["params"])
+        return sum(aval.size * aval.dtype.itemsize for aval, source in kept if "from the argument" not in source)
+
+    sizes = [bytes_kept(remat) for remat in ("full", "blocks", "dots", "none")]
+    assert sizes == sorted(set(sizes)), sizes
+    places = 8 * 13  # sequences and tokens of one
+    assert sizes[1] - sizes[0] == 4 * places * 16 * 4  # four blocks, 16 wide, float32
+
+
+def test_the_optimizer_in_the_memory_of_the_host(plain: Any) -> None:
+    where = mesh.make("data:2")
+    losses, now, copied = trained(where, offload="optimizer")
+    np.testing.assert_allclose(losses, plain[0], rtol=1e-5)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(now.opt_state)} == {"pinned_host"}
+    assert "pinned_host" not in {leaf.sharding.memory_kind for leaf in jax.tree.leaves(now.params)}
+    assert copied == 0
+
+
+def test_averages_in_bfloat16(plain: Any) -> None:
+    losses, now, copied = trained(optimizer_state="bf16")
+    np.testing.assert_allclose(losses, plain[0], rtol=2e-2)
+    moments = [leaf for leaf in jax.tree.leaves(now.opt_state) if leaf.ndim]
+    assert {leaf.dtype for leaf in moments if leaf.size > 1} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(now.params)} == {jnp.dtype(jnp.float32)}
+    assert copied == 0
+
+
+def test_copies_of_parameters_are_not_rounded() -> None:
+    message = "--optimizer_state=bf16: DoG keeps copies of the parameters in its state, and would round them; use --optimizer_state=fp32"
+    with pytest.raises(ValueError, match="^--optimizer_state") as caught:
+        state.init_state(*PARTS[:2], NAMES["dog"], BATCH, optimizer_state="bf16")
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("text", ["data:2", "fsdp:4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_state_is_taken_over_whole(text: str, precision: str) -> None:
+    assert trained(mesh.make(text), precision=precision)[2] == 0
+
+
+def test_a_state_that_is_kept_is_noticed() -> None:
+    """The check itself: a program that donates nothing copies every byte."""
+    now = state.init_state(*PARTS, BATCH)
+    kept = jax.jit(step.make_train_step(*PARTS).__wrapped__).lower(now, BATCH).compile()
+    assert training._copied(now, kept) == training.state_bytes(now)
