@@ -3,6 +3,7 @@
 
     .venv/bin/python scripts/bench.py overhead                 # some four minutes on two CPU cores
     .venv/bin/python scripts/bench.py overhead --blocks=3 --out=/tmp/bench
+    .venv/bin/python scripts/bench.py reproducible             # what the same bits on any layout cost, on one device
 
 Contestants take turns, block by block, so that what else the machine does hits all of them; the verdict is the median of the ratios of
 neighbouring blocks. Times are the wall clock's, from the first dispatch to the moment when the last update is done; the processor time of all
@@ -33,14 +34,17 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from jaxtrain import config, journal, loop, programs
+from jaxtrain import config, journal, loop, programs, training
 from jaxtrain import mesh as meshes
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.data import order
 from jaxtrain.data.synthetic import Synthetic
+from jaxtrain.group import Agreement
 from jaxtrain.horizon import Horizon
+from jaxtrain.models.convnet import ConvNet
 from jaxtrain.models.mlp import MLP
 from jaxtrain.models.vit import NAMES as VITS
+from jaxtrain.models.vit import ViT
 from jaxtrain.optimizers import AdamW
 from jaxtrain.profiler import Profiler
 from jaxtrain.report.progress import Progress, make_console
@@ -77,6 +81,12 @@ OVERHEAD = (
     Case("ViT-Ti/4 32x32", VITS["vit_ti4"], (32, 32, 3), steps=10, least=0.98, log_every=5),
     Case("MLP 64-32-10", MLP(widths=(32,)), (64,), steps=30_000, least=2.5, log_every=50),
 )
+REPRODUCIBLE = (
+    Case("MLP 64-256-256-10", MLP(), (64,), steps=200, least=0.0, log_every=50, batch_size=128),
+    Case("ConvNet 8x8", ConvNet(widths=(32, 64, 96), dropout=0.2), (8, 8, 1), steps=20, least=0.0, log_every=10, batch_size=128),
+    Case("ViT 2 x 96, 8x8", ViT(patch=2, width=96, depth=2, heads=3), (8, 8, 1), steps=20, least=0.0, log_every=10, batch_size=128),
+    Case("ViT-Ti/4 32x32", VITS["vit_ti4"], (32, 32, 3), steps=4, least=0.0, log_every=2),
+)
 
 
 class OurLoop:
@@ -84,12 +94,13 @@ class OurLoop:
 
     name = "jaxtrain"
 
-    def __init__(self, case: Case, folder: Path, total_steps: int) -> None:
+    def __init__(self, case: Case, folder: Path, total_steps: int, **changes: Any) -> None:
         self._case, self.step = case, 0
         self.run = config.Run(
             name="bench", model=case.model, task=Classification(), optimizer=AdamW(learning_rate=RATE, weight_decay=WEIGHT_DECAY),
             data=Synthetic(shape=case.shape, examples=case.examples, test_examples=1, noise=4.0), schedule=Constant(), augment=None,
             steps=total_steps, batch_size=case.batch_size, log_every=case.log_every, eval_every=Horizon(0), checkpoint_every=Horizon(0),
+            precision="fp32", **changes,
         )  # fmt: skip
         self.table = self.run.data.open().train
         mesh = meshes.make(self.run.mesh, jax.devices()[:1])
@@ -98,7 +109,7 @@ class OurLoop:
         batch = programs.check_model(self.run, self.table, recipe, mesh)
         self.state = init_state(self.run.model, self.run.task, self.run.optimizer, batch, seed=self.run.seed, mesh=mesh, **recipe)
         data = programs.place_data(self.run, self.table, mesh)
-        self.training = programs.compile_training(self.run, self.state, self.table, data, recipe, mesh, per_call=None)
+        self.training = training.compile_training(self.run, self.state, self.table, data, recipe, mesh, per_call=None)
         self._writers = Writers(JsonlWriter(folder / "metrics.jsonl"), [TensorBoardWriter(folder / "tensorboard")])
         self._progress = Progress(total_steps, stream=io.StringIO(), live=False)
         self._journal = journal.Journal(
@@ -113,7 +124,7 @@ class OurLoop:
             ending = loop.train(
                 self.state, step=self.step, feed=self.training.feed, writers=self._writers, checkpoints=self._checkpoints,
                 cadence=loop.Cadence(self.step + steps, self.training.per_call, self._case.log_every), journal=self._journal,
-                progress=self._progress, stop=stop, validate=None, test=None, at_step=self._profiler,
+                progress=self._progress, stop=Agreement(stop), validate=None, test=None, at_step=self._profiler,
             )  # fmt: skip
         self.state, self.step = ending.state, ending.step
 
@@ -218,6 +229,32 @@ def measure(case: Case, blocks: int, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def reproducible(blocks: int, folder: Path, cases: Sequence[Case] = REPRODUCIBLE) -> list[dict[str, Any]]:
+    """The same run with and without --reproducible, on one device."""
+    results = []
+    for number, case in enumerate(cases):
+        loops = {}
+        for name, changes in (("reproducible", {"reproducible": True}), ("plain", {})):
+            (folder / f"{number}-{name}").mkdir(parents=True)
+            loops[name] = OurLoop(case, folder / f"{number}-{name}", (blocks + 1) * case.steps, **changes)
+            loops[name].name = name
+            loops[name].block(case.steps)  # compiles
+        try:
+            seconds, cpu_seconds = take_turns(list(loops.values()), case.steps, blocks)
+        finally:
+            for each in loops.values():
+                each.close()
+        speeds = {name: [case.steps / each for each in times] for name, times in seconds.items()}
+        ratios = [mine / other for mine, other in zip(*speeds.values(), strict=True)]
+        results.append({
+            "case": case.name, "batch_size": case.batch_size, "steps_per_block": case.steps,
+            "steps_per_second": {name: spread(values) for name, values in speeds.items()},
+            "cpu_seconds_per_step": {name: spread([each / case.steps for each in times]) for name, times in cpu_seconds.items()},
+            "ratio": spread(ratios), "least": case.least, "holds": statistics.median(ratios) >= case.least,
+        })  # fmt: skip
+    return results
+
+
 def prepared(ours: OurLoop) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of the train split as the model wants them, in host memory."""
     arrays = ours.table.arrays
@@ -289,7 +326,7 @@ def cpu_model() -> str:
 def render(title: str, results: Sequence[dict[str, Any]]) -> Table:
     """The results for the terminal: speeds in steps a second, the ratio's median, quartiles and ends, and whether it is as asked."""
     table = Table(
-        "case", OurLoop.name, HandLoop.name, "ratio", "quartiles", "ends", "asked", "", title=title, box=SIMPLE_HEAD, title_justify="left"
+        "case", *results[0]["steps_per_second"], "ratio", "quartiles", "ends", "asked", "", title=title, box=SIMPLE_HEAD, title_justify="left"
     )
     for result in results:
         speeds, ratio = result["steps_per_second"], result["ratio"]
@@ -302,7 +339,7 @@ def render(title: str, results: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-BENCHES: dict[str, Callable[[int, Path], list[dict[str, Any]]]] = {"overhead": overhead}
+BENCHES: dict[str, Callable[[int, Path], list[dict[str, Any]]]] = {"overhead": overhead, "reproducible": reproducible}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Weak scaling on paper: what each device of a large run sends in a step, read from the training step compiled for GPUs that are not here.
 
-    .venv/bin/python scripts/wire.py                           # some twenty-five minutes on two CPU cores
+    .venv/bin/python scripts/wire.py                           # some half an hour on two CPU cores
     .venv/bin/python scripts/wire.py --devices=8 --layouts=fsdp --depth=4 --out=/tmp/wire
 
 It needs the extra `plan`. The batch of each device is fixed, so the global batch grows with the devices. Bytes are those that a device sends by the ring

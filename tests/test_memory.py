@@ -92,8 +92,7 @@ def test_copies_of_parameters_are_not_rounded() -> None:
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("text", ["data:2", "fsdp:4"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("text", "precision"), [("data:2", "fp32"), ("fsdp:4", "fp16")])
 def test_a_state_is_taken_over_whole(text: str, precision: str) -> None:
     assert trained(mesh.make(text), precision=precision)[2] == 0
 
