@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxtrain import adapters, hyper, metrics, precision, sharding, streams, tree
+from jaxtrain import adapters, gathering, hyper, metrics, precision, sharding, streams, tree
 from jaxtrain.optimizers import evaluation_params
 from jaxtrain.recipe import Batch, Recipe
-from jaxtrain.state import TrainState, working_opt_state
+from jaxtrain.state import TrainState, parameter_places, working_opt_state
 
 REMAT: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_saveable,
@@ -45,9 +45,10 @@ def total(recipe: Recipe, state: TrainState, batch: Batch, *, mesh: Mesh | None 
     batch = augmented(recipe, state, prepared(recipe, batch, mesh), shard)
 
     def one(part: Batch, index: int | jax.Array) -> Total:
-        return _of_part(recipe, state, part, jax.random.fold_in(streams.stream(state.key, "dropout", state.step), shard * recipe.microbatches + index))
+        key = jax.random.fold_in(streams.stream(state.key, "dropout", state.step), shard * recipe.microbatches + index)
+        return _of_part(recipe, state, part, key, mesh)
 
-    return one(batch, 0) if recipe.microbatches == 1 else _over_microbatches(one, batch, recipe.microbatches)
+    return one(batch, 0) if recipe.microbatches == 1 else _over_microbatches(one, batch, recipe.microbatches, mesh)
 
 
 def prepared(recipe: Recipe, batch: Batch, mesh: Mesh | None) -> Batch:
@@ -77,10 +78,14 @@ def outputs(recipe: Recipe, state: TrainState, batch: Batch) -> Any:
     return apply({"params": params} | state.collections, recipe.task.inputs(batch), train=False)[0]
 
 
-def _of_part(recipe: Recipe, state: TrainState, part: Batch, key: jax.Array) -> Total:
+def _of_part(recipe: Recipe, state: TrainState, part: Batch, key: jax.Array, mesh: Mesh | None) -> Total:
     """Forward and backward of one microbatch."""
-    apply = precision.apply_in(precision.POLICIES[recipe.precision], adapters.functions(recipe.model).apply)
-    inputs = recipe.task.inputs(part)
+    apply, inputs = adapters.functions(recipe.model).apply, recipe.task.inputs(part)
+    if mesh is not None:
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (inputs, state.params))
+        apply = gathering.gathering(apply, *parameter_places(recipe, *shapes, mesh), mesh)
+    # Cast first, gather then: half the bytes.
+    apply = precision.apply_in(precision.POLICIES[recipe.precision], apply)
     rows = jax.tree.leaves(dict(part))[0].shape[0]
     # The scale meets the mean loss, as its authors mean it: the sum of a large batch would overflow by itself.
     factor = None if state.scaling is None else state.scaling.scale / rows
@@ -103,7 +108,7 @@ def _of_part(recipe: Recipe, state: TrainState, part: Batch, key: jax.Array) -> 
     return Total(gradients, sums, collections)
 
 
-def _over_microbatches(one: Callable[[Batch, Any], Total], batch: Batch, count: int) -> Total:
+def _over_microbatches(one: Callable[[Batch, Any], Total], batch: Batch, count: int, mesh: Mesh | None) -> Total:
     """The total over the parts. Each starts from the step's own collections, so batch statistics move once a step however many parts there are."""
 
     def split(array: jax.Array) -> jax.Array:
@@ -111,7 +116,7 @@ def _over_microbatches(one: Callable[[Batch, Any], Total], batch: Batch, count: 
         return array.reshape(array.shape[0] // count, count, *array.shape[1:]).swapaxes(0, 1)
 
     parts = jax.tree.map(split, dict(batch))
-    if jax.default_backend() == "cpu":
+    if (jax.default_backend() if mesh is None else mesh.devices.flat[0].platform) == "cpu":
         # Unrolled, for convolutions in a loop are slow there; elsewhere a loop keeps the memory of one part.
         results = [one(jax.tree.map(lambda array, index=index: array[index], parts), index) for index in range(count)]
         whole = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *results)

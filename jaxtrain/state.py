@@ -91,15 +91,19 @@ def init_state(
 
 def state_shardings(recipe: Recipe, batch: Batch, state: TrainState, mesh: Mesh) -> TrainState:
     """A `NamedSharding` for each array of an (abstract) state."""
-    abstract_inputs = jax.eval_shape(recipe.inputs, dict(batch))
-    axes = adapters.logical_axes(recipe.model, abstract_inputs)
-    placed = sharding.parameters(state.params, axes["params"], mesh, rules=recipe.shard)
+    _, placed = parameter_places(recipe, jax.eval_shape(recipe.inputs, dict(batch)), state.params, mesh)
     replicate = sharding.replicated(mesh)
     rest = jax.tree.map(lambda _: replicate, state)
     opt_state = sharding.like_parameters(state.opt_state, state.params, placed, mesh)
     if recipe.offload == "optimizer":
         opt_state = jax.tree.map(lambda place: place.with_memory_kind("pinned_host"), opt_state)
     return dataclasses.replace(rest, params=placed, opt_state=opt_state, ema=None if state.ema is None else placed)
+
+
+def parameter_places(recipe: Recipe, inputs: Any, params: tree.PyTree, mesh: Mesh) -> tuple[tree.PyTree, tree.PyTree]:
+    """The logical axes of each parameter and its `NamedSharding`; `inputs` and `params` may be abstract."""
+    axes = adapters.logical_axes(recipe.model, inputs)["params"]
+    return axes, sharding.parameters(params, axes, mesh, rules=recipe.shard)
 
 
 def working_opt_state(recipe: Recipe, state: TrainState) -> tree.PyTree:
