@@ -108,8 +108,8 @@ class Run:
     """How products of float32 are computed on GPUs; default = TF32 where the card has it."""
     optimizer_state: Literal["fp32", "bf16"] = "fp32"
     """What the optimizer's averages are stored in; bf16 halves them, rounded stochastically."""
-    remat: Literal["none", "dots", "blocks", "full"] = "none"
-    """What the backward pass computes again instead of keeping it: all but matrix products, all within a block, or everything."""
+    remat: Literal["none", "dots", "dense", "blocks"] = "none"
+    """What the backward pass computes again, to save memory: all but matrix products, all but products of dense layers, or all within a block."""
     offload: Literal["none", "optimizer"] = "none"
     """What lives in the memory of the host instead of the GPU's."""
     reproducible: bool = False

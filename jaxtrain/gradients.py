@@ -19,8 +19,8 @@ from jaxtrain.state import TrainState, parameter_places, working_opt_state
 
 REMAT: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_saveable,
+    "dense": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "blocks": jax.checkpoint_policies.save_only_these_names("block"),
-    "full": jax.checkpoint_policies.nothing_saveable,
 }
 """What the backward pass may keep of the forward pass, by the names of --remat; models mark the ends of their blocks (`layers.block_end`)."""
 

@@ -61,7 +61,7 @@ class Recipe:
     optimizer_state: str = "fp32"
     """What the optimizer's averages are stored in: fp32 or bf16, see `rounding.py`."""
     remat: str = "none"
-    """What the backward pass computes again: none, dots, blocks or full, see `gradients.py`."""
+    """What the backward pass computes again: none, dots, dense or blocks, see `gradients.py`."""
     offload: str = "none"
     """What is kept in the memory of the host: none or optimizer."""
     shard: Rules[str] = ()

@@ -36,7 +36,7 @@ def plain() -> tuple[list[float], state.TrainState, int]:
     return trained()
 
 
-@pytest.mark.parametrize("remat", ["dots", "blocks", "full"])
+@pytest.mark.parametrize("remat", ["dots", "dense", "blocks"])
 def test_recomputing_changes_no_number(remat: str, plain: Any) -> None:
     """Dropout included: the second forward pass draws what the first one drew."""
     losses, _, copied = trained(remat=remat)
@@ -61,10 +61,10 @@ def test_blocks_keep_less_than_products_and_products_less_than_all() -> None:
         kept = saved_residuals(loss if remat == "none" else jax.checkpoint(loss, policy=gradients.REMAT[remat]), variables["params"])
         return sum(aval.size * aval.dtype.itemsize for aval, source in kept if "from the argument" not in source)
 
-    sizes = [bytes_kept(remat) for remat in ("full", "blocks", "dots", "none")]
+    sizes = [bytes_kept(remat) for remat in ("blocks", "dense", "dots", "none")]
     assert sizes == sorted(set(sizes)), sizes
-    places = 8 * 13  # sequences and tokens of one
-    assert sizes[1] - sizes[0] == 4 * places * 16 * 4  # four blocks, 16 wide, float32
+    places = 8 * 13  # sequences, and tokens of one
+    assert sizes[0] >= 4 * places * 16 * 4  # four blocks, 16 wide, float32
 
 
 def test_the_optimizer_in_the_memory_of_the_host(plain: Any) -> None:
