@@ -28,7 +28,13 @@ GUIDES = [page for page in PAGES if page != GUIDE and "```python" in page.read_t
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 
-SHRUNKEN = {"--steps=300": "--steps=4", "--steps=1500": "--steps=6"}
+SHRUNKEN = {
+    "--steps=100": "--steps=2",
+    "--steps=300": "--steps=4",
+    "--steps=1500": "--steps=6",
+    "--compare_meshes=data:8,fsdp:4xtensor:2": "--compare_meshes=data:2",
+    "--compare_steps=3": "--compare_steps=1",
+}
 """Flags of the README's trainings that are too long for a test, and what stands for them."""
 SHORTER = ["--steps=4", "--batch_size=64", "--mesh=data:1", "--log_every=2"]
 """What is added to its trainings; the length only where the command says nothing of it."""
@@ -36,6 +42,7 @@ NOT_RUN = {
     "git clone": "this is the clone",
     "scripts/test": "it runs this test; tests/test_setup.py tests the script itself, .ci/run runs it for real",
     "scripts/prepare_fashion_mnist": "it needs the files; tests/test_data_sources.py tests it",
+    "scripts/launch_local": "it makes .venv first; tests/test_supervisor.py and tests/test_group.py test what it starts",
     "tensorboard": "it would not end",
     "pip install": "it needs the network; .ci/run does the same",
 }
@@ -120,7 +127,8 @@ def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
         path, argv = found
         argv = [SHRUNKEN.get(word, word) for word in argv]
         has_length = {"--steps", "--epochs", "--eval_only", "--from_run"} & {word.partition("=")[0] for word in argv}
-        argv += [] if "--help" in argv else SHORTER[bool(has_length) :]
+        shorter = [] if "--help" in argv else SHORTER[bool(has_length) :]
+        argv += [word for word in shorter if not any(given.startswith(word.partition("=")[0] + "=") for given in argv)]
         monkeypatch.setattr(sys, "argv", [str(path), *argv])
         with pytest.raises(SystemExit) as ending:
             runpy.run_path(str(path), run_name="__main__")

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -369,5 +370,5 @@ def test_list_names_components() -> None:
     done = command("list", "schedules", "models")
     assert done.returncode == 0, done.stderr
     assert "schedules  (--schedule=NAME)\n" in done.stdout
-    assert "  resnet32   Stages of residual blocks" in done.stdout
+    assert re.search(r"^  resnet32 +Stages of residual blocks", done.stdout, re.MULTILINE)
     assert "[stages=5,5,5]" in done.stdout

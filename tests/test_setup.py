@@ -282,7 +282,7 @@ def test_what_is_installed_here_meets_the_requirements() -> None:
 
 
 def test_extras_and_licence() -> None:
-    assert set(project()["optional-dependencies"]) == {"cuda12", "cuda13", "wandb", "tensorflow", "test"}
+    assert set(project()["optional-dependencies"]) == {"cuda12", "cuda13", "plan", "wandb", "tensorflow", "test"}
     licence = (ROOT / "LICENSE").read_text()
     assert "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence
 
