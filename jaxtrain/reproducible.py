@@ -101,6 +101,7 @@ class Trainer:
     """The programs of one recipe on one mesh; `copies` of a state are whole, one for each device of this process."""
 
     def __init__(self, recipe: Recipe, mesh: Mesh, shards: int) -> None:
+        check(mesh, shards, shards)
         self._recipe, self._mesh, self._shards = recipe, mesh, shards
         devices = list(mesh.devices.flat)
         self._line = Mesh(np.asarray(devices, dtype=object), (AXIS,), axis_types=(AxisType.Auto,))

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from test_reproducible import digest_of, launch, metrics_of
 
-from jaxtrain import pulse
-
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES, BATCH = 96, 32
 EXPERIMENT = '''"""A tiny run whose metrics say which examples each step saw, and whose data can be made to fail in one process."""
@@ -202,7 +200,3 @@ def test_a_signal_to_one_process_saves_the_same_step_in_all(experiment: Path, go
     done = launch([str(experiment), "--mesh=data:1"], 1, 1, workdir)
     assert done.returncode == 0, done.stderr
     assert digest_of(workdir) == digest_of(golden)
-
-
-def test_the_pulse_names_its_phases() -> None:
-    assert pulse.PHASES[0] == "starting" and "training" in pulse.PHASES

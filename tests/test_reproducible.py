@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import augment, checkpoint, mesh, payload, reproducible, sharding, state, step
+from jaxtrain import augment, checkpoint, gradients, mesh, payload, reproducible, sharding, state, step
 from jaxtrain.adapters import functions
 from jaxtrain.losses import cross_entropy
 from jaxtrain.models import convnet, mlp, vit
@@ -146,10 +146,15 @@ def test_batch_statistics_are_those_of_each_shard() -> None:
     )
 
 
-def test_mixup_partners_stay_within_a_shard() -> None:
+def test_mixup_partners_and_weights_are_of_the_shard() -> None:
     mixed = augment.ImageAugment(mixup=0.4)
     recipe = Recipe(MODELS["mlp"], Classification(), SGD(), augment=mixed)
     batch = {name: array[:16] for name, array in DATA.items()}
+    now = state.init_state(recipe.model, recipe.task, recipe.optimizer, batch, augment=mixed)
+    parts = [{name: jnp.asarray(array[4 * shard : 4 * shard + 4]) for name, array in batch.items()} for shard in range(4)]
+    found = [gradients.augmented(recipe, now, part, jnp.uint32(shard)) for shard, part in enumerate(parts)]
+    assert [each["label_other"].tolist() for each in found] == [part["label"][::-1].tolist() for part in parts]
+    assert len({float(each["label_weight"][0]) for each in found}) == 4
     trainer = reproducible.Trainer(recipe, mesh.make("data:2"), 4)
     assert [[part["label"].tolist() for part in parts] for parts in trainer.cut(batch)] == [
         [batch["label"][:4].tolist(), batch["label"][4:8].tolist()],
@@ -178,9 +183,11 @@ def test_the_tree_of_additions() -> None:
     ],
 )
 def test_what_cannot_be_reproduced_is_refused(layout: str, shards: int, batch: int, message: str) -> None:
-    with pytest.raises(ValueError, match="^--") as caught:
-        reproducible.check(mesh.make(layout), shards, batch)
-    assert str(caught.value) == message
+    recipe = Recipe(MODELS["mlp"], Classification(), SGD())
+    for refused in (lambda: reproducible.check(mesh.make(layout), shards, batch), lambda: reproducible.Trainer(recipe, mesh.make(layout), shards)):
+        with pytest.raises(ValueError, match="^--") as caught:
+            refused()
+        assert str(caught.value) == message
 
 
 EXPERIMENTS = {
