@@ -114,6 +114,16 @@ def test_a_run_leaves_what_the_contract_says(golden: Path) -> None:
     assert (golden / "predictions.npz").is_file() and not (golden / "tensorboard").exists() and not (golden / "report.html").exists()
 
 
+def test_the_record_of_a_sharded_run_has_the_bytes_of_a_device_by_hand(golden: Path, tmp_path: Path) -> None:
+    """Of all 340 parameters, both moments and the average a fourth; the numbers that are no arrays are on every device."""
+    assert start(tmp_path / "run", "--mesh=fsdp:4", "--steps=2") == 0
+    whole, split = (json.loads((folder / "run.json").read_text())["state_bytes_per_device"] for folder in (golden, tmp_path / "run"))
+    step, count_of_adam, key, place, live = 4, 4, 2 * 4, 3 * 4, 12 * 4  # 12 numbers of the recipe, from the rate to ema_decay
+    numbers = step + count_of_adam + key + place + live
+    assert whole == 4 * 4 * (16 * 16 + 16 + 16 * 4 + 4) + numbers
+    assert split == 4 * 4 * (16 * 16 + 16 + 16 * 4 + 4) // 4 + numbers
+
+
 def test_the_same_run_twice_is_the_same_in_every_bit(golden: Path, tmp_path: Path) -> None:
     assert start(tmp_path / "again") == 0
     assert lines(tmp_path / "again") == lines(golden) and digest(tmp_path / "again") == digest(golden)
