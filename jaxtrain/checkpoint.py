@@ -140,12 +140,13 @@ class Checkpoints:
             raise ValueError(f"--resume=must: no committed checkpoint in {self.folder}")
         return step
 
-    def restore(self, step: int, like: PyTree, *, partial: bool = False) -> tuple[PyTree, dict[str, Any]]:
-        """The state of a verified step, laid out like `like` (shapes, dtypes, shardings), and its loop record.
+    def parts(self, step: int) -> set[str]:
+        """The parts of the state that a step holds, such as `params`; one that was empty is not among them."""
+        return {path.partition("/")[0] for path in manifest.read(self.folder / str(step))["tree"]}
 
-        `partial` allows the step to hold parts (such as `params`) that `like` has nothing of. `CheckpointError` if the step does not verify, `ValueError` if its paths,
-        shapes or dtypes are not those of `like`.
-        """
+    def restore(self, step: int, like: PyTree, *, partial: bool = False) -> tuple[PyTree, dict[str, Any]]:
+        """The state of a verified step, laid out like `like` (shapes, dtypes, shardings), and its loop record; `partial`: `like` may lack whole parts
+        (`params`) that the step holds. `CheckpointError` if it does not verify, `ValueError` if its paths, shapes or dtypes are not those of `like`."""
         if found := self.verify(step):
             raise CheckpointError(f"step {step}: {found[0]}")
         record = manifest.read(self.folder / str(step))

@@ -26,6 +26,8 @@ FREE_STEPS = 5
 TOLERANCES = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 2e-2, "fp8": 1e-1}
 """Relative differences up to here are rounding, by what the model computes in: a few units in the last place. On small networks 1.7e-6 was
 found for fp32, 1.2e-3 for fp16 and 2.8e-3 for bf16; what a broken layout does is of order 1."""
+TF32 = 5e-3
+"""The same for float32 products in TF32, whose operands have 10 bits of mantissa as float16's."""
 FLOOR = 0.1
 """An array is judged by its own largest gradient, or by this share of the largest of all, whichever is larger. A gradient whose true value
 is zero (a bias before a batch norm, the bias of attention's keys) is nothing but the rounding of its terms: as far from itself as can be,
@@ -102,18 +104,22 @@ def compare(
         dry = "XLA_FLAGS=--xla_force_host_platform_device_count=8"
         raise ValueError(f"--compare_meshes: needs all devices in one process; rehearse with {dry}")
     devices = jax.devices() if devices is None else devices
-    tolerance = TOLERANCES[options.get("precision", "fp32")] if tolerance is None else tolerance
+    asked = jax.config.jax_default_matmul_precision
+    if tolerance is None:
+        tf32 = asked == "tensorfloat32" and devices[0].platform == "gpu"
+        tolerance = max(TOLERANCES[options.get("precision", "fp32")], TF32 if tf32 else 0.0)
     kept = list(itertools.islice(batches, steps))
     if len(kept) < steps:
         raise ValueError(f"--compare_steps={steps}: there are only {len(kept)} batches; give at most as many")
     parts = (model, task, optimizer)
     layouts = [_Layout.of(parts, options, seed, text, devices, kept[0]) for text in mesh_texts]
     alone = _Layout.of(parts, options, seed, "data:1", devices[:1], kept[0])
-    losses, singles = _single_steps(alone, layouts, kept, tolerance)
     found = []
-    for layout, (loss, gradient, first) in zip(layouts, singles, strict=True):
-        free = tuple(relative(*both) for both in zip(layout.losses(kept[:FREE_STEPS]), losses, strict=False))
-        found.append(Compared(meshes.describe(layout.mesh), free, loss, gradient, first))
+    with jax.default_matmul_precision(asked or "highest"):  # TF32 would round what is to be compared, unless somebody asked for it
+        losses, singles = _single_steps(alone, layouts, kept, tolerance)
+        for layout, (loss, gradient, first) in zip(layouts, singles, strict=True):
+            free = tuple(relative(*both) for both in zip(layout.losses(kept[:FREE_STEPS]), losses, strict=False))
+            found.append(Compared(meshes.describe(layout.mesh), free, loss, gradient, first))
     return Report(tuple(found), steps, tolerance)
 
 

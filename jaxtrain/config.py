@@ -86,7 +86,8 @@ class Run:
     batch_size: BatchSize = 128
     """How many examples one step sees, over all devices."""
     microbatches: Count = 1
-    """Into how many parts a batch is cut to save memory; sums stay exact, dropout draws anew for each part. Must divide --batch_size."""
+    """Into how many parts a batch is cut to save memory; sums stay exact, but dropout draws anew for each part and
+    batch norm takes each part's statistics. Must divide --batch_size."""
     seed: Seed = 0
     """The root of every random stream of the run."""
     clip_norm: Annotated[float | None, Above(0), Traced()] = None

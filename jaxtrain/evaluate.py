@@ -1,5 +1,6 @@
 """Evaluation of a finite set, exact: every example once, whatever the batch size and the number of devices."""
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,6 +10,9 @@ import numpy as np
 from jaxtrain import metrics, pulse
 from jaxtrain.recipe import Batch
 from jaxtrain.state import TrainState
+
+_compiled: weakref.WeakKeyDictionary[Callable[..., Any], set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
+"""The shapes of batches that each program was called with, for which jax has compiled it."""
 
 
 def evaluate(
@@ -24,9 +28,12 @@ def evaluate(
     """
     totals = metrics.Totals()
     pending = None
-    for number, batch in enumerate(batches):
-        pulse.beat("evaluating" if number else "compiling")  # the first batch of a run compiles
+    pulse.beat("evaluating")
+    for batch in batches:
+        if _is_new(eval_step, batch):
+            pulse.beat("compiling")
         sums = eval_step(state, batch)
+        pulse.beat("evaluating")
         if pending is not None:
             totals.add(fetch(pending))  # the host waits for the batch before this one
         pending = sums
@@ -34,6 +41,18 @@ def evaluate(
         raise ValueError("evaluation of 0 examples; give a split that holds some")
     totals.add(fetch(pending))
     return totals.means()
+
+
+def _is_new(eval_step: Callable[..., Any], batch: Batch) -> bool:
+    """Whether this call will compile: the first one with a batch of these shapes."""
+    shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
+    try:
+        known = _compiled.setdefault(eval_step, set())
+    except TypeError:  # a callable that cannot be remembered; so it has the longer limit, which is never a false alarm
+        return True
+    new = shapes not in known
+    known.add(shapes)
+    return new
 
 
 def predictions(predict_step: Callable[[TrainState, Batch], dict[str, jax.Array]], state: TrainState, batches: Iterable[Batch]) -> dict[str, np.ndarray]:

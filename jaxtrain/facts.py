@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxtrain import config, hyper, optimizers, run_record, training, tree, workdir
+from jaxtrain import config, hyper, optimizers, precision, run_record, training, tree, workdir
 from jaxtrain import mesh as meshes
 from jaxtrain.data.splits import Splits
 from jaxtrain.programs import Lengths
@@ -39,7 +39,7 @@ def welcome(run: config.Run, splits: Splits, length: Lengths, mesh: Mesh, folder
 def precision_words(run: config.Run, device: jax.Device, *, asked: str) -> str:
     """What is computed in what, TF32 included, which jax uses for float32 unless it is told not to."""
     words = [f"{run.precision} (auto)" if asked == "auto" else run.precision]
-    tf32 = device.platform == "gpu" and float(getattr(device, "compute_capability", "0") or 0) >= 8.0
+    tf32 = device.platform == "gpu" and (precision.version(getattr(device, "compute_capability", None)) or (0, 0)) >= (8, 0)
     if run.matmul_precision == "fp32":
         words.append("float32 products in full")
     elif tf32:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import adapters, gathering, hyper, metrics, precision, sharding, streams, tree
@@ -63,32 +64,36 @@ def augmented(recipe: Recipe, state: TrainState, batch: Batch, shard: int | jax.
     """A prepared batch, augmented by example; mixtures draw for each logical shard."""
     if recipe.augment is None:
         return batch
-    ids_B = batch["id"] if "id" in batch else jnp.arange(jax.tree.leaves(dict(batch))[0].shape[0])
+    rows = jax.tree.leaves(dict(batch))[0].shape[0]
+    ids_B = batch["id"] if "id" in batch else jnp.arange(rows, dtype=jnp.uint32) + jnp.uint32(shard) * np.uint32(rows)
     keys_B = streams.per_example(streams.stream(state.key, "augment", state.step), ids_B)
     mixture = streams.stream(state.key, "mixture", state.step)
     return recipe.augment(batch, keys_B, mixture if isinstance(shard, int) and shard == 0 else jax.random.fold_in(mixture, shard))
 
 
-def outputs(recipe: Recipe, state: TrainState, batch: Batch) -> Any:
+def outputs(recipe: Recipe, state: TrainState, batch: Batch, mesh: Mesh | None) -> Any:
     """What the model says of a prepared batch in evaluation: no dropout, running averages, averaged parameters if there are."""
     params = state.ema
     if params is None:
         params = evaluation_params(recipe.optimizer, working_opt_state(recipe, state), state.params)
-    apply = precision.apply_in(precision.POLICIES[recipe.precision], adapters.functions(recipe.model).apply)
-    return apply({"params": params} | state.collections, recipe.task.inputs(batch), train=False)[0]
+    inputs = recipe.task.inputs(batch)
+    return _apply(recipe, inputs, params, mesh)({"params": params} | state.collections, inputs, train=False)[0]
+
+
+def _apply(recipe: Recipe, inputs: Any, params: tree.PyTree, mesh: Mesh | None) -> adapters.Apply:
+    """The model on whole parameters, in the precision of the recipe."""
+    apply = adapters.functions(recipe.model).apply
+    if mesh is not None:
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (inputs, params))
+        apply = gathering.gathering(apply, *parameter_places(recipe, *shapes, mesh), mesh)
+    # Cast first, gather then: half the bytes.
+    return precision.apply_in(precision.POLICIES[recipe.precision], apply)
 
 
 def _of_part(recipe: Recipe, state: TrainState, part: Batch, key: jax.Array, mesh: Mesh | None) -> Total:
     """Forward and backward of one microbatch."""
-    apply, inputs = adapters.functions(recipe.model).apply, recipe.task.inputs(part)
-    if mesh is not None:
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (inputs, state.params))
-        apply = gathering.gathering(apply, *parameter_places(recipe, *shapes, mesh), mesh)
-    # Cast first, gather then: half the bytes.
-    apply = precision.apply_in(precision.POLICIES[recipe.precision], apply)
-    rows = jax.tree.leaves(dict(part))[0].shape[0]
-    # The scale meets the mean loss, as its authors mean it: the sum of a large batch would overflow by itself.
-    factor = None if state.scaling is None else state.scaling.scale / rows
+    inputs = recipe.task.inputs(part)
+    apply = _apply(recipe, inputs, state.params, mesh)
 
     def forward(params: tree.PyTree, inputs: Any, key: jax.Array) -> tuple[Any, dict[str, tree.PyTree]]:
         return apply({"params": params} | state.collections, inputs, train=True, rngs={"dropout": key})
@@ -96,14 +101,18 @@ def _of_part(recipe: Recipe, state: TrainState, part: Batch, key: jax.Array, mes
     if recipe.remat != "none":
         forward = jax.checkpoint(forward, policy=REMAT[recipe.remat])
 
-    def loss(params: tree.PyTree) -> tuple[jax.Array, tuple[metrics.Sums, dict[str, tree.PyTree]]]:
+    def loss(params: tree.PyTree) -> tuple[jax.Array, tuple[metrics.Sums, dict[str, tree.PyTree], jax.Array]]:
         result, collections = forward(params, inputs, key)
         sums = dict(recipe.task.loss(result, part))
-        value = sums["loss"][0]
-        return value if factor is None else value * factor, (sums, collections)
+        value, count = sums["loss"]
+        if state.scaling is None:
+            return value, (sums, collections, jnp.float32(1))
+        # The scale meets the mean loss, as its authors mean it: the sum of a large batch would overflow by itself.
+        factor = state.scaling.scale / jax.lax.stop_gradient(jnp.maximum(count, 1))
+        return value * factor, (sums, collections, factor)
 
-    (_, (sums, collections)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
-    if factor is not None:
+    (_, (sums, collections, factor)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+    if state.scaling is not None:
         gradients = jax.tree.map(lambda gradient: gradient / factor, gradients)
     return Total(gradients, sums, collections)
 

@@ -37,7 +37,8 @@ def place(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """An array that every process holds alike, laid out on devices of all of them; each puts only its part there."""
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding, may_alias=False)
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: np.array(value[index]))
+    with jax.transfer_guard_host_to_device("allow"):  # to jax this one is implicit, though it is asked for by name
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: np.array(value[index]))
 
 
 def fetch(array: jax.Array) -> np.ndarray:

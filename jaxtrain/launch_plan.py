@@ -65,6 +65,8 @@ def parse(argv: Sequence[str]) -> Plan:
     counts = {name: _count(name, own[name]) for name in ("processes", "devices") if name in own}
     if counts.get("processes", 1) > 1 and (name := next((name for name in ("process", "coordinator") if value_of(flags, name)), None)):
         raise ValueError(f"--processes={counts['processes']}: starts all processes here, so --{name} has no meaning; drop one of them")
+    if "devices" in counts and value_of(flags, "platform") == "gpu":
+        raise ValueError(f"--devices={counts['devices']}: makes devices of the CPU, so --platform=gpu has no meaning; drop one of them")
     return Plan(script, tuple(flags), **counts)
 
 

@@ -83,6 +83,7 @@ def train(
     if (step == 0 or owed) and validate is not None and cadence.evaluate:
         best = _evaluate(state, step, "validation", validate, writers, progress, best)[1]
     journal.resume()
+    pulse.beat("compiling", step)  # some programs are compiled only at their first call
 
     # --debug_nans runs a bad step again operation by operation, and each of them brings its constants along.
     with jax.transfer_guard("allow" if jax.config.jax_debug_nans else "disallow"):
@@ -119,6 +120,7 @@ def train(
                 # 5. Metrics durable before the commit that refers to them.
                 _commit(state, step, score, best, journal, writers, checkpoints, owed=put_off)
                 saved = step
+            pulse.beat("training", step)
             journal.resume()
         if pending is not None:
             journal.take(pending[0], fetch(pending[1]))  # a signal came while nothing was due: the host waits, then saves

@@ -3,7 +3,7 @@
 float16 rounds to zero below 6e-8, where many gradients of a network lie. So the loss is multiplied by a scale before the backward pass and
 the float32 gradients are divided by it. The scale is the largest that does not overflow, found by trying: an overflow halves it and the
 step changes nothing; a long run of good steps doubles it (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2). All scales are powers
-of two, so scaling rounds nothing.
+of two.
 """
 
 import dataclasses

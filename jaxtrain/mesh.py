@@ -109,7 +109,8 @@ def check_batch(name: str, size: int, mesh: Mesh) -> None:
     """`ValueError` if a batch of `size` cannot be split evenly."""
     shards = batch_shards(mesh)
     if size % shards:
-        raise ValueError(f"--{name}={size}: not divisible by {shards} devices; nearest: {wording.nearest_multiples(shards, size)}")
+        what = f"{shards} devices" if shards == mesh.size else f"data x fsdp = {shards}"
+        raise ValueError(f"--{name}={size}: not divisible by {what}; nearest: {wording.nearest_multiples(shards, size)}")
 
 
 def _shared(devices: list[Any], count: int, said: str) -> list[Any]:

@@ -91,10 +91,10 @@ def choose(platform: str, capability: Capability) -> str:
     """
     if platform == "tpu":
         return "bf16"
-    version = None if platform == "cpu" else _version(capability)
-    if version is None or version < (7, 0):
+    found = None if platform == "cpu" else version(capability)
+    if found is None or found < (7, 0):
         return "fp32"
-    return "fp16" if version < (8, 0) else "bf16"
+    return "fp16" if found < (8, 0) else "bf16"
 
 
 def check(name: str, platform: str, capability: Capability, device_kind: str) -> None:
@@ -109,19 +109,23 @@ def check(name: str, platform: str, capability: Capability, device_kind: str) ->
     """
     if name not in POLICIES:
         raise ValueError(f"--precision={name}: not a precision; choose auto, {', '.join(POLICIES)}")
-    version = None if platform in ("cpu", "tpu") else _version(capability)
-    if version is None:
+    found = None if platform in ("cpu", "tpu") else version(capability)
+    if found is None:
         return
     lacks = {"bf16": ("bfloat16", (8, 0)), "fp8": ("fp8 products", (8, 9))}.get(name)
-    if lacks is None or version >= lacks[1]:
+    if lacks is None or found >= lacks[1]:
         return
     other = choose(platform, capability)
     remedy = f"--precision={other}" + (", which scales its loss" if POLICIES[other].scaled else "")
-    said = ".".join(map(str, version))
+    said = ".".join(map(str, found))
     raise ValueError(f"--precision={name}: {device_kind} (compute capability {said}) has no {lacks[0]}; use {remedy}")
 
 
-def _version(capability: Capability) -> tuple[int, int] | None:
-    """Major and minor compute capability, or None where it is none of CUDA's (an AMD card says `gfx942`)."""
+def version(capability: Capability) -> tuple[int, int] | None:
+    """Major and minor compute capability, or None where it is none of CUDA's (an AMD card says `gfx942`).
+
+    >>> version("8.6"), version("gfx942"), version(None)
+    ((8, 6), None, None)
+    """
     major, _, minor = str(capability).partition(".")
     return (int(major), int(minor or 0)) if major.isdigit() and (minor or "0").isdigit() else None

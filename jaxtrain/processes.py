@@ -120,10 +120,13 @@ def share_of_cards(found: Processes, cards: int) -> list[int] | None:
     >>> share_of_cards(Processes(4, 3, "a:1", "SLURM", local=1, local_count=2), 8)
     [4, 5, 6, 7]
 
-    A scheduler that binds tasks to GPUs shows each only its own, of which it then takes all. `ValueError` if they do not come out even.
+    A scheduler that binds tasks to GPUs shows each only its own, of which it then takes all; scripts/launch_local binds nothing. `ValueError`
+    if they do not come out even.
     """
-    if found.local_count == 1 or cards <= 1:
+    if found.local_count == 1 or cards == 0 or (cards == 1 and found.source != "environment"):
         return None
+    if cards == 1:
+        raise ValueError(f"--processes={found.count}: cannot share 1 GPU; add --platform=cpu to rehearse on the CPU")
     if cards % found.local_count:
         raise ValueError(
             f"--processes={found.count}: {found.local_count} processes on this host cannot share {cards} GPUs evenly; "

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import adapters, config, evaluate, group, loop, precision, reproducible, sharding, step
+from jaxtrain import adapters, config, evaluate, group, loop, metrics, precision, reproducible, sharding, step
 from jaxtrain import mesh as meshes
 from jaxtrain.data import order, pipeline, statistics
 from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import Table
-from jaxtrain.recipe import Batch, Options
+from jaxtrain.recipe import Batch, Options, Recipe
 from jaxtrain.schedules import resolve
+from jaxtrain.state import TrainState
 
 MOST_MEASURED = 10_000
 """How many examples of a data set that is not in memory its statistics are measured on."""
@@ -58,8 +59,9 @@ def scaled(batch: Batch) -> Batch:
 
 def chosen_precision(run: config.Run, mesh: Mesh) -> str:
     """The precision of the run on the devices of the mesh, with `auto` decided by the card; `ValueError` if the card does not have it."""
-    device = mesh.local_devices[0]
-    capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
+    devices = [(device, getattr(device, "compute_capability", None) if device.platform == "gpu" else None) for device in mesh.devices.flat]
+    # Of all cards, also those of other processes: they run one program.
+    device, capability = min(devices, key=lambda each: precision.version(each[1]) or (0, 0))
     if run.precision == "auto":
         return precision.choose(device.platform, capability)
     precision.check(run.precision, device.platform, capability, device.device_kind)
@@ -101,8 +103,8 @@ def check_model(run: config.Run, train: Table, recipe: Options, mesh: Mesh) -> d
     if run.microbatches > 1:
         shards = run.logical_shards if run.reproducible else meshes.batch_shards(mesh)
         if (run.batch_size // run.microbatches) % shards:
-            part = run.batch_size // run.microbatches
-            raise ValueError(f"--microbatches={run.microbatches}: a part of {part} examples is not divisible by {shards} {'logical shards' if run.reproducible else 'devices'}; use fewer parts")
+            part, what = run.batch_size // run.microbatches, "logical shards" if run.reproducible else "devices"
+            raise ValueError(f"--microbatches={run.microbatches}: a part of {part} examples is not divisible by {shards} {what}; use fewer parts")
     batch = {name: jax.ShapeDtypeStruct((run.batch_size, *field.shape), field.dtype) for name, field in train.fields.items()}
 
     def forward(batch: Batch) -> Any:
@@ -176,15 +178,24 @@ def evaluators(run: config.Run, splits: Splits, recipe: Options, mesh: Mesh) -> 
     """What evaluates each held-out split that there is; one program for both."""
     parts = (run.model, run.task, run.optimizer)
     if run.reproducible:
-        eval_step = reproducible.make_eval_step(*parts, mesh=mesh, shards=run.logical_shards, **recipe)
+        trainer = reproducible.Trainer(Recipe(*parts, **recipe), mesh, run.logical_shards)
+        eval_step, begin = _cutting(trainer), trainer.copies  # copies are made once a pass, and freed after it
     else:
-        eval_step = step.make_eval_step(*parts, mesh=mesh, **recipe)
+        eval_step, begin = step.make_eval_step(*parts, mesh=mesh, **recipe), _as_it_is
 
     def evaluator(table: Table) -> loop.Evaluate:
-        return lambda state: evaluate.evaluate(eval_step, state, batches(run, table, mesh))
+        return lambda state: evaluate.evaluate(eval_step, begin(state), batches(run, table, mesh))
 
     tables = {"validation": splits.validation, "test": splits.test}
     return {name: evaluator(table) for name, table in tables.items() if table is not None}
+
+
+def _cutting(trainer: reproducible.Trainer) -> Callable[[Any, Batch], metrics.Sums]:
+    return lambda copies, batch: trainer.evaluate(copies, trainer.cut(batch))
+
+
+def _as_it_is(state: TrainState) -> Any:
+    return state
 
 
 def host_batches(run: config.Run, train: Table) -> Iterator[dict[str, Any]]:

@@ -15,16 +15,16 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from jaxtrain.statuses import TRY_AGAIN
+
 PULSE, STACKS, SUPERVISED = "JAXTRAIN_PULSE", "JAXTRAIN_STACKS", "JAXTRAIN_SUPERVISED"
 """What a supervisor tells its worker in the environment: the file to beat into, the one to dump stacks into, and the supervisor's own pid."""
 PHASES = ("starting", "joining", "data", "compiling", "training", "evaluating", "saving", "ending")
 """What a worker can be at, in the order in which it mostly comes to them."""
-ORPHANED = 75
-"""The exit status of a worker whose supervisor is gone: nothing is wrong with the run, it may be started again."""
 
 _LINE = 64
-"""Bytes of the first line; the second holds the workdir. Fixed, so that a beat overwrites the last one in one call."""
-_LONGEST = _LINE + 4096
+"""Bytes of the first line; those after it hold the run's wishes and its workdir. Fixed, so that a beat overwrites the last one in one call."""
+_LONGEST = 2 * _LINE + 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,9 @@ class Beat:
     phase: str = "starting"
     step: int | None = None
     workdir: str = ""
+    max_restarts: int | None = None
+    """None if the worker has not said yet what the run asks of its supervisor."""
+    hang_seconds: float | None = None
 
 
 class Pulse:
@@ -43,6 +46,7 @@ class Pulse:
     def __init__(self, path: str | Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._counter, self._step = 0, -1
+        self._wishes = self._workdir = b""
         self.beat(PHASES[0])
 
     def beat(self, phase: str, step: int | None = None) -> None:
@@ -55,10 +59,19 @@ class Pulse:
         with contextlib.suppress(OSError):
             os.pwrite(self._descriptor, line.encode(), 0)
 
+    def wishes(self, max_restarts: int, hang_seconds: float | None) -> None:
+        """Says what the run asks of its supervisor, which has read no experiment, only flags."""
+        self._wishes = f"{max_restarts} {'-' if hang_seconds is None else hang_seconds}".encode()
+        self._tell()
+
     def workdir(self, path: str | Path) -> None:
         """Says where the run's folder is, so that the supervisor can restart into it."""
+        self._workdir = os.fsencode(os.path.abspath(path))
+        self._tell()
+
+    def _tell(self) -> None:
         with contextlib.suppress(OSError):
-            os.pwrite(self._descriptor, os.fsencode(os.path.abspath(path)) + b"\n", _LINE)
+            os.pwrite(self._descriptor, self._wishes + b"\n" + self._workdir + b"\n", _LINE)
 
 
 def read(path: str | Path) -> Beat | None:
@@ -71,8 +84,14 @@ def read(path: str | Path) -> Beat | None:
         with open(path, "rb") as file:
             text = file.read(_LONGEST)
         counter, phase, step = text[:_LINE].decode("ascii").split()
-        workdir, end, _ = text[_LINE:].partition(b"\n")
-        return Beat(int(counter), phase, None if step == "-" else int(step), os.fsdecode(workdir) if end else "")
+        told = text[_LINE:].split(b"\n")  # empty, or whole lines and what follows the last
+        wishes = told[0].decode("ascii").split() if len(told) > 1 else []
+        return Beat(
+            int(counter), phase, None if step == "-" else int(step),
+            workdir=os.fsdecode(told[1]) if len(told) > 2 else "",
+            max_restarts=int(wishes[0]) if wishes else None,
+            hang_seconds=float(wishes[1]) if wishes and wishes[1] != "-" else None,
+        )  # fmt: skip
     except (OSError, ValueError):
         return None
 
@@ -85,6 +104,13 @@ def beat(phase: str, step: int | None = None) -> None:
     own = _own()
     if own is not None:
         own.beat(phase, step)
+
+
+def wishes(max_restarts: int, hang_seconds: float | None) -> None:
+    """Tells the supervisor, if there is one, how often the run may be restarted, and after how many seconds of silence it counts as hung."""
+    own = _own()
+    if own is not None:
+        own.wishes(max_restarts, hang_seconds)
 
 
 def workdir(path: str | Path) -> None:
@@ -125,7 +151,7 @@ def _end_orphan() -> NoReturn:
     if os.getpgrp() == os.getpid():
         # The supervisor gave each worker a group of its own, so this takes its children along, such as those that load data.
         os.killpg(os.getpid(), signal.SIGKILL)
-    os._exit(ORPHANED)
+    os._exit(TRY_AGAIN)  # nothing is wrong with the run
 
 
 def _exists(process: int) -> bool:

@@ -16,6 +16,9 @@ _LONGEST = 256
 """Bytes of the longest line that passes."""
 _TURN_SECONDS = 0.5
 _ANSWER_SECONDS = 10.0
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+"""After five silent seconds the system asks whether the other side is still there, thrice: a host without power is known as gone after 20 s.
+Without, its place stays taken for hours, and its successor is refused. Where a system has not all of these, its own times hold."""
 
 
 class PeerLost(Exception):
@@ -82,6 +85,7 @@ class _Host:
                         with contextlib.suppress(OSError):
                             guest, _ = listener.accept()
                             guest.setblocking(False)
+                            _keep_alive(guest)
                             self._unnamed[guest] = b""
                             selector.register(guest, selectors.EVENT_READ)
                     else:
@@ -173,6 +177,7 @@ def _knock(count: int, index: int, coordinator: str, until: float, timeout: floa
 def _ask(words: str, coordinator: str, until: float, waiting: Callable[[], None]) -> str:
     """The answer of process 0; empty if it went away without one. `OSError` if nobody opens."""
     with socket.create_connection(split(coordinator), timeout=max(0.1, min(5.0, until - time.monotonic()))) as door:
+        _keep_alive(door)
         door.sendall(words.encode())
         door.settimeout(_TURN_SECONDS)
         answer = b""
@@ -205,6 +210,13 @@ def _listen(coordinator: str) -> socket.socket:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)  # its own text names the address again
         raise PeerLost(f"--coordinator={coordinator}: process 0 cannot listen there ({reason}); name a free port") from None
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEP_ALIVE.items():
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _is_open(guest: socket.socket) -> bool:

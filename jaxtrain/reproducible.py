@@ -87,14 +87,7 @@ def make_eval_step(
 ) -> Callable[[TrainState, Batch], metrics.Sums]:
     """`(state, batch) -> sums` as `step.make_eval_step` makes it, with the same bits on any mesh."""
     trainer = Trainer(Recipe(model, task, optimizer, **options), mesh, shards)
-    known: list[Any] = [None, []]
-
-    def evaluate(state: TrainState, batch: Batch) -> metrics.Sums:
-        if known[0] is not state:
-            known[:] = [state, trainer.copies(state)]
-        return trainer.evaluate(known[1], trainer.cut(batch))
-
-    return evaluate
+    return lambda state, batch: trainer.evaluate(trainer.copies(state), trainer.cut(batch))
 
 
 class Trainer:
@@ -124,6 +117,8 @@ class Trainer:
         self._draw = jax.jit(self._drawn, static_argnums=3)
         self._add = jax.jit(self._added)
         self._whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
+        self._lay: dict[Any, Any] = {}
+        """What lays a whole state out, by its shardings."""
 
     def copies(self, state: TrainState) -> list[TrainState]:
         """A whole copy of the state on each device."""
@@ -142,10 +137,12 @@ class Trainer:
         ]
         if all(place.is_fully_replicated for place in places):
             return jax.tree.unflatten(structure, whole)
-        return jax.tree.unflatten(structure, jax.jit(lambda leaves: leaves, out_shardings=places)(whole))
+        lay = self._lay.setdefault(tuple(places), jax.jit(lambda leaves: leaves, out_shardings=places))
+        return jax.tree.unflatten(structure, lay(whole))
 
     def cut(self, batch: Batch) -> list[list[Batch]]:
         """A global batch as the logical shards of each device."""
+        check(self._mesh, self._shards, len(next(iter(batch.values()))))
         place = sharding.batch(self._mesh)
         laid = {
             name: array if isinstance(array, jax.Array) and array.sharding == place else group.place(np.asarray(array), place)
@@ -253,11 +250,17 @@ def tree_sum(parts: Sequence[tree.PyTree]) -> tree.PyTree:
 
 
 def pack(values: tree.PyTree) -> Packed:
-    """All leaves of a tree as one vector (1, N) for each dtype, so that moving it is one collective."""
+    """All leaves of a tree as one vector (1, N) for each dtype, so that moving it is one collective; floats are float32 at least."""
     groups: dict[str, list[jax.Array]] = {}
     for leaf in jax.tree.leaves(values):
-        groups.setdefault(str(leaf.dtype), []).append(leaf.reshape(1, -1))
+        dtype = _summed_in(leaf.dtype)
+        groups.setdefault(str(dtype), []).append(leaf.astype(dtype).reshape(1, -1))
     return {name: jnp.concatenate(leaves, axis=1) for name, leaves in groups.items()}
+
+
+def _summed_in(dtype: Any) -> Any:
+    # Between additions of 16 bits in one program the compiler may leave the rounding out, and between devices it cannot.
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else jnp.dtype(dtype)
 
 
 def unpack(packed: Mapping[str, jax.Array], like: tree.PyTree) -> tree.PyTree:
@@ -270,7 +273,7 @@ def unpack(packed: Mapping[str, jax.Array], like: tree.PyTree) -> tree.PyTree:
     leaves, structure = jax.tree.flatten(like)
     found = []
     for leaf in leaves:
-        name, size = str(leaf.dtype), int(np.prod(leaf.shape))
-        found.append(packed[name][0, used[name] : used[name] + size].reshape(leaf.shape))
+        name, size = str(_summed_in(leaf.dtype)), int(np.prod(leaf.shape))
+        found.append(packed[name][0, used[name] : used[name] + size].reshape(leaf.shape).astype(leaf.dtype))
         used[name] += size
     return jax.tree.unflatten(structure, found)

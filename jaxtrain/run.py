@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import re
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -25,13 +27,23 @@ from jaxtrain.report import tables
 from jaxtrain.report.progress import Progress
 from jaxtrain.session import Session
 from jaxtrain.signals import Stop
+from jaxtrain.statuses import BAD_INPUT, DIFFERENT, DIVERGED, INTERRUPTED, IO_ERROR, OUT_OF_MEMORY, TRY_AGAIN
 from jaxtrain.witness import WitnessLock
 
 OLDEST_JAX = (0, 10, 2)
-DIFFERENT, BAD_INPUT, DIVERGED, OUT_OF_MEMORY, IO_ERROR, TRY_AGAIN, INTERRUPTED = 1, 2, 70, 71, 74, 75, 130
 
-BROKEN_PEERS = ("gloo", "nccl", "connection", "coordination", "heartbeat", "barrier", "socket", "peer")
-"""Words of jax's errors when another process is gone."""
+PEER_LOST = re.compile(
+    r"gloo [\w -]+ failed: |connection (?:closed|reset) by peer|heartbeat timeout|coordination service|barrier (?:timed out|failed)"
+    r"|remote process exited|ncclremoteerror",
+    re.IGNORECASE,
+)
+"""What jax's errors say when another process is gone: gloo, XLA's coordination service (libjax_common.so of 0.10.2), and NCCL (`ncclRemoteError`)."""
+XLA_STATUS = re.compile(
+    r"(?:ABORTED|ALREADY_EXISTS|CANCELLED|DATA_LOSS|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|INVALID_ARGUMENT|NOT_FOUND|OUT_OF_RANGE"
+    r"|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE|UNIMPLEMENTED|UNKNOWN): "
+)
+"""How its errors begin. A jitted function that is called for the second time raises them as ValueError, and no line of Python lies between it and
+our own call; so they would pass for bad input, which is never started again."""
 
 
 def main(run: config.Run, argv: Sequence[str] | None = None) -> NoReturn:
@@ -74,17 +86,23 @@ def guarded(action: Callable[[], int], *, show_traceback: bool = False) -> int:
         return _say(f"{error.filename}: {error.strerror}" if error.filename else str(error), IO_ERROR, show_traceback)
     except CheckpointError as error:
         return _say(str(error), IO_ERROR, show_traceback)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
-            if not jax.distributed.is_initialized() or not any(word in str(error).lower() for word in BROKEN_PEERS):
-                raise
-            return _say(f"lost another process of the run ({str(error).splitlines()[0][:160]})", TRY_AGAIN, show_traceback)
-        reason = str(error).splitlines()[0][:160]
-        return _say(f"out of memory on the device ({reason}); lower --batch_size or raise --microbatches", OUT_OF_MEMORY, show_traceback)
-    except ValueError as error:
-        if not _is_ours(error):
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) or XLA_STATUS.match(str(error)):
+            return _failed_on_device(error, show_traceback)
+        if isinstance(error, RuntimeError) or not _is_ours(error):
             raise
         return _say(str(error), BAD_INPUT, show_traceback)
+
+
+def _failed_on_device(error: Exception, show_traceback: bool) -> int:
+    """The exit status of an error of XLA: out of memory, or a lost peer; what is neither is raised again."""
+    reason = str(error).splitlines()[0][:160]
+    if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
+        return _say(f"out of memory on the device ({reason}); lower --batch_size or raise --microbatches", OUT_OF_MEMORY, show_traceback)
+    if jax.distributed.is_initialized() and PEER_LOST.search(str(error)):
+        # With the traceback: should it be a fault after all, the log of the process says where.
+        return _say(f"lost another process of the run ({reason})", TRY_AGAIN, show_traceback=True)
+    raise error
 
 
 def _start(run: config.Run, argv: Sequence[str]) -> int:
@@ -93,6 +111,7 @@ def _start(run: config.Run, argv: Sequence[str]) -> int:
         sys.stdout.flush()
         # In this process's place, so that signals and the terminal are the supervisor's own.
         os.execv(sys.executable, [sys.executable, "-m", "jaxtrain.supervisor", sys.argv[0], *argv])
+    pulse.wishes(run.max_restarts, run.hang_seconds)
     return launch(run, argv)
 
 
@@ -147,6 +166,8 @@ def _join(run: config.Run, stop: Stop) -> None:
         return
 
     def waiting() -> None:
+        if stop.number == signal.SIGINT:
+            raise KeyboardInterrupt
         if stop.status is not None:
             raise PeerLost(f"{stop.name} while waiting for the other processes; nothing done yet")
 
@@ -155,7 +176,7 @@ def _join(run: config.Run, stop: Stop) -> None:
 
 
 def _compare(run: config.Run, train: Table, recipe: Options, devices: Sequence[jax.Device]) -> int:
-    """Compares meshes instead of training; 1 if one differs."""
+    """Compares meshes instead of training; status 3 if one differs."""
     parts = (run.model, run.task, run.optimizer)
     batches = programs.host_batches(run, train)
     report = compare.compare(*parts, batches, run.compare_meshes, seed=run.seed, steps=run.compare_steps, devices=devices, **recipe)

@@ -36,6 +36,7 @@ from jaxtrain import (
 from jaxtrain.checkpoint import CheckpointError, Checkpoints
 from jaxtrain.data.splits import Splits
 from jaxtrain.lock import Lock
+from jaxtrain.loss_scale import LossScale
 from jaxtrain.profiler import Profiler
 from jaxtrain.recipe import Options, Recipe
 from jaxtrain.report import tables
@@ -156,7 +157,12 @@ class Session:
                 state = init_state(*parts, self.batch, seed=self.run.seed, mesh=self.mesh, **self.recipe)
             return dataclasses.replace(state, **warm), {}
         # The numbers of the recipe are those of today's flags; the checkpoint has its own, of other names if a part was switched on or off since.
-        restored, kept = checkpoints.restore(newest, dataclasses.replace(abstract, hyper={}), partial=True)
+        # A loss scale, too, is there or not by today's precision.
+        scaled = abstract.scaling is None or "scaling" in checkpoints.parts(newest)
+        wanted = dataclasses.replace(abstract, hyper={}, scaling=abstract.scaling if scaled else None)
+        restored, kept = checkpoints.restore(newest, wanted, partial=True)
+        if not scaled:
+            restored = dataclasses.replace(restored, scaling=payload.to_devices(payload.to_host(LossScale.new()), abstract.scaling))
         values = hyper.collect(Recipe(self.run.model, self.run.task, self.run.optimizer, **self.recipe))
         numbers = {name: group.place(np.asarray(values[name], np.float32), place.sharding) for name, place in abstract.hyper.items()}
         return dataclasses.replace(restored, hyper=numbers), kept

@@ -7,7 +7,9 @@ import threading
 from types import FrameType, TracebackType
 from typing import ClassVar, Self
 
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 75}
+from jaxtrain.statuses import INTERRUPTED, TRY_AGAIN
+
+STATUS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TRY_AGAIN, signal.SIGHUP: TRY_AGAIN}
 """Interrupted by a person, or told to try again later."""
 
 

@@ -125,7 +125,7 @@ def evaluated(recipe: Recipe, state: TrainState, batch: Batch, *, mesh: Mesh | N
     """The sums of a raw batch in evaluation."""
     bound = hyper.bind(recipe, state.hyper)
     batch = gradients.prepared(bound, batch, mesh)
-    return dict(bound.task.loss(gradients.outputs(bound, state, batch), batch, train=False))
+    return dict(bound.task.loss(gradients.outputs(bound, state, batch, mesh), batch, train=False))
 
 
 def make_predict_step(
@@ -138,7 +138,7 @@ def make_predict_step(
         bound = hyper.bind(recipe, state.hyper)
         kept = {name: batch[name] for name in ("id", "weight") if name in batch}
         batch = gradients.prepared(bound, batch, mesh)
-        found = bound.task.examine(gradients.outputs(bound, state, batch), batch) | kept
+        found = bound.task.examine(gradients.outputs(bound, state, batch, mesh), batch) | kept
         # Every process can read an array only if it holds the whole of it.
         return found if mesh is None else jax.lax.with_sharding_constraint(found, sharding.replicated(mesh))
 

@@ -7,6 +7,7 @@ has to look. With one process, the default, it looks after its own worker of a l
 """
 
 import contextlib
+import itertools
 import os
 import random
 import shutil
@@ -20,8 +21,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-from jaxtrain import processes, verdict
+from jaxtrain import processes, statuses, verdict
 from jaxtrain.launch_plan import Plan, parse, value_of
+from jaxtrain.signals import STATUS
 from jaxtrain.worker_log import WorkerLog, say
 from jaxtrain.workers import Worker, dump_stacks, end
 
@@ -31,7 +33,6 @@ SLEPT_SECONDS = 1.0
 FOLLOW_SECONDS = 1.0
 FINAL_STATUS = "JAXTRAIN_FINAL_STATUS"
 """Names a file for a status that no restart mends, so that a batch script does not take the deaths that follow for the cause."""
-IO_ERROR, INTERRUPTED = 74, 130
 
 
 class Signals:
@@ -69,16 +70,18 @@ class Supervisor:
         self._workers: list[Worker] = []
         self._index, self._count = _place_in_group(plan, environ)
         self._workdir = ""
+        self._max_restarts, self._hang_seconds = plan.max_restarts, plan.hang_seconds
+        self._found: verdict.Verdict | None = None
 
     def run(self) -> int:
         """Attempts until one succeeds, fails for good, or is the last that is allowed; the exit status."""
         try:
-            for restarts in range(self._plan.max_restarts + 1):
+            for restarts in itertools.count():
                 self._start()
-                found, seen = self._watch()
-                if found is None:
+                self._found, seen = self._watch()
+                if self._found is None:
                     return self._ended_by_themselves(seen)
-                status = self._end(found, seen, restarts)
+                status = self._end(self._found, seen, restarts)
                 if status is not None:
                     return status
             raise AssertionError("the last attempt has a status")
@@ -88,7 +91,13 @@ class Supervisor:
                 worker.forget()
 
     def keeps(self) -> bool:
-        """Whether something lies in the temporary folder that is nowhere else."""
+        """Whether something lies in the temporary folder that is nowhere else, and was not said on the terminal either."""
+        if self._found is None:
+            said = not self._workdir  # nothing was trained: help, or a comparison
+        else:  # a final status is that of all, so the first worker has said why; of others what counts was shown
+            said = self._found.final is not None and (self._found.index == 0 or self._found.final in (statuses.BAD_INPUT, statuses.DIFFERENT))
+        if said:
+            return False
         return not all(log.follow(self._workdir) for log in self._logs) or any(self._folder.glob("stacks/*.txt"))
 
     def _start(self) -> None:
@@ -106,6 +115,7 @@ class Supervisor:
         if self._plan.devices is not None:
             forced = f"--xla_force_host_platform_device_count={self._plan.devices}"
             environ["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {forced}".strip()
+            environ.setdefault("JAX_PLATFORMS", "cpu")  # else jax takes the GPU where there is one
         if self._plan.processes > 1:
             count = str(self._plan.processes)
             # A new port each time: the last attempt's may still be taken by a process that does not die.
@@ -114,7 +124,6 @@ class Supervisor:
 
     def _watch(self) -> tuple[verdict.Verdict | None, list[verdict.Observation]]:
         """Looks until all workers have ended or one has failed."""
-        limits = verdict.limits(self._plan.hang_seconds)
         last = followed = time.monotonic()
         while True:
             now = time.monotonic()
@@ -127,11 +136,13 @@ class Supervisor:
                     worker.send(number)
             seen = [worker.observe(now) for worker in self._workers]
             self._workdir = next((worker.workdir for worker in self._workers if worker.workdir), self._workdir)
+            told = next((worker.wishes for worker in self._workers if worker.wishes), (self._max_restarts, self._hang_seconds))
+            self._max_restarts, self._hang_seconds = told
             if now - followed > FOLLOW_SECONDS:
                 followed = now
                 for log in self._logs:
                     log.follow(self._workdir)
-            found = verdict.judge(seen, now, limits, asked=bool(self._signals.received))
+            found = verdict.judge(seen, now, verdict.limits(self._hang_seconds), asked=bool(self._signals.received))
             if self._signals.twice or found is not None or not any(worker.alive for worker in self._workers):
                 return found, seen
             time.sleep(POLL_SECONDS)
@@ -141,12 +152,11 @@ class Supervisor:
         if self._signals.twice:
             end(self._workers)
             say("jaxtrain: interrupted twice; nothing more is saved")
-            return INTERRUPTED
+            return statuses.INTERRUPTED
         status = seen[0].status
         assert status is not None
         # Before Python has installed its handlers, a signal that asks ends the worker outright.
-        told = {-signal.SIGINT: INTERRUPTED, -signal.SIGTERM: verdict.RETRY, -signal.SIGHUP: verdict.RETRY}
-        return told.get(status, status)
+        return {-number: meant for number, meant in STATUS.items()}.get(status, status)
 
     def _end(self, found: verdict.Verdict, seen: Sequence[verdict.Observation], restarts: int) -> int | None:
         """Ends the group, says why in one line, and returns the exit status; None if it shall start again."""
@@ -157,15 +167,16 @@ class Supervisor:
         for log in self._logs:
             log.follow(self._workdir)
         asked = self._signals.received
-        allowed = self._plan.max_restarts
+        allowed = self._max_restarts
         if found.final is not None:
             after, status = "a restart would not help", found.final
         elif asked:
-            after, status = f"it was asked to end ({signal.Signals(asked[0]).name})", INTERRUPTED if signal.SIGINT in asked else verdict.RETRY
+            after = f"it was asked to end ({signal.Signals(asked[0]).name})"
+            status = statuses.INTERRUPTED if signal.SIGINT in asked else statuses.TRY_AGAIN
         elif immortal:
-            after, status = f"no restart, for process {self._name(immortal[0])} does not die of SIGKILL", verdict.RETRY
+            after, status = f"no restart, for process {self._name(immortal[0])} does not die of SIGKILL", statuses.TRY_AGAIN
         elif restarts >= allowed:
-            after, status = f"no restarts left (--max_restarts={allowed})", verdict.RETRY
+            after, status = f"no restarts left (--max_restarts={allowed})", statuses.TRY_AGAIN
         else:
             after, status = f"restarting from {_origin(self._workdir)} ({restarts + 1} of {allowed})", None
         if found.final is not None and found.index == 0:  # worker 0 has the terminal, and has said it there
@@ -204,16 +215,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(tempfile.mkdtemp(prefix="jaxtrain-"))
     except ValueError as error:
         say(f"jaxtrain: error: {error}")
-        return verdict.BAD_INPUT
+        return statuses.BAD_INPUT
     except OSError as error:
         say(f"jaxtrain: error: {error.filename or tempfile.gettempdir()}: {error.strerror}; TMPDIR names another place for small files")
-        return IO_ERROR
+        return statuses.IO_ERROR
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where a launcher ignores it, the kernel forgets how children ended
     with Signals() as signals:
         supervisor = Supervisor(plan, os.environ, folder, signals)
         try:
             return supervisor.run()
         finally:
-            if not supervisor.keeps():
+            if supervisor.keeps():
+                say(f"jaxtrain: what the processes printed is kept in {folder}, for it does not lie in the run's folder")
+            else:
                 shutil.rmtree(folder, ignore_errors=True)
 
 

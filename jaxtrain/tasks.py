@@ -96,7 +96,7 @@ class Regression:
         del train  # the same in both
         target = _field(batch, self.target, "; set --task.target")
         if outputs.shape != target.shape:
-            raise ValueError(f"outputs have shape {outputs.shape}, targets {target.shape}; they must be equal")
+            raise ValueError(f"outputs have shape {outputs.shape}, targets {target.shape}; they must be equal, so change the model's last layer or --task.target")
         return {"loss": metrics.weighted(losses.squared_error(outputs, target), batch.get("weight"))}
 
 
@@ -121,7 +121,7 @@ class NextToken:
         """All tokens but the last, (B, T); `ValueError` if the batch has none, or none to predict."""
         tokens = _field(batch, self.input, "; set --task.input")
         if tokens.ndim != 2 or tokens.shape[1] < 2:
-            raise ValueError(f"{self.input!r} has shape {tokens.shape}; the task wants (batch, length) with a length of 2 or more")
+            raise ValueError(f"{self.input!r} has shape {tokens.shape}; the task wants (batch, length) with a length of 2 or more; give it such tokens, or set --task.input")
         return tokens[:, :-1]
 
     def loss(self, outputs: jax.Array, batch: Batch, *, train: bool = True) -> metrics.Sums:
@@ -129,7 +129,7 @@ class NextToken:
         del train  # the same in both
         targets_BT = _field(batch, self.input, "; set --task.input")[:, 1:]
         if outputs.ndim != 3 or outputs.shape[:2] != targets_BT.shape:
-            raise ValueError(f"outputs have shape {outputs.shape}; the task wants {targets_BT.shape} and the vocabulary")
+            raise ValueError(f"outputs have shape {outputs.shape}; the task wants {targets_BT.shape} and the vocabulary; the model must answer at every place")
         weights = batch.get("weight")
         weights = None if weights is None else jnp.broadcast_to(weights[:, None], targets_BT.shape).ravel()
         logits, targets = outputs.reshape(-1, outputs.shape[-1]), targets_BT.ravel()

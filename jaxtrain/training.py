@@ -73,7 +73,8 @@ def _reproducible(
     trainer = reproducible.Trainer(made, mesh, run.logical_shards)
     chosen = 1 if data is None else per_call or feeds.steps_per_call(lowered, mesh.devices.flat[0].platform, run.log_every)
     source = _stream(run, state, train, mesh) if data is None else data
-    return Training(feeds.ReproducibleFeed(trainer, source, run.batch_size), chosen, flops, _memory(state, data, None))
+    memory = _reproducible_memory(state, data, mesh, run.logical_shards // mesh.size)
+    return Training(feeds.ReproducibleFeed(trainer, source, run.batch_size), chosen, flops, memory)
 
 
 def _stream(run: config.Run, state: TrainState, train: Table, mesh: Mesh) -> pipeline.Stream:
@@ -104,22 +105,33 @@ def _memory(state: TrainState, data: Batch | None, compiled: Any) -> dict[str, i
         "averaged parameters": state.ema,
         "data": data,
     }
-    sizes = {name: _bytes_per_device(part) for name, part in parts.items()}
+    sizes = {name: state_bytes(part) for name, part in parts.items()}
     sizes["gradients, activations, scratch"] = int(getattr(analysis, "temp_size_in_bytes", 0) or 0)
     return {name: size for name, size in sizes.items() if size}
 
 
+def _reproducible_memory(state: TrainState, data: Batch | None, mesh: Mesh, each: int) -> dict[str, int]:
+    """What reproducible steps hold besides: a whole state where only a part is kept, and the gradients of each of a device's logical shards."""
+    leaves = jax.tree.leaves(state)
+    whole = sharding.bytes_per_device(leaves, [sharding.replicated(mesh)] * len(leaves))
+    more = {
+        "whole state while computing": whole if whole > state_bytes(state) else 0,
+        f"gradients of {each} logical shard{'s' if each > 1 else ''} and their sum": (each + 1) * 4 * tree.size(state.params),
+    }
+    return _memory(state, data, None) | {name: size for name, size in more.items() if size}
+
+
 def _copied(state: TrainState, compiled: Any) -> int:
     """Bytes of a donated state that its successor does not lie in."""
-    taken = getattr(compiled.memory_analysis(), "alias_size_in_bytes", None)
-    return 0 if taken is None else max(0, state_bytes(state) - taken)
+    analysis = compiled.memory_analysis()
+    taken = getattr(analysis, "alias_size_in_bytes", None)
+    if taken is None:
+        return 0
+    taken += getattr(analysis, "host_alias_size_in_bytes", 0)  # a GPU's program counts what lies in the host's memory apart
+    return max(0, state_bytes(state) + state_bytes(state, host=True) - taken)
 
 
-def _bytes_per_device(arrays: tree.PyTree) -> int:
-    leaves = [leaf for leaf in jax.tree.leaves(arrays) if hasattr(leaf, "sharding")]
+def state_bytes(state: tree.PyTree, *, host: bool = False) -> int:
+    """How many bytes of a state, or of a part, each device holds; or its host does for it (--offload)."""
+    leaves = [leaf for leaf in jax.tree.leaves(state) if hasattr(leaf, "sharding") and (leaf.sharding.memory_kind == "pinned_host") == host]
     return sharding.bytes_per_device(leaves, [leaf.sharding for leaf in leaves])
-
-
-def state_bytes(state: TrainState) -> int:
-    """How many bytes of the state each device holds."""
-    return _bytes_per_device(state)

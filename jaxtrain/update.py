@@ -49,7 +49,9 @@ def update(
         scaling=state.scaling,
     )
     if state.scaling is not None:
-        new, sums = _unless_overflown(state, new, sums, total)
+        # The old state where the new one lies: one selection cannot read two memories.
+        old = state if recipe.offload == "none" else dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, jax.memory.Space.Device))
+        new, sums = _unless_overflown(old, new, sums, total)
     if mesh is not None and (mesh.size > 1 or recipe.offload != "none"):
         # Nothing else says that the new state should lie as the old one did.
         new = _placed(new, state_shardings(recipe, batch, new, mesh), offload=recipe.offload)

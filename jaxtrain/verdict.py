@@ -7,6 +7,8 @@ import dataclasses
 import signal
 from collections.abc import Mapping, Sequence
 
+from jaxtrain.statuses import BAD_INPUT, FINAL, INTERRUPTED, TRY_AGAIN
+
 LIMITS: Mapping[str, float] = {
     "starting": 300, "joining": 600, "data": 3600, "compiling": 3600, "training": 600, "evaluating": 600, "saving": 1800, "ending": 1800,
 }  # fmt: skip
@@ -18,12 +20,9 @@ STOPPED_SECONDS = 2.0
 GRACE_SECONDS, GRACE_BAD_INPUT = 1.0, 5.0
 """How long other deaths are waited for after the first one; peers refuse the same flags seconds apart, for they import at their own pace."""
 
-BAD_INPUT, RETRY = 2, 75
-FINAL = {BAD_INPUT: "bad input", 70: "diverged", 71: "out of memory", 74: "a disk or file fails", 130: "interrupted"}
-"""Statuses that a restart would only bring again."""
-CONSEQUENCES = (RETRY, -signal.SIGABRT)
+CONSEQUENCES = (TRY_AGAIN, -signal.SIGABRT)
 """How a worker ends that lost its peers: by its own decision, or jax's coordination service aborts it."""
-ASKED = (0, RETRY, 130, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
+ASKED = (0, TRY_AGAIN, INTERRUPTED, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
 """How a worker may end that was asked to."""
 DOING = {
     "starting": "while starting", "joining": "while waiting for the others", "data": "while opening its data", "compiling": "while compiling",
@@ -98,7 +97,7 @@ def cause(status: int) -> str:
             return f"was killed by {signal.Signals(-status).name}"
         except ValueError:
             return f"was killed by signal {-status}"
-    why = "it lost a peer, or was asked to end" if status == RETRY else FINAL.get(status)
+    why = "it lost a peer, or was asked to end" if status == TRY_AGAIN else FINAL.get(status)
     return f"ended with status {status}" + (f" ({why})" if why else "")
 
 

@@ -42,6 +42,11 @@ class Worker:
         return self._beat.workdir
 
     @property
+    def wishes(self) -> tuple[int, float | None] | None:
+        """How often the run may be restarted, and after how many seconds it counts as hung, if the worker has told it."""
+        return None if self._beat.max_restarts is None else (self._beat.max_restarts, self._beat.hang_seconds)
+
+    @property
     def alive(self) -> bool:
         """Whether the process had not ended when it was last looked at."""
         return self._seen.status is None
@@ -54,7 +59,7 @@ class Worker:
     def observe(self, now: float) -> verdict.Observation:
         """What is known of the worker now."""
         if self.alive:
-            status = self._process.poll()  # before the pulse, so that a last beat is not missed
+            status = self._status()  # before the pulse, so that a last beat is not missed
             beat = pulse.read(self._pulse)
             if beat is not None and beat.counter != self._beat.counter and beat.phase in pulse.PHASES:
                 self._seen = dataclasses.replace(self._seen, beat_at=now, phase=beat.phase, step=beat.step)
@@ -62,6 +67,13 @@ class Worker:
             since = None if status is not None or not _is_stopped(self._process.pid) else self._seen.stopped_since or now
             self._seen = dataclasses.replace(self._seen, stopped_since=since, status=status, ended_at=None if status is None else now)
         return self._seen
+
+    def _status(self) -> int | None:
+        """How the process ended, as `subprocess` has it, or None. It is not reaped: as a zombie it keeps its number, which no stranger can get."""
+        found = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if found is None:
+            return None
+        return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
     def forgive(self, seconds: float) -> None:
         """Leaves out of account a time in which nobody looked."""
@@ -74,10 +86,12 @@ class Worker:
         """Sends a signal to the process alone, once."""
         if self.alive and number not in self._received:
             self._received.add(number)
-            self._process.send_signal(number)
+            os.kill(self._process.pid, number)  # Popen's own way would reap it first
 
     def kill(self) -> None:
-        """Kills the process and its children; no other signal is sure to end one that waits in a collective."""
+        """Kills the process and its children, until it is reaped; no other signal is sure to end one that waits in a collective."""
+        if self._process.returncode is not None:
+            return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
@@ -85,7 +99,7 @@ class Worker:
         """Asks the process to write its stacks; it must have a pulse, for without its handler the signal would end it, and not be stopped."""
         asked = self.alive and self._beat.counter > 0 and self._seen.stopped_since is None
         if asked:
-            self._process.send_signal(signal.SIGUSR2)
+            os.kill(self._process.pid, signal.SIGUSR2)
         return asked
 
     def stacks(self) -> str:
@@ -96,7 +110,7 @@ class Worker:
             return ""
 
     def wait(self, until: float) -> bool:
-        """Whether the process is gone by the time `until`."""
+        """Whether the process is gone by the time `until`; it is reaped then, and its number may be given to another."""
         try:
             self._process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:

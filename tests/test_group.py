@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ class Failing(ArrayTable):
         import jax
 
         order = Path(os.environ.get("FAULT", "/nowhere"))
-        if order.exists() and jax.process_index() == 1:
+        if order.exists() and jax.process_index() == min(1, jax.process_count() - 1):
             kind = order.read_text()
             order.unlink()
             if kind == "hang":
@@ -57,8 +58,9 @@ class Source(Synthetic):
         splits = super().open()
         if "FAULT" not in os.environ:
             return splits
-        table = Failing(dict(splits.train.arrays), splits.train.num_classes)
-        return dataclasses.replace(splits, train=table)
+        name = os.environ.get("FAULT_IN", "train")
+        table = getattr(splits, name)
+        return dataclasses.replace(splits, **{name: Failing(dict(table.arrays), table.num_classes)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +189,41 @@ def test_a_lost_process_ends_the_group_and_the_run_goes_on(fault: str, processes
     assert line.startswith(f"jaxtrain: process 1 of {processes} ") and "restarting from the last commit (1 of 1)" in line
     assert digest_of(workdir) == digest_of(golden)
     assert metrics_of(workdir) == metrics_of(golden)
+
+
+@pytest.mark.slow
+def test_a_hang_in_an_evaluation_is_found_as_the_experiment_asks(experiment: Path, golden: Path, tmp_path: Path) -> None:
+    """Not the first evaluation, which compiles; and no flag is given: what stands in `Run` counts alike, also where the run starts its supervisor."""
+    workdir, errors, order, own = tmp_path / "run", tmp_path / "errors", tmp_path / "fault", tmp_path / "own.py"
+    own.write_text(experiment.read_text().replace("eval_every=jaxtrain.Horizon(0)", "eval_every=jaxtrain.Horizon(20), max_restarts=1, hang_seconds=5.0"))
+    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"FAULT": str(order), "FAULT_IN": "validation"}
+    command = [sys.executable, str(own), "--mesh=data:1", "--data.validation=test", "--eval_batch_size=8", f"--workdir={workdir}"]
+    with errors.open("ab") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL, stderr=file)
+    try:
+        wait_for(workdir, 30, process, errors)
+        order.write_text("hang")
+        began = time.monotonic()
+        assert process.wait(120) == 0, errors.read_text()
+    finally:
+        process.kill()
+    print(f"hung in an evaluation: {time.monotonic() - began:.1f} s to the end of the run; {errors.read_text()}")
+    line = r"jaxtrain: the process hung while evaluating at step \d+ \(no progress for \d+ s\); stacks: .*; restarting from the last commit \(1 of 1\)"
+    assert re.fullmatch(line, errors.read_text().strip())
+    assert digest_of(workdir) == digest_of(golden)
+
+
+@pytest.mark.slow
+def test_data_in_device_memory_trains_in_two_processes(experiment: Path, tmp_path: Path) -> None:
+    """Programs over resident data need each step's count on the devices of all; with the same numbers up to rounding."""
+    losses = []
+    for processes in (1, 2):
+        workdir = tmp_path / str(processes)
+        done = launch([str(experiment), "--noreproducible", "--device_data=yes", "--steps=20", "--steps_per_call=4"], processes, 2 // processes, workdir)
+        assert done.returncode == 0, done.stderr
+        losses.append([line["loss"] for line in metrics_of(workdir) if line["split"] == "train"])
+    assert len(losses[0]) == 20
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.slow

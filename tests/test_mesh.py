@@ -59,6 +59,8 @@ def test_batch_must_divide():
     mesh.check_batch("batch_size", 16, grid)
     with pytest.raises(ValueError, match=r"^--batch_size=10: not divisible by 8 devices; nearest: 8 or 16$"):
         mesh.check_batch("batch_size", 10, grid)
+    with pytest.raises(ValueError, match=r"^--batch_size=7: not divisible by data x fsdp = 2; nearest: 6 or 8$"):
+        mesh.check_batch("batch_size", 7, mesh.make("data:2,tensor:4"))
     with pytest.raises(ValueError, match=r"^--batch_size=3: not divisible by 8 devices; nearest: 8$"):
         mesh.check_batch("batch_size", 3, grid)
 

@@ -1,5 +1,6 @@
 """The precision policy: what `auto` takes and what is refused, by card, and what models of every kind compute in."""
 
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxtrain import adapters, hardware, models, precision
+from jaxtrain import adapters, facts, hardware, models, precision, programs
 from jaxtrain.precision import POLICIES
 
 
@@ -31,6 +32,33 @@ def test_auto_elsewhere():
     assert precision.choose("gpu", "6.1") == "fp32"
     assert precision.choose("gpu", None) == "fp32"
     assert precision.choose("gpu", "gfx942") == "fp32"
+
+
+class Card:
+    """A device of a kind that is not here."""
+
+    platform, device_kind = "gpu", "NVIDIA A card"
+
+    def __init__(self, capability: str) -> None:
+        self.compute_capability = capability
+
+
+def test_the_oldest_card_of_a_mesh_decides():
+    """Also where it is another process's: all run one program."""
+    run = types.SimpleNamespace(precision="auto", matmul_precision="default", optimizer_state="fp32")
+    cards = types.SimpleNamespace(devices=np.array([Card("8.6"), Card("7.5")], dtype=object))
+    assert programs.chosen_precision(run, cards) == "fp16"
+    run.precision = "bf16"
+    with pytest.raises(ValueError, match=r"^--precision=bf16: NVIDIA A card \(compute capability 7.5\) has no bfloat16; use --precision=fp16, which"):
+        programs.chosen_precision(run, cards)
+
+
+def test_what_a_run_says_of_its_precision():
+    run = types.SimpleNamespace(precision="fp32", matmul_precision="default", optimizer_state="fp32")
+    assert facts.precision_words(run, Card("gfx942"), asked="auto") == "fp32 (auto)"
+    assert facts.precision_words(run, Card("8.0"), asked="fp32") == "fp32, float32 products in TF32"
+    run.matmul_precision, run.optimizer_state = "fp32", "bf16"
+    assert facts.precision_words(run, Card("8.0"), asked="fp32") == "fp32, float32 products in full, optimizer state in bf16"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain import launch_plan, processes, rendezvous, supervisor, verdict
+from jaxtrain import launch_plan, processes, rendezvous, statuses, supervisor
 from jaxtrain.processes import Processes, find, share_of_cards
 from jaxtrain.rendezvous import PeerLost, roll_call
 
@@ -128,6 +128,13 @@ def test_cards_are_shared_within_a_host() -> None:
         share_of_cards(one_a_card, 6)
 
 
+def test_processes_of_one_machine_cannot_share_its_only_card() -> None:
+    rehearsed = find({**LOCAL, "JAXTRAIN_LOCAL_PROCESS": "1", "JAXTRAIN_LOCAL_PROCESSES": "2"})
+    assert rehearsed is not None and [share_of_cards(rehearsed, cards) for cards in (0, 2, 4)] == [None, [1], [2, 3]]
+    with pytest.raises(ValueError, match=r"^--processes=2: cannot share 1 GPU; add --platform=cpu to rehearse on the CPU$"):
+        share_of_cards(rehearsed, 1)
+
+
 def test_cards_are_counted_without_a_driver(tmp_path: Path) -> None:
     for card in ("0000:01:00.0", "0000:02:00.0"):
         (tmp_path / card).mkdir()
@@ -216,6 +223,42 @@ def test_one_that_died_and_came_again_is_one() -> None:
         assert [each.exception() for each in (first, *others)] == [None] * 3
 
 
+TCP_REPAIR = 19
+"""A socket of Linux in this state closes without a word, as that of a host without power does."""
+
+
+def test_one_that_lost_its_power_and_came_again_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_KEEP_ALIVE", {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 1})
+    coordinator, came = free_coordinator(), threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        first = pool.submit(roll_call, 3, 0, coordinator, timeout=20, arrived=came.set)
+        until = time.monotonic() + 10
+        while time.monotonic() < until and not came.is_set():
+            try:
+                with socket.create_connection(rendezvous.split(coordinator)) as dying:
+                    dying.sendall(b"jaxtrain 1 of 3\n")
+                    assert came.wait(10)
+                    try:
+                        dying.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+                    except OSError:
+                        pytest.skip("only root of Linux can have a connection die without a word")
+            except ConnectionRefusedError:
+                time.sleep(0.02)
+        time.sleep(2.5)  # the system asks after one second, and nobody answers
+        others = [pool.submit(roll_call, 3, index, coordinator, timeout=20) for index in (1, 2)]
+        assert [each.exception() for each in (first, *others)] == [None] * 3
+
+
+def test_connections_are_asked_whether_they_live() -> None:
+    with socket.socket() as connection:
+        rendezvous._keep_alive(connection)
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        known = {name: getattr(socket, name) for name in rendezvous._KEEP_ALIVE if hasattr(socket, name)}
+        assert {name: connection.getsockopt(socket.IPPROTO_TCP, number) for name, number in known.items()} == {
+            name: rendezvous._KEEP_ALIVE[name] for name in known
+        }
+
+
 def test_strangers_are_sent_away() -> None:
     coordinator = free_coordinator()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -292,7 +335,7 @@ def test_the_manifest_of_kubernetes_agrees_with_itself() -> None:
     assert values("job-name") == values("subdomain") == ["jaxtrain"]
     assert "clusterIP: None" in service and "publishNotReadyAddresses: true" in service
     assert values("restartPolicy") == ["Never"] and int(values("terminationGracePeriodSeconds")[0]) >= 60
-    assert [int(status) for status in values("values")[0].strip("[]").split(", ")] == sorted(verdict.FINAL)
+    assert [int(status) for status in values("values")[0].strip("[]").split(", ")] == sorted(statuses.FINAL)
     command = [word.strip() for key in ("command", "args") for word in values(key)[0].strip("[]").split(",")]
     assert command[:3] == ["python", "-m", "jaxtrain.supervisor"]
     assert launch_plan.parse([str(ROOT / word) if word.endswith(".py") else word for word in command[3:]]).max_restarts == 3

@@ -89,6 +89,58 @@ def test_the_same_bits_in_bf16() -> None:
     assert other == first
 
 
+class Narrow:
+    """A model whose parameters, and so its gradients, are bfloat16; a pair of functions."""
+
+    def init(self, key: jax.Array, inputs: jax.Array) -> dict[str, jax.Array]:
+        """One matrix."""
+        return {"kernel": (jax.random.normal(key, (64, 10)) * 0.1).astype(jnp.bfloat16)}
+
+    def apply(self, params: dict[str, jax.Array], inputs: jax.Array) -> jax.Array:
+        """A product."""
+        return inputs.reshape(inputs.shape[0], -1).astype(jnp.bfloat16) @ params["kernel"]
+
+
+def test_parameters_of_16_bits_are_summed_in_32() -> None:
+    narrow = Narrow()
+    first, other = (trained((narrow.init, narrow.apply), layout, ema_decay=None, augment=None) for layout in ("data:1", "data:4"))
+    assert other == first
+    packed = reproducible.pack({"a": jnp.full(2, 1.5, jnp.bfloat16), "b": jnp.ones(1), "c": jnp.ones(1, jnp.int32)})
+    assert {name: row.shape for name, row in packed.items()} == {"float32": (1, 3), "int32": (1, 1)}
+
+
+def test_an_fsdp_step_compiles_once() -> None:
+    parts, where = (MODELS["own"], Classification(), SGD(learning_rate=0.1)), mesh.make("fsdp:2")
+    batch = {name: array[:16] for name, array in DATA.items()}
+    now = state.init_state(*parts, batch, mesh=where)
+    made = reproducible.make_train_step(*parts, mesh=where)
+    seen: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: seen.append(event))
+
+    def compiled() -> int:
+        return sum("backend_compile" in event for event in seen)
+
+    now, _ = made(now, batch)
+    first = compiled()
+    made(now, batch)
+    assert first > 0 and compiled() == first
+
+
+def test_a_batch_that_cannot_be_cut_is_refused_and_examples_draw_their_own() -> None:
+    recipe = Recipe(MODELS["own"], Classification(), SGD(), augment=augment.ImageAugment(crop_padding=2))
+    trainer = reproducible.Trainer(recipe, mesh.make("data:1"), 8)
+    with pytest.raises(ValueError, match=r"^--logical_shards=8: must divide --batch_size=12; use another of both$"):
+        trainer.cut({name: array[:12] for name, array in DATA.items()})
+    batch = {name: jnp.asarray(array[:16]) for name, array in DATA.items()}
+    now = state.init_state(recipe.model, recipe.task, recipe.optimizer, batch, augment=recipe.augment)
+    whole = gradients.augmented(recipe, now, batch)["image"]
+    parts = [
+        gradients.augmented(recipe, now, {name: array[4 * shard : 4 * shard + 4] for name, array in batch.items()}, jnp.uint32(shard))["image"]
+        for shard in range(4)
+    ]
+    np.testing.assert_array_equal(jnp.concatenate(parts), whole)
+
+
 def test_shards_that_are_no_power_of_two() -> None:
     """12 shards on 1, 2 and 3 devices: subtrees that no device holds whole."""
 

@@ -249,6 +249,17 @@ def test_an_allowed_change_of_a_number_takes_effect(golden: Callable[[], Path], 
     assert rates and max(rates) <= 1e-4
 
 
+def test_a_run_goes_on_in_another_precision(golden: Callable[[], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As on another generation of cards: a loss scale begins where there was none, and ends where none is wanted."""
+    folder = copy(golden(), tmp_path / "run")
+    assert start(folder, "--steps=26", "--precision=fp16") == 2
+    assert "precision" in capsys.readouterr().err
+    assert start(folder, "--steps=26", "--precision=fp16", "--allow_config_change=precision") == 0
+    assert [line["loss_scale"] for line in lines(folder) if "loss_scale" in line] == [2.0**15]
+    assert start(folder, "--steps=28", "--precision=fp32", "--allow_config_change=precision") == 0
+    assert "loss_scale" not in lines(folder)[-3]
+
+
 def test_the_best_is_kept_though_it_is_old(tmp_path: Path) -> None:
     # From the best step on, training is too fast to be any good.
     changes = {"eval_every": Horizon(2, "steps"), "checkpoint_every": Horizon(2, "steps"), "keep": 1, "steps": 12}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain import config, flags, loop, run, workdir
+from jaxtrain import compare, config, evaluate, flags, loop, pulse, run, workdir
 from jaxtrain.augment import ImageAugment
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.data import statistics
@@ -431,7 +432,8 @@ def test_an_error_of_the_users_own_code_keeps_its_traceback(tmp_path: Path) -> N
 
 def quiet_environment() -> dict[str, str]:
     """What a subprocess gets: one CPU device, and the tests' compilation cache."""
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONWARNINGS": ""}
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")  # the other flags change bits
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONWARNINGS": ""}
 
 
 def test_a_closed_pipe_does_not_end_a_run(tmp_path: Path) -> None:
@@ -452,3 +454,140 @@ def test_an_old_jax_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(jax, "__version__", "0.6.1")
     assert run.guarded(lambda: run.launch(None, [])) == 2  # type: ignore[arg-type]  # said before the run is looked at
     assert capsys.readouterr().err == "jaxtrain: error: needs jax >= 0.10.2; found 0.6.1 (python -m pip install -U jax)\n"
+
+
+def test_only_what_compiles_has_the_long_limit_of_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first dispatch, and the first batch of each shape that a program evaluates; a hang anywhere else is found within --hang_seconds."""
+    said = [""]
+    seen: list[tuple[str, int | str]] = []
+    monkeypatch.setattr(pulse, "beat", lambda phase, step=None: said.append(phase))
+
+    def eval_step(state: Any, batch: Any) -> Any:
+        seen.append((f"batch of {len(batch['id'])}", said[-1]))
+        return {"loss": (np.float32(1), np.float32(1))}
+
+    def batches(size: int) -> list[dict[str, Any]]:
+        return [{"id": np.zeros(size, np.int32)}] * 2
+
+    class Feed(_Recorder):
+        def advance(self, state: Any, count: int) -> Any:
+            seen.append((f"step {state.step + count}", said[-1]))
+            return super().advance(state, count)
+
+    def validate(state: Any) -> dict[str, float]:
+        return evaluate.evaluate(eval_step, state, batches(8))
+
+    def test(state: Any) -> dict[str, float]:
+        return evaluate.evaluate(eval_step, state, batches(6))
+
+    _train(tmp_path, loop.Cadence(total=5, log=1, evaluate=2, save=3), Feed(), validate=validate, test=test)
+    assert seen == [
+        ("batch of 8", "compiling"), ("batch of 8", "evaluating"), ("step 1", "compiling"), ("step 2", "training"),
+        ("batch of 8", "evaluating"), ("batch of 8", "evaluating"), ("step 3", "training"),
+        ("step 4", "training"),  # after a save
+        ("batch of 8", "evaluating"), ("batch of 8", "evaluating"), ("step 5", "training"),
+        ("batch of 8", "evaluating"), ("batch of 8", "evaluating"), ("batch of 6", "compiling"), ("batch of 6", "evaluating"),
+    ]  # fmt: skip
+    assert said[-2:] == ["saving", "ending"]
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "line"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 75, "SIGTERM while waiting for the other processes; nothing done yet"),
+    ],
+)
+def test_a_signal_while_waiting_for_peers(number: int, status: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a person stopped is not to be started again by a scheduler."""
+    alone = toy(processes=2, process=1, coordinator="127.0.0.1:9")
+    before = signal.signal(number, signal.SIG_DFL)  # a shell's job in the background ignores SIGINT, and so would we
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), number)
+            assert run.guarded(lambda: run._join(alone, stop)) == status
+    finally:
+        signal.signal(number, before)
+    assert capsys.readouterr().err == f"jaxtrain: error: {line}\n"
+
+
+PEER_LOST = [
+    "FAILED_PRECONDITION: Buffer Definition Event: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:7",
+    "INTERNAL: Gloo context initialization failed: Connect timeout",
+    "UNKNOWN: [external/gloo/gloo/transport/tcp/pair.cc:572] Read error [127.0.0.1]:40: Connection reset by peer",
+    "UNAVAILABLE: Coordination service has stopped. RecordHeartbeat() from task: 1 failed.",
+    "DEADLINE_EXCEEDED: Barrier timed out. Id: jaxtrain/3. This usually happens because a task triggered the barrier too early or too slowly.",
+    "INTERNAL: NCCL operation ncclAllReduce(...) failed: remote process exited or there was a network error.",
+]
+OUR_FAULT = [
+    "INVALID_ARGUMENT: an optimization barrier needs operands",
+    "INTERNAL: NCCL operation ncclCommInitRank(...) failed: invalid usage (Duplicate GPU detected)",
+    "UNIMPLEMENTED: Unknown datatype in reduction of gloo",
+    "INTERNAL: peer access is not supported between these devices",
+]
+
+
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
+@pytest.mark.parametrize("text", PEER_LOST)
+def test_a_lost_peer_is_one_line_and_the_traceback_in_the_log(
+    text: str, kind: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def step() -> int:
+        raise kind(text)
+
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert run.guarded(step) == 75
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback (most recent call last)") and "in step" in said
+    assert said.splitlines()[-1] == f"jaxtrain: error: lost another process of the run ({text[:160]})"
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    with pytest.raises(kind):
+        run.guarded(step)
+
+
+@pytest.mark.parametrize("text", OUR_FAULT)
+def test_a_fault_in_a_group_is_not_hidden_as_a_lost_peer(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step() -> int:
+        raise jax.errors.JaxRuntimeError(text)
+
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        run.guarded(step)
+
+
+JITTED_TWICE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1099511627776 bytes."
+
+
+@pytest.mark.parametrize(("text", "status"), [(JITTED_TWICE, 71), ("INVALID_ARGUMENT: Executable expected parameter 0 of size 8", None)])
+def test_an_error_of_xla_is_no_bad_input_though_a_jitted_function_raises_it_as_value_error(
+    text: str, status: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if one of our own lines had called the function: no line of jax's Python is in the traceback."""
+    monkeypatch.setattr(run, "_is_ours", lambda error: True)
+
+    def step() -> int:
+        raise ValueError(text)
+
+    if status is None:
+        with pytest.raises(ValueError, match=text):
+            run.guarded(step)
+    else:
+        assert run.guarded(step) == status
+
+
+def test_meshes_that_differ_have_a_status_of_their_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    report = types.SimpleNamespace(agree=False, rows=list, summary=lambda: "data:2 differs")
+    monkeypatch.setattr(compare, "compare", lambda *_, **__: report)
+    monkeypatch.setattr(run.tables, "comparison_table", lambda rows: "")
+    assert run.launch(toy(compare_meshes=("data:2",)), []) == 3
+    assert "data:2 differs" in capsys.readouterr().out
+
+
+def test_a_supervisor_is_told_what_the_experiment_itself_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = pulse.Pulse(tmp_path / "pulse")
+    monkeypatch.setattr(pulse, "_own", lambda: own)
+    monkeypatch.setenv(pulse.SUPERVISED, "1")
+    monkeypatch.setattr(run, "launch", lambda run, argv: 0)
+    assert run._start(toy(max_restarts=2, hang_seconds=7.5), []) == 0
+    said = pulse.read(tmp_path / "pulse")
+    assert said is not None and (said.max_restarts, said.hang_seconds) == (2, 7.5)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain import launch_plan, pulse, rendezvous, verdict
+from jaxtrain import launch_plan, pulse, rendezvous, statuses, verdict, workers
 from jaxtrain.verdict import LIMITS, Observation, Verdict, judge
 from jaxtrain.worker_log import WorkerLog
 
@@ -35,16 +35,20 @@ folder = Path(flags["folder"])
 with open(folder / f"argv-{index}", "a") as file:
     print(*sys.argv[1:], file=file)
 with open(folder / f"environ-{index}", "a") as file:
-    print(os.getpid(), os.environ.get("JAXTRAIN_COORDINATOR"), os.environ.get("XLA_FLAGS"), file=file)
+    print(os.getpid(), os.environ.get("JAXTRAIN_COORDINATOR"), os.environ.get("JAX_PLATFORMS"), os.environ.get("XLA_FLAGS"), file=file)
 attempt = len((folder / f"argv-{index}").read_text().splitlines())
 asked = []
 signal.signal(signal.SIGTERM, lambda *seen: asked.append("TERM"))
 signal.signal(signal.SIGINT, lambda *seen: asked.append("INT"))
 pulse.beat("starting")
+if "wishes" in flags:
+    restarts, seconds = flags["wishes"].split(",")
+    pulse.wishes(int(restarts), float(seconds))
 if "told" in flags:
     pulse.workdir(flags["told"])
 
 def the_place_where_it_hangs():
+    (folder / "hangs").touch()
     while True:
         time.sleep(60)
 
@@ -89,16 +93,16 @@ pulse.beat("ending", steps)
 class Group:
     """A supervisor with its workers, in a folder of their own."""
 
-    def __init__(self, folder: Path, *arguments: str, own: tuple[str, ...] = (), nohup: bool = False, **environ: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, own: tuple[str, ...] = (), before: tuple[str, ...] = (), **environ: str) -> None:
         (folder / "temporary").mkdir(exist_ok=True)
         self.folder, self.began = folder, time.monotonic()
         script = folder / "worker.py"
         script.write_text(WORKER)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAXTRAIN_", "SLURM_", "XLA_"))}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAXTRAIN_", "SLURM_", "XLA_", "JAX_"))}
         environment |= {"TMPDIR": str(folder / "temporary"), "PYTHONPATH": str(ROOT), **environ}
         command = [sys.executable, "-m", "jaxtrain.supervisor", *own, str(script), f"--folder={folder}", *arguments]
         self.process = subprocess.Popen(
-            ["nohup", *command] if nohup else command,
+            [*before, *command],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
 
@@ -216,6 +220,11 @@ def test_a_pulse_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert pulse.read(path) == pulse.Beat(2, "evaluating", 10**12, "/a place/näme")
     own.beat("saving")
     assert pulse.read(path) == pulse.Beat(3, "saving", 10**12, "/a place/näme")
+    own.wishes(10**30, 0.25)
+    assert pulse.read(path) == pulse.Beat(3, "saving", 10**12, "/a place/näme", 10**30, 0.25)
+    own.wishes(2, None)
+    own.workdir("/b")
+    assert pulse.read(path) == pulse.Beat(3, "saving", 10**12, "/b", 2, None)
     path.write_bytes(b"half a l")
     assert pulse.read(path) is None
 
@@ -239,6 +248,7 @@ def test_a_beat_without_a_supervisor_is_nothing(tmp_path: Path) -> None:
         (["--devices=two", __file__], "--devices=two: must be an integer >= 1"),
         (["--seed=3", __file__], "--seed: not a flag of the supervisor; flags of the experiment come after its FILE.py"),
         (["no/such.py"], "no/such.py: no such experiment"),
+        (["--devices=4", __file__, "--platform=gpu"], "--devices=4: makes devices of the CPU, so --platform=gpu has no meaning; drop one of them"),
         (["--processes=2", __file__, "--process=1"], "--processes=2: starts all processes here, so --process has no meaning; drop one of them"),
     ],
 )
@@ -333,6 +343,13 @@ def test_each_group_is_gone_within_the_bound(tmp_path: Path) -> None:
         assert time.monotonic() - began < BOUND
 
 
+def test_what_the_experiment_asks_for_counts_like_flags(tmp_path: Path) -> None:
+    """The supervisor reads no experiment: its worker tells it what `Run(max_restarts=1, hang_seconds=1)` says."""
+    with group(tmp_path, "--fault=hang:1", "--wishes=1,1.0") as made:
+        _, err = made.finish(0)
+    assert re.fullmatch(r"jaxtrain: process 1 of 2 hung while training at step 5 .*; restarting from the beginning, .* \(1 of 1\)", err.splitlines()[0]), err
+
+
 def test_no_restarts_are_left(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with group(tmp_path, "--fault=raise:1", "--attempts=9", f"--told={tmp_path / 'run'}", "--max_restarts=1") as made:
@@ -344,25 +361,64 @@ def test_no_restarts_are_left(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "logs" / "1.txt").read_text().count("RuntimeError: a fault of this very kind") == 2
 
 
-@pytest.mark.parametrize("status", [2, 71])
+@pytest.mark.parametrize("status", [2, 3, 71])
 def test_a_final_status_is_passed_on_at_once(tmp_path: Path, status: int) -> None:
     with group(tmp_path, f"--fault={status}:0,1", "--max_restarts=3", JAXTRAIN_FINAL_STATUS=str(tmp_path / "final")) as made:
         _, err = made.finish(status)
     assert err == f"jaxtrain: error: this is status {status} of process 0\n"
     assert (tmp_path / "final").read_text() == f"{status}\n"
     assert len(made.workers()) == 2
-    assert verdict.FINAL.keys() == {2, 70, 71, 74, 130}
+    assert made.left() == [] and not any((tmp_path / "temporary").iterdir())
+
+
+def test_final_statuses_are_known_to_the_script_of_slurm() -> None:
+    assert statuses.FINAL.keys() == {2, 3, 70, 71, 74, 130}
+    script = (ROOT / "scripts" / "slurm" / "train.sbatch").read_text()
+    assert f"case $status in 0 | {' | '.join(map(str, statuses.FINAL))}) exit" in script
 
 
 def test_a_worker_without_a_terminal_has_its_final_words_shown(tmp_path: Path) -> None:
     with group(tmp_path, "--fault=71:1") as made:
         _, err = made.finish(71)
-    first, second = err.splitlines()
+    first, second, third = err.splitlines()
     assert first == "process 1: jaxtrain: error: this is status 71 of process 1"
     assert second.startswith("jaxtrain: process 1 of 2 ended with status 71 (out of memory) while training at step 5; stacks: ")
     assert second.endswith("; a restart would not help")
-    assert "log-1" in made.left()  # there is no workdir to keep it in
+    [folder] = (tmp_path / "temporary").iterdir()  # there is no workdir to keep the log in
+    assert third == f"jaxtrain: what the processes printed is kept in {folder}, for it does not lie in the run's folder"
+    assert "log-1" in made.left()
     assert not {"pulse-1", "stacks-1"} & set(made.left())
+
+
+def test_where_children_are_ignored_their_status_is_still_known(tmp_path: Path) -> None:
+    """Some launchers ignore SIGCHLD, which goes on to what they start; the kernel then forgets how children ended."""
+    ignore = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    with group(tmp_path, "--fault=71:0", before=(sys.executable, "-c", ignore)) as made:
+        made.finish(71)
+
+
+LEAVES_A_CHILD = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True)"
+
+
+def test_a_dead_worker_keeps_its_number_until_its_children_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later the number may be a stranger's, so nothing is sent to it any more."""
+    worker = workers.Worker(0, [sys.executable, "-c", LEAVES_A_CHILD], os.environ, tmp_path, tmp_path / "log", 0.0)
+    until = time.monotonic() + 10
+    while worker.observe(1.0).status is None:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    child, own = int((tmp_path / "log").read_text()), worker._process.pid
+    assert worker.observe(2.0).status == 0 and Path(f"/proc/{own}").exists() and alive(child)
+    sent: list[int] = []
+    monkeypatch.setattr(workers.os, "killpg", lambda group, number, kill=os.killpg: (sent.append(group), kill(group, number)))
+    monkeypatch.setattr(workers.os, "kill", lambda process, number: sent.append(process))
+    assert workers.end([worker]) == [] and sent == [own] and not Path(f"/proc/{own}").exists()
+    while alive(child):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert workers.end([worker]) == [] and not worker.ask_for_stack()
+    worker.send(signal.SIGTERM)
+    assert sent == [own]
 
 
 def test_a_long_compilation_is_no_hang(tmp_path: Path) -> None:
@@ -384,6 +440,8 @@ def test_a_signal_reaches_every_worker_once(tmp_path: Path, number: signal.Signa
 def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
     with group(tmp_path, "--fault=hang:0") as made:
         made.wait_for_workers(2, step=5)
+        while not (tmp_path / "hangs").exists():
+            time.sleep(0.02)
         for _ in range(2):
             made.process.send_signal(signal.SIGINT)
             time.sleep(0.3)
@@ -392,7 +450,7 @@ def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
 
 
 def test_hangup_is_ignored_where_it_was_before(tmp_path: Path) -> None:
-    with group(tmp_path, "--steps=20", nohup=True) as made:
+    with group(tmp_path, "--steps=20", before=("nohup",)) as made:
         made.wait_for_workers(2)
         made.process.send_signal(signal.SIGHUP)
         made.finish(0)
@@ -426,11 +484,14 @@ def test_a_supervisor_that_was_stopped_itself_gives_no_alarm(tmp_path: Path) -> 
 def test_the_devices_and_the_coordinator_of_a_rehearsal(tmp_path: Path) -> None:
     made = Group(tmp_path, own=("--processes=2", "--devices=4"), XLA_FLAGS="--xla_cpu_enable_fast_math=false")
     made.finish(0)
-    lines = [(tmp_path / f"environ-{index}").read_text().split(maxsplit=2) for index in range(2)]
-    for _, coordinator, flags in lines:
+    lines = [(tmp_path / f"environ-{index}").read_text().split(maxsplit=3) for index in range(2)]
+    for _, coordinator, platforms, flags in lines:
         assert rendezvous.split(coordinator)[0] == "127.0.0.1"
+        assert platforms == "cpu"  # else jax takes the GPU of a machine that has one
         assert flags.strip() == "--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=4"
     assert lines[0][1] == lines[1][1]
+    Group(tmp_path, own=("--devices=4",), JAX_PLATFORMS="cuda").finish(0)  # whoever says so himself means it
+    assert (tmp_path / "environ-0").read_text().splitlines()[-1].split()[2] == "cuda"
 
 
 def test_one_worker_of_a_larger_group_is_named_by_its_own_number(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_regression():
     sums = Regression().loss(jnp.asarray(outputs), {"target": jnp.asarray(targets), "weight": jnp.array([1.0, 1, 0, 1, 0])})
     expected = np.square(outputs.astype(np.float64) - targets).mean(1)[[0, 1, 3]].sum()
     assert (float(sums["loss"][0]), float(sums["loss"][1])) == (pytest.approx(expected, rel=1e-6), 3.0)
-    with pytest.raises(ValueError, match=r"^outputs have shape \(5, 1\), targets \(5, 3\); they must be equal$"):
+    with pytest.raises(ValueError, match=r"^outputs have shape \(5, 1\), targets \(5, 3\); they must be equal, so change the model's last layer or --task.target$"):
         Regression().loss(jnp.ones((5, 1)), {"target": jnp.asarray(targets)})
 
 

@@ -170,9 +170,9 @@ def test_halves_are_reduced_in_float32() -> None:
 def test_what_the_task_cannot_use_is_named() -> None:
     with pytest.raises(ValueError, match=r"^batch has keys image; the task wants 'tokens'; set --task.input$"):
         NextToken().inputs({"image": jnp.ones(1)})
-    with pytest.raises(ValueError, match=r"^'tokens' has shape \(4, 1\); the task wants \(batch, length\) with a length of 2 or more$"):
+    with pytest.raises(ValueError, match=r"^'tokens' has shape \(4, 1\); the task wants \(batch, length\) with a length of 2 or more; give it such tokens, or set --task.input$"):
         NextToken().inputs({"tokens": jnp.ones((4, 1), jnp.int32)})
-    with pytest.raises(ValueError, match=r"^outputs have shape \(4, 7\); the task wants \(4, 5\) and the vocabulary$"):
+    with pytest.raises(ValueError, match=r"^outputs have shape \(4, 7\); the task wants \(4, 5\) and the vocabulary; the model must answer at every place$"):
         NextToken().loss(jnp.ones((4, 7)), BATCH)
     assert isinstance(tasks.NAMES["next_token"], NextToken)
 

@@ -212,6 +212,7 @@ def test_a_token_beyond_the_vocabulary_is_no_number() -> None:
     tokens[1, 2] = 11
     logits = np.asarray(run(TINY, random_params(TINY), tokens))
     assert np.isnan(logits[1, 2:]).all() and np.isfinite(logits[[0, 2]]).all()
+    assert jnp.isnan(transformer.look_up(jnp.eye(3), jnp.array([[-1]]))).all(), "padding is not the last token"
 
 
 # --- dtypes -------------------------------------------------------------------------------------------------------------------------------

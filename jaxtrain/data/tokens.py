@@ -65,7 +65,7 @@ class SyntheticTokens:
         """The probability (S, V) of each token after each state, float64; every row is drawn from a symmetric Dirichlet distribution."""
         largest = int(math.log(MOST, self.vocabulary) + 1e-9) - 1
         if self.order > largest:
-            remedy = f"use <= {largest}" if largest else f"use --data.vocabulary <= {math.isqrt(MOST)}"
+            remedy = f"use <= {largest}" if largest > 0 else f"use --data.vocabulary <= {math.isqrt(MOST)}"
             raise ValueError(f"--data.order={self.order}: a table of {self.vocabulary}^{self.order + 1} numbers, more than {MOST}; {remedy}")
         shape = self.vocabulary**self.order, self.vocabulary
         # A row whose numbers are all too small to be held becomes even.

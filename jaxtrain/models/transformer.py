@@ -130,6 +130,7 @@ def look_up(embed_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     width 64; larger vocabularies are worse for the product). It is summed in float32: in bfloat16 4,096 equal numbers made a tenth of their sum.
     """
     wide = jnp.promote_types(embed_VD.dtype, jnp.float32)
+    tokens_BT = jnp.where(tokens_BT < 0, embed_VD.shape[0], tokens_BT)  # -1 is a common padding, and to `take` the last row
     return jnp.take(embed_VD.astype(wide), tokens_BT, axis=0, mode="fill", fill_value=jnp.nan).astype(embed_VD.dtype)
 
 
