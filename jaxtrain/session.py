@@ -283,6 +283,7 @@ class Session:
             found.append(WandbWriter(self.run.wandb, name=self.run.name, run_id=run_id, folder=self.folder, config=record, note=flags.warn))
         return found
 
+
 def _device_bytes(mesh: Mesh) -> int | None:
     return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 

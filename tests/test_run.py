@@ -447,8 +447,6 @@ def test_a_closed_pipe_does_not_end_a_run(tmp_path: Path) -> None:
     assert lines(tmp_path / "run")[-1]["split"] == "test"
 
 
-
-
 def test_an_old_jax_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(jax, "__version_info__", (0, 6, 1))
     monkeypatch.setattr(jax, "__version__", "0.6.1")
