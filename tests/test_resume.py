@@ -255,7 +255,7 @@ def test_a_run_goes_on_in_another_precision(golden: Callable[[], Path], tmp_path
     assert start(folder, "--steps=26", "--precision=fp16") == 2
     assert "precision" in capsys.readouterr().err
     assert start(folder, "--steps=26", "--precision=fp16", "--allow_config_change=precision") == 0
-    assert [line["loss_scale"] for line in lines(folder) if "loss_scale" in line] == [2.0**15]
+    assert {line["loss_scale"] for line in lines(folder) if "loss_scale" in line} == {2.0**15}
     assert start(folder, "--steps=28", "--precision=fp32", "--allow_config_change=precision") == 0
     assert "loss_scale" not in lines(folder)[-3]
 
