@@ -209,6 +209,8 @@ def check(run: Run) -> None:
         raise ValueError(f"--profile_steps={flag_values.text(run.profile_steps)}: must be FIRST,LAST with 0 <= FIRST < LAST")
     if run.keep_every is not None and run.keep_every.value == 0:
         raise ValueError("--keep_every=0steps: must be > 0; to keep none for ever, give none")
+    if run.reproducible and run.compare_meshes:
+        raise ValueError("--compare_meshes: compares plain steps, which layouts change by rounding; drop --reproducible, whose digests `verify` compares")
     if run.reproducible and run.batch_size % run.logical_shards:
         near = nearest_divisors(run.batch_size, run.logical_shards)
         raise ValueError(f"--logical_shards={run.logical_shards}: must divide --batch_size={run.batch_size}; nearest: {near}")

@@ -4,7 +4,7 @@ A feed is called with the state and a number of steps, dispatches them, and retu
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
@@ -22,6 +22,9 @@ MOST_STEPS = 128
 class Feed(Protocol):
     """What the loop asks for steps."""
 
+    compiles_late: ClassVar[bool]
+    """Whether the first dispatch compiles, so that its time says nothing of the others."""
+
     def advance(self, state: TrainState, count: int) -> tuple[TrainState, metrics.Sums]:
         """Dispatches `count` steps; the sums are those of all of them."""
         ...
@@ -35,6 +38,7 @@ class Feed(Protocol):
 class ResidentFeed:
     """Data in device memory: one dispatch gathers and trains any number of steps."""
 
+    compiles_late: ClassVar[bool] = False
     single: Any
     several: Any
     """Compiled programs of one step and of many; the second may be None if no call has more than one."""
@@ -62,6 +66,7 @@ def device_count(count: int, data: Batch) -> jax.Array:
 class ReproducibleFeed:
     """Steps of one-device programs (`reproducible.py`), over data in device memory or over a stream."""
 
+    compiles_late: ClassVar[bool] = True
     trainer: Trainer
     source: Batch | Stream
     batch_size: int
@@ -89,6 +94,7 @@ class ReproducibleFeed:
 class StreamFeed:
     """Batches read ahead in the background: one step a dispatch."""
 
+    compiles_late: ClassVar[bool] = False
     step: Any
     stream: Stream
 

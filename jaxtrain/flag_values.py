@@ -264,7 +264,7 @@ def _read_pair(part: str, items: Sequence[Any]) -> tuple[str, Any]:
     """A rule, `PATTERN=VALUE`; the last `=` divides, for a pattern may hold one."""
     pattern, equals, value = part.rpartition("=")
     if not equals or not pattern:
-        raise ValueError("not a rule; expected PATTERN=VALUE, e.g. bias=0")
+        raise ValueError(f"not a rule; expected PATTERN=VALUE, e.g. {'head/kernel=fsdp:-' if items[1] is str else 'bias=0'}")
     return pattern, read(value, items[1])
 
 

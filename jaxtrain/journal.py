@@ -32,7 +32,7 @@ class Journal:
         self._totals = metrics.Totals(interval)
         self._step = self._timed_step = step
         self._clock = time.monotonic()
-        self._shown = 0.0
+        self._shown, self._late = 0.0, False
         self._seconds, self._steps = 0.0, 0
         """Spent on, and number of, the steps since the last line; pauses left out."""
 
@@ -48,6 +48,8 @@ class Journal:
             raise Diverged(f"step {step}: gradients overflow float16 even at loss scale 1; lower --optimizer.learning_rate, or use bf16 or fp32")
         self._step = step
         self._totals.add(sums)
+        if self._late:
+            self.resume()
         if step % self._every == 0 or step == self._total_steps:
             self._measure(step)
             means = self._totals.means()
@@ -64,9 +66,9 @@ class Journal:
         """Stops the clock: what follows (an evaluation, a save) is not the speed of training."""
         self._measure(self._step)
 
-    def resume(self) -> None:
-        """Starts it again."""
-        self._clock, self._timed_step = time.monotonic(), self._step
+    def resume(self, *, late: bool = False) -> None:
+        """Starts it again; `late` where the next dispatch is over, for that one compiles."""
+        self._clock, self._timed_step, self._late = time.monotonic(), self._step, late
 
     def record(self) -> dict[str, list[float | str]]:
         """The unfinished interval, for the checkpoint."""

@@ -82,7 +82,7 @@ def train(
     saved = step if step else None
     if (step == 0 or owed) and validate is not None and cadence.evaluate:
         best = _evaluate(state, step, "validation", validate, writers, progress, best)[1]
-    journal.resume()
+    journal.resume(late=feed.compiles_late)
     pulse.beat("compiling", step)  # some programs are compiled only at their first call
 
     # --debug_nans runs a bad step again operation by operation, and each of them brings its constants along.

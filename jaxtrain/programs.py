@@ -93,13 +93,17 @@ def options(run: config.Run, train: Table, length: Lengths) -> Options:
     )
 
 
+def check_mesh(run: config.Run, mesh: Mesh) -> None:
+    """`ValueError` if the batch cannot be split over the mesh."""
+    if run.reproducible:  # first, for its rule is the stricter one
+        reproducible.check(mesh, run.logical_shards, run.batch_size)
+    meshes.check_batch("batch_size", run.batch_size, mesh)
+
+
 def check_model(run: config.Run, train: Table, recipe: Options, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Runs model and task on shapes alone; returns the abstract batch. Whatever does not fit is an error here, before anything is compiled."""
-    meshes.check_batch("batch_size", run.batch_size, mesh)
     if run.offload != "none" and "pinned_host" not in {memory.kind for memory in mesh.local_devices[0].addressable_memories()}:
         raise ValueError(f"--offload={run.offload}: programs on {mesh.local_devices[0].device_kind} cannot reach the host's memory; drop it")
-    if run.reproducible:
-        reproducible.check(mesh, run.logical_shards, run.batch_size)
     if run.microbatches > 1:
         shards = run.logical_shards if run.reproducible else meshes.batch_shards(mesh)
         if (run.batch_size // run.microbatches) % shards:

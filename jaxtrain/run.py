@@ -32,6 +32,8 @@ from jaxtrain.witness import WitnessLock
 
 OLDEST_JAX = (0, 10, 2)
 
+SILENT_SECONDS = 10.0
+"""A process that has waited so long for the others says so."""
 PEER_LOST = re.compile(
     r"gloo [\w -]+ failed: |connection (?:closed|reset) by peer|heartbeat timeout|coordination service|barrier (?:timed out|failed)"
     r"|remote process exited|ncclremoteerror",
@@ -101,7 +103,8 @@ def _failed_on_device(error: Exception, show_traceback: bool) -> int:
         return _say(f"out of memory on the device ({reason}); lower --batch_size or raise --microbatches", OUT_OF_MEMORY, show_traceback)
     if jax.distributed.is_initialized() and PEER_LOST.search(str(error)):
         # With the traceback: should it be a fault after all, the log of the process says where.
-        return _say(f"lost another process of the run ({reason})", TRY_AGAIN, show_traceback=True)
+        # The terminal of process 0 has one line; the others' is their log.
+        return _say(f"lost another process of the run ({reason})", TRY_AGAIN, show_traceback or not group.is_main())
     raise error
 
 
@@ -129,7 +132,7 @@ def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
     _join(run, stop)
     mesh = _mesh(run)
     asked, run = run.precision, config.replaced(run, {"precision": programs.chosen_precision(run, mesh)})
-    meshes.check_batch("batch_size", run.batch_size, mesh)  # again with the data's shapes, but those may take a while to be known
+    programs.check_mesh(run, mesh)  # before the data, which may take a while
     _use_compilation_cache()
     jax.config.update("jax_debug_nans", run.debug_nans)
     jax.config.update("jax_default_matmul_precision", {"default": None, "tf32": "tensorfloat32", "fp32": "highest"}[run.matmul_precision])
@@ -165,7 +168,14 @@ def _join(run: config.Run, stop: Stop) -> None:
     if found is None:
         return
 
+    began, told = time.monotonic(), False
+
     def waiting() -> None:
+        nonlocal told
+        if not told and time.monotonic() - began > SILENT_SECONDS:
+            told = True
+            who = f"all {found.count} processes" if found.index == 0 else "process 0"
+            print(f"jaxtrain: waiting for {who} at {found.coordinator}", file=sys.stderr, flush=True)
         if stop.number == signal.SIGINT:
             raise KeyboardInterrupt
         if stop.status is not None:
@@ -179,8 +189,9 @@ def _compare(run: config.Run, train: Table, recipe: Options, devices: Sequence[j
     """Compares meshes instead of training; status 3 if one differs."""
     parts = (run.model, run.task, run.optimizer)
     batches = programs.host_batches(run, train)
+    progress, count = Progress(run.compare_steps), len(run.compare_meshes)
+    progress.line(f"{run.compare_steps} steps on one device and on {count} mesh{'es' if count > 1 else ''}; compiling {2 * count + 2} programs first")
     report = compare.compare(*parts, batches, run.compare_meshes, seed=run.seed, steps=run.compare_steps, devices=devices, **recipe)
-    progress = Progress(run.compare_steps)
     progress.show(tables.comparison_table(report.rows()))
     progress.line(report.summary())
     return 0 if report.agree else DIFFERENT

@@ -211,6 +211,8 @@ ROWS = [
     Row("--profile_steps=5", "--profile_steps=5: has 1 items; expected 2, separated by a comma"),
     Row("--profile_steps=5,6,7", "--profile_steps='5,6,7': has 3 items; expected 2, separated by a comma"),
     Row("--profile_steps=9,5", "--profile_steps=9,5: must be FIRST,LAST with 0 <= FIRST < LAST"),
+    Row("--shard=head/kernel", "--shard='head/kernel': item 1 ('head/kernel'): not a rule; expected PATTERN=VALUE, e.g. head/kernel=fsdp:-"),
+    Row("--reproducible --compare_meshes=data:1", "--compare_meshes: compares plain steps, which layouts change by rounding; drop --reproducible, whose digests `verify` compares"),
     Row("--optimizer.decay=bias", "--optimizer.decay='bias': item 1 ('bias'): not a rule; expected PATTERN=VALUE, e.g. bias=0"),
     Row("--optimizer.decay=bias=x", "--optimizer.decay='bias=x': item 1 ('bias=x'): not a number; expected a float, e.g. 0.1"),
     # horizons

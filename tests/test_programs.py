@@ -52,8 +52,9 @@ def test_a_batch_larger_than_the_data_is_refused():
 
 
 def checked(run, grid="data:1"):
-    train = run.data.open().train
-    return programs.check_model(run, train, programs.options(run, train, programs.lengths(run, len(train))), mesh.make(grid))
+    train, where = run.data.open().train, mesh.make(grid)
+    programs.check_mesh(run, where)
+    return programs.check_model(run, train, programs.options(run, train, programs.lengths(run, len(train))), where)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,7 @@ def checked(run, grid="data:1"):
     [
         ({"model": MLP(num_classes=3)}, "data:1", "--model.num_classes=3: the data has 4 classes; set --model.num_classes=4"),
         ({"batch_size": 20}, "data:8", "--batch_size=20: not divisible by 8 devices; nearest: 16 or 24"),
+        ({"reproducible": True}, "data:3", "--logical_shards=8: must be a multiple of the 3 devices; use --logical_shards=3 or fewer devices"),
         ({"microbatches": 4}, "data:8", "--microbatches=4: a part of 4 examples is not divisible by 8 devices; use fewer parts"),
         ({"task": Classification(input="tokens")}, "data:1", "batch has keys image, label; the task wants 'tokens'; set --task.input"),
     ],

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain import compare, config, evaluate, flags, loop, pulse, run, workdir
+from jaxtrain import compare, config, evaluate, flags, group, loop, pulse, run, workdir
 from jaxtrain.augment import ImageAugment
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.data import statistics
@@ -187,6 +188,8 @@ def test_init_from_takes_parameters_only(golden: Path, tmp_path: Path) -> None:
 
 class _Recorder:
     """A feed that notes what is dispatched, in the order of what is read; its state is the step."""
+
+    compiles_late = False
 
     def __init__(self) -> None:
         self.events: list[tuple[str, int]] = []
@@ -489,6 +492,14 @@ def test_only_what_compiles_has_the_long_limit_of_compiling(tmp_path: Path, monk
     assert said[-2:] == ["saving", "ending"]
 
 
+def test_a_long_wait_for_peers_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(run, "SILENT_SECONDS", 0.0)
+    with Stop() as stop:
+        threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        assert run.guarded(lambda: run._join(toy(processes=2, process=1, coordinator="127.0.0.1:9"), stop)) == 75
+    assert capsys.readouterr().err.splitlines()[0] == "jaxtrain: waiting for process 0 at 127.0.0.1:9"
+
+
 @pytest.mark.parametrize(
     ("number", "status", "line"),
     [
@@ -534,6 +545,9 @@ def test_a_lost_peer_is_one_line_and_the_traceback_in_the_log(
         raise kind(text)
 
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert run.guarded(step) == 75
+    assert len(capsys.readouterr().err.splitlines()) == 1, "process 0 writes to the terminal"
+    monkeypatch.setattr(group, "is_main", lambda: False)
     assert run.guarded(step) == 75
     said = capsys.readouterr().err
     assert said.startswith("Traceback (most recent call last)") and "in step" in said
