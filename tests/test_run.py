@@ -267,6 +267,22 @@ def test_the_host_reads_each_dispatch_once_and_waits_where_it_must(tmp_path: Pat
     assert [(line["step"], line["split"]) for line in read_metrics(tmp_path / "metrics.jsonl")][-3:] == [(8, "train"), (8, "validation"), (8, "test")]
 
 
+def test_a_dispatch_that_compiles_says_nothing_of_the_rate(tmp_path: Path) -> None:
+    """Ten seconds for the first step, one for each of the next four."""
+    with pytest.MonkeyPatch.context() as patch:
+        now = [0.0]
+        patch.setattr("jaxtrain.journal.time.monotonic", lambda: now[0])
+        writers = Writers(JsonlWriter(tmp_path / "metrics.jsonl"), [], note=print)
+        journal = Journal(writers, Progress(9, live=False), every=5, step=0, total_steps=9, batch_size=8)
+        journal.resume(late=True)
+        for step in range(1, 6):
+            now[0] += 10.0 if step == 1 else 1.0
+            journal.take(step, {"loss": (1.0, 1.0)})
+        writers.close()
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["examples_per_second"] == pytest.approx(8.0)
+
+
 @pytest.mark.parametrize("loss", [np.nan, np.inf, -np.inf])
 def test_a_validation_that_is_no_number_ends_nothing(tmp_path: Path, loss: float) -> None:
     values = iter([loss, 2.0, loss, 1.0])
