@@ -1,6 +1,5 @@
 """Evaluation of a finite set, exact: every example once, whatever the batch size and the number of devices."""
 
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,26 +10,30 @@ from jaxtrain import metrics, pulse
 from jaxtrain.recipe import Batch
 from jaxtrain.state import TrainState
 
-_compiled: weakref.WeakKeyDictionary[Callable[..., Any], set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
-"""The shapes of batches that each program was called with, for which jax has compiled it."""
+Shapes = tuple[tuple[Any, ...], ...]
 
 
 def evaluate(
-    eval_step: Callable[[TrainState, Batch], metrics.Sums], state: TrainState, batches: Iterable[Batch], fetch: Callable[[Any], Any] = jax.device_get
-) -> dict[str, float]:
+    eval_step: Callable[[TrainState, Batch], metrics.Sums], state: TrainState, batches: Iterable[Batch], *, compiled: set[Shapes] | None = None,
+    fetch: Callable[[Any], Any] = jax.device_get,
+) -> dict[str, float]:  # fmt: skip
     """The means of a task's metrics over all batches, summed in float64.
 
     >>> evaluate(lambda state, batch: {"loss": (batch["image"].sum(), batch["weight"].sum())}, None,
     ...          [{"image": np.ones(2), "weight": np.ones(2)}, {"image": np.full(2, 4.0), "weight": np.array([1.0, 0.0])}])
     {'loss': 3.3333333333333335}
 
-    Padding has `weight` 0 (see `pipeline.evaluation_batches`); `eval_step` comes from `step.make_eval_step`.
+    Padding has `weight` 0 (see `pipeline.evaluation_batches`); `eval_step` comes from `step.make_eval_step`. `compiled` holds the shapes of the
+    batches that it has been called with, and is added to: a batch of other shapes may take as long as a compilation.
     """
     totals = metrics.Totals()
     pending = None
+    compiled = set() if compiled is None else compiled
     pulse.beat("evaluating")
     for batch in batches:
-        if _is_new(eval_step, batch):
+        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
+        if shapes not in compiled:
+            compiled.add(shapes)
             pulse.beat("compiling")
         sums = eval_step(state, batch)
         pulse.beat("evaluating")
@@ -41,18 +44,6 @@ def evaluate(
         raise ValueError("evaluation of 0 examples; give a split that holds some")
     totals.add(fetch(pending))
     return totals.means()
-
-
-def _is_new(eval_step: Callable[..., Any], batch: Batch) -> bool:
-    """Whether this call will compile: the first one with a batch of these shapes."""
-    shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
-    try:
-        known = _compiled.setdefault(eval_step, set())
-    except TypeError:  # a callable that cannot be remembered; so it has the longer limit, which is never a false alarm
-        return True
-    new = shapes not in known
-    known.add(shapes)
-    return new
 
 
 def predictions(predict_step: Callable[[TrainState, Batch], dict[str, jax.Array]], state: TrainState, batches: Iterable[Batch]) -> dict[str, np.ndarray]:

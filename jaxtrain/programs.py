@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import adapters, config, evaluate, group, loop, metrics, precision, reproducible, sharding, step
+from jaxtrain import adapters, config, evaluate, group, loop, precision, reproducible, sharding, step
 from jaxtrain import mesh as meshes
 from jaxtrain.data import order, pipeline, statistics
 from jaxtrain.data.splits import Splits
@@ -183,23 +183,21 @@ def evaluators(run: config.Run, splits: Splits, recipe: Options, mesh: Mesh) -> 
     parts = (run.model, run.task, run.optimizer)
     if run.reproducible:
         trainer = reproducible.Trainer(Recipe(*parts, **recipe), mesh, run.logical_shards)
-        eval_step, begin = _cutting(trainer), trainer.copies  # copies are made once a pass, and freed after it
     else:
-        eval_step, begin = step.make_eval_step(*parts, mesh=mesh, **recipe), _as_it_is
+        eval_step = step.make_eval_step(*parts, mesh=mesh, **recipe)
+    compiled: set[evaluate.Shapes] = set()
+
+    def means(state: TrainState, table: Table) -> dict[str, float]:
+        if not run.reproducible:
+            return evaluate.evaluate(eval_step, state, batches(run, table, mesh), compiled=compiled)
+        copies = trainer.copies(state)  # once a pass, and freed after it
+        return evaluate.evaluate(lambda _, batch: trainer.evaluate(copies, trainer.cut(batch)), state, batches(run, table, mesh), compiled=compiled)
 
     def evaluator(table: Table) -> loop.Evaluate:
-        return lambda state: evaluate.evaluate(eval_step, begin(state), batches(run, table, mesh))
+        return lambda state: means(state, table)
 
     tables = {"validation": splits.validation, "test": splits.test}
     return {name: evaluator(table) for name, table in tables.items() if table is not None}
-
-
-def _cutting(trainer: reproducible.Trainer) -> Callable[[Any, Batch], metrics.Sums]:
-    return lambda copies, batch: trainer.evaluate(copies, trainer.cut(batch))
-
-
-def _as_it_is(state: TrainState) -> Any:
-    return state
 
 
 def host_batches(run: config.Run, train: Table) -> Iterator[dict[str, Any]]:

@@ -102,8 +102,7 @@ def _failed_on_device(error: Exception, show_traceback: bool) -> int:
     if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
         return _say(f"out of memory on the device ({reason}); lower --batch_size or raise --microbatches", OUT_OF_MEMORY, show_traceback)
     if jax.distributed.is_initialized() and PEER_LOST.search(str(error)):
-        # With the traceback: should it be a fault after all, the log of the process says where.
-        # The terminal of process 0 has one line; the others' is their log.
+        # Should it be a fault after all, the logs of the processes say where; process 0 has none but the terminal, which gets one line.
         return _say(f"lost another process of the run ({reason})", TRY_AGAIN, show_traceback or not group.is_main())
     raise error
 

@@ -75,6 +75,16 @@ def check(report: compare.Report) -> None:
     assert report.agree
 
 
+@pytest.mark.parametrize(("asked", "used"), [(None, "highest"), ("tensorfloat32", "tensorfloat32")])
+def test_products_are_whole_unless_somebody_asked_for_tf32(asked: str | None, used: str, monkeypatch: pytest.MonkeyPatch):
+    """On a GPU float32 would be TF32 otherwise, which rounds by more than is tolerated."""
+    seen = []
+    monkeypatch.setattr(compare, "_single_steps", lambda *_: (seen.append(jax.config.jax_default_matmul_precision), ([], []))[1])
+    with jax.default_matmul_precision(asked):
+        compare.compare(MLP(num_classes=C, widths=()), Classification(), SGD(), batches(D), (), steps=1)
+    assert seen == [used]
+
+
 def test_an_mlp_with_batch_norm_agrees():
     """Its bias before the norm has no true gradient; what is there is noise, and not taken for a difference."""
     model = MLP(num_classes=C, widths=(16,), norm="batch")

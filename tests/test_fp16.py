@@ -49,7 +49,7 @@ def test_an_overflow_changes_nothing_but_the_scale_and_the_place(train: jaxtrain
 
 
 def test_a_run_with_overflows_is_the_run_without_them(train: jaxtrain.step.Update) -> None:
-    """The scale is a power of two, so a smaller one changes no bit of a gradient that overflows under neither."""
+    """A smaller scale moves gradients by the rounding of float16 at most."""
     one, other = born(), born()
     for index, batch in enumerate(BATCHES):
         one, _ = train(one, batch)

@@ -50,6 +50,28 @@ def facts(model: Any, task: Any, batch: dict[str, Any], mesh_text: str, *, card:
     }
 
 
+def evaluation(model: Any, task: Any, batch: dict[str, Any], mesh_text: str) -> dict[str, Any]:
+    """The same of one evaluation step: what it sends, and the parameters."""
+    import jax
+
+    from jaxtrain import collectives, mesh, sharding, tree
+    from jaxtrain.optimizers import AdamW
+    from jaxtrain.recipe import Recipe
+    from jaxtrain.state import init_state, state_shardings
+    from jaxtrain.step import make_eval_step
+
+    parts, grid = (model, task, AdamW()), mesh.make(mesh_text, gpu_target.devices("h100", EIGHT))
+    state = jax.eval_shape(lambda: init_state(*parts, batch))
+    places = state_shardings(Recipe(*parts), batch, state, grid)
+    abstract = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, places)
+    rows = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.batch(grid)) for name, leaf in batch.items()}
+    found = collectives.read(make_eval_step(*parts, mesh=grid).lower(abstract, rows).compile().as_text())
+    return {
+        "wire": {kind: collectives.wire_bytes(found, kind) for kind in sorted({each.kind for each in found})},
+        "arrays": {path: leaf.shape for path, leaf in tree.flatten(state.params).items()},
+    }
+
+
 def images(side: int) -> dict[str, Any]:
     """An abstract batch of images."""
     import jax
@@ -91,6 +113,7 @@ def transformers() -> dict[str, Any]:
     vit = ViT(num_classes=16, patch=4, width=256, depth=2, heads=8)
     found = {f"decoder {text}": facts(decoder, NextToken(), tokens(), text) for text in ("data:8", "fsdp:8", "data:2,fsdp:4", "fsdp:4,tensor:2")}
     found |= {f"vit {text}": facts(vit, Classification(), images(32), text) for text in ("data:8", "fsdp:8")}
+    found["decoder evaluated"] = evaluation(decoder, NextToken(), tokens(), "fsdp:8")
     for remat in ("none", "blocks"):
         found[f"bf16 {remat}"] = facts(decoder, NextToken(), tokens(), "fsdp:8", precision="bf16", remat=remat)
     return found
@@ -226,6 +249,13 @@ def test_transformers_send_what_they_must(large: tuple[dict[str, Any], str]) -> 
     whole = bytes_of(found["vit data:8"])
     check(found["vit data:8"], {"all-reduce": TWICE * whole})
     check(found["vit fsdp:8"], {"all-gather": ONCE * whole, "reduce-scatter": ONCE * whole})
+
+
+@NEEDS_COMPILER
+@pytest.mark.slow
+def test_evaluation_gathers_parameters_and_no_activations(large: tuple[dict[str, Any], str]) -> None:
+    found = large[0]["decoder evaluated"]
+    check(found, {"all-gather": ONCE * bytes_of(found)})
 
 
 @NEEDS_COMPILER

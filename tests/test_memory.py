@@ -96,6 +96,16 @@ def test_the_optimizer_in_the_memory_of_the_host(precision: str, close: float, p
     assert copied == 0
 
 
+def test_what_reproducible_steps_hold_besides() -> None:
+    """Of a sharded state each device has a whole copy while it computes; and the gradients of each of its logical shards, with their sum."""
+    whole, split = (state.init_state(*PARTS, BATCH, mesh=mesh.make(text)) for text in ("data:2", "fsdp:2"))
+    gradients_of_all = 2 * (8 * 16 + 16 + 16 * 8 + 8) * 4
+    found = training._reproducible_memory(split, None, mesh.make("fsdp:2"), 4)
+    assert found["whole state while computing"] == training.state_bytes(whole) > training.state_bytes(split)
+    assert found["gradients of 4 logical shards and their sum"] == 5 * gradients_of_all
+    assert "whole state while computing" not in training._reproducible_memory(whole, None, mesh.make("data:2"), 4)
+
+
 def test_averages_in_bfloat16(plain: Any) -> None:
     losses, now, copied = trained(optimizer_state="bf16")
     np.testing.assert_allclose(losses, plain[0], rtol=2e-2)

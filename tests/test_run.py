@@ -476,6 +476,7 @@ def test_an_old_jax_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_only_what_compiles_has_the_long_limit_of_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first dispatch, and the first batch of each shape that a program evaluates; a hang anywhere else is found within --hang_seconds."""
     said = [""]
+    known: set[evaluate.Shapes] = set()
     seen: list[tuple[str, int | str]] = []
     monkeypatch.setattr(pulse, "beat", lambda phase, step=None: said.append(phase))
 
@@ -492,10 +493,10 @@ def test_only_what_compiles_has_the_long_limit_of_compiling(tmp_path: Path, monk
             return super().advance(state, count)
 
     def validate(state: Any) -> dict[str, float]:
-        return evaluate.evaluate(eval_step, state, batches(8))
+        return evaluate.evaluate(eval_step, state, batches(8), compiled=known)
 
     def test(state: Any) -> dict[str, float]:
-        return evaluate.evaluate(eval_step, state, batches(6))
+        return evaluate.evaluate(eval_step, state, batches(6), compiled=known)
 
     _train(tmp_path, loop.Cadence(total=5, log=1, evaluate=2, save=3), Feed(), validate=validate, test=test)
     assert seen == [
