@@ -11,7 +11,7 @@ recipe was chosen on parts of the train split; the test split was read only afte
 
 import jaxtrain
 from jaxtrain import augment, optimizers, schedules
-from jaxtrain.data.digits import Digits
+from jaxtrain.data.sources.digits import Digits
 from jaxtrain.models import convnet, mlp, resnet, vit
 from jaxtrain.tasks import Classification
 

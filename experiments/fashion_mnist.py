@@ -18,7 +18,7 @@ today's data. NOT run to its end by us, as we had no GPU: what was run are two s
 
 import jaxtrain
 from jaxtrain import augment, optimizers, schedules
-from jaxtrain.data.tfds_source import Tfds
+from jaxtrain.data.sources.tfds_sets import Tfds
 from jaxtrain.models import convnet, mlp, resnet, vit
 from jaxtrain.tasks import Classification
 

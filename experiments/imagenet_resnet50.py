@@ -17,8 +17,8 @@ place of crops of random size and aspect; and everything is float32.
 
 import jaxtrain
 from jaxtrain import augment, optimizers, schedules
-from jaxtrain.data.synthetic import Synthetic
-from jaxtrain.data.tfds_source import Tfds
+from jaxtrain.data.sources.synthetic import Synthetic
+from jaxtrain.data.sources.tfds_sets import Tfds
 from jaxtrain.models import resnet, vit
 from jaxtrain.tasks import Classification
 

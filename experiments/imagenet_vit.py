@@ -17,8 +17,8 @@ pixels, in place of crops of random size, which will both cost accuracy; and eve
 
 import jaxtrain
 from jaxtrain import augment, optimizers, schedules
-from jaxtrain.data.synthetic import Synthetic
-from jaxtrain.data.tfds_source import Tfds
+from jaxtrain.data.sources.synthetic import Synthetic
+from jaxtrain.data.sources.tfds_sets import Tfds
 from jaxtrain.models import resnet, vit
 from jaxtrain.tasks import Classification
 

@@ -11,7 +11,7 @@ recipe was chosen on the last 5% of the train split; the test split was read by 
 
 import jaxtrain
 from jaxtrain import augment, optimizers, schedules
-from jaxtrain.data.tokens import SyntheticTokens
+from jaxtrain.data.sources.markov import SyntheticTokens
 from jaxtrain.models import transformer
 from jaxtrain.tasks import NextToken
 

@@ -13,7 +13,7 @@ tenth of the train split; the test split was read in these runs only. More in do
 
 import jaxtrain
 from jaxtrain import augment, optimizers, schedules
-from jaxtrain.data.arrays import Arrays
+from jaxtrain.data.sources.arrays import Arrays
 from jaxtrain.models import convnet, mlp
 from jaxtrain.tasks import Classification
 

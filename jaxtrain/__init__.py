@@ -13,16 +13,16 @@ __version__ = "0.1.0"
 _NAMES = {
     "Run": "config",
     "Horizon": "horizon",
-    "Recipe": "recipe",
-    "TrainState": "state",
-    "init_state": "state",
-    "make_train_step": "step",
-    "make_train_steps": "step",
-    "make_eval_step": "step",
-    "make_predict_step": "step",
-    "main": "run",
+    "Recipe": "train.recipe",
+    "TrainState": "train.state",
+    "init_state": "train.state",
+    "make_train_step": "train.steps",
+    "make_train_steps": "train.steps",
+    "make_eval_step": "train.steps",
+    "make_predict_step": "train.steps",
+    "main": "runner.main",
 }
-_MODULES = ("adapters", "augment", "data", "evaluate", "losses", "metrics", "models", "optimizers", "schedules", "tasks")
+_MODULES = ("adapters", "augment", "data", "losses", "metrics", "models", "optimizers", "schedules", "tasks")
 __all__ = [*_NAMES, *_MODULES]  # noqa: PLE0604 - all of them are strings
 
 

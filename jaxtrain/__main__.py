@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtrain import wording
+from jaxtrain import messages
 
 HELP = """jaxtrain: train JAX models from one command
 
@@ -47,9 +47,9 @@ def _run(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     command, *rest = arguments
     if command not in COMMANDS:
-        raise ValueError(f"unknown command {wording.shown(command)}; valid: {', '.join(COMMANDS)}{wording.did_you_mean(command, COMMANDS)}")
+        raise ValueError(f"unknown command {messages.shown(command)}; valid: {', '.join(COMMANDS)}{messages.did_you_mean(command, COMMANDS)}")
     if flag := next((argument for argument in rest if argument.startswith("-")), None):
-        raise ValueError(f"{command}: unknown flag {wording.one_line(flag)}; it takes none")
+        raise ValueError(f"{command}: unknown flag {messages.one_line(flag)}; it takes none")
     return COMMANDS[command](rest)
 
 
@@ -57,8 +57,8 @@ def list_names(families: Sequence[str]) -> int:
     """Prints the named components of the families, or of all, a line each."""
     for family in families:
         if family not in FAMILIES:
-            near = wording.did_you_mean(family, FAMILIES)
-            raise ValueError(f"list {wording.one_line(family)}: unknown; valid: {', '.join(FAMILIES)}{near}")
+            near = messages.did_you_mean(family, FAMILIES)
+            raise ValueError(f"list {messages.one_line(family)}: unknown; valid: {', '.join(FAMILIES)}{near}")
     for family in dict.fromkeys(families or FAMILIES):
         names: Mapping[str, Any] = importlib.import_module(FAMILIES[family]).NAMES
         print(f"{family}  (--{'data' if family == 'data' else family.removesuffix('s')}=NAME)")
@@ -70,10 +70,10 @@ def list_names(families: Sequence[str]) -> int:
 
 def _line(component: Any) -> str:
     """What a component is, and how it differs from its class's defaults."""
-    settings = importlib.import_module("jaxtrain.settings")
+    settings = importlib.import_module("jaxtrain.config.settings")
     cls = component if isinstance(component, type) else type(component)
     own = [] if isinstance(component, type) else settings.of_component(component)
-    texts = importlib.import_module("jaxtrain.flag_values")
+    texts = importlib.import_module("jaxtrain.config.values")
     changed = [f"{setting.name}={texts.text(setting.value)}" for setting in own if setting.value != setting.field.default]
     return f"{settings.summary(cls) or cls.__name__}" + (f" [{', '.join(changed)}]" if changed else "")
 
@@ -85,7 +85,7 @@ def verify(arguments: Sequence[str]) -> int:
     workdir = _workdir("verify", arguments[0])
     # Reading files needs no card, and a run may be using it.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    return importlib.import_module("jaxtrain.checkpoint").verify_command(workdir)
+    return importlib.import_module("jaxtrain.checkpoints.checkpoints").verify_command(workdir)
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -95,8 +95,8 @@ def report(arguments: Sequence[str]) -> int:
     workdirs = [_workdir("report", argument) for argument in arguments]
     for workdir in workdirs:
         if not (workdir / "metrics.jsonl").is_file():
-            raise ValueError(f"report {wording.one_line(str(workdir))}: holds no metrics.jsonl; is it the folder of a run?")
-    print(importlib.import_module("jaxtrain.report.page").write_report(workdirs))
+            raise ValueError(f"report {messages.one_line(str(workdir))}: holds no metrics.jsonl; is it the folder of a run?")
+    print(importlib.import_module("jaxtrain.report.page.html").write_report(workdirs))
     return 0
 
 
@@ -105,7 +105,7 @@ def _workdir(command: str, text: str) -> Path:
     if not path.is_dir():
         what = "is a file, not a directory" if path.exists() else "no such directory"
         names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-        raise ValueError(f"{command} {wording.one_line(text)}: {what}{wording.did_you_mean(path.name, names)}")
+        raise ValueError(f"{command} {messages.one_line(text)}: {what}{messages.did_you_mean(path.name, names)}")
     return path
 
 

@@ -34,25 +34,27 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from jaxtrain import config, journal, loop, programs, training
-from jaxtrain import mesh as meshes
-from jaxtrain.checkpoint import Checkpoints
+from jaxtrain import config
+from jaxtrain.train import metrics_log, loop
+from jaxtrain.runner import build, compile as programs
+from jaxtrain.parallel import mesh as meshes
+from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.data import order
-from jaxtrain.data.synthetic import Synthetic
-from jaxtrain.group import Agreement
+from jaxtrain.data.sources.synthetic import Synthetic
+from jaxtrain.processes.group import Agreement
 from jaxtrain.horizon import Horizon
 from jaxtrain.models.convnet import ConvNet
 from jaxtrain.models.mlp import MLP
 from jaxtrain.models.vit import NAMES as VITS
 from jaxtrain.models.vit import ViT
 from jaxtrain.optimizers import AdamW
-from jaxtrain.profiler import Profiler
-from jaxtrain.report.progress import Progress, make_console
+from jaxtrain.runner.profiler import Profiler
+from jaxtrain.report.terminal.progress import Progress, make_console
 from jaxtrain.report.trackers import TensorBoardWriter
-from jaxtrain.report.writers import JsonlWriter, Writers, read_metrics
+from jaxtrain.report.metrics_file import JsonlWriter, Writers, read_metrics
 from jaxtrain.schedules import Constant
-from jaxtrain.signals import Stop
-from jaxtrain.state import init_state
+from jaxtrain.processes.signals import Stop
+from jaxtrain.train.state import init_state
 from jaxtrain.tasks import Classification
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -104,15 +106,15 @@ class OurLoop:
         )  # fmt: skip
         self.table = self.run.data.open().train
         mesh = meshes.make(self.run.mesh, jax.devices()[:1])
-        recipe = programs.options(self.run, self.table, programs.lengths(self.run, len(self.table)))
+        recipe = build.options(self.run, self.table, build.lengths(self.run, len(self.table)))
         self.prepare = recipe["prepare"]
-        batch = programs.check_model(self.run, self.table, recipe, mesh)
+        batch = build.check_model(self.run, self.table, recipe, mesh)
         self.state = init_state(self.run.model, self.run.task, self.run.optimizer, batch, seed=self.run.seed, mesh=mesh, **recipe)
-        data = programs.place_data(self.run, self.table, mesh)
-        self.training = training.compile_training(self.run, self.state, self.table, data, recipe, mesh, per_call=None)
+        data = build.place_data(self.run, self.table, mesh)
+        self.training = programs.compile_training(self.run, self.state, self.table, data, recipe, mesh, per_call=None)
         self._writers = Writers(JsonlWriter(folder / "metrics.jsonl"), [TensorBoardWriter(folder / "tensorboard")])
         self._progress = Progress(total_steps, stream=io.StringIO(), live=False)
-        self._journal = journal.Journal(
+        self._journal = metrics_log.Journal(
             self._writers, self._progress, every=case.log_every, step=0, total_steps=total_steps, batch_size=case.batch_size,
             flops_per_step=self.training.flops_per_step,
         )  # fmt: skip

@@ -29,9 +29,9 @@ from typing import Any
 
 import jax
 
-from jaxtrain import checkpoint, committed, manifest
-from jaxtrain.checkpoint import CheckpointError, Checkpoints
-from jaxtrain.report.writers import is_clock, read_metrics
+from jaxtrain.checkpoints import checkpoints as checkpoint, committed, manifest
+from jaxtrain.checkpoints.checkpoints import CheckpointError, Checkpoints
+from jaxtrain.report.metrics_file import is_clock, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENT = [sys.executable, str(ROOT / "experiments" / "digits.py")]

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jaxtrain import gpu_target
+from jaxtrain.plan import gpu_target
 
 gpu_target.prepare()  # before jax looks for its plugins
 
@@ -31,14 +31,15 @@ from jax.sharding import Mesh
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from jaxtrain import collectives, sharding
-from jaxtrain import mesh as meshes
+from jaxtrain.plan import collectives
+from jaxtrain.parallel import sharding
+from jaxtrain.parallel import mesh as meshes
 from jaxtrain.models.transformer import Transformer
 from jaxtrain.optimizers import AdamW
-from jaxtrain.recipe import Recipe
-from jaxtrain.report.progress import make_console
-from jaxtrain.state import init_state, state_shardings
-from jaxtrain.step import make_train_step
+from jaxtrain.train.recipe import Recipe
+from jaxtrain.report.terminal.progress import make_console
+from jaxtrain.train.state import init_state, state_shardings
+from jaxtrain.train.steps import make_train_step
 from jaxtrain.tasks import NextToken
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", *gpu_target.WHEELS)

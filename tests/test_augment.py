@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from jaxtrain import augment as augmentation
-from jaxtrain import fields, hyper, mixtures
+from jaxtrain import fields
+from jaxtrain.train import hyper
+from jaxtrain.augment import mixup
 from jaxtrain.augment import ImageAugment, NoAugment, SignalAugment
 
 BATCH, SIDES, LENGTH = 16, (6, 5), 20
@@ -126,7 +128,7 @@ def test_both_mixtures_take_turns() -> None:
 
 
 def test_mixing_weights_are_beta() -> None:
-    weights = jax.vmap(lambda key: mixtures._weight(key, 0.5))(jax.random.split(KEY, 2000))
+    weights = jax.vmap(lambda key: mixup._weight(key, 0.5))(jax.random.split(KEY, 2000))
     assert abs(float(weights.mean()) - 0.5) < 0.03
     assert abs(float(weights.var()) - 0.125) < 0.01
 

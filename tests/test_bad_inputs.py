@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import flax.linen as nn
 import pytest
 
-from jaxtrain import config, flags
+from jaxtrain import config
+from jaxtrain.config import flags
 from jaxtrain.fields import Between, Count, DropRate, Length, NonNegative, Positive, Probability
 from jaxtrain.horizon import Horizon
 

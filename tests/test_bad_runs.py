@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 from test_run import EXPERIMENT, ROOT, TINY, quiet_environment, start
 
-from jaxtrain import programs, session, training
+from jaxtrain.runner import build, run as runner_run, compile as programs
 from jaxtrain.augment import NoAugment
-from jaxtrain.data.arrays import Arrays
-from jaxtrain.data.synthetic import Synthetic
-from jaxtrain.lock import Lock
+from jaxtrain.data.sources.arrays import Arrays
+from jaxtrain.data.sources.synthetic import Synthetic
+from jaxtrain.checkpoints.lock import Lock
 from jaxtrain.models import MLP, ConvNet, ViT
 
 EIGHT = "--mesh=data:8"
@@ -126,9 +126,9 @@ def nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def compiled(*_: Any, **__: Any) -> None:
         raise AssertionError("compiled before all input was looked at")
 
-    init_state, platforms = session.init_state, jax.config.jax_platforms
-    monkeypatch.setattr(session, "init_state", lambda *parts, mesh=None, **options: compiled() if mesh else init_state(*parts, **options))
-    monkeypatch.setattr(training, "compile_training", compiled)
+    init_state, platforms = runner_run.init_state, jax.config.jax_platforms
+    monkeypatch.setattr(runner_run, "init_state", lambda *parts, mesh=None, **options: compiled() if mesh else init_state(*parts, **options))
+    monkeypatch.setattr(programs, "compile_training", compiled)
     yield
     jax.config.update("jax_platforms", platforms)
 
@@ -137,15 +137,15 @@ def nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("row", ROWS, ids=[row.arguments[:50] or row.line[:50] for row in ROWS])
 def test_bad_runs(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     if "device_data=yes" in row.arguments:
-        monkeypatch.setattr(programs.pipeline, "fits_on_device", lambda *_: False)
-        monkeypatch.setattr(session, "init_state", _initial)  # which data fits beside the state is asked when the state is there
+        monkeypatch.setattr(build.pipeline, "fits_on_device", lambda *_: False)
+        monkeypatch.setattr(runner_run, "init_state", _initial)  # which data fits beside the state is asked when the state is there
     arguments = row.arguments.replace("{tmp}", str(tmp_path)).split()
     assert start(tmp_path / "run", *arguments, **row.changes) == row.status
     assert capsys.readouterr().err == f"jaxtrain: error: {row.line}\n".replace("{tmp}", str(tmp_path))
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-_initial = session.init_state
+_initial = runner_run.init_state
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain import checkpoint, committed, manifest, payload
-from jaxtrain.checkpoint import CheckpointError, Checkpoints, NonFinite, digest, verify_command
+from jaxtrain.checkpoints import checkpoints as checkpoint, committed, manifest, arrays as host_arrays
+from jaxtrain.checkpoints.checkpoints import CheckpointError, Checkpoints, NonFinite, digest, verify_command
 
 LOOP = {"metrics_bytes": 120, "interval": [1, 2.5], "best": None}
 
@@ -478,7 +478,7 @@ def test_an_error_in_the_background_is_raised_once_at_the_next_call(tmp_path: Pa
         (folder / "half").write_text("x")
         raise ValueError("RESOURCE_EXHAUSTED: pages\n of text [os_error_code='28']")
 
-    monkeypatch.setattr(payload, "write", fail)
+    monkeypatch.setattr(host_arrays, "write", fail)
     for call in (checkpoints.check, checkpoints.wait, checkpoints.close, lambda: checkpoints.save(3, small(3), {})):
         checkpoints.save(2, small(2), {})
         checkpoints._thread.join()  # type: ignore[union-attr]
@@ -516,7 +516,7 @@ def test_a_folder_that_vanishes_while_running(tmp_path: Path) -> None:
 
 def test_a_hung_disk_does_not_hang_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    monkeypatch.setattr(payload, "write", lambda folder, arrays: release.wait())
+    monkeypatch.setattr(host_arrays, "write", lambda folder, arrays: release.wait())
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, small(1), {})
     with pytest.raises(CheckpointError, match="still writing after 0 s; the newest committed checkpoint is whole"):
@@ -526,7 +526,7 @@ def test_a_hung_disk_does_not_hang_the_end(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_saves_return_early_and_never_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, active, most = payload.write, [], []
+    write, active, most = host_arrays.write, [], []
 
     def slow(folder: Path, arrays: Any) -> None:
         active.append(folder)
@@ -535,7 +535,7 @@ def test_saves_return_early_and_never_overlap(tmp_path: Path, monkeypatch: pytes
         write(folder, arrays)
         active.remove(folder)
 
-    monkeypatch.setattr(payload, "write", slow)
+    monkeypatch.setattr(host_arrays, "write", slow)
     checkpoints = filled(tmp_path, (1,))
     start = time.monotonic()
     checkpoints.save(2, small(2), {})

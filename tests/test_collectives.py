@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxtrain import collectives
+from jaxtrain.plan import collectives
 
 HEADER = "HloModule jit_f, is_scheduled=true, num_partitions=8\n\n%add (a: f32[], b: f32[]) -> f32[] {\n  %a = f32[] parameter(0)\n}\n\n"
 

@@ -17,12 +17,13 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from jaxtrain import compare, metrics
+from jaxtrain import metrics
+from jaxtrain.train import compare_meshes
 from jaxtrain.augment import ImageAugment
 from jaxtrain.models import MLP, ConvNet, ViT
 from jaxtrain.models.transformer import Transformer
 from jaxtrain.optimizers import SGD, AdamW
-from jaxtrain.report import tables
+from jaxtrain.report.terminal import tables
 from jaxtrain.tasks import Classification, NextToken
 
 B, C, D, T = 16, 5, 12, 9
@@ -61,13 +62,13 @@ CASES: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def compared(name: str, mesh_texts: tuple[str, ...], steps: int) -> compare.Report:
+def compared(name: str, mesh_texts: tuple[str, ...], steps: int) -> compare_meshes.Report:
     """One of the cases, trained by AdamW at a rate at which digits are learnt."""
     model, task, source, options = CASES[name]
-    return compare.compare(model, task, AdamW(learning_rate=3e-3), source(), mesh_texts, steps=steps, **options)
+    return compare_meshes.compare(model, task, AdamW(learning_rate=3e-3), source(), mesh_texts, steps=steps, **options)
 
 
-def check(report: compare.Report) -> None:
+def check(report: compare_meshes.Report) -> None:
     """What issue 3 asks for."""
     for found in report.meshes:
         assert max(found.free) <= 1e-6, found
@@ -79,19 +80,19 @@ def check(report: compare.Report) -> None:
 def test_products_are_whole_unless_somebody_asked_for_tf32(asked: str | None, used: str, monkeypatch: pytest.MonkeyPatch):
     """On a GPU float32 would be TF32 otherwise, which rounds by more than is tolerated."""
     seen = []
-    monkeypatch.setattr(compare, "_single_steps", lambda *_: (seen.append(jax.config.jax_default_matmul_precision), ([], []))[1])
+    monkeypatch.setattr(compare_meshes, "_single_steps", lambda *_: (seen.append(jax.config.jax_default_matmul_precision), ([], []))[1])
     with jax.default_matmul_precision(asked):
-        compare.compare(MLP(num_classes=C, widths=()), Classification(), SGD(), batches(D), (), steps=1)
+        compare_meshes.compare(MLP(num_classes=C, widths=()), Classification(), SGD(), batches(D), (), steps=1)
     assert seen == [used]
 
 
 def test_an_mlp_with_batch_norm_agrees():
     """Its bias before the norm has no true gradient; what is there is noise, and not taken for a difference."""
     model = MLP(num_classes=C, widths=(16,), norm="batch")
-    report = compare.compare(model, Classification(), SGD(learning_rate=0.1), batches(D), ("data:2,fsdp:2,tensor:2",), steps=6)
+    report = compare_meshes.compare(model, Classification(), SGD(learning_rate=0.1), batches(D), ("data:2,fsdp:2,tensor:2",), steps=6)
     check(report)
     assert [found.mesh for found in report.meshes] == ["data:2,fsdp:2,tensor:2"]
-    assert len(report.meshes[0].free) == compare.FREE_STEPS
+    assert len(report.meshes[0].free) == compare_meshes.FREE_STEPS
     assert report.meshes[0].gradient > 0, "the same program twice compares nothing"
     assert report.summary() == "1 mesh agrees with one device within 1e-05 over 6 steps"
 
@@ -110,9 +111,9 @@ def test_every_layout_of_every_model_agrees(name):
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 5e-3), ("bf16", 2e-2), ("fp8", 1e-1)])
 def test_what_rounding_is_hangs_on_the_precision(precision, tolerance):
     model = MLP(num_classes=C, widths=(16,), norm="batch")
-    report = compare.compare(model, Classification(), SGD(learning_rate=0.1), batches(D), ("data:8",), steps=3, precision=precision)
+    report = compare_meshes.compare(model, Classification(), SGD(learning_rate=0.1), batches(D), ("data:8",), steps=3, precision=precision)
     assert report.tolerance == tolerance and report.agree, report
-    broken = compare.compare(broken_model(), Classification(), SGD(learning_rate=0.1), batches(D), ("data:4",), steps=1, precision=precision)
+    broken = compare_meshes.compare(broken_model(), Classification(), SGD(learning_rate=0.1), batches(D), ("data:4",), steps=1, precision=precision)
     assert broken.meshes[0].first is not None and broken.meshes[0].first.path == "b"
 
 
@@ -150,7 +151,7 @@ def broken_model() -> Any:
 
 def test_a_broken_gradient_is_named():
     """tensor:2 leaves the batch whole, so only the mesh that splits it is wrong, and of its parameters only one."""
-    report = compare.compare(broken_model(), Classification(), SGD(learning_rate=0.1), batches(D), ("tensor:2", "data:4"), steps=2)
+    report = compare_meshes.compare(broken_model(), Classification(), SGD(learning_rate=0.1), batches(D), ("tensor:2", "data:4"), steps=2)
     good, bad = report.meshes
     assert good.first is None and report.agrees(good)
     assert bad.first is not None and (bad.first.path, bad.first.step) == ("b", 1)
@@ -185,7 +186,7 @@ class LocalMean(Classification):
 
 def test_a_task_that_looks_at_one_device_only_is_caught():
     model = MLP(num_classes=C, widths=(8,))
-    report = compare.compare(model, LocalMean(), SGD(learning_rate=0.1), batches(D), ("fsdp:4",), steps=2)
+    report = compare_meshes.compare(model, LocalMean(), SGD(learning_rate=0.1), batches(D), ("fsdp:4",), steps=2)
     (bad,) = report.meshes
     assert not report.agree
     assert bad.loss > 1e-3 and bad.free[0] > 1e-3
@@ -205,25 +206,25 @@ def test_a_task_that_looks_at_one_device_only_is_caught():
 def test_what_does_not_fit_is_said_first(mesh_texts, steps, message):
     model, task, source, _ = CASES["vit"]
     with pytest.raises(ValueError, match=message):
-        compare.compare(model, task, SGD(), itertools.islice(source(), 2), mesh_texts, steps=steps)
+        compare_meshes.compare(model, task, SGD(), itertools.islice(source(), 2), mesh_texts, steps=steps)
 
 
 def test_differences_of_gradients():
     """Against the definition: the largest difference over the array's largest gradient, or a tenth of the tree's."""
     reference = {"large": np.array([[1.0, -8.0]]), "small": np.array([0.1]), "empty": np.zeros((0, 2)), "broken": np.array([1.0, np.nan])}
     given = {"large": np.array([[1.0, -6.0]]), "small": np.array([0.3]), "empty": np.zeros((0, 2)), "broken": np.array([1.0, np.nan])}
-    assert compare.gradient_differences(given, reference) == {"large": 0.25, "small": pytest.approx(0.2 / 0.8), "empty": 0.0, "broken": 0.0}
-    assert compare.gradient_differences({"a": np.array([np.nan])}, {"a": np.array([1.0])}) == {"a": np.inf}
-    assert compare.gradient_differences({"a": np.zeros(2)}, {"a": np.zeros(2)}) == {"a": 0.0}
-    assert compare.gradient_differences({"a": np.ones(2)}, {"a": np.zeros(2)}) == {"a": np.inf}
+    assert compare_meshes.gradient_differences(given, reference) == {"large": 0.25, "small": pytest.approx(0.2 / 0.8), "empty": 0.0, "broken": 0.0}
+    assert compare_meshes.gradient_differences({"a": np.array([np.nan])}, {"a": np.array([1.0])}) == {"a": np.inf}
+    assert compare_meshes.gradient_differences({"a": np.zeros(2)}, {"a": np.zeros(2)}) == {"a": 0.0}
+    assert compare_meshes.gradient_differences({"a": np.ones(2)}, {"a": np.zeros(2)}) == {"a": np.inf}
 
 
 def test_the_report_in_words():
-    good = compare.Compared("data:8", (1e-7,), 2e-7, 3e-6, None)
-    drifting = compare.Compared("fsdp:8", (1e-7, 3e-4), 2e-7, 3e-6, None)
-    broken = compare.Compared("tensor:2", (1e-7,), 2e-7, 0.5, compare.Difference(3, "head/kernel", 0.5))
-    assert compare.Report((good, drifting), 20, 1e-5).summary() == "--compare_meshes: fsdp:8 differs from one device beyond 1e-05: losses by 3.0e-04"
-    report = compare.Report((good, broken), 20, 1e-5)
+    good = compare_meshes.Compared("data:8", (1e-7,), 2e-7, 3e-6, None)
+    drifting = compare_meshes.Compared("fsdp:8", (1e-7, 3e-4), 2e-7, 3e-6, None)
+    broken = compare_meshes.Compared("tensor:2", (1e-7,), 2e-7, 0.5, compare_meshes.Difference(3, "head/kernel", 0.5))
+    assert compare_meshes.Report((good, drifting), 20, 1e-5).summary() == "--compare_meshes: fsdp:8 differs from one device beyond 1e-05: losses by 3.0e-04"
+    report = compare_meshes.Report((good, broken), 20, 1e-5)
     assert report.agrees(good) and not report.agree
     console = Console(width=140, file=io.StringIO())
     console.print(tables.comparison_table(report.rows()))

@@ -17,14 +17,14 @@ import pytest
 
 from jaxtrain import data, fields
 from jaxtrain.data import splits as splits_lib
-from jaxtrain.data.arrays import Arrays
-from jaxtrain.data.digits import Digits, stratified_rows
-from jaxtrain.data.images import Images
-from jaxtrain.data.records import Records, write_records
+from jaxtrain.data.sources.arrays import Arrays
+from jaxtrain.data.sources.digits import Digits, stratified_rows
+from jaxtrain.data.sources.images import Images
+from jaxtrain.data.sources.records import Records, write_records
 from jaxtrain.data.splits import Splits
-from jaxtrain.data.synthetic import Synthetic
+from jaxtrain.data.sources.synthetic import Synthetic
 from jaxtrain.data.table import ArrayTable
-from jaxtrain.data.tfds_source import Tfds
+from jaxtrain.data.sources.tfds_sets import Tfds
 
 ROOT = pathlib.Path(__file__).parents[1]
 RANDOM = np.random.default_rng(0)
@@ -291,7 +291,7 @@ def test_image_folders_give_sorted_classes_and_exact_pixels(tmp_path: pathlib.Pa
 def test_images_are_cut_at_the_centre_and_turned_upright(tmp_path: pathlib.Path) -> None:
     from PIL import Image
 
-    from jaxtrain.data.images import read_image
+    from jaxtrain.data.sources.images import read_image
 
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, 10:20] = 200

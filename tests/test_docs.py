@@ -19,7 +19,7 @@ import nbformat
 import pytest
 
 from jaxtrain import __main__ as command
-from jaxtrain import flags
+from jaxtrain.config import flags
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE, NOTEBOOK = ROOT / "docs" / "step.md", ROOT / "docs" / "step_as_a_library.ipynb"

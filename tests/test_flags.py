@@ -17,7 +17,8 @@ import pytest
 from absl import flags as absl_flags
 from hypothesis import strategies
 
-from jaxtrain import config, fields, flag_values, flags, redaction, run_record, settings
+from jaxtrain import config, fields
+from jaxtrain.config import values, flags, secrets, record as run_record, settings
 from jaxtrain.horizon import Horizon
 
 
@@ -184,8 +185,8 @@ VALUES: dict[Any, strategies.SearchStrategy[Any]] = {
 @hypothesis.given(data=strategies.data())
 def test_values_survive_text_and_json(kind: Any, data: strategies.DataObject) -> None:
     value = data.draw(VALUES[kind])
-    for back in (flag_values.read(flag_values.text(value), kind),
-                 flag_values.from_json(json.loads(json.dumps(flag_values.to_json(value))), kind)):  # fmt: skip
+    for back in (values.read(values.text(value), kind),
+                 values.from_json(json.loads(json.dumps(values.to_json(value))), kind)):  # fmt: skip
         assert back == value
         assert type(back) is type(value)
         assert not isinstance(value, float) or math.copysign(1, back) == math.copysign(1, value)
@@ -301,7 +302,7 @@ def test_secrets_are_never_recorded(capsys: pytest.CaptureFixture[str]) -> None:
     kept = run_record.from_json(make_run(optimizer=Adam(token="own")), json.loads(record))
     assert (kept.optimizer.token, kept.data.path) == ("own", "")
     assert flags.parse(make_run(), [], {"JAXTRAIN_OPTIMIZER_TOKEN": "from the environment"}).optimizer.token == "from the environment"
-    assert redaction.redact(["x.py", "--optimizer.token", "abc", "--data.path=s3://k:s@b/x", "--model.num_tokens=3"]) == [
+    assert secrets.redact(["x.py", "--optimizer.token", "abc", "--data.path=s3://k:s@b/x", "--model.num_tokens=3"]) == [
         "x.py", "--optimizer.token", "<redacted>", "--data.path=s3://<redacted>@b/x", "--model.num_tokens=3",
     ]  # fmt: skip
 
@@ -314,7 +315,7 @@ def test_every_named_component_has_words_and_survives_text_and_json(family: str)
         run = make_run(**{field: component, "offers": {field: names}})
         for setting in settings.of_component(component):
             assert setting.words, (name, setting.name)
-            assert flag_values.read(flag_values.text(setting.value), setting.field.type, setting.field.marks) == setting.value, (
+            assert values.read(values.text(setting.value), setting.field.type, setting.field.marks) == setting.value, (
                 name,
                 setting.name,
             )

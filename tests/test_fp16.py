@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 import jaxtrain
-from jaxtrain import checkpoint, state, step
-from jaxtrain.checkpoint import Checkpoints
-from jaxtrain.journal import Diverged, Journal
+from jaxtrain.checkpoints import checkpoints
+from jaxtrain.train import state, steps
+from jaxtrain.checkpoints.checkpoints import Checkpoints
+from jaxtrain.train.metrics_log import Diverged, Journal
 from jaxtrain.models import mlp
 from jaxtrain.optimizers import AdamW
-from jaxtrain.report.progress import Progress
-from jaxtrain.report.writers import JsonlWriter, Writers
+from jaxtrain.report.terminal.progress import Progress
+from jaxtrain.report.metrics_file import JsonlWriter, Writers
 from jaxtrain.tasks import Classification
 
 PARTS = (mlp.MLP(widths=(8,), norm="batch"), Classification(), AdamW(learning_rate=0.01))
@@ -26,8 +27,8 @@ OVERFLOWING = BATCHES[0] | {"image": np.full((8, 6), 1e6, np.float32)}
 
 
 @pytest.fixture(scope="module")
-def train() -> jaxtrain.step.Update:
-    return step.make_train_step(*PARTS, **OPTIONS)
+def train() -> jaxtrain.train.steps.Update:
+    return steps.make_train_step(*PARTS, **OPTIONS)
 
 
 def born() -> state.TrainState:
@@ -36,7 +37,7 @@ def born() -> state.TrainState:
     return dataclasses.replace(now, scaling=dataclasses.replace(now.scaling, scale=jnp.float32(1024)))
 
 
-def test_an_overflow_changes_nothing_but_the_scale_and_the_place(train: jaxtrain.step.Update) -> None:
+def test_an_overflow_changes_nothing_but_the_scale_and_the_place(train: jaxtrain.train.steps.Update) -> None:
     before = jax.device_get(born())
     after, sums = train(born(), OVERFLOWING)
     for part in ("params", "opt_state", "collections", "ema"):
@@ -48,7 +49,7 @@ def test_an_overflow_changes_nothing_but_the_scale_and_the_place(train: jaxtrain
     assert all(np.isfinite(jax.device_get(leaf)).all() for leaf in jax.tree.leaves(sums))
 
 
-def test_a_run_with_overflows_is_the_run_without_them(train: jaxtrain.step.Update) -> None:
+def test_a_run_with_overflows_is_the_run_without_them(train: jaxtrain.train.steps.Update) -> None:
     """A smaller scale moves gradients by the rounding of float16 at most."""
     one, other = born(), born()
     for index, batch in enumerate(BATCHES):
@@ -60,7 +61,7 @@ def test_a_run_with_overflows_is_the_run_without_them(train: jaxtrain.step.Updat
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), jax.device_get(one.params), jax.device_get(other.params))
 
 
-def test_the_scale_is_restored(train: jaxtrain.step.Update, tmp_path: Path) -> None:
+def test_the_scale_is_restored(train: jaxtrain.train.steps.Update, tmp_path: Path) -> None:
     now, _ = train(born(), OVERFLOWING)
     now, _ = train(now, BATCHES[1])
     kept = Checkpoints(tmp_path)
@@ -69,11 +70,11 @@ def test_the_scale_is_restored(train: jaxtrain.step.Update, tmp_path: Path) -> N
     assert (float(restored.scaling.scale), int(restored.scaling.skipped), int(restored.scaling.good_steps)) == (512.0, 1, 1)
     now, _ = train(now, BATCHES[2])
     restored, _ = train(restored, BATCHES[2])
-    assert checkpoint.digest(now) == checkpoint.digest(restored)
+    assert checkpoints.digest(now) == checkpoints.digest(restored)
 
 
-def test_the_gradient_is_that_of_float32(train: jaxtrain.step.Update) -> None:
-    one, other = (step.make_gradients(*PARTS, precision=name)(state.init_state(*PARTS, BATCHES[0], precision=name), BATCHES[0]) for name in ("fp16", "fp32"))
+def test_the_gradient_is_that_of_float32(train: jaxtrain.train.steps.Update) -> None:
+    one, other = (steps.make_gradients(*PARTS, precision=name)(state.init_state(*PARTS, BATCHES[0], precision=name), BATCHES[0]) for name in ("fp16", "fp32"))
     for found, expected in zip(jax.tree.leaves(jax.device_get(one[0])), jax.tree.leaves(jax.device_get(other[0])), strict=True):
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, atol=2e-3)

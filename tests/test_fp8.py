@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtrain import fp8, gpu_target, mesh
+from jaxtrain.precision import fp8
+from jaxtrain.plan import gpu_target
+from jaxtrain.parallel import mesh
 
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 RANDOM = np.random.default_rng(0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain.report.writers import read_metrics
+from jaxtrain.report.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.gpu

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from jaxtrain import gpu_target, hardware
+from jaxtrain import hardware
+from jaxtrain.plan import gpu_target
 
 ROOT = Path(__file__).resolve().parent.parent
 REASON = gpu_target.available()
@@ -32,11 +33,13 @@ def facts(model: Any, task: Any, batch: dict[str, Any], mesh_text: str, *, card:
     """One training step compiled for eight cards of one host: what it sends by kind, what it holds, and the parameters it is made of."""
     import jax
 
-    from jaxtrain import collectives, mesh, tree
+    from jaxtrain import tree
+    from jaxtrain.plan import collectives
+    from jaxtrain.parallel import mesh
     from jaxtrain.optimizers import AdamW
-    from jaxtrain.state import init_state
+    from jaxtrain.train.state import init_state
 
-    grid = mesh.make(mesh_text, gpu_target.devices(card, EIGHT))
+    grid = meshes.make(mesh_text, gpu_target.devices(card, EIGHT))
     program, sizes = runpy.run_path(str(ROOT / "scripts" / "wire.py"))["lowered"](model, task, AdamW(), batch, grid, **options)
     compiled = program.compile()
     found = collectives.read(compiled.as_text())
@@ -54,13 +57,15 @@ def evaluation(model: Any, task: Any, batch: dict[str, Any], mesh_text: str) -> 
     """The same of one evaluation step: what it sends, and the parameters."""
     import jax
 
-    from jaxtrain import collectives, mesh, sharding, tree
+    from jaxtrain import tree
+    from jaxtrain.plan import collectives
+    from jaxtrain.parallel import mesh as meshes, sharding
     from jaxtrain.optimizers import AdamW
-    from jaxtrain.recipe import Recipe
-    from jaxtrain.state import init_state, state_shardings
-    from jaxtrain.step import make_eval_step
+    from jaxtrain.train.recipe import Recipe
+    from jaxtrain.train.state import init_state, state_shardings
+    from jaxtrain.train.steps import make_eval_step
 
-    parts, grid = (model, task, AdamW()), mesh.make(mesh_text, gpu_target.devices("h100", EIGHT))
+    parts, grid = (model, task, AdamW()), meshes.make(mesh_text, gpu_target.devices("h100", EIGHT))
     state = jax.eval_shape(lambda: init_state(*parts, batch))
     places = state_shardings(Recipe(*parts), batch, state, grid)
     abstract = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, places)

@@ -109,7 +109,7 @@ def golden(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def begin(arguments: list[str], processes: int, devices: int, workdir: Path, errors: Path, **more: str) -> subprocess.Popen[bytes]:
     """A run in the background."""
-    command = [sys.executable, "-m", "jaxtrain.supervisor", f"--processes={processes}", f"--devices={devices}", *arguments, f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "jaxtrain.processes.supervisor", f"--processes={processes}", f"--devices={devices}", *arguments, f"--workdir={workdir}"]
     environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"} | more
     with errors.open("ab") as file:
         return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL, stderr=file)

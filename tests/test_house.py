@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxtrain import flags, run
+from jaxtrain.config import flags
+from jaxtrain.runner import main as runner_main
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "jaxtrain").rglob("*.py"))
@@ -98,7 +99,7 @@ def test_models_know_nothing_of_the_house() -> None:
 
 
 def test_the_step_knows_no_file_clock_or_logger() -> None:
-    assert not set(imports(MODULES["jaxtrain.step"])) & {"logging", "os", "time", "sys", "pathlib", "io"}
+    assert not set(imports(MODULES["jaxtrain.train.steps"])) & {"logging", "os", "time", "sys", "pathlib", "io"}
 
 
 def test_only_the_runner_sees_the_whole_run() -> None:
@@ -281,7 +282,7 @@ def test_every_experiment_runs_two_steps(path: Path, stand_ins: dict[str, str], 
     ]
     experiment = runpy.run_path(str(path))["experiment"]()
     assert experiment.name == path.stem
-    assert run.launch(flags.parse(experiment, argv), argv) == 0
+    assert runner_main.launch(flags.parse(experiment, argv), argv) == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2]
     assert lines[-1]["split"] == "test" or experiment.data.test == ""

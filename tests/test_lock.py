@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain.lock import NAME, Lock
+from jaxtrain.checkpoints.lock import NAME, Lock
 
 HOLD = """
 import sys, time

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import loss_scale
-from jaxtrain.loss_scale import GROWTH_STEPS, LARGEST, SMALLEST, START, LossScale
+from jaxtrain.precision import loss_scale
+from jaxtrain.precision.loss_scale import GROWTH_STEPS, LARGEST, SMALLEST, START, LossScale
 
 
 def reference(finite: np.ndarray) -> list[tuple[float, int, int]]:

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import gradients, mesh, sharding, state, step, training
+from jaxtrain.train import gradients, state, steps
+from jaxtrain.parallel import mesh, sharding
+from jaxtrain.runner import compile as programs
 from jaxtrain.adapters import functions
 from jaxtrain.models import layers
 from jaxtrain.models.transformer import Transformer
@@ -40,8 +42,8 @@ def trained(where: jax.sharding.Mesh | None = None, **options: Any) -> tuple[lis
     """Losses of two steps, the state after them, and the bytes of the state that the program copies."""
     now = state.init_state(*PARTS, BATCH, mesh=where, **options)
     batch = BATCH if where is None else jax.device_put(BATCH, sharding.batch(where))
-    compiled = step.make_train_step(*PARTS, mesh=where, **options).lower(now, batch).compile()
-    copied, losses = training._copied(now, compiled), []
+    compiled = steps.make_train_step(*PARTS, mesh=where, **options).lower(now, batch).compile()
+    copied, losses = programs._copied(now, compiled), []
     for _ in range(2):
         now, sums = compiled(now, batch)
         losses.append(float(sums["loss"][0]))
@@ -60,7 +62,7 @@ def test_recomputing_changes_no_number(remat: str, plain: Any) -> None:
     np.testing.assert_allclose(losses, plain[0], rtol=1e-5)
     assert copied == plain[2] == 0
     now = state.init_state(*PARTS, BATCH)
-    found, expected = (jax.device_get(step.make_gradients(*PARTS, remat=each)(now, BATCH)[0]) for each in (remat, "none"))
+    found, expected = (jax.device_get(steps.make_gradients(*PARTS, remat=each)(now, BATCH)[0]) for each in (remat, "none"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), found, expected)
 
 
@@ -92,7 +94,7 @@ def test_the_optimizer_in_the_memory_of_the_host(precision: str, close: float, p
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(now.opt_state)} == {"pinned_host"}
     assert "pinned_host" not in {leaf.sharding.memory_kind for leaf in jax.tree.leaves(now.params)}
     moments, whole = sum(leaf.nbytes for leaf in jax.tree.leaves(now.opt_state)), sum(leaf.nbytes for leaf in jax.tree.leaves(now) if leaf is not now.key)
-    assert training.state_bytes(now, host=True) == moments and training.state_bytes(now) == whole - moments + 8
+    assert programs.state_bytes(now, host=True) == moments and programs.state_bytes(now) == whole - moments + 8
     assert copied == 0
 
 
@@ -100,10 +102,10 @@ def test_what_reproducible_steps_hold_besides() -> None:
     """Of a sharded state each device has a whole copy while it computes; and the gradients of each of its logical shards, with their sum."""
     whole, split = (state.init_state(*PARTS, BATCH, mesh=mesh.make(text)) for text in ("data:2", "fsdp:2"))
     gradients_of_all = 2 * (8 * 16 + 16 + 16 * 8 + 8) * 4
-    found = training._reproducible_memory(split, None, mesh.make("fsdp:2"), 4)
-    assert found["whole state while computing"] == training.state_bytes(whole) > training.state_bytes(split)
+    found = programs._reproducible_memory(split, None, mesh.make("fsdp:2"), 4)
+    assert found["whole state while computing"] == programs.state_bytes(whole) > programs.state_bytes(split)
     assert found["gradients of 4 logical shards and their sum"] == 5 * gradients_of_all
-    assert "whole state while computing" not in training._reproducible_memory(whole, None, mesh.make("data:2"), 4)
+    assert "whole state while computing" not in programs._reproducible_memory(whole, None, mesh.make("data:2"), 4)
 
 
 def test_averages_in_bfloat16(plain: Any) -> None:
@@ -130,5 +132,5 @@ def test_a_state_is_taken_over_whole(text: str, precision: str) -> None:
 def test_a_state_that_is_kept_is_noticed() -> None:
     """The check itself: a program that donates nothing copies every byte."""
     now = state.init_state(*PARTS, BATCH)
-    kept = jax.jit(step.make_train_step(*PARTS).__wrapped__).lower(now, BATCH).compile()
-    assert training._copied(now, kept) == training.state_bytes(now)
+    kept = jax.jit(steps.make_train_step(*PARTS).__wrapped__).lower(now, BATCH).compile()
+    assert programs._copied(now, kept) == programs.state_bytes(now)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain import mesh
+from jaxtrain.parallel import mesh
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtrain import adapters, hyper, models
+from jaxtrain import adapters, models
+from jaxtrain.train import hyper
 from jaxtrain.models import layers, resnet, vit
 from jaxtrain.models.convnet import ConvNet
 from jaxtrain.models.mlp import MLP
@@ -287,7 +288,7 @@ def test_shapes_that_cannot_be_are_named(model: Any, shape: tuple[int, ...], mes
 def test_a_model_imports_alone() -> None:
     program = "import sys; from jaxtrain.models import MLP, ConvNet, ResNet, ViT, NAMES; print(*sys.modules)"
     loaded = set(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split())
-    assert not loaded & {"tensorflow_datasets", "tensorflow", "grain", "orbax", "matplotlib", "jaxtrain.flags", "jaxtrain.config"}
+    assert not loaded & {"tensorflow_datasets", "tensorflow", "grain", "orbax", "matplotlib", "jaxtrain.config.flags", "jaxtrain.config"}
     families = {f"jaxtrain.models.{name}" for name in ("layers", "mlp", "convnet", "resnet", "vit", "transformer")}
     ours = {name for name in loaded if name.startswith("jaxtrain")}
     assert ours <= {"jaxtrain", "jaxtrain.models", "jaxtrain.fields", "jaxtrain.horizon"} | families

@@ -11,7 +11,8 @@ import optax
 import pytest
 from optax import contrib
 
-from jaxtrain import fields, hyper, optimizers, tree
+from jaxtrain import fields, optimizers, tree
+from jaxtrain.train import hyper
 from jaxtrain.optimizers import NAMES, SGD, Adam, AdamW, Lion, Muon, ScheduleFreeAdamW, evaluation_params, match_table
 
 STEPS = 100

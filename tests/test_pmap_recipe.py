@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxtrain import losses, mesh, sharding, step
+from jaxtrain import losses
+from jaxtrain.parallel import mesh, sharding
+from jaxtrain.train import steps
 from jaxtrain.optimizers import SGD
-from jaxtrain.state import init_state
+from jaxtrain.train.state import init_state
 from jaxtrain.tasks import Classification
 
 B, C, D, H = 32, 4, 10, 16
@@ -112,7 +114,7 @@ def by_jaxtrain(text: str) -> list[float]:
     """Model, task and optimizer; the mesh is a word."""
     grid, parts = mesh.make(text), ((init, apply), Classification(), SGD(learning_rate=RATE, momentum=MOMENTUM))
     state = init_state(*parts, next(batches()), mesh=grid)
-    update = step.make_train_step(*parts, mesh=grid)
+    update = steps.make_train_step(*parts, mesh=grid)
     found = []
     for batch in batches():
         state, sums = update(state, jax.device_put(batch, sharding.batch(grid)))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxtrain import adapters, facts, hardware, models, precision, programs
+from jaxtrain import adapters, hardware, models, precision
+from jaxtrain.runner import describe, build
 from jaxtrain.precision import POLICIES
 
 
@@ -47,18 +48,18 @@ def test_the_oldest_card_of_a_mesh_decides():
     """Also where it is another process's: all run one program."""
     run = types.SimpleNamespace(precision="auto", matmul_precision="default", optimizer_state="fp32")
     cards = types.SimpleNamespace(devices=np.array([Card("8.6"), Card("7.5")], dtype=object))
-    assert programs.chosen_precision(run, cards) == "fp16"
+    assert build.chosen_precision(run, cards) == "fp16"
     run.precision = "bf16"
     with pytest.raises(ValueError, match=r"^--precision=bf16: NVIDIA A card \(compute capability 7.5\) has no bfloat16; use --precision=fp16, which"):
-        programs.chosen_precision(run, cards)
+        build.chosen_precision(run, cards)
 
 
 def test_what_a_run_says_of_its_precision():
     run = types.SimpleNamespace(precision="fp32", matmul_precision="default", optimizer_state="fp32")
-    assert facts.precision_words(run, Card("gfx942"), asked="auto") == "fp32 (auto)"
-    assert facts.precision_words(run, Card("8.0"), asked="fp32") == "fp32, float32 products in TF32"
+    assert describe.precision_words(run, Card("gfx942"), asked="auto") == "fp32 (auto)"
+    assert describe.precision_words(run, Card("8.0"), asked="fp32") == "fp32, float32 products in TF32"
     run.matmul_precision, run.optimizer_state = "fp32", "bf16"
-    assert facts.precision_words(run, Card("8.0"), asked="fp32") == "fp32, float32 products in full, optimizer state in bf16"
+    assert describe.precision_words(run, Card("8.0"), asked="fp32") == "fp32, float32 products in full, optimizer state in bf16"
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain import launch_plan, processes, rendezvous, statuses, supervisor
-from jaxtrain.processes import Processes, find, share_of_cards
-from jaxtrain.rendezvous import PeerLost, roll_call
+from jaxtrain.processes import arguments, cluster, join, supervisor
+from jaxtrain import errors
+from jaxtrain.processes.cluster import Processes, find, share_of_cards
+from jaxtrain.processes.join import PeerLost, roll_call
 
 ROOT = Path(__file__).resolve().parent.parent
 SLURM = {
@@ -115,7 +116,7 @@ def test_what_cannot_be_is_said_in_one_line(environ: dict[str, str], given: dict
     ],
 )  # fmt: skip
 def test_the_first_host_of_a_list(nodes: str, host: str) -> None:
-    assert processes.first_host(nodes) == host
+    assert cluster.first_host(nodes) == host
 
 
 def test_cards_are_shared_within_a_host() -> None:
@@ -139,9 +140,9 @@ def test_processes_of_one_machine_cannot_share_its_only_card() -> None:
 def test_cards_are_counted_without_a_driver(tmp_path: Path) -> None:
     for card in ("0000:01:00.0", "0000:02:00.0"):
         (tmp_path / card).mkdir()
-    assert processes.visible_cards({}, str(tmp_path)) == 2
-    assert processes.visible_cards({}, str(tmp_path / "none")) == 0
-    assert [processes.visible_cards({"CUDA_VISIBLE_DEVICES": shown}) for shown in ("", "-1", "3", "0,1", "GPU-1a,GPU-2b")] == [0, 0, 1, 2, 2]
+    assert cluster.visible_cards({}, str(tmp_path)) == 2
+    assert cluster.visible_cards({}, str(tmp_path / "none")) == 0
+    assert [cluster.visible_cards({"CUDA_VISIBLE_DEVICES": shown}) for shown in ("", "-1", "3", "0,1", "GPU-1a,GPU-2b")] == [0, 0, 1, 2, 2]
 
 
 def free_coordinator(host: str = "127.0.0.1") -> str:
@@ -165,7 +166,7 @@ def test_the_first_process_may_come_last_and_go_again() -> None:
     coordinator, came = free_coordinator(), []
     guest = threading.Thread(target=lambda: came.append(roll_call(2, 1, coordinator, timeout=20)))
     guest.start()
-    with socket.create_server(rendezvous.split(coordinator)) as another:  # a process 0 that dies when it has been found
+    with socket.create_server(join.split(coordinator)) as another:  # a process 0 that dies when it has been found
         another.accept()[0].close()
     time.sleep(0.2)
     arrivals: list[int] = []
@@ -195,7 +196,7 @@ def test_nobody_is_there() -> None:
 def test_a_port_in_use_is_said_before_jax_crashes_on_it() -> None:
     coordinator = free_coordinator()
     message = f"--coordinator={coordinator}: process 0 cannot listen there (Address already in use); name a free port"
-    with socket.create_server(rendezvous.split(coordinator)), pytest.raises(PeerLost, match=f"^{re.escape(message)}$"):
+    with socket.create_server(join.split(coordinator)), pytest.raises(PeerLost, match=f"^{re.escape(message)}$"):
         roll_call(2, 0, coordinator, timeout=1)
 
 
@@ -214,7 +215,7 @@ def test_one_that_died_and_came_again_is_one() -> None:
         until = time.monotonic() + 10
         while time.monotonic() < until:
             try:
-                with socket.create_connection(rendezvous.split(coordinator)) as dying:
+                with socket.create_connection(join.split(coordinator)) as dying:
                     dying.sendall(b"jaxtrain 1 of 3\n")
                     time.sleep(0.1)
                 break
@@ -229,14 +230,14 @@ TCP_REPAIR = 19
 
 
 def test_one_that_lost_its_power_and_came_again_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "_KEEP_ALIVE", {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 1})
+    monkeypatch.setattr(join, "_KEEP_ALIVE", {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 1})
     coordinator, came = free_coordinator(), threading.Event()
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         first = pool.submit(roll_call, 3, 0, coordinator, timeout=20, arrived=came.set)
         until = time.monotonic() + 10
         while time.monotonic() < until and not came.is_set():
             try:
-                with socket.create_connection(rendezvous.split(coordinator)) as dying:
+                with socket.create_connection(join.split(coordinator)) as dying:
                     dying.sendall(b"jaxtrain 1 of 3\n")
                     assert came.wait(10)
                     try:
@@ -252,11 +253,11 @@ def test_one_that_lost_its_power_and_came_again_is_one(monkeypatch: pytest.Monke
 
 def test_connections_are_asked_whether_they_live() -> None:
     with socket.socket() as connection:
-        rendezvous._keep_alive(connection)
+        join._keep_alive(connection)
         assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-        known = {name: getattr(socket, name) for name in rendezvous._KEEP_ALIVE if hasattr(socket, name)}
+        known = {name: getattr(socket, name) for name in join._KEEP_ALIVE if hasattr(socket, name)}
         assert {name: connection.getsockopt(socket.IPPROTO_TCP, number) for name, number in known.items()} == {
-            name: rendezvous._KEEP_ALIVE[name] for name in known
+            name: join._KEEP_ALIVE[name] for name in known
         }
 
 
@@ -268,7 +269,7 @@ def test_strangers_are_sent_away() -> None:
             until = time.monotonic() + 10
             while time.monotonic() < until:
                 try:
-                    with socket.create_connection(rendezvous.split(coordinator), timeout=10) as stranger:
+                    with socket.create_connection(join.split(coordinator), timeout=10) as stranger:
                         stranger.sendall(words)
                         try:
                             stranger.shutdown(socket.SHUT_WR)
@@ -336,9 +337,9 @@ def test_the_manifest_of_kubernetes_agrees_with_itself() -> None:
     assert values("job-name") == values("subdomain") == ["jaxtrain"]
     assert "clusterIP: None" in service and "publishNotReadyAddresses: true" in service
     assert values("restartPolicy") == ["Never"] and int(values("terminationGracePeriodSeconds")[0]) >= 60
-    assert [int(status) for status in values("values")[0].strip("[]").split(", ")] == sorted(statuses.FINAL)
+    assert [int(status) for status in values("values")[0].strip("[]").split(", ")] == sorted(errors.FINAL)
     command = [word.strip() for key in ("command", "args") for word in values(key)[0].strip("[]").split(",")]
-    assert command[:3] == ["python", "-m", "jaxtrain.supervisor"]
-    assert launch_plan.parse([str(ROOT / word) if word.endswith(".py") else word for word in command[3:]]).max_restarts == 3
+    assert command[:3] == ["python", "-m", "jaxtrain.processes.supervisor"]
+    assert arguments.parse([str(ROOT / word) if word.endswith(".py") else word for word in command[3:]]).max_restarts == 3
     assert find({"JOB_COMPLETION_INDEX": "0", **environ}) == Processes(2, 0, "jaxtrain-0.jaxtrain:61500", "Kubernetes")
     assert "apiVersion: batch/v1" in job

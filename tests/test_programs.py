@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 
 import jaxtrain
-from jaxtrain import mesh, programs, training
+from jaxtrain.parallel import mesh
+from jaxtrain.runner import build, compile as programs
 from jaxtrain.augment import NoAugment
-from jaxtrain.data.arrays import Arrays
+from jaxtrain.data.sources.arrays import Arrays
 from jaxtrain.data.table import ArrayTable
 from jaxtrain.horizon import Horizon
 from jaxtrain.models import MLP
 from jaxtrain.optimizers import AdamW
 from jaxtrain.schedules import Cosine
-from jaxtrain.state import init_state
+from jaxtrain.train.state import init_state
 from jaxtrain.tasks import Classification
 
 N = 100
@@ -40,21 +41,21 @@ def make_run(**changes):
 
 
 def test_lengths_by_hand():
-    length = programs.lengths(make_run(steps=None, epochs=3.0, eval_every=Horizon(1, "epochs"), checkpoint_every=Horizon(10, "percent")), N)
+    length = build.lengths(make_run(steps=None, epochs=3.0, eval_every=Horizon(1, "epochs"), checkpoint_every=Horizon(10, "percent")), N)
     assert (length.total, length.per_epoch, length.evaluate, length.save, length.keep_every) == (19, 6.25, 6, 2, None)
-    length = programs.lengths(make_run(eval_every=Horizon(0), checkpoint_every=Horizon(7), keep_every=Horizon(50, "percent")), N)
+    length = build.lengths(make_run(eval_every=Horizon(0), checkpoint_every=Horizon(7), keep_every=Horizon(50, "percent")), N)
     assert (length.total, length.evaluate, length.save, length.keep_every) == (40, 0, 7, 20)
 
 
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match=r"^--batch_size=128: train split has 100 examples, so a batch would repeat some; use <= 100$"):
-        programs.lengths(make_run(batch_size=128), N)
+        build.lengths(make_run(batch_size=128), N)
 
 
 def checked(run, grid="data:1"):
     train, where = run.data.open().train, mesh.make(grid)
-    programs.check_mesh(run, where)
-    return programs.check_model(run, train, programs.options(run, train, programs.lengths(run, len(train))), where)
+    build.check_mesh(run, where)
+    return build.check_model(run, train, build.options(run, train, build.lengths(run, len(train))), where)
 
 
 @pytest.mark.parametrize(
@@ -74,20 +75,20 @@ def test_what_does_not_fit_is_said_before_compiling(changes, grid, message):
 
 
 def test_labels_past_the_outputs_are_found_without_being_told_the_classes():
-    assert programs.num_classes(ArrayTable({"label": np.array([0, 6, 2])})) == 7
+    assert build.num_classes(ArrayTable({"label": np.array([0, 6, 2])})) == 7
 
 
 def test_data_that_does_not_fit_on_the_device_is_streamed_or_refused():
     table = ArrayTable({"image": np.broadcast_to(np.float32(0), (2**20, 2**10))})
-    assert programs.place_data(make_run(), table, mesh.make("data:1")) is None
+    assert build.place_data(make_run(), table, mesh.make("data:1")) is None
     with pytest.raises(ValueError, match=r"^--device_data=yes: the train split is not in host memory, or larger than half"):
-        programs.place_data(make_run(device_data="yes"), table, mesh.make("data:1"))
+        build.place_data(make_run(device_data="yes"), table, mesh.make("data:1"))
 
 
 def test_evaluation_is_no_larger_than_the_set():
     grid = mesh.make("data:8")
-    assert programs.evaluation_size(make_run(), ArrayTable({"label": np.arange(50)}), grid) == 56
-    assert programs.evaluation_size(make_run(), ArrayTable({"label": np.arange(5000)}), grid) == 512
+    assert build.evaluation_size(make_run(), ArrayTable({"label": np.arange(50)}), grid) == 56
+    assert build.evaluation_size(make_run(), ArrayTable({"label": np.arange(5000)}), grid) == 512
 
 
 @pytest.mark.parametrize("grid", ["data:1", "data:8"])
@@ -95,13 +96,13 @@ def test_streamed_data_trains_like_resident_data(grid):
     """The same examples in the same order; the two programs differ, so to rounding."""
     run = make_run()
     train = run.data.open().train
-    recipe = programs.options(run, train, programs.lengths(run, N))
+    recipe = build.options(run, train, build.lengths(run, N))
     where = mesh.make(grid)
-    batch = programs.check_model(run, train, recipe, where)
+    batch = build.check_model(run, train, recipe, where)
     finals = []
-    for data in (None, programs.place_data(run, train, where)):
+    for data in (None, build.place_data(run, train, where)):
         state = init_state(run.model, run.task, run.optimizer, batch, mesh=where, **recipe)
-        compiled = training.compile_training(run, state, train, data, recipe, where, per_call=None)
+        compiled = programs.compile_training(run, state, train, data, recipe, where, per_call=None)
         assert compiled.per_call == (1 if data is None else 50)
         done, losses = 0, []
         with jax.transfer_guard("disallow"):

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from jaxtrain.hardware import CARDS, peak_flops
-from jaxtrain.report import chart, history, plots
-from jaxtrain.report.page import render, write_report
-from jaxtrain.report.progress import Progress
-from jaxtrain.report.tables import facts, memory_table, parameter_rows, parameter_table
+from jaxtrain.report.page import chart, history, plots
+from jaxtrain.report.page.html import render, write_report
+from jaxtrain.report.terminal.progress import Progress
+from jaxtrain.report.terminal.tables import facts, memory_table, parameter_rows, parameter_table
 
 VALUES = {"loss": 0.3124, "accuracy": 0.912, "learning_rate": 1e-3, "step_seconds": 0.1}
 SPEED = {"examples_per_second": 48210.0, "eta_seconds": 34.0, "memory_bytes": 1.2e9, "mfu": 0.413}
@@ -143,7 +143,7 @@ def test_the_live_line_is_drawn_on_a_terminal(tmp_path):
 
 def test_progress_imports_no_jax():
     heavy = "any(m in sys.modules for m in ('jax', 'matplotlib', 'numpy', 'tensorboard'))"
-    code = f"import sys, jaxtrain.report.progress, jaxtrain.report.trackers; sys.exit({heavy})"
+    code = f"import sys, jaxtrain.report.terminal.progress, jaxtrain.report.trackers; sys.exit({heavy})"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -15,12 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import augment, checkpoint, gradients, mesh, payload, reproducible, sharding, state, step
+from jaxtrain import augment
+from jaxtrain.checkpoints import checkpoints, arrays
+from jaxtrain.train import gradients, reproducible, state, steps as train_steps
+from jaxtrain.parallel import mesh, sharding
 from jaxtrain.adapters import functions
 from jaxtrain.losses import cross_entropy
 from jaxtrain.models import convnet, mlp, vit
 from jaxtrain.optimizers import SGD, AdamW
-from jaxtrain.recipe import Recipe
+from jaxtrain.train.recipe import Recipe
 from jaxtrain.tasks import Classification
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +65,7 @@ def trained(model: Any, layout: str, *, steps: int = 3, shards: int = 8, **optio
     abstract = jax.eval_shape(lambda: state.init_state(*parts, batch, **options))
     places = state.state_shardings(Recipe(*parts, **options), batch, abstract, where)
     like = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, places)
-    now = payload.to_devices(payload.to_host(whole), like)
+    now = arrays.to_devices(arrays.to_host(whole), like)
     trainer = reproducible.Trainer(Recipe(*parts, **options), where, shards)
     data = jax.device_put(DATA, sharding.replicated(where))
     copies = trainer.copies(now)
@@ -72,7 +75,7 @@ def trained(model: Any, layout: str, *, steps: int = 3, shards: int = 8, **optio
     assert [leaf.sharding for leaf in jax.tree.leaves(now)] == [leaf.sharding for leaf in jax.tree.leaves(like)]
     held_out = {name: array[:16] for name, array in DATA.items()}
     evaluated = reproducible.make_eval_step(*parts, mesh=where, shards=shards, **options)(now, held_out)
-    return checkpoint.digest(now), jax.device_get(sums), jax.device_get(evaluated)
+    return checkpoints.digest(now), jax.device_get(sums), jax.device_get(evaluated)
 
 
 @pytest.mark.parametrize("name", ["own", pytest.param("cnn", marks=pytest.mark.slow), pytest.param("vit", marks=pytest.mark.slow)])
@@ -148,14 +151,14 @@ def test_shards_that_are_no_power_of_two() -> None:
         where = mesh.make(layout)
         parts = (MODELS["own"], Classification(), SGD(learning_rate=0.1))
         batch = {name: array[:24] for name, array in DATA.items()}
-        now = payload.to_devices(
-            payload.to_host(state.init_state(*parts, batch)), jax.eval_shape(lambda: state.init_state(*parts, batch, mesh=where))
+        now = arrays.to_devices(
+            arrays.to_host(state.init_state(*parts, batch)), jax.eval_shape(lambda: state.init_state(*parts, batch, mesh=where))
         )
         now = jax.device_put(now, sharding.replicated(where))
         made = reproducible.make_train_step(*parts, mesh=where, shards=12)
         for _ in range(2):
             now, _ = made(now, batch)
-        return checkpoint.digest(now)
+        return checkpoints.digest(now)
 
     assert run("data:1") == run("data:2") == run("data:3")
 
@@ -168,7 +171,7 @@ def test_a_step_is_the_plain_step_where_nothing_draws_or_averages() -> None:
     one, sums = reproducible.make_train_step(*parts, mesh=where)(
         jax.device_put(state.init_state(*parts, batch), sharding.replicated(where)), batch
     )
-    other, plain = step.make_train_step(*parts)(state.init_state(*parts, batch), batch)
+    other, plain = train_steps.make_train_step(*parts)(state.init_state(*parts, batch), batch)
     for name, (total, count) in jax.device_get(plain).items():
         np.testing.assert_allclose(jax.device_get(sums[name]), (total, count), rtol=1e-5)
     jax.tree.map(
@@ -267,7 +270,7 @@ def launch(
     command = [
         sys.executable,
         "-m",
-        "jaxtrain.supervisor",
+        "jaxtrain.processes.supervisor",
         f"--processes={processes}",
         f"--devices={devices}",
         *arguments,

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from test_run import ROOT, digest, lines, quiet_environment, start, toy
 
-from jaxtrain import committed, feed
-from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.checkpoints import committed
+from jaxtrain.train import feeds
+from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.horizon import Horizon
 from jaxtrain.models import ConvNet
-from jaxtrain.signals import Stop
+from jaxtrain.processes.signals import Stop
 
 KINDS: dict[str, dict[str, Any]] = {
     "scanned": {},
@@ -46,7 +47,7 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
     """Does something as soon as the dispatch that reaches `step` is on its way, once."""
     left = [action]
-    for kind in (feed.ResidentFeed, feed.StreamFeed):
+    for kind in (feeds.ResidentFeed, feeds.StreamFeed):
         advance = kind.advance
 
         def watched(self: Any, state: Any, count: int, advance: Any = advance) -> Any:

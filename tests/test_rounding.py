@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtrain import mesh, rounding
+from jaxtrain.parallel import mesh
+from jaxtrain.precision import stochastic_rounding
 
 LARGEST = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
-round_to_bf16 = jax.jit(rounding.to_bf16)
+round_to_bf16 = jax.jit(stochastic_rounding.to_bf16)
 
 
 def neighbours(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -25,7 +26,7 @@ def test_rounds_to_a_neighbour_and_the_mean_is_the_number():
     values = np.concatenate([np.geomspace(1e-30, 1e30, 60), -np.geomspace(1e-3, 1e3, 60)]).astype(np.float32)
     values = values[np.not_equal(*neighbours(values))]
     keys = jax.random.split(jax.random.key(0), 4096)
-    seen = np.asarray(jax.jit(jax.vmap(lambda key: rounding.to_bf16(values, key)))(keys)).astype(np.float64)
+    seen = np.asarray(jax.jit(jax.vmap(lambda key: stochastic_rounding.to_bf16(values, key)))(keys)).astype(np.float64)
     inner, outer = neighbours(values)
     assert ((seen == inner) | (seen == outer)).all()
     # The mean of n coins of p is off by at most half a gap / sqrt(n) at one sigma.
@@ -66,7 +67,7 @@ def test_which_leaves_are_rounded_and_the_way_back():
     stored = round_to_bf16(tree, jax.random.key(0))
     assert {name for name, leaf in stored.items() if leaf.dtype != tree[name].dtype} == {"mean"}
     assert stored["mean"].dtype == jnp.bfloat16
-    back = jax.jit(lambda stored: rounding.to_fp32(stored, jax.eval_shape(lambda: tree)))(stored)
+    back = jax.jit(lambda stored: stochastic_rounding.to_fp32(stored, jax.eval_shape(lambda: tree)))(stored)
     assert [leaf.dtype for leaf in jax.tree.leaves(back)] == [leaf.dtype for leaf in jax.tree.leaves(tree)]
     np.testing.assert_array_equal(back["mean"], np.asarray(stored["mean"]).astype(np.float32))
     assert float(back["rate"]) == float(tree["rate"])
@@ -86,7 +87,7 @@ def test_the_layout_changes_no_bit(text):
     grid = mesh.make(text)
     for spec in (PartitionSpec(("data", "fsdp")), PartitionSpec("data", "fsdp"), PartitionSpec(None, ("data", "fsdp"))):
         place = NamedSharding(grid, spec)
-        found = jax.jit(rounding.to_bf16, out_shardings=[place])([jax.device_put(values, place)], jax.random.key(4))
+        found = jax.jit(stochastic_rounding.to_bf16, out_shardings=[place])([jax.device_put(values, place)], jax.random.key(4))
         np.testing.assert_array_equal(found[0], round_to_bf16([values], jax.random.key(4))[0])
 
 
@@ -101,4 +102,4 @@ def test_an_average_moves_where_rounding_to_nearest_stands_still():
         return float(jax.jit(lambda: jax.lax.fori_loop(0, steps, body, jnp.zeros(size, jnp.bfloat16)).astype(jnp.float32).mean())())
 
     assert after(lambda average, key: average.astype(jnp.bfloat16)) < 0.6
-    assert abs(after(rounding.to_bf16) - (1 - 0.999**steps)) < 0.003
+    assert abs(after(stochastic_rounding.to_bf16) - (1 - 0.999**steps)) < 0.003

@@ -16,21 +16,25 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain import compare, config, evaluate, flags, group, loop, pulse, run, workdir
+from jaxtrain import config
+from jaxtrain.train import compare_meshes, evaluate, loop
+from jaxtrain.config import flags
+from jaxtrain.processes import group, heartbeat
+from jaxtrain.runner import main as runner_main, workdir as workdirs
 from jaxtrain.augment import ImageAugment
-from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.data import statistics
-from jaxtrain.data.synthetic import Synthetic
-from jaxtrain.group import Agreement
+from jaxtrain.data.sources.synthetic import Synthetic
+from jaxtrain.processes.group import Agreement
 from jaxtrain.horizon import Horizon
-from jaxtrain.journal import Journal
+from jaxtrain.train.metrics_log import Journal
 from jaxtrain.models import MLP, ConvNet
 from jaxtrain.optimizers import SGD, AdamW
-from jaxtrain.report import page
-from jaxtrain.report.progress import Progress
-from jaxtrain.report.writers import JsonlWriter, Writers, is_clock, read_metrics
+from jaxtrain.report.page import html
+from jaxtrain.report.terminal.progress import Progress
+from jaxtrain.report.metrics_file import JsonlWriter, Writers, is_clock, read_metrics
 from jaxtrain.schedules import Constant, Cosine
-from jaxtrain.signals import Stop
+from jaxtrain.processes.signals import Stop
 from jaxtrain.tasks import Classification
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +76,7 @@ def toy(**changes: Any) -> config.Run:
 def start(workdir: Path | str, *argv: str, **changes: Any) -> int:
     """The exit status of a start, as `run.main` would have it."""
     arguments = [f"--workdir={workdir}", *argv] if workdir else list(argv)
-    return run.guarded(lambda: run.launch(flags.parse(toy(**changes), arguments), arguments))
+    return runner_main.guarded(lambda: runner_main.launch(flags.parse(toy(**changes), arguments), arguments))
 
 
 def lines(workdir: Path) -> list[dict[str, Any]]:
@@ -160,10 +164,10 @@ def test_evaluation_is_exact(golden: Path) -> None:
 
 
 def _arrays(checkpoints: Checkpoints, step: int) -> dict[str, np.ndarray]:
-    from jaxtrain import manifest, payload
+    from jaxtrain.checkpoints import manifest, arrays
 
     folder = checkpoints.folder / str(step)
-    return payload.read(folder / "state", manifest.read(folder)["tree"])
+    return arrays.read(folder / "state", manifest.read(folder)["tree"])
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -271,7 +275,7 @@ def test_a_dispatch_that_compiles_says_nothing_of_the_rate(tmp_path: Path) -> No
     """Ten seconds for the first step, one for each of the next four."""
     with pytest.MonkeyPatch.context() as patch:
         now = [0.0]
-        patch.setattr("jaxtrain.journal.time.monotonic", lambda: now[0])
+        patch.setattr("jaxtrain.train.metrics_log.time.monotonic", lambda: now[0])
         writers = Writers(JsonlWriter(tmp_path / "metrics.jsonl"), [], note=print)
         journal = Journal(writers, Progress(9, live=False), every=5, step=0, total_steps=9, batch_size=8)
         journal.resume(late=True)
@@ -293,11 +297,11 @@ def test_a_validation_that_is_no_number_ends_nothing(tmp_path: Path, loss: float
 
 def test_runs_of_one_second_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(workdir.time, "strftime", lambda _: "now")
-    assert [str(workdir.place(toy())) for _ in range(3)] == ["runs/toy/now", "runs/toy/now-2", "runs/toy/now-3"]
+    monkeypatch.setattr(workdirs.time, "strftime", lambda _: "now")
+    assert [str(workdirs.place(toy())) for _ in range(3)] == ["runs/toy/now", "runs/toy/now-2", "runs/toy/now-3"]
     with pytest.raises(ValueError, match="^--eval_only: needs --workdir, the folder of a run$"):
-        workdir.place(toy(eval_only=True))
-    assert workdir.place(toy(workdir="x")) == Path("x") and len(list((tmp_path / "runs" / "toy").iterdir())) == 3
+        workdirs.place(toy(eval_only=True))
+    assert workdirs.place(toy(workdir="x")) == Path("x") and len(list((tmp_path / "runs" / "toy").iterdir())) == 3
 
 
 def test_an_evaluation_is_put_off_when_a_signal_came_and_done_first_on_the_way_back(tmp_path: Path) -> None:
@@ -376,7 +380,7 @@ def test_a_report_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest
     def broken(*_: Any) -> Path:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(page, "write_report", broken)
+    monkeypatch.setattr(html, "write_report", broken)
     assert start(tmp_path / "run", "--report", "--steps=4") == 0
     assert capsys.readouterr().err == "jaxtrain: warning: report not written: RuntimeError: no ink\n"
     assert lines(tmp_path / "run")[-1]["split"] == "test"
@@ -469,7 +473,7 @@ def test_a_closed_pipe_does_not_end_a_run(tmp_path: Path) -> None:
 def test_an_old_jax_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(jax, "__version_info__", (0, 6, 1))
     monkeypatch.setattr(jax, "__version__", "0.6.1")
-    assert run.guarded(lambda: run.launch(None, [])) == 2  # type: ignore[arg-type]  # said before the run is looked at
+    assert runner_main.guarded(lambda: runner_main.launch(None, [])) == 2  # type: ignore[arg-type]  # said before the run is looked at
     assert capsys.readouterr().err == "jaxtrain: error: needs jax >= 0.10.2; found 0.6.1 (python -m pip install -U jax)\n"
 
 
@@ -478,7 +482,7 @@ def test_only_what_compiles_has_the_long_limit_of_compiling(tmp_path: Path, monk
     said = [""]
     known: set[evaluate.Shapes] = set()
     seen: list[tuple[str, int | str]] = []
-    monkeypatch.setattr(pulse, "beat", lambda phase, step=None: said.append(phase))
+    monkeypatch.setattr(heartbeat, "beat", lambda phase, step=None: said.append(phase))
 
     def eval_step(state: Any, batch: Any) -> Any:
         seen.append((f"batch of {len(batch['id'])}", said[-1]))
@@ -510,10 +514,10 @@ def test_only_what_compiles_has_the_long_limit_of_compiling(tmp_path: Path, monk
 
 
 def test_a_long_wait_for_peers_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(run, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(runner_main, "SILENT_SECONDS", 0.0)
     with Stop() as stop:
         threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-        assert run.guarded(lambda: run._join(toy(processes=2, process=1, coordinator="127.0.0.1:9"), stop)) == 75
+        assert runner_main.guarded(lambda: runner_main._join(toy(processes=2, process=1, coordinator="127.0.0.1:9"), stop)) == 75
     assert capsys.readouterr().err.splitlines()[0] == "jaxtrain: waiting for process 0 at 127.0.0.1:9"
 
 
@@ -531,7 +535,7 @@ def test_a_signal_while_waiting_for_peers(number: int, status: int, line: str, c
     try:
         with Stop() as stop:
             os.kill(os.getpid(), number)
-            assert run.guarded(lambda: run._join(alone, stop)) == status
+            assert runner_main.guarded(lambda: runner_main._join(alone, stop)) == status
     finally:
         signal.signal(number, before)
     assert capsys.readouterr().err == f"jaxtrain: error: {line}\n"
@@ -562,16 +566,16 @@ def test_a_lost_peer_is_one_line_and_the_traceback_in_the_log(
         raise kind(text)
 
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    assert run.guarded(step) == 75
+    assert runner_main.guarded(step) == 75
     assert len(capsys.readouterr().err.splitlines()) == 1, "process 0 writes to the terminal"
     monkeypatch.setattr(group, "is_main", lambda: False)
-    assert run.guarded(step) == 75
+    assert runner_main.guarded(step) == 75
     said = capsys.readouterr().err
     assert said.startswith("Traceback (most recent call last)") and "in step" in said
     assert said.splitlines()[-1] == f"jaxtrain: error: lost another process of the run ({text[:160]})"
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
     with pytest.raises(kind):
-        run.guarded(step)
+        runner_main.guarded(step)
 
 
 @pytest.mark.parametrize("text", OUR_FAULT)
@@ -581,7 +585,7 @@ def test_a_fault_in_a_group_is_not_hidden_as_a_lost_peer(text: str, monkeypatch:
 
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     with pytest.raises(jax.errors.JaxRuntimeError):
-        run.guarded(step)
+        runner_main.guarded(step)
 
 
 JITTED_TWICE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1099511627776 bytes."
@@ -592,31 +596,31 @@ def test_an_error_of_xla_is_no_bad_input_though_a_jitted_function_raises_it_as_v
     text: str, status: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if one of our own lines had called the function: no line of jax's Python is in the traceback."""
-    monkeypatch.setattr(run, "_is_ours", lambda error: True)
+    monkeypatch.setattr(runner_main, "_is_ours", lambda error: True)
 
     def step() -> int:
         raise ValueError(text)
 
     if status is None:
         with pytest.raises(ValueError, match=text):
-            run.guarded(step)
+            runner_main.guarded(step)
     else:
-        assert run.guarded(step) == status
+        assert runner_main.guarded(step) == status
 
 
 def test_meshes_that_differ_have_a_status_of_their_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     report = types.SimpleNamespace(agree=False, rows=list, summary=lambda: "data:2 differs")
-    monkeypatch.setattr(compare, "compare", lambda *_, **__: report)
-    monkeypatch.setattr(run.tables, "comparison_table", lambda rows: "")
-    assert run.launch(toy(compare_meshes=("data:2",)), []) == 3
+    monkeypatch.setattr(compare_meshes, "compare", lambda *_, **__: report)
+    monkeypatch.setattr(runner_main.tables, "comparison_table", lambda rows: "")
+    assert runner_main.launch(toy(compare_meshes=("data:2",)), []) == 3
     assert "data:2 differs" in capsys.readouterr().out
 
 
 def test_a_supervisor_is_told_what_the_experiment_itself_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = pulse.Pulse(tmp_path / "pulse")
-    monkeypatch.setattr(pulse, "_own", lambda: own)
-    monkeypatch.setenv(pulse.SUPERVISED, "1")
-    monkeypatch.setattr(run, "launch", lambda run, argv: 0)
-    assert run._start(toy(max_restarts=2, hang_seconds=7.5), []) == 0
-    said = pulse.read(tmp_path / "pulse")
+    own = heartbeat.Pulse(tmp_path / "pulse")
+    monkeypatch.setattr(heartbeat, "_own", lambda: own)
+    monkeypatch.setenv(heartbeat.SUPERVISED, "1")
+    monkeypatch.setattr(runner_main, "launch", lambda run, argv: 0)
+    assert runner_main._start(toy(max_restarts=2, hang_seconds=7.5), []) == 0
+    said = heartbeat.read(tmp_path / "pulse")
     assert said is not None and (said.max_restarts, said.hang_seconds) == (2, 7.5)

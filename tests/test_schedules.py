@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtrain import fields, hyper
+from jaxtrain import fields
+from jaxtrain.train import hyper
 from jaxtrain.horizon import Horizon
 from jaxtrain.schedules import NAMES, Constant, Cosine, Linear, Rsqrt, Schedule, Step, WarmupStableDecay, resolve
 

@@ -10,10 +10,12 @@ import pytest
 from jax.sharding import PartitionSpec
 from rich.console import Console
 
-from jaxtrain import adapters, mesh, sharding, state, tree
+from jaxtrain import adapters, tree
+from jaxtrain.parallel import mesh, sharding
+from jaxtrain.train import state
 from jaxtrain.models import MLP, ViT
 from jaxtrain.optimizers import AdamW
-from jaxtrain.report import tables
+from jaxtrain.report.terminal import tables
 from jaxtrain.tasks import Classification
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain import pulse
+from jaxtrain.processes import heartbeat
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
@@ -237,7 +237,7 @@ def test_digits_train_in_two_tasks_and_survive_a_kill(cluster: Cluster, tmp_path
         return any(workdir.glob("checkpoints/*/COMMIT"))
 
     wait_for(committed, 180, "nothing is committed")
-    pulses = [path for path in Path("/tmp").glob("jaxtrain-*/pulse-0") if (beat := pulse.read(path)) and beat.workdir == str(workdir)]
+    pulses = [path for path in Path("/tmp").glob("jaxtrain-*/pulse-0") if (beat := heartbeat.read(path)) and beat.workdir == str(workdir)]
     assert len(pulses) == 2
     tasks = [int(task) for task in cluster.ask("pgrep", "--full", f"^{sys.executable} experiments/digits.py.*{workdir}").split()]
     assert len(tasks) == 2, cluster.output(job)

@@ -14,15 +14,17 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from jaxtrain import hyper, mesh, metrics, step, streams
+from jaxtrain import metrics, rng
+from jaxtrain.train import hyper, steps as train_steps
+from jaxtrain.parallel import mesh
 from jaxtrain.augment import ImageAugment
 from jaxtrain.data import order
-from jaxtrain.evaluate import evaluate
+from jaxtrain.train.evaluate import evaluate
 from jaxtrain.models import MLP, ConvNet
 from jaxtrain.optimizers import SGD, AdamW
-from jaxtrain.recipe import Recipe
+from jaxtrain.train.recipe import Recipe
 from jaxtrain.schedules import Constant, Cosine
-from jaxtrain.state import TrainState, init_state
+from jaxtrain.train.state import TrainState, init_state
 from jaxtrain.tasks import Classification
 
 N, D, C = 96, 12, 5
@@ -50,7 +52,7 @@ def run(arrays: dict[str, np.ndarray], model: Any, *, count: int = 3, mesh_text:
     task, optimizer = options.pop("task", Classification()), options.pop("optimizer", SGD(learning_rate=0.1))
     grid = None if mesh_text is None else mesh.make(mesh_text)
     state = init_state(model, task, optimizer, batch_of(arrays, 0, size), mesh=grid, **options)
-    update = step.make_train_step(model, task, optimizer, mesh=grid, **options)
+    update = train_steps.make_train_step(model, task, optimizer, mesh=grid, **options)
     losses = []
     for index in range(count):
         state, sums = update(state, batch_of(arrays, index * size % (N - size + 1), size))
@@ -65,7 +67,7 @@ def assert_close(first: Any, second: Any, tolerance: float = 1e-6) -> None:
 def test_equals_a_hand_written_loop(arrays):
     model, task, optimizer = parts()
     state = init_state(model, task, optimizer, batch_of(arrays), schedule=Cosine(warmup=2.0), total_steps=5.0)
-    update = step.make_train_step(model, task, optimizer, schedule=Cosine(warmup=2.0), total_steps=5.0)
+    update = train_steps.make_train_step(model, task, optimizer, schedule=Cosine(warmup=2.0), total_steps=5.0)
     params = jax.tree.map(jnp.copy, state.params)
     mask = lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
     # The rates by the formula in words: a ramp over two steps, then half a cosine.
@@ -145,7 +147,7 @@ def test_state_is_born_sharded_and_stays_so(arrays):
     grid = mesh.make("fsdp:8")
     model = MLP(num_classes=C, widths=(64,))
     state = init_state(model, Classification(), AdamW(), batch_of(arrays), mesh=grid)
-    update = step.make_train_step(model, Classification(), AdamW(), mesh=grid)
+    update = train_steps.make_train_step(model, Classification(), AdamW(), mesh=grid)
 
     def shards(state: TrainState) -> dict[str, int]:
         kernel = next(leaf for leaf in jax.tree.leaves(state.params) if leaf.shape == (D, 64))
@@ -168,7 +170,7 @@ def test_clipping_bounds_the_update(arrays):
     optimizer = SGD(learning_rate=1.0)
     state = init_state(model, Classification(), optimizer, batch_of(arrays), clip_norm=0.01)
     before = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.params)
-    state, sums = step.make_train_step(model, Classification(), optimizer, clip_norm=0.01)(state, batch_of(arrays))
+    state, sums = train_steps.make_train_step(model, Classification(), optimizer, clip_norm=0.01)(state, batch_of(arrays))
     moved = jax.tree.map(lambda old, new: np.asarray(new, np.float64) - old, before, state.params)
     norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(moved)))
     assert float(sums["grad_norm"][0]) > 0.01
@@ -191,7 +193,7 @@ def test_average_follows_its_formula(arrays):
 def test_numbers_are_inputs_not_constants(arrays):
     """Another rate, decay, dropout or smoothing in the state changes the result and compiles nothing."""
     model, task, optimizer = MLP(num_classes=C, widths=(8,), dropout=0.1), Classification(label_smoothing=0.1), AdamW()
-    update = step.make_train_step(model, task, optimizer, clip_norm=1.0, ema_decay=0.9)
+    update = train_steps.make_train_step(model, task, optimizer, clip_norm=1.0, ema_decay=0.9)
     results = []
     names = ("optimizer.learning_rate", "optimizer.b1", "model.dropout", "task.label_smoothing", "clip_norm", "ema_decay", "schedule.warmup")
     for name in (None, *names):
@@ -199,7 +201,7 @@ def test_numbers_are_inputs_not_constants(arrays):
         assert set(names) <= set(state.hyper)
         if name:
             state = dataclasses.replace(state, hyper=state.hyper | {name: state.hyper[name] * 0.05})
-        update = update if name else step.make_train_step(model, task, optimizer, clip_norm=1.0, ema_decay=0.9, schedule=Constant(warmup=3.0))
+        update = update if name else train_steps.make_train_step(model, task, optimizer, clip_norm=1.0, ema_decay=0.9, schedule=Constant(warmup=3.0))
         for index in range(2):
             state, _ = update(state, batch_of(arrays, 16 * index))
         results.append(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves((state.params, state.ema))]))
@@ -226,7 +228,7 @@ def test_every_example_once_an_epoch(arrays):
     model, optimizer = parts()[0], SGD()
     data = {name: jnp.asarray(array) for name, array in arrays.items()}
     state = init_state(model, Seen(), optimizer, batch_of(arrays), seed=3)
-    steps = step.make_train_steps(model, Seen(), optimizer, batch_size=20)
+    steps = train_steps.make_train_steps(model, Seen(), optimizer, batch_size=20)
     state, sums = steps(state, data, jnp.int32(24))
     np.testing.assert_array_equal(sums["seen"][0], 5)
     assert (int(state.position.epoch), int(state.position.offset)) == (5, 0)
@@ -235,7 +237,7 @@ def test_every_example_once_an_epoch(arrays):
 def test_many_steps_a_dispatch_are_the_same_steps(arrays):
     model, optimizer = MLP(num_classes=C, widths=(8,), dropout=0.2), AdamW()
     data = {name: jnp.asarray(array) for name, array in arrays.items()}
-    steps = step.make_train_steps(model, Classification(), optimizer, batch_size=20)
+    steps = train_steps.make_train_steps(model, Classification(), optimizer, batch_size=20)
 
     def after(counts: tuple[int, ...]) -> TrainState:
         state = init_state(model, Classification(), optimizer, batch_of(arrays))
@@ -247,7 +249,7 @@ def test_many_steps_a_dispatch_are_the_same_steps(arrays):
     assert steps.several._cache_size() == 1, "another count compiled another program"
     # A batch from the host, in the order that NumPy computes, gives the same.
     state = init_state(model, Classification(), optimizer, batch_of(arrays))
-    update = step.make_train_step(model, Classification(), optimizer, num_examples=N)
+    update = train_steps.make_train_step(model, Classification(), optimizer, num_examples=N)
     epoch, offset = 0, 0
     for _ in range(8):
         ids_B = order.example_ids(0, epoch, offset, 20, N)
@@ -258,18 +260,18 @@ def test_many_steps_a_dispatch_are_the_same_steps(arrays):
 
 
 def test_a_new_stream_moves_no_other():
-    key = streams.root(7)
-    before = jax.random.key_data(streams.stream(key, "dropout", 11)).tolist()
-    streams.stream(key, "new", 11)
-    assert jax.random.key_data(streams.stream(key, "dropout", 11)).tolist() == before == [2166023014, 1797164044] or before
-    others = {tuple(jax.random.key_data(streams.stream(key, name, at)).tolist()) for name in ("dropout", "augment", "new") for at in range(5)}
+    key = rng.root(7)
+    before = jax.random.key_data(rng.stream(key, "dropout", 11)).tolist()
+    rng.stream(key, "new", 11)
+    assert jax.random.key_data(rng.stream(key, "dropout", 11)).tolist() == before == [2166023014, 1797164044] or before
+    others = {tuple(jax.random.key_data(rng.stream(key, name, at)).tolist()) for name in ("dropout", "augment", "new") for at in range(5)}
     assert len(others) == 15
 
 
 def test_what_happens_to_an_example_hangs_on_its_id_alone():
-    key = streams.stream(streams.root(0), "augment", 5)
-    first = jax.random.key_data(streams.per_example(key, jnp.array([4, 9])))
-    second = jax.random.key_data(streams.per_example(key, jnp.array([9, 1, 4])))
+    key = rng.stream(rng.root(0), "augment", 5)
+    first = jax.random.key_data(rng.per_example(key, jnp.array([4, 9])))
+    second = jax.random.key_data(rng.per_example(key, jnp.array([9, 1, 4])))
     assert first[0].tolist() == second[2].tolist() and first[1].tolist() == second[0].tolist()
 
 
@@ -281,7 +283,7 @@ def test_evaluation_counts_every_example_once(arrays):
     shifted = logits - logits.max(1, keepdims=True)
     likelihood = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
     expected = {"loss": -likelihood[np.arange(50), arrays["label"][:50]].mean(), "accuracy": (logits.argmax(1) == arrays["label"][:50]).mean()}
-    eval_step = step.make_eval_step(model, task, optimizer)
+    eval_step = train_steps.make_eval_step(model, task, optimizer)
     for size in (7, 16, 50):
         batches = []
         for start in range(0, 50, size):
@@ -320,7 +322,7 @@ def test_trains_other_kinds_of_models(arrays, model):
 def test_the_state_is_donated(arrays):
     model, task, optimizer = parts()
     state = init_state(model, task, optimizer, batch_of(arrays))
-    new, _ = step.make_train_step(model, task, optimizer)(state, batch_of(arrays))
+    new, _ = train_steps.make_train_step(model, task, optimizer)(state, batch_of(arrays))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
 

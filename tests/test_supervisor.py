@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain import launch_plan, pulse, rendezvous, statuses, verdict, workers
-from jaxtrain.verdict import LIMITS, Observation, Verdict, judge
-from jaxtrain.worker_log import WorkerLog
+from jaxtrain.processes import arguments as launch_arguments, heartbeat, join, failure, workers as worker_processes
+from jaxtrain import errors
+from jaxtrain.processes.failure import LIMITS, Observation, Verdict, judge
+from jaxtrain.processes.worker_log import WorkerLog
 
 ROOT = Path(__file__).resolve().parent.parent
 BOUND = 5.0
@@ -100,7 +101,7 @@ class Group:
         script.write_text(WORKER)
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAXTRAIN_", "SLURM_", "XLA_", "JAX_"))}
         environment |= {"TMPDIR": str(folder / "temporary"), "PYTHONPATH": str(ROOT), **environ}
-        command = [sys.executable, "-m", "jaxtrain.supervisor", *own, str(script), f"--folder={folder}", *arguments]
+        command = [sys.executable, "-m", "jaxtrain.processes.supervisor", *own, str(script), f"--folder={folder}", *arguments]
         self.process = subprocess.Popen(
             [*before, *command],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -123,7 +124,7 @@ class Group:
         """Returns when the workers have started to train."""
         until = time.monotonic() + 10
         while time.monotonic() < until:
-            beats = [pulse.read(path) for path in (self.folder / "temporary").glob("jaxtrain-*/pulse-*")]
+            beats = [heartbeat.read(path) for path in (self.folder / "temporary").glob("jaxtrain-*/pulse-*")]
             if sum(beat is not None and (beat.step or 0) >= step for beat in beats) == count:
                 return
             time.sleep(0.02)
@@ -195,7 +196,7 @@ DEAD = replace(SEEN, status=1, ended_at=10.0)
     ],
 )  # fmt: skip
 def test_the_verdict_names_the_first_cause(observed: list[Observation], now: float, found: Verdict | None) -> None:
-    assert judge(observed, now, verdict.limits(8)) == found
+    assert judge(observed, now, failure.limits(8)) == found
 
 
 def test_those_who_were_asked_to_end_are_not_at_fault() -> None:
@@ -207,26 +208,26 @@ def test_those_who_were_asked_to_end_are_not_at_fault() -> None:
 
 
 def test_limits_are_those_of_the_issue_and_cover_every_phase() -> None:
-    assert tuple(LIMITS) == pulse.PHASES == tuple(verdict.DOING)
-    assert {phase for phase in pulse.PHASES if verdict.limits(8)[phase] != LIMITS[phase]} == {"training", "evaluating"}
+    assert tuple(LIMITS) == heartbeat.PHASES == tuple(failure.DOING)
+    assert {phase for phase in heartbeat.PHASES if failure.limits(8)[phase] != LIMITS[phase]} == {"training", "evaluating"}
 
 
 def test_a_pulse_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "pulse"
-    own = pulse.Pulse(path)
-    assert pulse.read(path) == pulse.Beat(1)
+    own = heartbeat.Pulse(path)
+    assert heartbeat.read(path) == heartbeat.Beat(1)
     own.beat("evaluating", 10**12)
     own.workdir("/a place/näme")
-    assert pulse.read(path) == pulse.Beat(2, "evaluating", 10**12, "/a place/näme")
+    assert heartbeat.read(path) == heartbeat.Beat(2, "evaluating", 10**12, "/a place/näme")
     own.beat("saving")
-    assert pulse.read(path) == pulse.Beat(3, "saving", 10**12, "/a place/näme")
+    assert heartbeat.read(path) == heartbeat.Beat(3, "saving", 10**12, "/a place/näme")
     own.wishes(10**30, 0.25)
-    assert pulse.read(path) == pulse.Beat(3, "saving", 10**12, "/a place/näme", 10**30, 0.25)
+    assert heartbeat.read(path) == heartbeat.Beat(3, "saving", 10**12, "/a place/näme", 10**30, 0.25)
     own.wishes(2, None)
     own.workdir("/b")
-    assert pulse.read(path) == pulse.Beat(3, "saving", 10**12, "/b", 2, None)
+    assert heartbeat.read(path) == heartbeat.Beat(3, "saving", 10**12, "/b", 2, None)
     path.write_bytes(b"half a l")
-    assert pulse.read(path) is None
+    assert heartbeat.read(path) is None
 
 
 def test_a_beat_without_a_supervisor_is_nothing(tmp_path: Path) -> None:
@@ -241,8 +242,8 @@ def test_a_beat_without_a_supervisor_is_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "no FILE.py given; python -m jaxtrain.supervisor --processes=2 experiments/digits.py [flags]"),
-        (["--processes=2"], "no FILE.py given; python -m jaxtrain.supervisor --processes=2 experiments/digits.py [flags]"),
+        ([], "no FILE.py given; python -m jaxtrain.processes.supervisor --processes=2 experiments/digits.py [flags]"),
+        (["--processes=2"], "no FILE.py given; python -m jaxtrain.processes.supervisor --processes=2 experiments/digits.py [flags]"),
         (["--processes"], "--processes: needs a value, e.g. --processes=2"),
         (["--processes=0", __file__], "--processes=0: must be an integer >= 1"),
         (["--devices=two", __file__], "--devices=two: must be an integer >= 1"),
@@ -254,11 +255,11 @@ def test_a_beat_without_a_supervisor_is_nothing(tmp_path: Path) -> None:
 )
 def test_a_command_line_that_cannot_be(argv: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        launch_plan.parse(argv)
+        launch_arguments.parse(argv)
 
 
 def test_the_flags_of_both_are_read_in_either_form() -> None:
-    plan = launch_plan.parse(["--processes", "2", __file__, "--hang_seconds", "8", "--max_restarts=3", "--resume=never"])
+    plan = launch_arguments.parse(["--processes", "2", __file__, "--hang_seconds", "8", "--max_restarts=3", "--resume=never"])
     assert (plan.processes, plan.devices, plan.hang_seconds, plan.max_restarts) == (2, None, 8.0, 3)
     assert plan.command("")[2:] == ["--hang_seconds", "8", "--max_restarts=3", "--resume=never"]
     assert plan.command("/run")[2:] == ["--hang_seconds", "8", "--max_restarts=3", "--workdir=/run"]
@@ -372,9 +373,9 @@ def test_a_final_status_is_passed_on_at_once(tmp_path: Path, status: int) -> Non
 
 
 def test_final_statuses_are_known_to_the_script_of_slurm() -> None:
-    assert statuses.FINAL.keys() == {2, 3, 70, 71, 74, 130}
+    assert errors.FINAL.keys() == {2, 3, 70, 71, 74, 130}
     script = (ROOT / "scripts" / "slurm" / "train.sbatch").read_text()
-    assert f"case $status in 0 | {' | '.join(map(str, statuses.FINAL))}) exit" in script
+    assert f"case $status in 0 | {' | '.join(map(str, errors.FINAL))}) exit" in script
 
 
 def test_a_worker_without_a_terminal_has_its_final_words_shown(tmp_path: Path) -> None:
@@ -402,7 +403,7 @@ LEAVES_A_CHILD = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid
 
 def test_a_dead_worker_keeps_its_number_until_its_children_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Later the number may be a stranger's, so nothing is sent to it any more."""
-    worker = workers.Worker(0, [sys.executable, "-c", LEAVES_A_CHILD], os.environ, tmp_path, tmp_path / "log", 0.0)
+    worker = worker_processes.Worker(0, [sys.executable, "-c", LEAVES_A_CHILD], os.environ, tmp_path, tmp_path / "log", 0.0)
     until = time.monotonic() + 10
     while worker.observe(1.0).status is None:
         assert time.monotonic() < until
@@ -410,13 +411,13 @@ def test_a_dead_worker_keeps_its_number_until_its_children_are_killed(tmp_path: 
     child, own = int((tmp_path / "log").read_text()), worker._process.pid
     assert worker.observe(2.0).status == 0 and Path(f"/proc/{own}").exists() and alive(child)
     sent: list[int] = []
-    monkeypatch.setattr(workers.os, "killpg", lambda group, number, kill=os.killpg: (sent.append(group), kill(group, number)))
-    monkeypatch.setattr(workers.os, "kill", lambda process, number: sent.append(process))
-    assert workers.end([worker]) == [] and sent == [own] and not Path(f"/proc/{own}").exists()
+    monkeypatch.setattr(worker_processes.os, "killpg", lambda group, number, kill=os.killpg: (sent.append(group), kill(group, number)))
+    monkeypatch.setattr(worker_processes.os, "kill", lambda process, number: sent.append(process))
+    assert worker_processes.end([worker]) == [] and sent == [own] and not Path(f"/proc/{own}").exists()
     while alive(child):
         assert time.monotonic() < until
         time.sleep(0.02)
-    assert workers.end([worker]) == [] and not worker.ask_for_stack()
+    assert worker_processes.end([worker]) == [] and not worker.ask_for_stack()
     worker.send(signal.SIGTERM)
     assert sent == [own]
 
@@ -486,7 +487,7 @@ def test_the_devices_and_the_coordinator_of_a_rehearsal(tmp_path: Path) -> None:
     made.finish(0)
     lines = [(tmp_path / f"environ-{index}").read_text().split(maxsplit=3) for index in range(2)]
     for _, coordinator, platforms, flags in lines:
-        assert rendezvous.split(coordinator)[0] == "127.0.0.1"
+        assert join.split(coordinator)[0] == "127.0.0.1"
         assert platforms == "cpu"  # else jax takes the GPU of a machine that has one
         assert flags.strip() == "--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=4"
     assert lines[0][1] == lines[1][1]
@@ -533,7 +534,7 @@ def test_launch_local_tells_the_supervisor(checkout: Path, arguments: list[str],
     given = [experiment if word == "EXPERIMENT" else word for word in arguments]
     done = subprocess.run([checkout / "scripts" / "launch_local", *given], capture_output=True, text=True, check=True)
     said = [word.replace(str(checkout), "ROOT") for word in done.stdout.splitlines()]
-    assert said == ["-m", "jaxtrain.supervisor", *(word.replace("EXPERIMENT", "ROOT/experiments/own.py") for word in expected)]
+    assert said == ["-m", "jaxtrain.processes.supervisor", *(word.replace("EXPERIMENT", "ROOT/experiments/own.py") for word in expected)]
 
 
 def test_launch_local_says_what_is_misspelt(checkout: Path) -> None:
@@ -546,6 +547,6 @@ def test_launch_local_says_what_is_misspelt(checkout: Path) -> None:
 
 
 def test_the_supervisor_loads_nothing_heavy() -> None:
-    code = "import sys, jaxtrain.supervisor; print(sorted({'jax', 'numpy', 'absl'} & set(sys.modules)))"
+    code = "import sys, jaxtrain.processes.supervisor; print(sorted({'jax', 'numpy', 'absl'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "[]\n"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxtrain import losses, metrics
-from jaxtrain.feed import steps_per_call
+from jaxtrain.train.feeds import steps_per_call
 from jaxtrain.tasks import Classification, Regression
 
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import flags, tasks
-from jaxtrain.data import tokens
-from jaxtrain.data.tokens import SyntheticTokens
-from jaxtrain.report import history
-from jaxtrain.run import launch
+from jaxtrain import tasks
+from jaxtrain.config import flags
+from jaxtrain.data.sources import markov
+from jaxtrain.data.sources.markov import SyntheticTokens
+from jaxtrain.report.page import history
+from jaxtrain.runner.main import launch
 from jaxtrain.tasks import NextToken
 
 SMALL = SyntheticTokens(vocabulary=3, order=2, concentration=0.3, length=3, examples=20, test_examples=10)
@@ -35,7 +36,7 @@ def drawn(source: SyntheticTokens, split: str = "train") -> np.ndarray:
 def test_every_row_of_the_chain_is_a_distribution_without_zeros() -> None:
     for concentration in (1e-4, 0.1, 100.0):
         chain_SV = dataclasses.replace(SMALL, concentration=concentration).chain()
-        assert chain_SV.shape == (9, 3) and chain_SV.min() >= 0.99 * tokens.EVEN / 3
+        assert chain_SV.shape == (9, 3) and chain_SV.min() >= 0.99 * markov.EVEN / 3
         np.testing.assert_allclose(chain_SV.sum(axis=1), 1, rtol=1e-12)
 
 
@@ -50,14 +51,14 @@ def test_the_stationary_distribution_solves_its_equations(order: int, concentrat
         moves_SS[state, (state * 3 + token) % states] += chain_SV[state, token]
     equations = np.vstack([moves_SS.T - np.eye(states), np.ones(states)])
     expected_S = np.linalg.lstsq(equations, np.append(np.zeros(states), 1.0), rcond=None)[0]
-    np.testing.assert_allclose(tokens.stationary(chain_SV), expected_S, atol=1e-10)
+    np.testing.assert_allclose(markov.stationary(chain_SV), expected_S, atol=1e-10)
 
 
 def test_the_best_loss_is_that_of_all_sequences_enumerated() -> None:
     for length in (1, 2, 3):
         source = dataclasses.replace(SMALL, length=length)
         chain_SV, joint, first = source.chain(), {}, np.zeros(3)
-        share_S = tokens.stationary(chain_SV)
+        share_S = markov.stationary(chain_SV)
         for sequence in itertools.product(range(3), repeat=max(2, length + 1)):
             chance = share_S[3 * sequence[0] + sequence[1]]
             for before, last, token in zip(sequence, sequence[1:], sequence[2:], strict=False):
@@ -83,7 +84,7 @@ def test_the_entropy_rate_is_that_of_a_long_sequence() -> None:
 def test_the_first_tokens_are_those_of_a_chain_that_has_run_for_ever() -> None:
     source = dataclasses.replace(SMALL, examples=200_000)
     pairs = drawn(source)[:, :2] @ np.array([3, 1])
-    np.testing.assert_allclose(np.bincount(pairs, minlength=9) / 200_000, tokens.stationary(source.chain()), atol=5e-3)
+    np.testing.assert_allclose(np.bincount(pairs, minlength=9) / 200_000, markov.stationary(source.chain()), atol=5e-3)
 
 
 def test_concentration_leads_from_certainty_to_chance() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.report.trackers import TensorBoardWriter, WandbWriter
-from jaxtrain.report.writers import JsonlWriter, Writers, is_clock, read_metrics
+from jaxtrain.report.metrics_file import JsonlWriter, Writers, is_clock, read_metrics
 
 
 @pytest.fixture

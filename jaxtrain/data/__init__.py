@@ -4,16 +4,16 @@ import importlib
 from typing import Any
 
 _FILES = {
-    "Arrays": "arrays",
-    "Digits": "digits",
-    "Images": "images",
-    "Records": "records",
+    "Arrays": "sources.arrays",
+    "Digits": "sources.digits",
+    "Images": "sources.images",
+    "Records": "sources.records",
     "Splits": "splits",
     "Stream": "pipeline",
-    "Synthetic": "synthetic",
-    "SyntheticTokens": "tokens",
+    "Synthetic": "sources.synthetic",
+    "SyntheticTokens": "sources.markov",
     "Table": "table",
-    "Tfds": "tfds_source",
+    "Tfds": "sources.tfds_sets",
 }
 
 

@@ -1,1 +1,9 @@
-"""Seeing a run: writers and trackers of its numbers, the live line, plots, and the page at the end."""
+"""What a run shows and writes: the terminal, metrics.jsonl, trackers, and report.html."""
+
+
+__all__ = [
+    "metrics_file",
+    "page",
+    "terminal",
+    "trackers",
+]

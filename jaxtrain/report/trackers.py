@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.report.writers import note_on_stderr, one_line
+from jaxtrain.report.metrics_file import note_on_stderr, one_line
 
 
 class TensorBoardWriter:

@@ -1,0 +1,85 @@
+"""Which steps a folder of checkpoints holds, as the disk says at this moment; a step exists only if its COMMIT and every byte prove it."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxtrain.checkpoints import manifest
+from jaxtrain.checkpoints.manifest import Damaged, Record
+
+
+class CheckpointError(Exception):
+    """The disk or a checkpoint on it fails; one line. Exit status 74."""
+
+
+def numbered(folder: Path) -> list[int]:
+    """The steps of all numbered entries, ascending, committed or damaged. Other names are not ours, and are left alone.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for name in ("9", "10", "007", "5.tmp", "abc"):
+    ...     (folder / name).mkdir()
+    >>> numbered(folder)
+    [9, 10]
+    """
+    if not folder.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in os.scandir(folder) if re.fullmatch("0|[1-9][0-9]{0,17}", entry.name, re.ASCII))
+
+
+def records(folder: Path) -> dict[int, Record]:
+    """The manifests of the committed steps, ascending. Files other than COMMIT and manifest are not looked at."""
+    found = {}
+    for step in numbered(folder):
+        try:
+            found[step] = manifest.read(folder / str(step))
+        except (Damaged, OSError):
+            continue  # damage is the business of `verify`; here it only means that there is no such commit
+    return found
+
+
+def verify(folder: Path, step: int) -> list[str]:
+    """What is wrong with a step, every byte read; empty if nothing is."""
+    path = folder / str(step)
+    if not path.is_dir() and not path.is_symlink():
+        return ["is a file, not a directory" if path.exists() else "no such checkpoint"]
+    return manifest.problems(path) or _record_problems(manifest.read(path), step)
+
+
+def newest(folder: Path, on_problem: Callable[[str], None]) -> int | None:
+    """The newest step that verifies, or None if there is no numbered entry at all.
+
+    Each damaged one above it is told to `on_problem`, as one line. `CheckpointError` if there are some and none verifies: a run must not
+    start from scratch without anybody having said so.
+    """
+    damaged: list[tuple[int, str]] = []
+    for step in reversed(numbered(folder)):
+        if found := verify(folder, step):
+            damaged.append((step, found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")))
+            continue
+        following = [bad for bad, _ in damaged[1:]] + [step]
+        for (bad, problem), lower in zip(damaged, following, strict=False):
+            on_problem(f"step {bad}: {problem}; falling back to step {lower}")
+        return step
+    if damaged:
+        listed = "; ".join(f"step {step}: {problem}" for step, problem in damaged)
+        raise CheckpointError(f"{folder}: no checkpoint verifies ({listed}); put back a copy, or start anew in another --workdir")
+    return None
+
+
+def _record_problems(record: Record, step: int) -> list[str]:
+    """Whether a manifest, sealed though it is, says what a checkpoint's must say: others may have sealed it."""
+    if record.get("step") != step:
+        return [f"{manifest.MANIFEST}: is of step {record.get('step')}; was the folder renamed?"]
+    arrays = record.get("tree")
+    if not isinstance(record.get("loop"), dict) or not isinstance(arrays, dict) or not all(map(_is_spec, arrays.values())):
+        return [f"{manifest.MANIFEST}: does not describe a checkpoint"]
+    return []
+
+
+def _is_spec(value: object) -> bool:
+    match value:
+        case [str(), list(shape)]:
+            return all(type(size) is int and size >= 0 for size in shape)
+    return False

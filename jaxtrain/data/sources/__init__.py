@@ -1,0 +1,12 @@
+"""Data sources: each opens a data set as tables."""
+
+
+__all__ = [
+    "arrays",
+    "digits",
+    "images",
+    "markov",
+    "records",
+    "synthetic",
+    "tfds_sets",
+]

@@ -1,0 +1,22 @@
+"""What the model computes in, by card: policies, fp8 products, loss scaling, stochastic rounding."""
+
+from jaxtrain.precision.policy import (
+    POLICIES as POLICIES,
+    Policy as Policy,
+    apply_in as apply_in,
+    check as check,
+    choose as choose,
+    version as version,
+)
+
+__all__ = [
+    "POLICIES",
+    "Policy",
+    "apply_in",
+    "check",
+    "choose",
+    "fp8",
+    "loss_scale",
+    "stochastic_rounding",
+    "version",
+]

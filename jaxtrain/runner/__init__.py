@@ -1,0 +1,12 @@
+"""From the command line to the end of a run: parse, open, compile, train, finish."""
+
+
+__all__ = [
+    "build",
+    "compile",
+    "describe",
+    "finish",
+    "main",
+    "run",
+    "workdir",
+]

@@ -1,0 +1,79 @@
+"""The end of a run: predictions on the held-out split, the report, the summary. The run is committed, so nothing here may fail it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtrain import config
+from jaxtrain.train import evaluate
+from jaxtrain.config import flags
+from jaxtrain.processes import group, heartbeat
+from jaxtrain.runner import build
+from jaxtrain.data.splits import Splits
+from jaxtrain.train.recipe import Batch
+from jaxtrain.report.page import history
+from jaxtrain.report.terminal import tables
+from jaxtrain.report.terminal.progress import Progress
+from jaxtrain.train.state import TrainState
+
+WORST = 24
+"""How many of the worst mistakes keep their images for the report."""
+Predict = Callable[[TrainState, Batch], dict[str, jax.Array]]
+
+
+def finish(
+    run: config.Run, folder: Path, splits: Splits, mesh: Mesh, predict: Predict | None, state: TrainState, progress: Progress, *, seconds: float
+) -> None:
+    """Writes predictions.npz and the report, and shows the summary; `predict` is None if the task cannot say what a prediction is."""
+    heartbeat.beat("ending")
+    if predict is not None:
+        with _harmless("predictions"):
+            write_predictions(run, folder, splits, mesh, predict, state)
+    if not group.is_main():
+        return
+    page = report(run, folder)
+    with _harmless("summary"):
+        done = history.load(folder)
+        values = {(split, name): done.last(name, split) for split in ("validation", "test") for name in ("loss", "accuracy")}
+        rows = {f"{split} {name}": tables.value_text(name, value) for (split, name), value in values.items() if value is not None}
+        rows |= {"time": tables.duration_text(seconds), "workdir": str(folder)}
+        progress.show(tables.facts(f"{run.name}: done", rows | ({"report": str(page)} if page else {})))
+
+
+def report(run: config.Run, folder: Path) -> Path | None:
+    """Writes report.html and the plots, if the run wants them."""
+    if not run.report:
+        return None
+    with _harmless("report"):
+        from jaxtrain.report.page import html  # draws with matplotlib, which takes a second to load
+
+        return html.write_report([folder], folder / "report.html")
+    return None
+
+
+def write_predictions(run: config.Run, folder: Path, splits: Splits, mesh: Mesh, predict: Predict, state: TrainState) -> None:
+    """What the model says of the held-out split, with the images of its worst mistakes, for the report."""
+    table = splits.test if splits.test is not None else splits.validation
+    if table is None or "label" not in table.fields:
+        return
+    found = evaluate.predictions(predict, state, build.batches(run, table, mesh))  # all processes take part
+    if not group.is_main():
+        return
+    wrong = np.flatnonzero(found["label"] != found["prediction"])
+    worst = wrong[np.argsort(-found["loss"][wrong], kind="stable")][:WORST]
+    ids = found.pop("id")[worst]
+    images = {"worst_image": table.read(ids)["image"]} if "image" in table.fields and len(ids) else {}
+    names = np.array(table.class_names or [str(label) for label in range(int(found["label"].max()) + 1)])
+    np.savez(folder / "predictions.npz", **found, worst_id=ids, class_names=names, **images)
+
+
+@contextlib.contextmanager
+def _harmless(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - the training is done and committed; a picture of it may fail
+        flags.warn(f"{what} not written: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
