@@ -3,15 +3,19 @@
     scripts/prepare_fashion_mnist      # once: builds the TFDS set
     python experiments/fashion_mnist.py
 
-Result: 93.22% test accuracy (93.30, 93.24, 93.13 with seeds 0, 1, 2), after 16 epochs on 55,000 images, in 331 to 391 s, start included,
-on a busy machine with two cores (AMD EPYC, 2026-11-21). Published for CNNs of this size: 92.5. Chosen on the other 5,000 images; the test
-split was read in these three runs only. More in docs/results.md.
+Result: 93.22% test accuracy (93.30, 93.24, 93.13 with seeds 0, 1, 2), after 16 epochs on 55,000
+images, in 331 to 391 s, start included, on a busy machine with two cores (AMD EPYC, 2026-11-21).
+Published for CNNs of this size: 92.5. Chosen on the other 5,000 images; the test split was read in
+these three runs only. More in docs/results.md.
 
-Larger networks want a GPU and the recipe of Random Erasing (arXiv 1708.04896), which gets 95.55% with ResNet-20 and 95.7 with WRN-28-10 on
-today's data. NOT run to its end by us, as we had no GPU: what was run are two shrunken steps of each.
+Larger networks want a GPU and the recipe of Random Erasing (arXiv 1708.04896), which gets 95.55%
+with ResNet-20 and 95.7 with WRN-28-10 on today's data. NOT run to its end by us, as we had no GPU:
+what was run are two shrunken steps of each.
 
-    python experiments/fashion_mnist.py --model=resnet20 --optimizer=nesterov --optimizer.learning_rate=0.1 --optimizer.weight_decay=5e-4 \
-        --schedule=step --schedule.warmup=0 --epochs=300 --ema_decay=none --augment.crop_padding=4 --augment.padding=zero \
+    python experiments/fashion_mnist.py --model=resnet20 --optimizer=nesterov
+    --optimizer.learning_rate=0.1 --optimizer.weight_decay=5e-4 \
+        --schedule=step --schedule.warmup=0 --epochs=300 --ema_decay=none --augment.crop_padding=4
+        --augment.padding=zero \
         --augment.erase=0.5 --data.train=train --data.validation=
     The same with --model=wrn_28_10.
 """
@@ -25,7 +29,9 @@ from jaxtrain.tasks import Classification
 
 def experiment() -> jaxtrain.Run:
     """The run, before flags."""
-    data = Tfds(name="fashion_mnist", train="train[:55000]", validation="train[55000:]", test="test")
+    data = Tfds(
+        name="fashion_mnist", train="train[:55000]", validation="train[55000:]", test="test"
+    )
     return jaxtrain.Run(
         name="fashion_mnist",
         model=convnet.ConvNet(num_classes=10, widths=(16, 32, 64, 128)),

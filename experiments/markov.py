@@ -1,12 +1,15 @@
-"""A Markov chain whose next token depends on two before it: a tiny causal decoder, on synthetic tokens, with no download.
+"""A Markov chain whose next token depends on two before it: a tiny causal decoder, on synthetic
+tokens, with no download.
 
     python experiments/markov.py
     python experiments/markov.py --data.concentration=0.3
 
-Result: a test loss of 1.258 and 1.261 nats a token with seeds 0 and 1. On these test sequences 1.232 is what the chain itself would get (1.230
-is expected, 1.190 with an endless past), 2.47 whoever sees one token, 2.77 chance. A run takes 71 to 79 s of processor time, start included,
-so some 40 s if two cores had nothing else to do; here they had: 2.5 and 3.2 minutes of wall time at a load of 9 (AMD EPYC, 2026-11-21). The
-recipe was chosen on the last 5% of the train split; the test split was read by these settings only.
+Result: a test loss of 1.258 and 1.261 nats a token with seeds 0 and 1. On these test sequences
+1.232 is what the chain itself would get (1.230 is expected, 1.190 with an endless past), 2.47
+whoever sees one token, 2.77 chance. A run takes 71 to 79 s of processor time, start included, so
+some 40 s if two cores had nothing else to do; here they had: 2.5 and 3.2 minutes of wall time at a
+load of 9 (AMD EPYC, 2026-11-21). The recipe was chosen on the last 5% of the train split; the test
+split was read by these settings only.
 """
 
 import jaxtrain
@@ -20,9 +23,17 @@ def experiment() -> jaxtrain.Run:
     """The run, before flags."""
     return jaxtrain.Run(
         name="markov",
-        model=transformer.Transformer(vocabulary=16, width=64, depth=2, heads=4, positions="rotary"),
+        model=transformer.Transformer(
+            vocabulary=16, width=64, depth=2, heads=4, positions="rotary"
+        ),
         data=SyntheticTokens(
-            vocabulary=16, order=2, length=32, examples=32768, test_examples=4096, train="train[:95%]", validation="train[95%:]"
+            vocabulary=16,
+            order=2,
+            length=32,
+            examples=32768,
+            test_examples=4096,
+            train="train[:95%]",
+            validation="train[95%:]",
         ),
         task=NextToken(),
         optimizer=optimizers.AdamW(learning_rate=8e-3, weight_decay=0.01),

@@ -1,14 +1,18 @@
-"""MNIST-1D (4,000 + 1,000 signals of 40 samples; Greydanus and Kobak, arXiv 2011.14439): a 1-D CNN, or an MLP.
+"""MNIST-1D (4,000 + 1,000 signals of 40 samples; Greydanus and Kobak, arXiv 2011.14439): a 1-D CNN,
+or an MLP.
 
     python experiments/mnist1d.py --data.path=PATH/mnist1d.npz
     python experiments/mnist1d.py --data.path=PATH/mnist1d.npz --model=mlp --steps=12000
 
-The file holds x, y, x_test and y_test of the published set, which its authors' package makes again (the same labels, signals to 3e-7):
-`pip install mnist1d`, then in Python `from mnist1d.data import make_dataset, get_dataset_args; data = make_dataset(get_dataset_args())`
-and `numpy.savez("mnist1d.npz", **{name: data[name] for name in ("x", "y", "x_test", "y_test")})`. Results, with seeds 0, 1, 2: the CNN 98.73% test accuracy (98.9, 98.7, 98.6)
-in 33 to 39 s, the MLP 89.80% (90.2, 89.5, 89.7) in 94 to 99 s, start included, on one core of a busy machine with two (AMD EPYC,
-2026-11-21). Published: 94 and 68, and 96 for people. What makes the difference is to shift the signals in a circle. Chosen on the last
-tenth of the train split; the test split was read in these runs only. More in docs/results.md.
+The file holds x, y, x_test and y_test of the published set, which its authors' package makes again
+(the same labels, signals to 3e-7): `pip install mnist1d`, then in Python `from mnist1d.data import
+make_dataset, get_dataset_args; data = make_dataset(get_dataset_args())` and
+`numpy.savez("mnist1d.npz", **{name: data[name] for name in ("x", "y", "x_test", "y_test")})`.
+Results, with seeds 0, 1, 2: the CNN 98.73% test accuracy (98.9, 98.7, 98.6) in 33 to 39 s, the MLP
+89.80% (90.2, 89.5, 89.7) in 94 to 99 s, start included, on one core of a busy machine with two (AMD
+EPYC, 2026-11-21). Published: 94 and 68, and 96 for people. What makes the difference is to shift
+the signals in a circle. Chosen on the last tenth of the train split; the test split was read in
+these runs only. More in docs/results.md.
 """
 
 import jaxtrain
@@ -22,7 +26,9 @@ def experiment() -> jaxtrain.Run:
     """The run, before flags."""
     return jaxtrain.Run(
         name="mnist1d",
-        model=convnet.ConvNet(num_classes=10, widths=(32, 64, 128), kernel=5, padding="circular", dropout=0.3),
+        model=convnet.ConvNet(
+            num_classes=10, widths=(32, 64, 128), kernel=5, padding="circular", dropout=0.3
+        ),
         data=Arrays(path="mnist1d.npz", train="train[:90%]", validation="train[90%:]", test="test"),
         task=Classification(label_smoothing=0.1),
         optimizer=optimizers.Muon(learning_rate=0.02, weight_decay=0.01),

@@ -1,11 +1,13 @@
-"""jaxtrain: train JAX models fast, and trust the result. The public names, each imported when first used."""
+"""jaxtrain: train JAX models fast, and trust the result. The public names, each imported when first
+used."""
 
 import importlib
 import os
 from typing import Any
 
 if not os.path.exists("/proc/driver/nvidia"):
-    # The compiler for GPUs (the extra [plan]) may be installed where there is none, and jax would complain at every start that it finds no cuDNN.
+    # The compiler for GPUs (the extra [plan]) may be installed where there is none, and jax would
+    # complain at every start that it finds no cuDNN.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 __version__ = "0.1.0"
@@ -22,12 +24,23 @@ _NAMES = {
     "make_predict_step": "train.steps",
     "main": "runner.main",
 }
-_MODULES = ("adapters", "augment", "data", "losses", "metrics", "models", "optimizers", "schedules", "tasks")
+_MODULES = (
+    "adapters",
+    "augment",
+    "data",
+    "losses",
+    "metrics",
+    "models",
+    "optimizers",
+    "schedules",
+    "tasks",
+)
 __all__ = [*_NAMES, *_MODULES]  # noqa: PLE0604 - all of them are strings
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the module behind a public name (PEP 562): `import jaxtrain` alone loads nothing heavy."""
+    """Imports the module behind a public name (PEP 562): `import jaxtrain` alone loads nothing
+    heavy."""
     if name in _MODULES:
         return importlib.import_module(f"jaxtrain.{name}")
     if name in _NAMES:

@@ -1,8 +1,9 @@
 """One pure interface to Linen modules, NNX modules and bare pairs of functions.
 
-`functions(model)` gives `init(key, inputs) -> variables` and `apply(variables, inputs, train=..., rngs=...) -> (outputs, collections)`.
-Variables are `{"params": tree, other collections: trees}` of plain arrays; `collections` are all of them but the parameters, changed by
-a training pass (running averages, say) and given back as they were by any other.
+`functions(model)` gives `init(key, inputs) -> variables` and `apply(variables, inputs, train=...,
+rngs=...) -> (outputs, collections)`. Variables are `{"params": tree, other collections: trees}` of
+plain arrays; `collections` are all of them but the parameters, changed by a training pass (running
+averages, say) and given back as they were by any other.
 """
 
 import dataclasses
@@ -28,7 +29,9 @@ class Init(Protocol):
 class Apply(Protocol):
     """Runs a model; `rngs` holds a key by stream name, such as `dropout`."""
 
-    def __call__(self, variables: Variables, inputs: jax.Array, *, train: bool, rngs: Keys | None = None) -> tuple[Any, Variables]: ...
+    def __call__(
+        self, variables: Variables, inputs: jax.Array, *, train: bool, rngs: Keys | None = None
+    ) -> tuple[Any, Variables]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +47,17 @@ def functions(model: Any) -> Functions:
     """The two pure functions of a model of any kind.
 
     >>> import jax.numpy as jnp
-    >>> net = functions((lambda key, x: {"scale": jnp.ones(())}, lambda params, x: params["scale"] * x))
+    >>> net = functions(
+    ...     (lambda key, x: {"scale": jnp.ones(())}, lambda params, x: params["scale"] * x)
+    ... )
     >>> variables = net.init(jax.random.key(0), jnp.ones(2))
     >>> net.apply(variables, jnp.ones(2), train=True)
     (Array([1., 1.], dtype=float32), {})
 
-    `model` is a Linen module; an NNX module, or a function `rngs -> NNX module` (then `init` uses its key; a module that is already
-    made keeps its own numbers); or a pair `(init, apply)` with `init(key, inputs) -> params` and `apply(params, inputs)`, whose
-    `apply` may also take `train` and `rngs` by name. `ValueError` for anything else.
+    `model` is a Linen module; an NNX module, or a function `rngs -> NNX module` (then `init` uses
+    its key; a module that is already made keeps its own numbers); or a pair `(init, apply)` with
+    `init(key, inputs) -> params` and `apply(params, inputs)`, whose `apply` may also take `train`
+    and `rngs` by name. `ValueError` for anything else.
     """
     if isinstance(model, Functions):
         return model
@@ -61,7 +67,9 @@ def functions(model: Any) -> Functions:
         return _pair(model)
     if callable(model):
         return _nnx(model)
-    kinds = "a Linen module, an NNX module, a function of rngs that makes one, or a pair (init, apply)"
+    kinds = (
+        "a Linen module, an NNX module, a function of rngs that makes one, or a pair (init, apply)"
+    )
     raise ValueError(f"model={type(model).__name__}: not a model; expected {kinds}")
 
 
@@ -77,10 +85,14 @@ def logical_axes(model: Any, inputs: Any) -> Variables:
     model = model.model if isinstance(model, Functions) else model
     if isinstance(model, nn.Module):
         options = {"train": False} if _takes(model.__call__, "train") else {}
-        boxes = jax.eval_shape(lambda key, x: model.init(key, x, **options), _abstract_key(), inputs)
+        boxes = jax.eval_shape(
+            lambda key, x: model.init(key, x, **options), _abstract_key(), inputs
+        )
         return jax.tree.map(lambda box: getattr(box, "names", None), dict(boxes), is_leaf=_is_box)
     if _is_pair(model):
-        return jax.tree.map(lambda _: None, jax.eval_shape(_pair(model).init, _abstract_key(), inputs))
+        return jax.tree.map(
+            lambda _: None, jax.eval_shape(_pair(model).init, _abstract_key(), inputs)
+        )
     return _nnx_axes(model)
 
 
@@ -91,12 +103,16 @@ def _linen(model: nn.Module) -> Functions:
         options = {"train": False} if takes_train else {}
         return nn.meta.unbox(dict(model.init(key, inputs, **options)))
 
-    def apply(variables: Variables, inputs: jax.Array, *, train: bool, rngs: Keys | None = None) -> tuple[Any, Variables]:
+    def apply(
+        variables: Variables, inputs: jax.Array, *, train: bool, rngs: Keys | None = None
+    ) -> tuple[Any, Variables]:
         collections = {name: tree for name, tree in variables.items() if name != "params"}
         options = {"train": train} if takes_train else {}
         if not (train and collections):
             return model.apply(variables, inputs, rngs=rngs, **options), collections
-        outputs, changed = model.apply(variables, inputs, rngs=rngs, mutable=list(collections), **options)
+        outputs, changed = model.apply(
+            variables, inputs, rngs=rngs, mutable=list(collections), **options
+        )
         return outputs, collections | dict(changed)
 
     return Functions(init, apply, model)
@@ -109,24 +125,38 @@ def _pair(model: tuple[Any, Any]) -> Functions:
     def init(key: jax.Array, inputs: jax.Array) -> Variables:
         return {"params": init_params(key, inputs)}
 
-    def apply(variables: Variables, inputs: jax.Array, *, train: bool, rngs: Keys | None = None) -> tuple[Any, Variables]:
+    def apply(
+        variables: Variables, inputs: jax.Array, *, train: bool, rngs: Keys | None = None
+    ) -> tuple[Any, Variables]:
         offered = {"train": train, "rngs": rngs}
-        return apply_params(variables["params"], inputs, **{name: offered[name] for name in known}), {}
+        return (
+            apply_params(variables["params"], inputs, **{name: offered[name] for name in known}),
+            {},
+        )
 
     return Functions(init, apply, model)
 
 
 def _nnx(model: Any) -> Functions:
-    """NNX through pure dicts: the graph is static, random streams are made anew from `rngs` at each call and are no variables."""
+    """NNX through pure dicts: the graph is static, random streams are made anew from `rngs` at each
+    call and are no variables."""
     from flax import nnx  # heavy beside Linen, and only its users need it
 
     made = isinstance(model, nnx.Module)
     example = model if made else nnx.eval_shape(lambda: model(rngs=nnx.Rngs(0)))
     if not isinstance(example, nnx.Module):
-        raise ValueError(f"model={model!r}: called with rngs it gave {type(example).__name__}; expected an NNX module")
+        raise ValueError(
+            f"model={model!r}: called with rngs it gave {type(example).__name__}; expected an NNX"
+            " module"
+        )
     graph, _, streams, rest = nnx.split(example, nnx.Param, nnx.RngState, ...)
-    kinds = sorted({type(variable) for _, variable in nnx.to_flat_state(rest)}, key=lambda kind: kind.__name__)
-    names = ["params", *(nnx.variablelib.variable_name_from_type(kind, allow_register=True) for kind in kinds)]
+    kinds = sorted(
+        {type(variable) for _, variable in nnx.to_flat_state(rest)}, key=lambda kind: kind.__name__
+    )
+    names = [
+        "params",
+        *(nnx.variablelib.variable_name_from_type(kind, allow_register=True) for kind in kinds),
+    ]
     takes_train = _takes(type(example).__call__, "train")
 
     def pure(module: Any) -> Variables:
@@ -137,13 +167,16 @@ def _nnx(model: Any) -> Functions:
         # Copies, so that a step which donates its state leaves the caller's module alive.
         return jax.tree.map(jax.numpy.copy, pure(model if made else model(rngs=nnx.Rngs(key))))
 
-    def apply(variables: Variables, inputs: jax.Array, *, train: bool, rngs: Keys | None = None) -> tuple[Any, Variables]:
+    def apply(
+        variables: Variables, inputs: jax.Array, *, train: bool, rngs: Keys | None = None
+    ) -> tuple[Any, Variables]:
         seeded = _seeded(streams, rngs or {}, needed=train)
         module = nnx.merge(graph, *(variables[name] for name in names), seeded)
         module.train() if train else module.eval()
         for _, layer in nnx.iter_modules(module):
             if isinstance(layer, nnx.BatchNorm) and layer.dtype is None:
-                # Its float32 averages would make its output float32, and all that comes after. Linen's averages do not.
+                # Its float32 averages would make its output float32, and all that comes after.
+                # Linen's averages do not.
                 layer.promote_dtype = _as_they_are
         outputs = module(inputs, **({"train": train} if takes_train else {}))
         source = pure(module) if train else variables
@@ -158,9 +191,11 @@ def _as_they_are(arrays: tuple[Any, ...], **_: Any) -> tuple[Any, ...]:
 
 
 def _seeded(streams: Any, rngs: Keys, *, needed: bool) -> PyTree:
-    """The random state of an NNX module: each stream's key is that of its name, folded with its path; each count is zero.
+    """The random state of an NNX module: each stream's key is that of its name, folded with its
+    path; each count is zero.
 
-    A stream without a key of its own name takes `dropout`'s: NNX layers copy the stream `default` when there is no other.
+    A stream without a key of its own name takes `dropout`'s: NNX layers copy the stream `default`
+    when there is no other.
     """
     from flax import nnx
 
@@ -169,20 +204,27 @@ def _seeded(streams: Any, rngs: Keys, *, needed: bool) -> PyTree:
             return jax.numpy.zeros(variable.get_value().shape, "uint32")
         key = rngs.get(variable.tag, rngs.get("dropout"))
         if key is None and needed:
-            raise ValueError(f"{'.'.join(map(str, path))}: draws random numbers in training; give rngs={{{variable.tag!r}: key}}")
+            raise ValueError(
+                f"{'.'.join(map(str, path))}: draws random numbers in training; give"
+                f" rngs={{{variable.tag!r}: key}}"
+            )
         key = jax.random.key(0) if key is None else key
         key = jax.random.fold_in(key, zlib.crc32("/".join(map(str, path)).encode()))
         shape = variable.get_value().shape
         return jax.random.split(key, shape) if shape else key
 
-    return nnx.traversals.unflatten_mapping({path: fresh(path, variable) for path, variable in nnx.to_flat_state(streams)})
+    return nnx.traversals.unflatten_mapping(
+        {path: fresh(path, variable) for path, variable in nnx.to_flat_state(streams)}
+    )
 
 
 def _nnx_axes(model: Any) -> Variables:
     """Axes of an NNX module from what `nnx.with_partitioning` left on its variables."""
     from flax import nnx
 
-    example = model if isinstance(model, nnx.Module) else nnx.eval_shape(lambda: model(rngs=nnx.Rngs(0)))
+    example = (
+        model if isinstance(model, nnx.Module) else nnx.eval_shape(lambda: model(rngs=nnx.Rngs(0)))
+    )
     _, state, _ = nnx.split(example, nnx.Not(nnx.RngState), ...)
     flat: dict[str, dict[Any, Any]] = {}
     for path, variable in nnx.to_flat_state(state):

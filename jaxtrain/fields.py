@@ -1,12 +1,14 @@
 """What a component's field may hold: its bounds, and whether it is an input of the compiled step.
 
-Components are frozen dataclasses (or Linen modules). A field's annotation says everything that flags, checks and sweeps need:
+Components are frozen dataclasses (or Linen modules). A field's annotation says everything that
+flags, checks and sweeps need:
 
     learning_rate: Positive = 1e-3            # bounded, and an input of the step
     depth: Count = 12                         # bounded, and part of the program
 
-A *traced* field changes neither shapes nor the program, so its value is fed to the compiled step (see `hyper.py`) instead of being
-compiled in. A traced field may name the value at which it is `off`: there it stays a constant, so what is switched off costs nothing.
+A *traced* field changes neither shapes nor the program, so its value is fed to the compiled step
+(see `hyper.py`) instead of being compiled in. A traced field may name the value at which it is
+`off`: there it stays a constant, so what is switched off costs nothing.
 """
 
 import dataclasses
@@ -59,13 +61,18 @@ class Between:
         'must be in 0..1'
         """
         inside = self.low <= value < self.high or (value == self.high and not self.open_above)
-        bounds = f"{self.low:g} <= value < {self.high:g}" if self.open_above else f"in {self.low:g}..{self.high:g}"
+        bounds = (
+            f"{self.low:g} <= value < {self.high:g}"
+            if self.open_above
+            else f"in {self.low:g}..{self.high:g}"
+        )
         return None if inside else f"must be {bounds}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """Marks a field as an input of the compiled step; at `off` (if given) it stays a constant of the program."""
+    """Marks a field as an input of the compiled step; at `off` (if given) it stays a constant of
+    the program."""
 
     off: float | None = None
 
@@ -100,16 +107,25 @@ class Field:
             return None
         if isinstance(value, float) and not math.isfinite(value):
             return "must be finite"
-        return next((text for mark in self.marks if hasattr(mark, "problem") and (text := mark.problem(value))), None)
+        return next(
+            (
+                text
+                for mark in self.marks
+                if hasattr(mark, "problem") and (text := mark.problem(value))
+            ),
+            None,
+        )
 
 
 def is_component(value: Any) -> bool:
-    """Whether `value` is a component: an instance of a dataclass (Linen modules are) other than a plain value such as a horizon."""
+    """Whether `value` is a component: an instance of a dataclass (Linen modules are) other than a
+    plain value such as a horizon."""
     return dataclasses.is_dataclass(value) and not isinstance(value, type | Horizon)
 
 
 def fields_of(component: Any) -> Iterator[Field]:
-    """The fields of a component that are its own settings (Linen's `parent` and `name`, and private ones, are not).
+    """The fields of a component that are its own settings (Linen's `parent` and `name`, and private
+    ones, are not).
 
     >>> import dataclasses
     >>> @dataclasses.dataclass(frozen=True)
@@ -125,12 +141,17 @@ def fields_of(component: Any) -> Iterator[Field]:
         if field.name.startswith("_") or field.name in linen or not field.init:
             continue
         annotation, marks = _unwrap(hints[field.name])
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        default = (
+            field.default_factory()
+            if field.default_factory is not dataclasses.MISSING
+            else field.default
+        )
         yield Field(field.name, annotation, marks, default)
 
 
 def check(component: Any, name: str = "") -> None:
-    """Raises `ValueError` if a field of `component`, or of one nested in it, is out of its bounds."""
+    """Raises `ValueError` if a field of `component`, or of one nested in it, is out of its
+    bounds."""
     name = name or type(component).__name__
     for field in fields_of(component):
         value = getattr(component, field.name)
@@ -147,7 +168,9 @@ def _unwrap(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
         return base, tuple(marks)
     arguments = typing.get_args(annotation)
     if type(None) in arguments and len(arguments) == 2:
-        base, marks = _unwrap(next(argument for argument in arguments if argument is not type(None)))
+        base, marks = _unwrap(
+            next(argument for argument in arguments if argument is not type(None))
+        )
         return base | None, marks
     return annotation, ()
 

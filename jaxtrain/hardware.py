@@ -1,10 +1,11 @@
 """Hardware: what the cards can do at best, by the name under which jax knows them.
 
-Figures are peaks of dense products in TFLOP/s, float32 accumulation, no sparsity, boost clock. They come from NVIDIA's data sheets and
-architecture papers (Volta, Turing, GA100, GA102, AD102, Hopper, Blackwell); where a sheet gives the sparse figure only, it is halved. None was measured here. No
-card reaches its peak: a bare bf16 product gets to about 80% of it on an H100 or H200 and 87% on an A100 (stas00/ml-engineering,
-compute/accelerator), which is the ceiling for model FLOP utilisation (MFU). Laptop cards, and cards held below their usual power, are
-slower than their name says.
+Figures are peaks of dense products in TFLOP/s, float32 accumulation, no sparsity, boost clock. They
+come from NVIDIA's data sheets and architecture papers (Volta, Turing, GA100, GA102, AD102, Hopper,
+Blackwell); where a sheet gives the sparse figure only, it is halved. None was measured here. No
+card reaches its peak: a bare bf16 product gets to about 80% of it on an H100 or H200 and 87% on an
+A100 (stas00/ml-engineering, compute/accelerator), which is the ceiling for model FLOP utilisation
+(MFU). Laptop cards, and cards held below their usual power, are slower than their name says.
 """
 
 import dataclasses
@@ -22,7 +23,8 @@ class Card:
     pattern: str
     """Found (`re.search`) in the lower-case device kind."""
     capability: tuple[int, int]
-    """CUDA compute capability (developer.nvidia.com/cuda-gpus): what the compiler builds for, and what decides the precision."""
+    """CUDA compute capability (developer.nvidia.com/cuda-gpus): what the compiler builds for, and
+    what decides the precision."""
     fp32: float
     tf32: float | None
     fp16: float
@@ -61,18 +63,28 @@ CARDS = (
 
 
 def find_card(device_kind: str) -> Card | None:
-    """The card of a device kind as `jax.devices()[0].device_kind` words it, or None if it isn't in the table.
+    """The card of a device kind as `jax.devices()[0].device_kind` words it, or None if it isn't in
+    the table.
 
-    >>> find_card("NVIDIA H100 80GB HBM3").name, find_card("NVIDIA H100 PCIe").name, find_card("cpu")
+    >>> (
+    ...     find_card("NVIDIA H100 80GB HBM3").name,
+    ...     find_card("NVIDIA H100 PCIe").name,
+    ...     find_card("cpu"),
+    ... )
     ('H100 SXM', 'H100 PCIe', None)
     """
     return next((card for card in CARDS if re.search(card.pattern, device_kind.lower())), None)
 
 
 def compute_capability(card: str) -> tuple[int, int] | None:
-    """The compute capability (major, minor) of a card, by its name in the table or its device kind, or None if it isn't in the table.
+    """The compute capability (major, minor) of a card, by its name in the table or its device kind,
+    or None if it isn't in the table.
 
-    >>> compute_capability("TITAN RTX"), compute_capability("NVIDIA A100-SXM4-80GB"), compute_capability("cpu")
+    >>> (
+    ...     compute_capability("TITAN RTX"),
+    ...     compute_capability("NVIDIA A100-SXM4-80GB"),
+    ...     compute_capability("cpu"),
+    ... )
     ((7, 5), (8, 0), None)
     """
     found = next((known for known in CARDS if known.name == card), None) or find_card(card)
@@ -80,16 +92,24 @@ def compute_capability(card: str) -> tuple[int, int] | None:
 
 
 def peak_flops(device_kind: str, precision: Precision) -> float | None:
-    """Peak FLOP/s of one device, or None where it isn't known or the card has no units for it; then no MFU is shown.
+    """Peak FLOP/s of one device, or None where it isn't known or the card has no units for it; then
+    no MFU is shown.
 
     >>> peak_flops("NVIDIA H200", "bf16"), peak_flops("Tesla T4", "bf16"), peak_flops("cpu", "fp32")
     (989400000000000.0, None, None)
 
-    `fp32` means what jax does with float32 by default: TF32 where the card has it, or MFU would exceed 1 on an A100.
+    `fp32` means what jax does with float32 by default: TF32 where the card has it, or MFU would
+    exceed 1 on an A100.
     """
     card = find_card(device_kind)
     if card is None:
         return None
-    peaks = {"fp32": card.tf32 or card.fp32, "tf32": card.tf32, "bf16": card.bf16, "fp16": card.fp16, "fp8": card.fp8}
+    peaks = {
+        "fp32": card.tf32 or card.fp32,
+        "tf32": card.tf32,
+        "bf16": card.bf16,
+        "fp16": card.fp16,
+        "fp8": card.fp8,
+    }
     teraflops = peaks[precision]
     return None if teraflops is None else teraflops * 1e12

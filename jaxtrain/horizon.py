@@ -5,7 +5,14 @@ import re
 from typing import Literal
 
 _TEXT = re.compile(r"(\d+(?:\.\d+)?(?:[eE]\d+)?)(steps?|epochs?|%)?")
-_UNITS = {None: "steps", "step": "steps", "steps": "steps", "epoch": "epochs", "epochs": "epochs", "%": "percent"}
+_UNITS = {
+    None: "steps",
+    "step": "steps",
+    "steps": "steps",
+    "epoch": "epochs",
+    "epochs": "epochs",
+    "%": "percent",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +36,9 @@ class Horizon:
             raise ValueError(f"{text!r}: not a horizon; expected e.g. 200, 200steps, 2epochs or 5%")
         horizon = cls(float(match[1]), _UNITS[match[2]])
         if horizon.unit == "steps" and horizon.value != int(horizon.value):
-            raise ValueError(f"{text!r}: steps must be a whole number; for a part of the run write e.g. 5%")
+            raise ValueError(
+                f"{text!r}: steps must be a whole number; for a part of the run write e.g. 5%"
+            )
         if horizon.unit == "percent" and horizon.value > 100:
             raise ValueError(f"{text!r}: must be at most 100%")
         return horizon

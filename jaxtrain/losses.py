@@ -8,22 +8,28 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 
-def cross_entropy(logits_BC: jax.Array, labels_B: jax.Array, *, label_smoothing: ArrayLike = 0.0) -> jax.Array:
+def cross_entropy(
+    logits_BC: jax.Array, labels_B: jax.Array, *, label_smoothing: ArrayLike = 0.0
+) -> jax.Array:
     """The negative log-likelihood of each label, in nats, in float32.
 
     >>> import jax.numpy as jnp
     >>> round(float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))[0]), 4)
     1.3863
 
-    `label_smoothing` spreads that share of the target evenly over all classes (Szegedy et al. 2016, arXiv 1512.00567). Returns (B,).
+    `label_smoothing` spreads that share of the target evenly over all classes (Szegedy et al. 2016,
+    arXiv 1512.00567). Returns (B,).
     """
     log_probabilities_BC = jax.nn.log_softmax(logits_BC.astype(jnp.float32))
-    # A comparison with the class numbers instead of a gather: the gather's gradient is a scatter, which XLA runs slowly on CPU.
+    # A comparison with the class numbers instead of a gather: the gather's gradient is a scatter,
+    # which XLA runs slowly on CPU.
     chosen_BC = labels_B[:, None] == jnp.arange(logits_BC.shape[-1], dtype=labels_B.dtype)[None, :]
     likelihood_B = jnp.sum(jnp.where(chosen_BC, log_probabilities_BC, 0.0), axis=-1)
     if isinstance(label_smoothing, float) and label_smoothing == 0.0:
         return -likelihood_B
-    return -(1.0 - label_smoothing) * likelihood_B - label_smoothing * jnp.mean(log_probabilities_BC, axis=-1)
+    return -(1.0 - label_smoothing) * likelihood_B - label_smoothing * jnp.mean(
+        log_probabilities_BC, axis=-1
+    )
 
 
 def squared_error(outputs_BD: jax.Array, targets_BD: jax.Array) -> jax.Array:

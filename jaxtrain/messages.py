@@ -1,4 +1,5 @@
-"""The words of error messages: how names and values are shown, and the nearest of the names that would have been right."""
+"""The words of error messages: how names and values are shown, and the nearest of the names that
+would have been right."""
 
 import difflib
 import re
@@ -36,7 +37,8 @@ def nearest_multiples(of: int, value: int) -> str:
 
 
 def shown(text: str) -> str:
-    """A typed value as messages show it: numbers as they are, anything else quoted, on one line, not endless."""
+    """A typed value as messages show it: numbers as they are, anything else quoted, on one line,
+    not endless."""
     short = text if len(text) <= 80 else text[:60] + "..." + text[-10:]
     return short if is_number(text) else repr(short)
 
@@ -47,7 +49,8 @@ def one_line(path: str) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Whether `text` is a plain decimal number, or one of the words for numbers that are not finite.
+    """Whether `text` is a plain decimal number, or one of the words for numbers that are not
+    finite.
 
     >>> is_number("-1.5e3"), is_number("nan"), is_number("1_000")
     (True, True, False)

@@ -1,4 +1,5 @@
-"""Metrics as (sum, count) pairs, so that microbatches, masks, ragged batches and hosts add up exactly.
+"""Metrics as (sum, count) pairs, so that microbatches, masks, ragged batches and hosts add up
+exactly.
 
 B is the batch dim.
 """
@@ -41,7 +42,9 @@ class Totals:
     """
 
     def __init__(self, record: Mapping[str, list[float | str]] | None = None) -> None:
-        self._pairs = {name: (float(pair[0]), float(pair[1])) for name, pair in (record or {}).items()}
+        self._pairs = {
+            name: (float(pair[0]), float(pair[1])) for name, pair in (record or {}).items()
+        }
 
     def add(self, sums: Mapping[str, tuple[float, float]]) -> None:
         """Adds host numbers (read them from the device first)."""
@@ -54,5 +57,9 @@ class Totals:
         return {name: total / count for name, (total, count) in self._pairs.items() if count}
 
     def record(self) -> dict[str, list[float | str]]:
-        """What a checkpoint stores, so that a resumed interval ends with the same numbers; JSON holds those that are not finite as text."""
-        return {name: [part if math.isfinite(part) else str(part) for part in pair] for name, pair in self._pairs.items()}
+        """What a checkpoint stores, so that a resumed interval ends with the same numbers; JSON
+        holds those that are not finite as text."""
+        return {
+            name: [part if math.isfinite(part) else str(part) for part in pair]
+            for name, pair in self._pairs.items()
+        }

@@ -1,4 +1,5 @@
-"""Random streams by name: the root key folded with a name and a step, so that adding a stream never moves another."""
+"""Random streams by name: the root key folded with a name and a step, so that adding a stream never
+moves another."""
 
 import zlib
 
@@ -7,7 +8,8 @@ from jax.typing import ArrayLike
 
 
 def root(seed: int) -> jax.Array:
-    """The root key of a run: typed, threefry (the one generator whose bits do not depend on the layout of the arrays)."""
+    """The root key of a run: typed, threefry (the one generator whose bits do not depend on the
+    layout of the arrays)."""
     return jax.random.key(seed, impl="threefry2x32")
 
 
@@ -22,5 +24,6 @@ def stream(key: jax.Array, name: str, step: ArrayLike) -> jax.Array:
 
 
 def per_example(key: jax.Array, ids_B: jax.Array) -> jax.Array:
-    """One key for each example id, (B,): what happens to an example does not depend on its place in the batch."""
+    """One key for each example id, (B,): what happens to an example does not depend on its place in
+    the batch."""
     return jax.vmap(lambda example: jax.random.fold_in(key, example))(ids_B)

@@ -1,8 +1,10 @@
-"""Learning-rate schedules: pure multipliers in 0..1 of the peak rate, whose every number may be a tracer.
+"""Learning-rate schedules: pure multipliers in 0..1 of the peak rate, whose every number may be a
+tracer.
 
-Steps count from 0. All warm up alike: step s has the share (s + 1) / (warmup + 1), so the first update already moves, and the peak is
-reached at s = warmup, where what follows begins. Shapes after it are functions of the step and `total_steps`, evaluated at s, so the
-last update (s = total_steps - 1) still moves too. Optax's schedules branch in Python on their horizons, hence these.
+Steps count from 0. All warm up alike: step s has the share (s + 1) / (warmup + 1), so the first
+update already moves, and the peak is reached at s = warmup, where what follows begins. Shapes after
+it are functions of the step and `total_steps`, evaluated at s, so the last update (s = total_steps
+- 1) still moves too. Optax's schedules branch in Python on their horizons, hence these.
 """
 
 import dataclasses
@@ -75,10 +77,12 @@ class Linear(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class Rsqrt(Schedule):
-    """One over the square root of the steps since the warm-up, and a linear cool-down at the end."""
+    """One over the square root of the steps since the warm-up, and a linear cool-down at the
+    end."""
 
     timescale: Length = Horizon(5, "percent")
-    """How slowly it falls: after three timescales the rate is halved. Equal to `warmup` it is the Transformer's schedule."""
+    """How slowly it falls: after three timescales the rate is halved. Equal to `warmup` it is the
+    Transformer's schedule."""
 
     cooldown: Length = Horizon(0)
     """How long the rate falls linearly to `final` at the end of the run."""
@@ -87,15 +91,19 @@ class Rsqrt(Schedule):
     """The factor that the cool-down ends with."""
 
     def after_warmup(self, step: jax.Array, total_steps: jax.Array) -> jax.Array:
-        # A timescale under one step, as 5% of a very short run, would halve the rate within the first update.
+        # A timescale under one step, as 5% of a very short run, would halve the rate within the
+        # first update.
         timescale = jnp.maximum(_float(self.timescale), 1.0)
         shape = jax.lax.rsqrt(1 + jnp.maximum(step - self.warmup, 0.0) / timescale)
-        return shape * _fall(1 - _progress(step, total_steps - self.cooldown, total_steps), self.final)
+        return shape * _fall(
+            1 - _progress(step, total_steps - self.cooldown, total_steps), self.final
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Step(Schedule):
-    """Drops by a factor at `first` and then after each `every`: at 50% and 75% by default, as for CIFAR in the ResNet paper."""
+    """Drops by a factor at `first` and then after each `every`: at 50% and 75% by default, as for
+    CIFAR in the ResNet paper."""
 
     first: Length = Horizon(50, "percent")
     """When the rate drops for the first time."""
@@ -113,7 +121,8 @@ class Step(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class WarmupStableDecay(Schedule):
-    """Warm-up, then the peak rate, then a fall to `final` at the end: the trunk can be prolonged or branched."""
+    """Warm-up, then the peak rate, then a fall to `final` at the end: the trunk can be prolonged or
+    branched."""
 
     decay: Length = Horizon(20, "percent")
     """How long the fall at the end lasts."""
@@ -137,7 +146,8 @@ def resolve(schedule: AnySchedule, *, total_steps: float, steps_per_epoch: float
     >>> resolve(Cosine(warmup=Horizon(2, "epochs")), total_steps=100, steps_per_epoch=10)
     Cosine(warmup=20.0, final=0.0)
 
-    `ValueError` if a length is negative, or the warm-up and what must follow it do not fit into the run.
+    `ValueError` if a length is negative, or the warm-up and what must follow it do not fit into the
+    run.
     """
     given = {field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)}
     steps = {
@@ -149,14 +159,23 @@ def resolve(schedule: AnySchedule, *, total_steps: float, steps_per_epoch: float
     lengths = [name for name in ("warmup", "decay", "cooldown") if name in given]
     for name in [*lengths, "timescale", "first", "every"]:
         if name in given and getattr(resolved, name) < 0:
-            raise ValueError(f"--schedule.{name}={given[name]}: must be >= 0; e.g. 200, 2epochs or 5%")
+            raise ValueError(
+                f"--schedule.{name}={given[name]}: must be >= 0; e.g. 200, 2epochs or 5%"
+            )
     if isinstance(resolved, Step) and resolved.every == 0:
-        raise ValueError(f"--schedule.every={given['every']}: must be > 0; to drop only once, write 100%")
+        raise ValueError(
+            f"--schedule.every={given['every']}: must be > 0; to drop only once, write 100%"
+        )
     needed = sum(getattr(resolved, name) for name in lengths)
     # Percentages that add up to 100% may exceed the run by a rounding error.
     if needed > total_steps * (1 + 1e-6):
-        text = " and ".join(f"--schedule.{name}={given[name]}" for name in lengths if getattr(resolved, name) > 0)
-        raise ValueError(f"{text}: {needed:g} steps do not fit into a run of {total_steps:g}; shorten them or write e.g. 5%")
+        text = " and ".join(
+            f"--schedule.{name}={given[name]}" for name in lengths if getattr(resolved, name) > 0
+        )
+        raise ValueError(
+            f"{text}: {needed:g} steps do not fit into a run of {total_steps:g}; shorten them or"
+            " write e.g. 5%"
+        )
     return resolved
 
 
@@ -175,7 +194,8 @@ def _float(value: Any) -> jax.Array:
 
 
 def _progress(step: jax.Array, begin: Number, end: jax.Array) -> jax.Array:
-    """How far `step` is from begin to end, in 0..1; a stretch shorter than a step counts as one step."""
+    """How far `step` is from begin to end, in 0..1; a stretch shorter than a step counts as one
+    step."""
     return jnp.clip((step - begin) / jnp.maximum(end - begin, 1.0), 0.0, 1.0)
 
 

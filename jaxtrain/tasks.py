@@ -1,7 +1,8 @@
 """Tasks: what is learnt from a batch, as losses and metrics in (sum, count) form.
 
-A task is two functions: `inputs(batch)` picks what the model sees, `loss(outputs, batch, train=...)` gives `{name: (sum, count)}` with
-"loss" among the names; that one is minimised. `examine` says what a prediction was, for confusion matrices and the worst mistakes.
+A task is two functions: `inputs(batch)` picks what the model sees, `loss(outputs, batch,
+train=...)` gives `{name: (sum, count)}` with "loss" among the names; that one is minimised.
+`examine` says what a prediction was, for confusion matrices and the worst mistakes.
 
 Dims: B batch, C classes, D features, T tokens to predict, V vocabulary.
 """
@@ -38,8 +39,9 @@ class Classification:
     >>> [float(part) for part in sums["accuracy"]]
     [0.0, 2.0]
 
-    A batch may hold `weight` (B,), 0 for padding, and `label_other` (B,) with `label_weight` (B,), the share of `label`, where mixup or cutmix
-    made examples of two. Then accuracy counts the label of the greater share.
+    A batch may hold `weight` (B,), 0 for padding, and `label_other` (B,) with `label_weight` (B,),
+    the share of `label`, where mixup or cutmix made examples of two. Then accuracy counts the label
+    of the greater share.
     """
 
     label_smoothing: fields.Probability = 0.0
@@ -52,7 +54,8 @@ class Classification:
         return _field(batch, self.input, "; set --task.input")
 
     def loss(self, outputs: jax.Array, batch: Batch, *, train: bool = True) -> metrics.Sums:
-        """Cross-entropy and accuracy of logits (B, C); smoothing only counts while training, so that evaluation is the true likelihood."""
+        """Cross-entropy and accuracy of logits (B, C); smoothing only counts while training, so
+        that evaluation is the true likelihood."""
         smoothing = self.label_smoothing if train else 0.0
         weights_B = batch.get("weight")
         labels_B = _field(batch, "label")
@@ -63,13 +66,22 @@ class Classification:
             loss_B = share_B * loss_B + (1.0 - share_B) * other_B
             labels_B = jnp.where(share_B >= 0.5, labels_B, batch["label_other"])
         right_B = (jnp.argmax(outputs, axis=-1) == labels_B).astype(jnp.float32)
-        return {"loss": metrics.weighted(loss_B, weights_B), "accuracy": metrics.weighted(right_B, weights_B)}
+        return {
+            "loss": metrics.weighted(loss_B, weights_B),
+            "accuracy": metrics.weighted(right_B, weights_B),
+        }
 
     def examine(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        """For each example: its label, the prediction, the label's probability and the loss, all (B,)."""
+        """For each example: its label, the prediction, the label's probability and the loss, all
+        (B,)."""
         loss_B = losses.cross_entropy(outputs, batch["label"])
         prediction_B = jnp.argmax(outputs, axis=-1).astype(jnp.int32)
-        return {"label": batch["label"], "prediction": prediction_B, "probability": jnp.exp(-loss_B), "loss": loss_B}
+        return {
+            "label": batch["label"],
+            "prediction": prediction_B,
+            "probability": jnp.exp(-loss_B),
+            "loss": loss_B,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +108,13 @@ class Regression:
         del train  # the same in both
         target = _field(batch, self.target, "; set --task.target")
         if outputs.shape != target.shape:
-            raise ValueError(f"outputs have shape {outputs.shape}, targets {target.shape}; they must be equal, so change the model's last layer or --task.target")
-        return {"loss": metrics.weighted(losses.squared_error(outputs, target), batch.get("weight"))}
+            raise ValueError(
+                f"outputs have shape {outputs.shape}, targets {target.shape}; they must be equal,"
+                " so change the model's last layer or --task.target"
+            )
+        return {
+            "loss": metrics.weighted(losses.squared_error(outputs, target), batch.get("weight"))
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,18 +127,23 @@ class NextToken:
     >>> [float(part) for part in sums["accuracy"]]
     [2.0, 2.0]
 
-    Of tokens (B, T + 1) the model sees all but the last and is asked for all but the first. Losses are in nats and count by the token; a batch may
-    hold `weight` (B,), which all tokens of a sequence have, 0 for padding.
+    Of tokens (B, T + 1) the model sees all but the last and is asked for all but the first. Losses
+    are in nats and count by the token; a batch may hold `weight` (B,), which all tokens of a
+    sequence have, 0 for padding.
     """
 
     input: str = "tokens"
     """The batch's field that holds the tokens."""
 
     def inputs(self, batch: Batch) -> jax.Array:
-        """All tokens but the last, (B, T); `ValueError` if the batch has none, or none to predict."""
+        """All tokens but the last, (B, T); `ValueError` if the batch has none, or none to
+        predict."""
         tokens = _field(batch, self.input, "; set --task.input")
         if tokens.ndim != 2 or tokens.shape[1] < 2:
-            raise ValueError(f"{self.input!r} has shape {tokens.shape}; the task wants (batch, length) with a length of 2 or more; give it such tokens, or set --task.input")
+            raise ValueError(
+                f"{self.input!r} has shape {tokens.shape}; the task wants (batch, length) with a"
+                " length of 2 or more; give it such tokens, or set --task.input"
+            )
         return tokens[:, :-1]
 
     def loss(self, outputs: jax.Array, batch: Batch, *, train: bool = True) -> metrics.Sums:
@@ -129,17 +151,29 @@ class NextToken:
         del train  # the same in both
         targets_BT = _field(batch, self.input, "; set --task.input")[:, 1:]
         if outputs.ndim != 3 or outputs.shape[:2] != targets_BT.shape:
-            raise ValueError(f"outputs have shape {outputs.shape}; the task wants {targets_BT.shape} and the vocabulary; the model must answer at every place")
+            raise ValueError(
+                f"outputs have shape {outputs.shape}; the task wants {targets_BT.shape} and the"
+                " vocabulary; the model must answer at every place"
+            )
         weights = batch.get("weight")
-        weights = None if weights is None else jnp.broadcast_to(weights[:, None], targets_BT.shape).ravel()
+        weights = (
+            None
+            if weights is None
+            else jnp.broadcast_to(weights[:, None], targets_BT.shape).ravel()
+        )
         logits, targets = outputs.reshape(-1, outputs.shape[-1]), targets_BT.ravel()
         right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-        return {"loss": metrics.weighted(losses.cross_entropy(logits, targets), weights), "accuracy": metrics.weighted(right, weights)}
+        return {
+            "loss": metrics.weighted(losses.cross_entropy(logits, targets), weights),
+            "accuracy": metrics.weighted(right, weights),
+        }
 
 
 def _field(batch: Batch, name: str, remedy: str = "") -> jax.Array:
     if name not in batch:
-        raise ValueError(f"batch has keys {', '.join(sorted(batch))}; the task wants {name!r}{remedy}")
+        raise ValueError(
+            f"batch has keys {', '.join(sorted(batch))}; the task wants {name!r}{remedy}"
+        )
     return batch[name]
 
 

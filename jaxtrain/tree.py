@@ -1,4 +1,5 @@
-"""Paths of a pytree, and the one rule language over them: ordered (pattern, value) pairs, first match wins."""
+"""Paths of a pytree, and the one rule language over them: ordered (pattern, value) pairs, first
+match wins."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -27,13 +28,14 @@ def path_text(path: Sequence[Any]) -> str:
 
 
 def match(rules: Rules[Value], tree: PyTree, *, name: str, default: Value | None = None) -> PyTree:
-    """A tree of values: for each leaf that of the first rule whose pattern is found in its path (`re.search`).
+    """A tree of values: for each leaf that of the first rule whose pattern is found in its path
+    (`re.search`).
 
     >>> match((("bias", 0.0), (".*", 1.0)), {"kernel": 3, "bias": 4}, name="decay")
     {'bias': 0.0, 'kernel': 1.0}
 
-    `name` is how messages call the rules. `ValueError` if a pattern is not a regular expression, takes no leaf, or if a leaf is taken by
-    none and there is no `default`.
+    `name` is how messages call the rules. `ValueError` if a pattern is not a regular expression,
+    takes no leaf, or if a leaf is taken by none and there is no `default`.
     """
     compiled = [(_compile(pattern, name), value) for pattern, value in rules]
     idle = set(range(len(compiled)))
@@ -52,14 +54,20 @@ def match(rules: Rules[Value], tree: PyTree, *, name: str, default: Value | None
     if idle:
         first = rules[min(idle)][0]
         known = ", ".join(list(flatten(tree))[:6])
-        raise ValueError(f"{name}: pattern {first!r} decides no parameter (paths: {known}, ...); remove it or mend it")
+        raise ValueError(
+            f"{name}: pattern {first!r} decides no parameter (paths: {known}, ...); remove it or"
+            " mend it"
+        )
     return values
 
 
 def table(columns: Mapping[str, PyTree], tree: PyTree) -> list[tuple[str, ...]]:
     """Rows (path, shape, value of each column) that show which rule took which leaf."""
     flat = {name: flatten(column) for name, column in columns.items()}
-    return [(path, str(tuple(leaf.shape)), *(str(flat[name][path]) for name in columns)) for path, leaf in flatten(tree).items()]
+    return [
+        (path, str(tuple(leaf.shape)), *(str(flat[name][path]) for name in columns))
+        for path, leaf in flatten(tree).items()
+    ]
 
 
 def size(tree: PyTree) -> int:

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""Measures jaxtrain side by side with what it is compared to, in one process; prints a table and writes docs/benchmarks/NAME.json.
+"""Measures jaxtrain side by side with what it is compared to, in one process; prints a table and
+writes docs/benchmarks/NAME.json.
 
     .venv/bin/python scripts/bench.py overhead                 # some four minutes on two CPU cores
     .venv/bin/python scripts/bench.py overhead --blocks=3 --out=/tmp/bench
-    .venv/bin/python scripts/bench.py reproducible             # what the same bits on any layout cost, on one device
+    .venv/bin/python scripts/bench.py reproducible             # what the same bits on any layout
+    cost, on one device
 
-Contestants take turns, block by block, so that what else the machine does hits all of them; the verdict is the median of the ratios of
-neighbouring blocks. Times are the wall clock's, from the first dispatch to the moment when the last update is done; the processor time of all
-threads is recorded beside them, as it hardly changes when other processes take their share of the cores.
+Contestants take turns, block by block, so that what else the machine does hits all of them; the
+verdict is the median of the ratios of neighbouring blocks. Times are the wall clock's, from the
+first dispatch to the moment when the last update is done; the processor time of all threads is
+recorded beside them, as it hardly changes when other processes take their share of the cores.
 """
 
 import argparse
@@ -35,27 +38,28 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxtrain import config
-from jaxtrain.train import metrics_log, loop
-from jaxtrain.runner import build, compile as programs
-from jaxtrain.parallel import mesh as meshes
 from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.data import order
 from jaxtrain.data.sources.synthetic import Synthetic
-from jaxtrain.processes.group import Agreement
 from jaxtrain.horizon import Horizon
 from jaxtrain.models.convnet import ConvNet
 from jaxtrain.models.mlp import MLP
 from jaxtrain.models.vit import NAMES as VITS
 from jaxtrain.models.vit import ViT
 from jaxtrain.optimizers import AdamW
-from jaxtrain.runner.profiler import Profiler
+from jaxtrain.parallel import mesh as meshes
+from jaxtrain.processes.group import Agreement
+from jaxtrain.processes.signals import Stop
+from jaxtrain.report.metrics_file import JsonlWriter, Writers, read_metrics
 from jaxtrain.report.terminal.progress import Progress, make_console
 from jaxtrain.report.trackers import TensorBoardWriter
-from jaxtrain.report.metrics_file import JsonlWriter, Writers, read_metrics
+from jaxtrain.runner import build
+from jaxtrain.runner import compile as programs
+from jaxtrain.runner.profiler import Profiler
 from jaxtrain.schedules import Constant
-from jaxtrain.processes.signals import Stop
-from jaxtrain.train.state import init_state
 from jaxtrain.tasks import Classification
+from jaxtrain.train import loop, metrics_log
+from jaxtrain.train.state import init_state
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 RATE, WEIGHT_DECAY = 1e-3, 1e-2
@@ -85,49 +89,104 @@ OVERHEAD = (
 )
 REPRODUCIBLE = (
     Case("MLP 64-256-256-10", MLP(), (64,), steps=200, least=0.0, log_every=50, batch_size=128),
-    Case("ConvNet 8x8", ConvNet(widths=(32, 64, 96), dropout=0.2), (8, 8, 1), steps=20, least=0.0, log_every=10, batch_size=128),
-    Case("ViT 2 x 96, 8x8", ViT(patch=2, width=96, depth=2, heads=3), (8, 8, 1), steps=20, least=0.0, log_every=10, batch_size=128),
+    Case(
+        "ConvNet 8x8",
+        ConvNet(widths=(32, 64, 96), dropout=0.2),
+        (8, 8, 1),
+        steps=20,
+        least=0.0,
+        log_every=10,
+        batch_size=128,
+    ),
+    Case(
+        "ViT 2 x 96, 8x8",
+        ViT(patch=2, width=96, depth=2, heads=3),
+        (8, 8, 1),
+        steps=20,
+        least=0.0,
+        log_every=10,
+        batch_size=128,
+    ),
     Case("ViT-Ti/4 32x32", VITS["vit_ti4"], (32, 32, 3), steps=4, least=0.0, log_every=2),
 )
 
 
 class OurLoop:
-    """`loop.train` as a run calls it: data in device memory, metrics file, TensorBoard, progress; evaluation and saves are off."""
+    """`loop.train` as a run calls it: data in device memory, metrics file, TensorBoard, progress;
+    evaluation and saves are off."""
 
     name = "jaxtrain"
 
     def __init__(self, case: Case, folder: Path, total_steps: int, **changes: Any) -> None:
         self._case, self.step = case, 0
         self.run = config.Run(
-            name="bench", model=case.model, task=Classification(), optimizer=AdamW(learning_rate=RATE, weight_decay=WEIGHT_DECAY),
-            data=Synthetic(shape=case.shape, examples=case.examples, test_examples=1, noise=4.0), schedule=Constant(), augment=None,
-            steps=total_steps, batch_size=case.batch_size, log_every=case.log_every, eval_every=Horizon(0), checkpoint_every=Horizon(0),
-            precision="fp32", **changes,
-        )  # fmt: skip
+            name="bench",
+            model=case.model,
+            task=Classification(),
+            optimizer=AdamW(learning_rate=RATE, weight_decay=WEIGHT_DECAY),
+            data=Synthetic(shape=case.shape, examples=case.examples, test_examples=1, noise=4.0),
+            schedule=Constant(),
+            augment=None,
+            steps=total_steps,
+            batch_size=case.batch_size,
+            log_every=case.log_every,
+            eval_every=Horizon(0),
+            checkpoint_every=Horizon(0),
+            precision="fp32",
+            **changes,
+        )
         self.table = self.run.data.open().train
         mesh = meshes.make(self.run.mesh, jax.devices()[:1])
         recipe = build.options(self.run, self.table, build.lengths(self.run, len(self.table)))
         self.prepare = recipe["prepare"]
         batch = build.check_model(self.run, self.table, recipe, mesh)
-        self.state = init_state(self.run.model, self.run.task, self.run.optimizer, batch, seed=self.run.seed, mesh=mesh, **recipe)
+        self.state = init_state(
+            self.run.model,
+            self.run.task,
+            self.run.optimizer,
+            batch,
+            seed=self.run.seed,
+            mesh=mesh,
+            **recipe,
+        )
         data = build.place_data(self.run, self.table, mesh)
-        self.training = programs.compile_training(self.run, self.state, self.table, data, recipe, mesh, per_call=None)
-        self._writers = Writers(JsonlWriter(folder / "metrics.jsonl"), [TensorBoardWriter(folder / "tensorboard")])
+        self.training = programs.compile_training(
+            self.run, self.state, self.table, data, recipe, mesh, per_call=None
+        )
+        self._writers = Writers(
+            JsonlWriter(folder / "metrics.jsonl"), [TensorBoardWriter(folder / "tensorboard")]
+        )
         self._progress = Progress(total_steps, stream=io.StringIO(), live=False)
         self._journal = metrics_log.Journal(
-            self._writers, self._progress, every=case.log_every, step=0, total_steps=total_steps, batch_size=case.batch_size,
+            self._writers,
+            self._progress,
+            every=case.log_every,
+            step=0,
+            total_steps=total_steps,
+            batch_size=case.batch_size,
             flops_per_step=self.training.flops_per_step,
-        )  # fmt: skip
+        )
         self._checkpoints, self._profiler = Unsaved(folder), Profiler(None, folder)
 
     def block(self, steps: int) -> None:
         """Trains on for so many steps."""
         with Stop() as stop:
             ending = loop.train(
-                self.state, step=self.step, feed=self.training.feed, writers=self._writers, checkpoints=self._checkpoints,
-                cadence=loop.Cadence(self.step + steps, self.training.per_call, self._case.log_every), journal=self._journal,
-                progress=self._progress, stop=Agreement(stop), validate=None, test=None, at_step=self._profiler,
-            )  # fmt: skip
+                self.state,
+                step=self.step,
+                feed=self.training.feed,
+                writers=self._writers,
+                checkpoints=self._checkpoints,
+                cadence=loop.Cadence(
+                    self.step + steps, self.training.per_call, self._case.log_every
+                ),
+                journal=self._journal,
+                progress=self._progress,
+                stop=Agreement(stop),
+                validate=None,
+                test=None,
+                at_step=self._profiler,
+            )
         self.state, self.step = ending.state, ending.step
 
     def losses(self) -> list[float]:
@@ -145,19 +204,37 @@ class OurLoop:
 
 
 class Unsaved(Checkpoints):
-    """Saves nothing: the loop always commits its last step, and a commit is no part of what is measured."""
+    """Saves nothing: the loop always commits its last step, and a commit is no part of what is
+    measured."""
 
-    def save(self, step: int, state: Any, loop: Any, *, metric: float | None = None, wait: bool = False) -> None:
+    def save(
+        self, step: int, state: Any, loop: Any, *, metric: float | None = None, wait: bool = False
+    ) -> None:
         """Does nothing."""
 
 
 class HandLoop:
-    """What one writes by hand: a donated `jax.jit` step, the data in NumPy as the model wants it, a shuffle an epoch, the loss now and then."""
+    """What one writes by hand: a donated `jax.jit` step, the data in NumPy as the model wants it, a
+    shuffle an epoch, the loss now and then."""
 
     name = "by hand"
 
-    def __init__(self, model: nn.Module, images: np.ndarray, labels: np.ndarray, params: Any, *, batch_size: int, log_every: int) -> None:
-        self._images, self._labels, self._batch_size, self._log_every = images, labels, batch_size, log_every
+    def __init__(
+        self,
+        model: nn.Module,
+        images: np.ndarray,
+        labels: np.ndarray,
+        params: Any,
+        *,
+        batch_size: int,
+        log_every: int,
+    ) -> None:
+        self._images, self._labels, self._batch_size, self._log_every = (
+            images,
+            labels,
+            batch_size,
+            log_every,
+        )
         decays = jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
         optimizer = optax.adamw(RATE, weight_decay=WEIGHT_DECAY, mask=decays)
         self.params, self.opt_state = params, optimizer.init(params)
@@ -165,7 +242,9 @@ class HandLoop:
         self._random = np.random.default_rng(0)
         self._order, self._place = self._random.permutation(len(labels)), 0
 
-        def update(params: Any, opt_state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any, jax.Array]:
+        def update(
+            params: Any, opt_state: Any, images: jax.Array, labels: jax.Array
+        ) -> tuple[Any, Any, jax.Array]:
             def mean_loss(params: Any) -> jax.Array:
                 logits = model.apply({"params": params}, images, train=True)
                 return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -178,7 +257,9 @@ class HandLoop:
 
     def one(self, ids: np.ndarray) -> jax.Array:
         """One update; its loss, still on the device."""
-        self.params, self.opt_state, loss = self._update(self.params, self.opt_state, self._images[ids], self._labels[ids])
+        self.params, self.opt_state, loss = self._update(
+            self.params, self.opt_state, self._images[ids], self._labels[ids]
+        )
         return loss
 
     def block(self, steps: int) -> None:
@@ -212,33 +293,56 @@ def measure(case: Case, blocks: int, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True)
     ours = OurLoop(case, folder, total_steps=CHECKED_STEPS + blocks * case.steps)
     by_hand = HandLoop(
-        case.model, *prepared(ours), jax.tree.map(jnp.copy, ours.state.params), batch_size=case.batch_size, log_every=case.log_every
+        case.model,
+        *prepared(ours),
+        jax.tree.map(jnp.copy, ours.state.params),
+        batch_size=case.batch_size,
+        log_every=case.log_every,
     )
     try:
         difference = check_same_losses(case, ours, by_hand)
         seconds, cpu_seconds = take_turns([ours, by_hand], case.steps, blocks)
-        work = {loop.name: {"updates": loop.updates(), "loss": statistics.fmean(loop.losses()[-10:])} for loop in (ours, by_hand)}
+        work = {
+            loop.name: {"updates": loop.updates(), "loss": statistics.fmean(loop.losses()[-10:])}
+            for loop in (ours, by_hand)
+        }
     finally:
         ours.close()
     speeds = {name: [case.steps / each for each in times] for name, times in seconds.items()}
-    ratios = [mine / other for mine, other in zip(speeds[ours.name], speeds[by_hand.name], strict=True)]
+    ratios = [
+        mine / other for mine, other in zip(speeds[ours.name], speeds[by_hand.name], strict=True)
+    ]
     return {
-        "case": case.name, "batch_size": case.batch_size, "steps_per_block": case.steps, "steps_per_dispatch": ours.training.per_call,
-        "log_every": case.log_every, "largest_relative_difference_of_first_losses": difference, "work": work,
+        "case": case.name,
+        "batch_size": case.batch_size,
+        "steps_per_block": case.steps,
+        "steps_per_dispatch": ours.training.per_call,
+        "log_every": case.log_every,
+        "largest_relative_difference_of_first_losses": difference,
+        "work": work,
         "steps_per_second": {name: spread(values) for name, values in speeds.items()},
-        "cpu_seconds_per_step": {name: spread([each / case.steps for each in times]) for name, times in cpu_seconds.items()},
-        "ratio": spread(ratios), "least": case.least, "holds": statistics.median(ratios) >= case.least,
-    }  # fmt: skip
+        "cpu_seconds_per_step": {
+            name: spread([each / case.steps for each in times])
+            for name, times in cpu_seconds.items()
+        },
+        "ratio": spread(ratios),
+        "least": case.least,
+        "holds": statistics.median(ratios) >= case.least,
+    }
 
 
-def reproducible(blocks: int, folder: Path, cases: Sequence[Case] = REPRODUCIBLE) -> list[dict[str, Any]]:
+def reproducible(
+    blocks: int, folder: Path, cases: Sequence[Case] = REPRODUCIBLE
+) -> list[dict[str, Any]]:
     """The same run with and without --reproducible, on one device."""
     results = []
     for number, case in enumerate(cases):
         loops = {}
         for name, changes in (("reproducible", {"reproducible": True}), ("plain", {})):
             (folder / f"{number}-{name}").mkdir(parents=True)
-            loops[name] = OurLoop(case, folder / f"{number}-{name}", (blocks + 1) * case.steps, **changes)
+            loops[name] = OurLoop(
+                case, folder / f"{number}-{name}", (blocks + 1) * case.steps, **changes
+            )
             loops[name].name = name
             loops[name].block(case.steps)  # compiles
         try:
@@ -248,12 +352,21 @@ def reproducible(blocks: int, folder: Path, cases: Sequence[Case] = REPRODUCIBLE
                 each.close()
         speeds = {name: [case.steps / each for each in times] for name, times in seconds.items()}
         ratios = [mine / other for mine, other in zip(*speeds.values(), strict=True)]
-        results.append({
-            "case": case.name, "batch_size": case.batch_size, "steps_per_block": case.steps,
-            "steps_per_second": {name: spread(values) for name, values in speeds.items()},
-            "cpu_seconds_per_step": {name: spread([each / case.steps for each in times]) for name, times in cpu_seconds.items()},
-            "ratio": spread(ratios), "least": case.least, "holds": statistics.median(ratios) >= case.least,
-        })  # fmt: skip
+        results.append(
+            {
+                "case": case.name,
+                "batch_size": case.batch_size,
+                "steps_per_block": case.steps,
+                "steps_per_second": {name: spread(values) for name, values in speeds.items()},
+                "cpu_seconds_per_step": {
+                    name: spread([each / case.steps for each in times])
+                    for name, times in cpu_seconds.items()
+                },
+                "ratio": spread(ratios),
+                "least": case.least,
+                "holds": statistics.median(ratios) >= case.least,
+            }
+        )
     return results
 
 
@@ -266,10 +379,13 @@ def prepared(ours: OurLoop) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_same_losses(case: Case, ours: OurLoop, by_hand: HandLoop) -> float:
-    """Both take the same first steps on the same batches, which also warms them up; the largest relative difference of a loss."""
+    """Both take the same first steps on the same batches, which also warms them up; the largest
+    relative difference of a loss."""
     differences = []
     for number in range(CHECKED_STEPS):
-        ids = order.example_ids(ours.run.seed, 0, number * case.batch_size, case.batch_size, len(ours.table))
+        ids = order.example_ids(
+            ours.run.seed, 0, number * case.batch_size, case.batch_size, len(ours.table)
+        )
         ours.state, sums = ours.training.feed.advance(ours.state, 1)
         total, count = jax.device_get(sums["loss"])
         other = float(by_hand.one(ids))
@@ -281,8 +397,11 @@ def check_same_losses(case: Case, ours: OurLoop, by_hand: HandLoop) -> float:
     return max(differences)
 
 
-def take_turns(contestants: Sequence[Any], steps: int, blocks: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds of the clock and of the processors for each block; who begins changes from one pair to the next."""
+def take_turns(
+    contestants: Sequence[Any], steps: int, blocks: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of the clock and of the processors for each block; who begins changes from one pair
+    to the next."""
     seconds: dict[str, list[float]] = {each.name: [] for each in contestants}
     cpu_seconds: dict[str, list[float]] = {each.name: [] for each in contestants}
     for number in range(blocks):
@@ -300,8 +419,16 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     >>> spread([3.0, 1.0, 2.0])
     {'median': 2.0, 'quartiles': [1.5, 2.5], 'min': 1.0, 'max': 3.0, 'values': [3.0, 1.0, 2.0]}
     """
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": middle, "quartiles": [low, high], "min": min(values), "max": max(values), "values": list(values)}
+    low, middle, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    )
+    return {
+        "median": middle,
+        "quartiles": [low, high],
+        "min": min(values),
+        "max": max(values),
+        "values": list(values),
+    }
 
 
 def surroundings(argv: Sequence[str]) -> dict[str, Any]:
@@ -311,46 +438,92 @@ def surroundings(argv: Sequence[str]) -> dict[str, Any]:
         "command": " ".join(["python", "scripts/bench.py", *argv]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "hardware": {
-            "cpu": cpu_model(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0],
-            "platform": device.platform, "device": device.device_kind,
+            "cpu": cpu_model(),
+            "cores": os.cpu_count(),
+            "load_average": os.getloadavg()[0],
+            "platform": device.platform,
+            "device": device.device_kind,
         },
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
-    }  # fmt: skip
+        "versions": (
+            {"python": platform.python_version()}
+            | {name: metadata.version(name) for name in PACKAGES}
+        ),
+    }
 
 
 def cpu_model() -> str:
     """What the processor calls itself."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def render(title: str, results: Sequence[dict[str, Any]]) -> Table:
-    """The results for the terminal: speeds in steps a second, the ratio's median, quartiles and ends, and whether it is as asked."""
+    """The results for the terminal: speeds in steps a second, the ratio's median, quartiles and
+    ends, and whether it is as asked."""
     table = Table(
-        "case", *results[0]["steps_per_second"], "ratio", "quartiles", "ends", "asked", "", title=title, box=SIMPLE_HEAD, title_justify="left"
+        "case",
+        *results[0]["steps_per_second"],
+        "ratio",
+        "quartiles",
+        "ends",
+        "asked",
+        "",
+        title=title,
+        box=SIMPLE_HEAD,
+        title_justify="left",
     )
     for result in results:
         speeds, ratio = result["steps_per_second"], result["ratio"]
-        ours, by_hand = (f"{each['median']:,.{0 if each['median'] > 100 else 3}f}/s" for each in speeds.values())
-        quartiles, ends = ("-".join(f"{value:.3f}" for value in pair) for pair in (ratio["quartiles"], (ratio["min"], ratio["max"])))
+        ours, by_hand = (
+            f"{each['median']:,.{0 if each['median'] > 100 else 3}f}/s" for each in speeds.values()
+        )
+        quartiles, ends = (
+            "-".join(f"{value:.3f}" for value in pair)
+            for pair in (ratio["quartiles"], (ratio["min"], ratio["max"]))
+        )
         verdict = Text("holds", "green") if result["holds"] else Text("fails", "red")
         table.add_row(
-            result["case"], ours, by_hand, Text(f"{ratio['median']:.3f}", "bold"), quartiles, ends, f"{result['least']:g}", verdict
+            result["case"],
+            ours,
+            by_hand,
+            Text(f"{ratio['median']:.3f}", "bold"),
+            quartiles,
+            ends,
+            f"{result['least']:g}",
+            verdict,
         )
     return table
 
 
-BENCHES: dict[str, Callable[[int, Path], list[dict[str, Any]]]] = {"overhead": overhead, "reproducible": reproducible}
+BENCHES: dict[str, Callable[[int, Path], list[dict[str, Any]]]] = {
+    "overhead": overhead,
+    "reproducible": reproducible,
+}
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs a bench; exit status 0 if every ratio holds, otherwise 1."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=BENCHES, help="what to measure")
-    parser.add_argument("--blocks", type=int, default=7, help="how often each contestant has its turn (default: %(default)s)")
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        default=7,
+        help="how often each contestant has its turn (default: %(default)s)",
+    )
     default_out = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
-    parser.add_argument("--out", type=Path, default=default_out, help="folder of the JSON file (default: docs/benchmarks)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=default_out,
+        help="folder of the JSON file (default: docs/benchmarks)",
+    )
     options = parser.parse_args(argv)
     if options.blocks < 1:
         parser.error(f"--blocks={options.blocks}: must be >= 1")
@@ -358,7 +531,12 @@ def main(argv: Sequence[str]) -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="jaxtrain-bench-") as folder:
         results = BENCHES[options.name](options.blocks, Path(folder))
-    record |= {"bench": options.name, "blocks": options.blocks, "seconds": time.monotonic() - began, "results": results}
+    record |= {
+        "bench": options.name,
+        "blocks": options.blocks,
+        "seconds": time.monotonic() - began,
+        "results": results,
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.name}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
-"""Faults on purpose: runs killed at random moments, and checkpoints with one bit flipped; nothing may be lost, repeated or silently wrong.
+"""Faults on purpose: runs killed at random moments, and checkpoints with one bit flipped; nothing
+may be lost, repeated or silently wrong.
 
-    .venv/bin/python scripts/faults.py kills --trials=30 --seed=0     # SIGKILL, start again, until done: equal in every bit to an unhurt run
-    .venv/bin/python scripts/faults.py flips --trials=100 --seed=0    # each falls back, loudly, or says why not; verify exits 74
+    .venv/bin/python scripts/faults.py kills --trials=30 --seed=0     # SIGKILL, start again, until
+    done: equal in every bit to an unhurt run
+    .venv/bin/python scripts/faults.py flips --trials=100 --seed=0    # each falls back, loudly, or
+    says why not; verify exits 74
 
 One JSON line a trial, then a table; exit status 1 if a trial fails.
 """
@@ -29,7 +32,8 @@ from typing import Any
 
 import jax
 
-from jaxtrain.checkpoints import checkpoints as checkpoint, committed, manifest
+from jaxtrain.checkpoints import checkpoints as checkpoint
+from jaxtrain.checkpoints import committed, manifest
 from jaxtrain.checkpoints.checkpoints import CheckpointError, Checkpoints
 from jaxtrain.report.metrics_file import is_clock, read_metrics
 
@@ -37,11 +41,24 @@ ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENT = [sys.executable, str(ROOT / "experiments" / "digits.py")]
 STEPS, INTERVAL = 120, 10
 COMMON = [
-    f"--steps={STEPS}", f"--checkpoint_every={INTERVAL}", "--eval_every=20", "--log_every=7", "--batch_size=32", "--keep=3",
-    "--ema_decay=0.9", "--clip_norm=1", "--model.dropout=0.2", "--augment.crop_padding=1", "--report=false",
-]  # fmt: skip
-RECIPES = {"mlp": ["--model=mlp", "--model.widths=64,64"], "convnet": ["--model=convnet", "--model.widths=8,16"]}
-"""The first runs many steps a dispatch, the second one; both with dropout, augmentation, averaging and clipping."""
+    f"--steps={STEPS}",
+    f"--checkpoint_every={INTERVAL}",
+    "--eval_every=20",
+    "--log_every=7",
+    "--batch_size=32",
+    "--keep=3",
+    "--ema_decay=0.9",
+    "--clip_norm=1",
+    "--model.dropout=0.2",
+    "--augment.crop_padding=1",
+    "--report=false",
+]
+RECIPES = {
+    "mlp": ["--model=mlp", "--model.widths=64,64"],
+    "convnet": ["--model=convnet", "--model.widths=8,16"],
+}
+"""The first runs many steps a dispatch, the second one; both with dropout, augmentation, averaging
+and clipping."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +80,21 @@ def command(recipe: str, folder: Path, *more: str) -> list[str]:
 
 def finish(recipe: str, folder: Path, *more: str) -> tuple[int, str]:
     """Runs to the end; exit status and all that was said."""
-    done = subprocess.run(command(recipe, folder, *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        command(recipe, folder, *more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
     return done.returncode, done.stdout
 
 
 def golden(recipe: str, folder: Path) -> Golden:
     """The run that all others must equal."""
-    finish(recipe, folder.with_name(f"warm-{recipe}"), "--steps=3")  # compiles, so that the clock below is that of the trials
+    # compiles, so that the clock below is that of the trials
+    finish(recipe, folder.with_name(f"warm-{recipe}"), "--steps=3")
     began = time.monotonic()
     status, said = finish(recipe, folder)
     seconds = time.monotonic() - began
@@ -91,16 +116,26 @@ def verified(folder: Path) -> tuple[int, str]:
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics without what comes from a clock."""
-    return [{key: value for key, value in line.items() if not is_clock(key)} for line in read_metrics(folder / "metrics.jsonl")]
+    return [
+        {key: value for key, value in line.items() if not is_clock(key)}
+        for line in read_metrics(folder / "metrics.jsonl")
+    ]
 
 
 def start(recipe: str, folder: Path, seconds: float | None, in_loop: bool) -> dict[str, Any]:
-    """Starts the run, kills it so many seconds later (or after its first step; None: not at all), and says what it said and left."""
+    """Starts the run, kills it so many seconds later (or after its first step; None: not at all),
+    and says what it said and left."""
     marker = folder / "run.json"
     before = marker.stat().st_mtime_ns if marker.exists() else 0
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command(recipe, folder), stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
-        while in_loop and process.poll() is None and (not marker.exists() or marker.stat().st_mtime_ns == before):
+        process = subprocess.Popen(
+            command(recipe, folder), stdout=output, stderr=subprocess.STDOUT, cwd=ROOT
+        )
+        while (
+            in_loop
+            and process.poll() is None
+            and (not marker.exists() or marker.stat().st_mtime_ns == before)
+        ):
             time.sleep(0.002)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
@@ -111,7 +146,13 @@ def start(recipe: str, folder: Path, seconds: float | None, in_loop: bool) -> di
     problems: list[str] = []
     newest = committed.newest(folder / "checkpoints", problems.append)
     reached = max((line["step"] for line in read_metrics(folder / "metrics.jsonl")), default=0)
-    found = {"status": status, "resumed": resumed(text), "reached": reached, "committed": newest, "problems": problems}
+    found = {
+        "status": status,
+        "resumed": resumed(text),
+        "reached": reached,
+        "committed": newest,
+        "problems": problems,
+    }
     return found if status in (0, -signal.SIGKILL) else found | {"said": text[-2000:]}
 
 
@@ -122,33 +163,44 @@ def resumed(text: str) -> int | None:
 
 
 def kill_trial(recipe: str, folder: Path, draw: random.Random, whole: Golden) -> dict[str, Any]:
-    """One run, killed one to four times before its last commit, and started again each time; the last start runs to the end."""
+    """One run, killed one to four times before its last commit, and started again each time; the
+    last start runs to the end."""
     starts: list[dict[str, Any]] = []
     wanted = draw.randint(1, 4)
     while not starts or starts[-1]["status"] == -signal.SIGKILL:
         if len(starts) == wanted:
             seconds, in_loop = None, False
         else:
-            in_loop = draw.random() < 0.75  # most kills where most can go wrong: between the first step and the last commit
+            # most kills where most can go wrong: between the first step and the last commit
+            in_loop = draw.random() < 0.75
             seconds = draw.uniform(0, whole.loop_seconds if in_loop else whole.seconds)
         starts.append(start(recipe, folder, seconds, in_loop))
         if len(starts) == 1 and starts[0]["committed"] == STEPS:
             starts.clear()  # it was faster than its killer: again
             shutil.rmtree(folder)
     kills = starts[:-1]
-    # A start that was killed before it could speak says nothing of where it resumed; one that speaks says the newest that verifies.
-    pairs = [(after["resumed"], before["committed"]) for before, after in itertools.pairwise(starts)]
+    # A start that was killed before it could speak says nothing of where it resumed; one that
+    # speaks says the newest that verifies.
+    pairs = [
+        (after["resumed"], before["committed"]) for before, after in itertools.pairwise(starts)
+    ]
     speaks = starts[-1]["resumed"] is not None or kills[-1]["committed"] in (None, STEPS)
     result = {
-        "status": starts[-1]["status"], "kills": kills, "resumed": starts[-1]["resumed"],
+        "status": starts[-1]["status"],
+        "kills": kills,
+        "resumed": starts[-1]["resumed"],
         "truthful": speaks and all(said in (None, due) for said, due in pairs),
         "undamaged": not any(kill["problems"] for kill in kills),
         "again_most": max(kill["reached"] - (kill["committed"] or 0) for kill in kills),
-        "digest_equal": verified(folder) == (0, whole.digest), "metrics_equal": metrics_of(folder) == whole.metrics,
-    }  # fmt: skip
-    # While a save is written in the background the next interval runs; its own save waits for the one before.
+        "digest_equal": verified(folder) == (0, whole.digest),
+        "metrics_equal": metrics_of(folder) == whole.metrics,
+    }
+    # While a save is written in the background the next interval runs; its own save waits for the
+    # one before.
     result["ok"] = result["status"] == 0 and result["again_most"] <= INTERVAL
-    result["ok"] &= all(result[key] for key in ("truthful", "undamaged", "digest_equal", "metrics_equal"))
+    result["ok"] &= all(
+        result[key] for key in ("truthful", "undamaged", "digest_equal", "metrics_equal")
+    )
     return result if result["ok"] else result | {"said": starts[-1].get("said", "")}
 
 
@@ -159,7 +211,10 @@ def kills(trials: int, seed: int, folder: Path) -> list[dict[str, Any]]:
     for trial in range(trials):
         recipe = list(RECIPES)[trial % len(RECIPES)]
         place = folder / f"trial-{trial}"
-        rows.append({"trial": trial, "recipe": recipe} | kill_trial(recipe, place, random.Random(f"{seed} {trial}"), wholes[recipe]))
+        rows.append(
+            {"trial": trial, "recipe": recipe}
+            | kill_trial(recipe, place, random.Random(f"{seed} {trial}"), wholes[recipe])
+        )
         print(json.dumps(rows[-1]), flush=True)
         if rows[-1]["ok"]:
             shutil.rmtree(place)
@@ -168,12 +223,21 @@ def kills(trials: int, seed: int, folder: Path) -> list[dict[str, Any]]:
 
 def show_kills(rows: Sequence[dict[str, Any]]) -> None:
     """The table."""
-    print(f"\n{'trial':>5}  {'recipe':8}  {'kills at step (newest committed)':52}  {'digest':8}  {'metrics':8}  says")
+    print(
+        f"\n{'trial':>5}  {'recipe':8}  {'kills at step (newest committed)':52}  {'digest':8} "
+        f" {'metrics':8}  says"
+    )
     for row in rows:
-        places = ", ".join(f"{kill['reached']} ({'-' if kill['committed'] is None else kill['committed']})" for kill in row["kills"])
+        places = ", ".join(
+            f"{kill['reached']} ({'-' if kill['committed'] is None else kill['committed']})"
+            for kill in row["kills"]
+        )
         equal = ["equal" if row[key] else "DIFFERS" for key in ("digest_equal", "metrics_equal")]
         says = "-" if row["resumed"] is None else f"resumed from step {row['resumed']}"
-        print(f"{row['trial']:>5}  {row['recipe']:8}  {places:52}  {equal[0]:8}  {equal[1]:8}  {says}{'' if row['ok'] else '  FAILED'}")
+        print(
+            f"{row['trial']:>5}  {row['recipe']:8}  {places:52}  {equal[0]:8}  {equal[1]:8} "
+            f" {says}{'' if row['ok'] else '  FAILED'}"
+        )
     count = sum(len(row["kills"]) for row in rows)
     most = max((row["again_most"] for row in rows), default=0)
     ok = sum(row["ok"] for row in rows)
@@ -182,7 +246,8 @@ def show_kills(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def flip(folder: Path, draw: random.Random) -> tuple[Path, int]:
-    """Flips one bit below `folder`: of a byte drawn from all, or of a file drawn from all, so that small files have their turn too."""
+    """Flips one bit below `folder`: of a byte drawn from all, or of a file drawn from all, so that
+    small files have their turn too."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     sizes = [path.stat().st_size for path in files]
     path = draw.choices(files, weights=sizes if draw.random() < 0.5 else None)[0]
@@ -194,13 +259,17 @@ def flip(folder: Path, draw: random.Random) -> tuple[Path, int]:
 
 
 def restored_digest(workdir: Path, said: list[str]) -> tuple[int | None, str]:
-    """Step and digest of the state that a restore gives, or why there is none; through the same calls as a run."""
+    """Step and digest of the state that a restore gives, or why there is none; through the same
+    calls as a run."""
     checkpoints = Checkpoints(workdir)
     try:
         step = checkpoints.newest_verified(said.append)
         if step is None:
             return None, ""
-        like = {path: _abstract(*spec) for path, spec in manifest.read(checkpoints.folder / str(step))["tree"].items()}
+        like = {
+            path: _abstract(*spec)
+            for path, spec in manifest.read(checkpoints.folder / str(step))["tree"].items()
+        }
         return step, checkpoint.digest(checkpoints.restore(step, like)[0])
     except (CheckpointError, ValueError) as error:
         said.append(str(error))
@@ -208,11 +277,18 @@ def restored_digest(workdir: Path, said: list[str]) -> tuple[int | None, str]:
 
 
 def _abstract(dtype: str, shape: list[int]) -> jax.ShapeDtypeStruct:
-    return jax.eval_shape(lambda: jax.random.key(0)) if dtype.startswith("key<") else jax.ShapeDtypeStruct(tuple(shape), dtype)
+    return (
+        jax.eval_shape(lambda: jax.random.key(0))
+        if dtype.startswith("key<")
+        else jax.ShapeDtypeStruct(tuple(shape), dtype)
+    )
 
 
-def flip_trial(source: Path, place: Path, truth: dict[int, str], draw: random.Random) -> dict[str, Any]:
-    """One bit flipped in a copy of a run's checkpoints, then a restore and a verify. One time in four there is nothing to fall back to."""
+def flip_trial(
+    source: Path, place: Path, truth: dict[int, str], draw: random.Random
+) -> dict[str, Any]:
+    """One bit flipped in a copy of a run's checkpoints, then a restore and a verify. One time in
+    four there is nothing to fall back to."""
     shutil.copytree(source / "checkpoints", place / "checkpoints")
     newest = max(truth)
     alone = draw.random() < 0.25
@@ -234,11 +310,20 @@ def flip_trial(source: Path, place: Path, truth: dict[int, str], draw: random.Ra
         outcome = "not the newest"
     status = verified(place)[0]
     file = str(path.relative_to(place / "checkpoints"))
-    return {"file": file, "bit": bit, "restored": step, "said": said, "outcome": outcome, "verify": status, "ok": outcome.islower() and status == 74}
+    return {
+        "file": file,
+        "bit": bit,
+        "restored": step,
+        "said": said,
+        "outcome": outcome,
+        "verify": status,
+        "ok": outcome.islower() and status == 74,
+    }
 
 
 def flip_run(source: Path, place: Path, whole: Golden, draw: random.Random) -> dict[str, Any]:
-    """One bit flipped in the newest checkpoint of a run that was stopped, which then goes on: it says so, and ends equal to the unhurt one."""
+    """One bit flipped in the newest checkpoint of a run that was stopped, which then goes on: it
+    says so, and ends equal to the unhurt one."""
     shutil.copytree(source, place)
     newest = max(committed.numbered(place / "checkpoints"))
     path, bit = flip(place / "checkpoints" / str(newest), draw)
@@ -247,14 +332,29 @@ def flip_run(source: Path, place: Path, whole: Golden, draw: random.Random) -> d
     loud = [line for line in said.splitlines() if "warning: step" in line]
     equal = metrics_of(place) == whole.metrics and Checkpoints(place).digest(STEPS) == whole.digest
     ok = status == 0 and before == 74 and bool(loud) and equal
-    row = {"file": str(path.relative_to(place / "checkpoints")), "bit": bit, "restored": resumed(said), "said": loud, "verify": before, "ok": ok}
-    return row | {"outcome": "run fell back, equal" if ok else "RUN FAILED"} | ({} if ok else {"output": said[-2000:]})
+    row = {
+        "file": str(path.relative_to(place / "checkpoints")),
+        "bit": bit,
+        "restored": resumed(said),
+        "said": loud,
+        "verify": before,
+        "ok": ok,
+    }
+    return (
+        row
+        | {"outcome": "run fell back, equal" if ok else "RUN FAILED"}
+        | ({} if ok else {"output": said[-2000:]})
+    )
 
 
 def stopped(recipe: str, folder: Path) -> None:
     """A run told to stop about half way."""
-    process = subprocess.Popen(command(recipe, folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
-    while process.poll() is None and max(committed.numbered(folder / "checkpoints"), default=0) < 50:
+    process = subprocess.Popen(
+        command(recipe, folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
+    )
+    while (
+        process.poll() is None and max(committed.numbered(folder / "checkpoints"), default=0) < 50
+    ):
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     if (status := process.wait()) != 75:
@@ -265,11 +365,18 @@ def flips(trials: int, seed: int, folder: Path, runs: int) -> list[dict[str, Any
     """The campaign of bit flips: `trials` restores, and `runs` whole runs."""
     whole = golden("mlp", folder / "golden-mlp")
     stopped("mlp", folder / "stopped-mlp")
-    truth = {step: Checkpoints(whole.folder).digest(step) for step in committed.numbered(whole.folder / "checkpoints")}
+    truth = {
+        step: Checkpoints(whole.folder).digest(step)
+        for step in committed.numbered(whole.folder / "checkpoints")
+    }
     rows = []
     for trial in range(trials + runs):
         place, draw = folder / f"trial-{trial}", random.Random(f"{seed} {trial}")
-        found = flip_trial(whole.folder, place, truth, draw) if trial < trials else flip_run(folder / "stopped-mlp", place, whole, draw)
+        found = (
+            flip_trial(whole.folder, place, truth, draw)
+            if trial < trials
+            else flip_run(folder / "stopped-mlp", place, whole, draw)
+        )
         rows.append({"trial": trial} | found)
         print(json.dumps(rows[-1]), flush=True)
         shutil.rmtree(place)
@@ -287,7 +394,13 @@ def show_flips(rows: Sequence[dict[str, Any]]) -> None:
 
 def _kind(file: str) -> str:
     name = Path(file).name
-    return name if name in (manifest.MANIFEST, manifest.COMMIT) else "arrays" if "/d/" in file else "array metadata"
+    return (
+        name
+        if name in (manifest.MANIFEST, manifest.COMMIT)
+        else "arrays"
+        if "/d/" in file
+        else "array metadata"
+    )
 
 
 @contextlib.contextmanager
@@ -302,12 +415,16 @@ def _scratch(folder: str) -> Iterator[Path]:
 
 def main() -> int:
     """Reads the arguments, runs a campaign, and says how it went."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("campaign", choices=("kills", "flips"))
     parser.add_argument("--trials", type=int, default=None, help="how many (30 kills, 100 flips)")
     parser.add_argument("--runs", type=int, default=5, help="of flips: how many whole runs besides")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", default="", help="a new folder that is kept; default: a temporary one")
+    parser.add_argument(
+        "--folder", default="", help="a new folder that is kept; default: a temporary one"
+    )
     options = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     with _scratch(options.folder) as folder:
@@ -315,7 +432,12 @@ def main() -> int:
             rows = kills(30 if options.trials is None else options.trials, options.seed, folder)
             show_kills(rows)
         else:
-            rows = flips(100 if options.trials is None else options.trials, options.seed, folder, options.runs)
+            rows = flips(
+                100 if options.trials is None else options.trials,
+                options.seed,
+                folder,
+                options.runs,
+            )
             show_flips(rows)
     return 0 if all(row["ok"] for row in rows) else 1
 

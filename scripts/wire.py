@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Weak scaling on paper: what each device of a large run sends in a step, read from the training step compiled for GPUs that are not here.
+"""Weak scaling on paper: what each device of a large run sends in a step, read from the training
+step compiled for GPUs that are not here.
 
     .venv/bin/python scripts/wire.py                           # some half an hour on two CPU cores
     .venv/bin/python scripts/wire.py --devices=8 --layouts=fsdp --depth=4 --out=/tmp/wire
 
-It needs the extra `plan`. The batch of each device is fixed, so the global batch grows with the devices. Bytes are those that a device sends by the ring
-algorithm; they count as between hosts where the devices of one group are in different hosts. Writes docs/benchmarks/wire.json, and the table of
-docs/scaling.md between its two marks.
+It needs the extra `plan`. The batch of each device is fixed, so the global batch grows with the
+devices. Bytes are those that a device sends by the ring algorithm; they count as between hosts
+where the devices of one group are in different hosts. Writes docs/benchmarks/wire.json, and the
+table of docs/scaling.md between its two marks.
 """
 
 import argparse
@@ -31,16 +33,16 @@ from jax.sharding import Mesh
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from jaxtrain.plan import collectives
-from jaxtrain.parallel import sharding
-from jaxtrain.parallel import mesh as meshes
 from jaxtrain.models.transformer import Transformer
 from jaxtrain.optimizers import AdamW
-from jaxtrain.train.recipe import Recipe
+from jaxtrain.parallel import mesh as meshes
+from jaxtrain.parallel import sharding
+from jaxtrain.plan import collectives
 from jaxtrain.report.terminal.progress import make_console
+from jaxtrain.tasks import NextToken
+from jaxtrain.train.recipe import Recipe
 from jaxtrain.train.state import init_state, state_shardings
 from jaxtrain.train.steps import make_train_step
-from jaxtrain.tasks import NextToken
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", *gpu_target.WHEELS)
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,17 +72,36 @@ class Case:
         return LAYOUTS[self.layout].format(all=self.devices, hosts=self.devices // host, host=host)
 
 
-def lowered(model: Any, task: Any, optimizer: Any, batch: dict[str, jax.ShapeDtypeStruct], mesh: Mesh, **options: Any) -> tuple[Any, dict[str, int]]:
-    """The real training step, lowered for abstract arrays that lie as they do in a run; and the bytes of its parameters and of a device's arguments."""
+def lowered(
+    model: Any,
+    task: Any,
+    optimizer: Any,
+    batch: dict[str, jax.ShapeDtypeStruct],
+    mesh: Mesh,
+    **options: Any,
+) -> tuple[Any, dict[str, int]]:
+    """The real training step, lowered for abstract arrays that lie as they do in a run; and the
+    bytes of its parameters and of a device's arguments."""
     parts = (model, task, optimizer)
     state = jax.eval_shape(lambda: init_state(*parts, batch, **options))
     places = state_shardings(Recipe(*parts, **options), batch, state, mesh)
-    abstract = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, places)
-    rows = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.batch(mesh)) for name, leaf in batch.items()}
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        state,
+        places,
+    )
+    rows = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.batch(mesh))
+        for name, leaf in batch.items()
+    }
     sizes = {
-        "parameters": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params)),
+        "parameters": sum(
+            math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params)
+        ),
         "state": sharding.bytes_per_device(state, places),
-        "batch": sharding.bytes_per_device(rows, {name: leaf.sharding for name, leaf in rows.items()}),
+        "batch": sharding.bytes_per_device(
+            rows, {name: leaf.sharding for name, leaf in rows.items()}
+        ),
     }
     return make_train_step(*parts, mesh=mesh, **options).lower(abstract, rows), sizes
 
@@ -89,7 +110,9 @@ def measure(case: Case, model: Transformer) -> dict[str, Any]:
     """Compiles one case and reads what it sends."""
     hosts = max(1, case.devices // case.per_host)
     mesh = meshes.make(case.mesh_text, gpu_target.devices(case.card, case.devices, hosts=hosts))
-    batch = {"tokens": jax.ShapeDtypeStruct((case.sequences * case.devices, case.length + 1), jnp.int32)}
+    batch = {
+        "tokens": jax.ShapeDtypeStruct((case.sequences * case.devices, case.length + 1), jnp.int32)
+    }
     began = time.monotonic()
     program, sizes = lowered(model, NextToken(), AdamW(), batch, mesh, **case.options)
     compiled = program.compile()
@@ -97,17 +120,38 @@ def measure(case: Case, model: Transformer) -> dict[str, Any]:
     found = collectives.read(compiled.as_text())
     memory = compiled.memory_analysis()
     return {
-        "layout": case.layout, "mesh": case.mesh_text, "devices": case.devices, "seconds": seconds, "parameters": sizes["parameters"] // 4,
+        "layout": case.layout,
+        "mesh": case.mesh_text,
+        "devices": case.devices,
+        "seconds": seconds,
+        "parameters": sizes["parameters"] // 4,
         "bytes": {
-            kind: {tier: sum(each.wire_bytes for each in found if each.kind == kind and each.crosses(case.per_host) == far) for tier, far in TIERS}
-            for kind in collectives.KINDS if any(each.kind == kind for each in found)
+            kind: {
+                tier: sum(
+                    each.wire_bytes
+                    for each in found
+                    if each.kind == kind and each.crosses(case.per_host) == far
+                )
+                for tier, far in TIERS
+            }
+            for kind in collectives.KINDS
+            if any(each.kind == kind for each in found)
         },
-        "argument_bytes": memory.argument_size_in_bytes, "argument_bytes_by_hand": sizes["state"] + sizes["batch"], "peak_bytes": memory.peak_memory_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "argument_bytes_by_hand": sizes["state"] + sizes["batch"],
+        "peak_bytes": memory.peak_memory_in_bytes,
         "largest": [
-            {"kind": each.kind, "bytes": each.bytes, "count": each.count, "group": each.group_size, "dtypes": each.dtypes, "source": each.source[:200]}
+            {
+                "kind": each.kind,
+                "bytes": each.bytes,
+                "count": each.count,
+                "group": each.group_size,
+                "dtypes": each.dtypes,
+                "source": each.source[:200],
+            }
             for each in sorted(found, key=lambda each: -each.wire_bytes)[:8]
         ],
-    }  # fmt: skip
+    }
 
 
 TIERS = (("inside a host", False), ("between hosts", True))
@@ -120,17 +164,34 @@ def row(result: dict[str, Any]) -> list[str]:
     tiers = [sum(parts[tier] for parts in result["bytes"].values()) for tier, _ in TIERS]
     numbers = [*(totals.get(kind, 0.0) for kind in GATHERED), others, *tiers, sum(tiers)]
     peak = f"{result['peak_bytes'] / 2**30:.1f}"
-    return [f"{result['devices']:,}", f"`{result['mesh']}`", *(f"{number / 1e6:,.0f}" for number in numbers), peak]
+    return [
+        f"{result['devices']:,}",
+        f"`{result['mesh']}`",
+        *(f"{number / 1e6:,.0f}" for number in numbers),
+        peak,
+    ]
 
 
-HEADS = ("devices", "mesh", *GATHERED, "other", *(tier for tier, _ in TIERS), "total MB", "peak GiB")
+HEADS = (
+    "devices",
+    "mesh",
+    *GATHERED,
+    "other",
+    *(tier for tier, _ in TIERS),
+    "total MB",
+    "peak GiB",
+)
 
 
 def page(results: Sequence[dict[str, Any]], record: dict[str, Any]) -> str:
     """The table as the page holds it, with what it hangs on."""
     lines = [
         f"{results[0]['parameters']:,} parameters; `{record['command']}`; {record['date'][:10]}, "
-        + ", ".join(f"{name} {version}" for name, version in record["versions"].items() if name in ("python", "jax", "nvidia-cuda-nvcc-cu12"))
+        + ", ".join(
+            f"{name} {version}"
+            for name, version in record["versions"].items()
+            if name in ("python", "jax", "nvidia-cuda-nvcc-cu12")
+        )
         + ".",
         "",
         "| " + " | ".join(HEADS) + " |",
@@ -141,7 +202,8 @@ def page(results: Sequence[dict[str, Any]], record: dict[str, Any]) -> str:
 
 
 def put_into(path: Path, table: str) -> bool:
-    """Replaces what stands between the marks of a page; False where the page or its marks are missing."""
+    """Replaces what stands between the marks of a page; False where the page or its marks are
+    missing."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     before, begin, rest = text.partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
@@ -153,17 +215,42 @@ def put_into(path: Path, table: str) -> bool:
 
 def options_of(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", default="8,64,512,1024", help="numbers of devices (default: %(default)s)")
-    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="data, fsdp, hybrid (default: %(default)s)")
-    parser.add_argument("--card", default="h100", choices=gpu_target.TARGETS, help="(default: %(default)s)")
-    parser.add_argument("--per_host", type=int, default=8, help="cards of a host (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--devices", default="8,64,512,1024", help="numbers of devices (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--layouts", default=",".join(LAYOUTS), help="data, fsdp, hybrid (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--card", default="h100", choices=gpu_target.TARGETS, help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--per_host", type=int, default=8, help="cards of a host (default: %(default)s)"
+    )
     parser.add_argument("--precision", default="bf16", help="(default: %(default)s)")
     parser.add_argument("--remat", default="blocks", help="(default: %(default)s)")
-    parser.add_argument("--sequences", type=int, default=4, help="sequences of each device (default: %(default)s)")
-    for name, value in {"length": 2048, "width": 2048, "depth": 24, "heads": 16, "vocabulary": 50304}.items():
-        parser.add_argument(f"--{name}", type=int, default=value, help="of the model (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of benchmarks/wire.json and scaling.md (default: docs)")
+    parser.add_argument(
+        "--sequences", type=int, default=4, help="sequences of each device (default: %(default)s)"
+    )
+    for name, value in {
+        "length": 2048,
+        "width": 2048,
+        "depth": 24,
+        "heads": 16,
+        "vocabulary": 50304,
+    }.items():
+        parser.add_argument(
+            f"--{name}", type=int, default=value, help="of the model (default: %(default)s)"
+        )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "docs",
+        help="folder of benchmarks/wire.json and scaling.md (default: docs)",
+    )
     options = parser.parse_args(argv)
     reason = gpu_target.available()
     if reason is not None:
@@ -174,17 +261,35 @@ def options_of(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Compiles every case, one after another, and keeps what was read after each."""
     options = options_of(argv)
-    # A program for a card that is not here is written to the cache but cannot be read from it again, and jax warns.
+    # A program for a card that is not here is written to the cache but cannot be read from it
+    # again, and jax warns.
     jax.config.update("jax_enable_compilation_cache", False)
-    shape = {"vocabulary": options.vocabulary, "width": options.width, "depth": options.depth, "heads": options.heads}
+    shape = {
+        "vocabulary": options.vocabulary,
+        "width": options.width,
+        "depth": options.depth,
+        "heads": options.heads,
+    }
     model = Transformer(**shape, max_length=options.length, tied=False)
-    recipe = {name: value for name, value in (("precision", options.precision), ("remat", options.remat)) if value}
+    recipe = {
+        name: value
+        for name, value in (("precision", options.precision), ("remat", options.remat))
+        if value
+    }
     record: dict[str, Any] = {
-        "command": " ".join(["python", "scripts/wire.py", *argv]), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": " ".join(["python", "scripts/wire.py", *argv]),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "model": shape | {"length": options.length, "tied": False},
-        "card": options.card, "per_host": options.per_host, "sequences_per_device": options.sequences, **recipe,
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}, "results": [],
-    }  # fmt: skip
+        "card": options.card,
+        "per_host": options.per_host,
+        "sequences_per_device": options.sequences,
+        **recipe,
+        "versions": (
+            {"python": platform.python_version()}
+            | {name: metadata.version(name) for name in PACKAGES}
+        ),
+        "results": [],
+    }
     console = make_console()
     path = options.out / "benchmarks" / "wire.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +297,15 @@ def main(argv: Sequence[str]) -> int:
         for devices in map(int, options.devices.split(",")):
             if layout == "hybrid" and devices <= options.per_host:
                 continue  # one host: the same as fsdp
-            case = Case(layout, devices, options.card, options.per_host, options.sequences, options.length, recipe)
+            case = Case(
+                layout,
+                devices,
+                options.card,
+                options.per_host,
+                options.sequences,
+                options.length,
+                recipe,
+            )
             record["results"].append(measure(case, model))
             path.write_text(json.dumps(record, indent=2) + "\n")
             console.print(f"{case.mesh_text}: {record['results'][-1]['seconds']:.0f} s")

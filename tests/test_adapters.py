@@ -30,14 +30,19 @@ class NnxNet(nnx.Module):
 
 def pair_init(key: jax.Array, inputs: jax.Array) -> dict[str, jax.Array]:
     first, second = jax.random.split(key)
-    return {"w": jax.random.normal(first, (inputs.shape[-1], 32)) / 2, "v": jax.random.normal(second, (32, 3)) / 6}
+    return {
+        "w": jax.random.normal(first, (inputs.shape[-1], 32)) / 2,
+        "v": jax.random.normal(second, (32, 3)) / 6,
+    }
 
 
 def pair_apply(params: dict[str, jax.Array], inputs: jax.Array) -> jax.Array:
     return jnp.tanh(inputs @ params["w"]) @ params["v"]
 
 
-def pair_apply_with_options(params: dict[str, jax.Array], inputs: jax.Array, *, train: bool, rngs: Any) -> jax.Array:
+def pair_apply_with_options(
+    params: dict[str, jax.Array], inputs: jax.Array, *, train: bool, rngs: Any
+) -> jax.Array:
     noise = jax.random.normal(rngs["dropout"], inputs.shape) if train else jnp.zeros_like(inputs)
     return pair_apply(params, inputs + 0.01 * noise)
 
@@ -65,23 +70,32 @@ def test_a_model_of_each_kind_trains(name: str) -> None:
     net = adapters.functions(MODELS[name])
     inputs, labels = data()
     variables = jax.jit(net.init)(jax.random.key(1), inputs)
-    params, collections = variables["params"], {key: tree for key, tree in variables.items() if key != "params"}
+    params, collections = (
+        variables["params"],
+        {key: tree for key, tree in variables.items() if key != "params"},
+    )
     optimizer = optax.adam(0.03)
 
     def loss(params: Any, collections: Any, key: jax.Array) -> tuple[jax.Array, Any]:
-        outputs, collections = net.apply({"params": params, **collections}, inputs, train=True, rngs={"dropout": key})
+        outputs, collections = net.apply(
+            {"params": params, **collections}, inputs, train=True, rngs={"dropout": key}
+        )
         return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean(), collections
 
     @jax.jit
     def step(params: Any, collections: Any, state: Any, key: jax.Array) -> Any:
-        (value, collections), gradients = jax.value_and_grad(loss, has_aux=True)(params, collections, key)
+        (value, collections), gradients = jax.value_and_grad(loss, has_aux=True)(
+            params, collections, key
+        )
         updates, state = optimizer.update(gradients, state)
         return optax.apply_updates(params, updates), collections, state, value
 
     state = optimizer.init(params)
     structure = jax.tree.structure((params, collections))
     for index in range(120):
-        params, collections, state, _ = step(params, collections, state, jax.random.fold_in(jax.random.key(2), index))
+        params, collections, state, _ = step(
+            params, collections, state, jax.random.fold_in(jax.random.key(2), index)
+        )
     assert jax.tree.structure((params, collections)) == structure
     outputs, same = net.apply({"params": params, **collections}, inputs, train=False)
     assert np.mean(outputs.argmax(-1) == labels) > 0.9
@@ -96,7 +110,12 @@ def test_collections_change_in_training_only(name: str) -> None:
     assert set(variables) == {"params", "batch_stats"}
     _, trained = net.apply(variables, inputs, train=True, rngs={"dropout": jax.random.key(0)})
     _, kept = net.apply(variables, inputs, train=False)
-    assert any((old != new).any() for old, new in zip(jax.tree.leaves(variables["batch_stats"]), jax.tree.leaves(trained), strict=True))
+    assert any(
+        (old != new).any()
+        for old, new in zip(
+            jax.tree.leaves(variables["batch_stats"]), jax.tree.leaves(trained), strict=True
+        )
+    )
     jax.tree.map(np.testing.assert_array_equal, kept["batch_stats"], variables["batch_stats"])
 
 
@@ -120,7 +139,10 @@ def test_nnx_layers_draw_different_numbers_and_repeat_by_key() -> None:
 
 def test_an_nnx_factory_is_seeded_by_the_key_and_a_made_module_keeps_its_numbers() -> None:
     inputs, _ = data()
-    kernel = [adapters.functions(NnxNet).init(jax.random.key(seed), inputs)["params"]["first"]["kernel"] for seed in (0, 1)]
+    kernel = [
+        adapters.functions(NnxNet).init(jax.random.key(seed), inputs)["params"]["first"]["kernel"]
+        for seed in (0, 1)
+    ]
     assert (kernel[0] != kernel[1]).any()
     made = NnxNet(rngs=nnx.Rngs(5))
     variables = adapters.functions(made).init(jax.random.key(0), inputs)
@@ -147,7 +169,9 @@ def test_logical_axes_mirror_the_variables() -> None:
     assert axes["params"]["hidden0"] == {"kernel": ("mlp_in", "mlp"), "bias": ("mlp",)}
     assert axes["batch_stats"]["norm0"] == {"mean": None, "var": None}
     assert adapters.logical_axes(MODELS["pair"], inputs) == {"params": {"w": None, "v": None}}
-    assert adapters.logical_axes(adapters.functions(MODELS["nnx_factory"]), inputs)["batch_stats"]["norm"] == {"mean": None, "var": None}
+    assert adapters.logical_axes(adapters.functions(MODELS["nnx_factory"]), inputs)["batch_stats"][
+        "norm"
+    ] == {"mean": None, "var": None}
 
 
 def test_logical_axes_of_nnx_come_from_its_metadata() -> None:

@@ -1,4 +1,5 @@
-"""Augmentation against plain NumPy in float64, and its promises: per-example keys, traced strengths, free when off, any sharding.
+"""Augmentation against plain NumPy in float64, and its promises: per-example keys, traced
+strengths, free when off, any sharding.
 
 B batch, H height, W width, L length, C channels.
 """
@@ -14,17 +15,27 @@ import pytest
 
 from jaxtrain import augment as augmentation
 from jaxtrain import fields
+from jaxtrain.augment import ImageAugment, NoAugment, SignalAugment, mixup
 from jaxtrain.train import hyper
-from jaxtrain.augment import mixup
-from jaxtrain.augment import ImageAugment, NoAugment, SignalAugment
 
 BATCH, SIDES, LENGTH = 16, (6, 5), 20
 KEYS = jax.random.split(jax.random.key(7), BATCH)
 KEY = jax.random.key(8)
 DRAWS = np.asarray(augmentation._draws(KEYS), np.float64)
-ALL_IMAGE = ImageAugment(flip=0.5, flip_vertical=0.5, crop_padding=2.0, translate=0.2, erase=0.5, mixup=0.4, cutmix=1.0)
+ALL_IMAGE = ImageAugment(
+    flip=0.5, flip_vertical=0.5, crop_padding=2.0, translate=0.2, erase=0.5, mixup=0.4, cutmix=1.0
+)
 ALL_SIGNAL = SignalAugment(
-    shift=0.3, stretch=0.1, warp=0.05, scale=0.2, shear=0.3, noise=0.1, smooth_noise=0.1, erase=0.5, mixup=0.4, cutmix=1.0
+    shift=0.3,
+    stretch=0.1,
+    warp=0.05,
+    scale=0.2,
+    shear=0.3,
+    noise=0.1,
+    smooth_noise=0.1,
+    erase=0.5,
+    mixup=0.4,
+    cutmix=1.0,
 )
 
 
@@ -38,10 +49,17 @@ def signals() -> dict[str, jax.Array]:
     return {"image": jnp.asarray(values, jnp.float32), "label": jnp.arange(BATCH, dtype=jnp.int32)}
 
 
-def run(augment: augmentation.Augment, batch: dict[str, jax.Array], keys: int = 0) -> dict[str, np.ndarray]:
+def run(
+    augment: augmentation.Augment, batch: dict[str, jax.Array], keys: int = 0
+) -> dict[str, np.ndarray]:
     """What comes out for one key of the batch or, stacked, for several."""
     over_keys = jax.vmap(augment, in_axes=(None, None, 0)) if keys else augment
-    return {name: np.asarray(value) for name, value in jax.jit(over_keys)(batch, KEYS, jax.random.split(KEY, keys) if keys else KEY).items()}
+    return {
+        name: np.asarray(value)
+        for name, value in jax.jit(over_keys)(
+            batch, KEYS, jax.random.split(KEY, keys) if keys else KEY
+        ).items()
+    }
 
 
 def whole(draw: float, limit: int) -> int:
@@ -66,8 +84,13 @@ def test_crops_are_those_of_a_padded_image(padding: str) -> None:
 def test_flips_and_translations() -> None:
     found = run(ImageAugment(flip=0.5, flip_vertical=0.3, translate=0.4), images())["image"]
     for image, out, draws in zip(np.asarray(images()["image"]), found, DRAWS, strict=True):
-        down, right = (whole(draw, round(0.4 * side)) for draw, side in zip(draws[augmentation._TRANSLATE], SIDES, strict=True))
-        expected = np.pad(image, ((5, 5), (5, 5), (0, 0)))[5 + down : 5 + down + SIDES[0], 5 + right : 5 + right + SIDES[1]]
+        down, right = (
+            whole(draw, round(0.4 * side))
+            for draw, side in zip(draws[augmentation._TRANSLATE], SIDES, strict=True)
+        )
+        expected = np.pad(image, ((5, 5), (5, 5), (0, 0)))[
+            5 + down : 5 + down + SIDES[0], 5 + right : 5 + right + SIDES[1]
+        ]
         expected = expected[::-1] if draws[augmentation._FLIP_VERTICAL] < 0.3 else expected
         expected = expected[:, ::-1] if draws[augmentation._FLIP] < 0.5 else expected
         # The image is flipped after it was moved; a flipped move is as likely as the move itself.
@@ -78,7 +101,9 @@ def test_flips_and_translations() -> None:
 def test_reflection_of_any_reach(size: int) -> None:
     reach = 3 * size + 1 if size > 1 else 4
     expected = np.pad(np.arange(size), reach, mode="reflect")
-    np.testing.assert_array_equal(augmentation._reflect(jnp.arange(-reach, size + reach), size), expected)
+    np.testing.assert_array_equal(
+        augmentation._reflect(jnp.arange(-reach, size + reach), size), expected
+    )
 
 
 @pytest.mark.parametrize("fill", ["zero", "noise"])
@@ -90,8 +115,14 @@ def test_erasing_takes_one_rectangle(fill: str) -> None:
         if draws[augmentation._ERASE] >= 0.6:
             assert not erased.any()
             continue
-        area, aspect = (0.02 + draws[3] * 0.48) * math.prod(SIDES), math.exp((2 * draws[4] - 1) * math.log(1 / 0.3))
-        height, width = min(round(math.sqrt(area * aspect)), SIDES[0]), min(round(math.sqrt(area / aspect)), SIDES[1])
+        area, aspect = (
+            (0.02 + draws[3] * 0.48) * math.prod(SIDES),
+            math.exp((2 * draws[4] - 1) * math.log(1 / 0.3)),
+        )
+        height, width = (
+            min(round(math.sqrt(area * aspect)), SIDES[0]),
+            min(round(math.sqrt(area / aspect)), SIDES[1]),
+        )
         assert erased.sum() == height * width
         rows, columns = np.nonzero(erased)
         assert erased.sum() == 0 or (np.ptp(rows) + 1, np.ptp(columns) + 1) == (height, width)
@@ -106,7 +137,9 @@ def test_mixup_blends_with_the_mirrored_example(make: type) -> None:
     weight = float(found["label_weight"][0])
     assert 0 <= weight <= 1 and (found["label_weight"] == found["label_weight"][0]).all()
     np.testing.assert_array_equal(found["label_other"], np.asarray(batch["label"])[::-1])
-    np.testing.assert_allclose(found["image"], weight * image + (1 - weight) * image[::-1], atol=1e-6)
+    np.testing.assert_allclose(
+        found["image"], weight * image + (1 - weight) * image[::-1], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("make", [ImageAugment, SignalAugment])
@@ -136,24 +169,40 @@ def test_mixing_weights_are_beta() -> None:
 def test_a_circular_shift_is_a_roll() -> None:
     found = run(SignalAugment(shift=0.25), signals())["image"]
     for signal, out, draws in zip(np.asarray(signals()["image"]), found, DRAWS, strict=True):
-        np.testing.assert_array_equal(out, np.roll(signal, -whole(draws[augmentation._TRANSLATE][0], 5)))
+        np.testing.assert_array_equal(
+            out, np.roll(signal, -whole(draws[augmentation._TRANSLATE][0], 5))
+        )
 
 
 @pytest.mark.parametrize("fill", ["circular", "edge", "zero"])
 def test_resampling_is_linear_interpolation(fill: str) -> None:
     found = run(SignalAugment(shift=0.1, stretch=0.3, warp=0.08, fill=fill), signals())["image"]
     grid = np.arange(LENGTH)
-    for signal, out, draws in zip(np.asarray(signals()["image"], np.float64), found, DRAWS, strict=True):
-        amplitudes, phases = 2 * draws[augmentation._WARP][:3] - 1, 2 * np.pi * draws[augmentation._WARP][3:]
-        waves = sum(amplitudes[k] / (k + 1) * np.sin(2 * np.pi * (k + 1) * grid / LENGTH + phases[k]) for k in range(3)) / (11 / 6)
-        time = 9.5 + (grid - 9.5) * np.exp((2 * draws[augmentation._STRETCH] - 1) * 0.3) + 0.08 * LENGTH * waves
+    for signal, out, draws in zip(
+        np.asarray(signals()["image"], np.float64), found, DRAWS, strict=True
+    ):
+        amplitudes, phases = (
+            2 * draws[augmentation._WARP][:3] - 1,
+            2 * np.pi * draws[augmentation._WARP][3:],
+        )
+        waves = sum(
+            amplitudes[k] / (k + 1) * np.sin(2 * np.pi * (k + 1) * grid / LENGTH + phases[k])
+            for k in range(3)
+        ) / (11 / 6)
+        time = (
+            9.5
+            + (grid - 9.5) * np.exp((2 * draws[augmentation._STRETCH] - 1) * 0.3)
+            + 0.08 * LENGTH * waves
+        )
         time = time + whole(draws[augmentation._TRANSLATE][0], 2)
         if fill == "circular":
             expected = np.interp(time, grid, signal, period=LENGTH)
         elif fill == "edge":
             expected = np.interp(time, grid, signal)
         else:
-            expected = np.interp(time, np.arange(-1, LENGTH + 1), np.pad(signal, 1), left=0, right=0)
+            expected = np.interp(
+                time, np.arange(-1, LENGTH + 1), np.pad(signal, 1), left=0, right=0
+            )
         np.testing.assert_allclose(out, expected, atol=2e-5)
 
 
@@ -166,12 +215,18 @@ def test_the_strongest_warp_keeps_the_order_of_time() -> None:
 
 def test_scale_and_shear() -> None:
     found = run(SignalAugment(scale=0.4, shear=0.75), signals())["image"]
-    scale, shear = (2 * DRAWS[:, place, None] - 1 for place in (augmentation._SCALE, augmentation._SHEAR))
-    expected = np.asarray(signals()["image"], np.float64) * (1 + 0.4 * scale) + 0.75 * shear * np.linspace(-1, 1, LENGTH)
+    scale, shear = (
+        2 * DRAWS[:, place, None] - 1 for place in (augmentation._SCALE, augmentation._SHEAR)
+    )
+    expected = np.asarray(signals()["image"], np.float64) * (
+        1 + 0.4 * scale
+    ) + 0.75 * shear * np.linspace(-1, 1, LENGTH)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("field", "neighbours"), [("noise", 0.0), ("smooth_noise", math.exp(-1 / 16))])
+@pytest.mark.parametrize(
+    ("field", "neighbours"), [("noise", 0.0), ("smooth_noise", math.exp(-1 / 16))]
+)
 def test_noise_has_its_deviation_and_correlation(field: str, neighbours: float) -> None:
     batch = {"image": jnp.zeros((BATCH, 800))}
     noise = np.asarray(SignalAugment(**{field: 0.5})(batch, KEYS, KEY)["image"], np.float64)
@@ -182,16 +237,27 @@ def test_noise_has_its_deviation_and_correlation(field: str, neighbours: float) 
 def test_erased_spans() -> None:
     found = run(SignalAugment(erase=0.5, erase_length=0.5), signals())["image"]
     for out, draws in zip(found, DRAWS, strict=True):
-        expected = round(draws[augmentation._AREA] * 0.5 * LENGTH) if draws[augmentation._ERASE] < 0.5 else 0
+        expected = (
+            round(draws[augmentation._AREA] * 0.5 * LENGTH)
+            if draws[augmentation._ERASE] < 0.5
+            else 0
+        )
         assert (out == 0).sum() == expected
 
 
 @pytest.mark.parametrize("kind", ["image", "signal"])
 def test_any_sharding_gives_the_same(kind: str) -> None:
     batch, augment = (images(), ALL_IMAGE) if kind == "image" else (signals(), ALL_SIGNAL)
-    mesh = jax.make_mesh((math.gcd(BATCH, jax.device_count()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows, all_of_it = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)) for spec in (("data",), ()))
-    sharded = jax.jit(augment, out_shardings=rows)(*jax.device_put((batch, KEYS), rows), jax.device_put(KEY, all_of_it))
+    mesh = jax.make_mesh(
+        (math.gcd(BATCH, jax.device_count()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    rows, all_of_it = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        for spec in (("data",), ())
+    )
+    sharded = jax.jit(augment, out_shardings=rows)(
+        *jax.device_put((batch, KEYS), rows), jax.device_put(KEY, all_of_it)
+    )
     for name, value in everything(kind).items():
         np.testing.assert_allclose(np.asarray(sharded[name]), value, atol=1e-6, err_msg=name)
 
@@ -200,9 +266,14 @@ def test_any_sharding_gives_the_same(kind: str) -> None:
 def test_an_example_is_the_same_in_any_microbatch(kind: str) -> None:
     batch, augment = (images(), ALL_IMAGE) if kind == "image" else (signals(), ALL_SIGNAL)
     augment = jax.jit(dataclasses.replace(augment, mixup=0.0, cutmix=0.0))
-    halves = [augment(jax.tree.map(lambda rows, half=half: rows[half], batch), KEYS[half], KEY) for half in (slice(8), slice(8, 16))]
+    halves = [
+        augment(jax.tree.map(lambda rows, half=half: rows[half], batch), KEYS[half], KEY)
+        for half in (slice(8), slice(8, 16))
+    ]
     full = augment(batch, KEYS, KEY)
-    np.testing.assert_allclose(np.concatenate([half["image"] for half in halves]), full["image"], atol=1e-6)
+    np.testing.assert_allclose(
+        np.concatenate([half["image"] for half in halves]), full["image"], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["image", "signal"])
@@ -223,7 +294,11 @@ def test_strengths_are_inputs_of_the_program(kind: str) -> None:
 @pytest.mark.parametrize("augment", [NoAugment(), ImageAugment(), SignalAugment()])
 def test_what_is_off_costs_nothing(augment: augmentation.Augment) -> None:
     batch = signals() if isinstance(augment, SignalAugment) else images()
-    program = jax.jit(lambda batch, keys, key: augment(batch, keys, key)).lower(batch, KEYS, KEY).compile()
+    program = (
+        jax.jit(lambda batch, keys, key: augment(batch, keys, key))
+        .lower(batch, KEYS, KEY)
+        .compile()
+    )
     assert not (program.cost_analysis() or {}).get("flops")
     for name, value in run(augment, batch).items():
         np.testing.assert_array_equal(value, batch[name])
@@ -236,7 +311,10 @@ def test_switching_one_effect_on_moves_no_other() -> None:
 
 
 def test_half_precision_and_channels_stay() -> None:
-    batch = {"image": jnp.ones((BATCH, LENGTH, 3), jnp.bfloat16), "label": jnp.zeros(BATCH, jnp.int32)}
+    batch = {
+        "image": jnp.ones((BATCH, LENGTH, 3), jnp.bfloat16),
+        "label": jnp.zeros(BATCH, jnp.int32),
+    }
     assert jax.eval_shape(ALL_SIGNAL, batch, KEYS, KEY)["image"].dtype == jnp.bfloat16
     batch["image"] = jnp.ones((BATCH, *SIDES, 3), jnp.bfloat16)
     assert jax.eval_shape(ALL_IMAGE, batch, KEYS, KEY)["image"].dtype == jnp.bfloat16
@@ -247,11 +325,17 @@ def test_half_precision_and_channels_stay() -> None:
     [
         (ImageAugment(), {"image": jnp.ones((2, 8))}, "take --augment=signal"),
         (SignalAugment(), {"image": jnp.ones((2, 8, 8, 1))}, "take --augment=image"),
-        (ImageAugment(), {"image": jnp.ones((2, 8, 8, 1), jnp.uint8)}, "uint8; expected standardized floats"),
+        (
+            ImageAugment(),
+            {"image": jnp.ones((2, 8, 8, 1), jnp.uint8)},
+            "uint8; expected standardized floats",
+        ),
         (ImageAugment(mixup=1.0), {"image": jnp.ones((2, 8, 8, 1))}, "no label to mix"),
     ],
 )
-def test_unfit_batches_are_refused(augment: augmentation.Augment, batch: dict[str, jax.Array], message: str) -> None:
+def test_unfit_batches_are_refused(
+    augment: augmentation.Augment, batch: dict[str, jax.Array], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         augment(batch, KEYS[:2], KEY)
 

@@ -1,4 +1,5 @@
-"""The bench: shrunken, it runs, its contestants do the same work, and the file says what the numbers hang on."""
+"""The bench: shrunken, it runs, its contestants do the same work, and the file says what the
+numbers hang on."""
 
 import dataclasses
 import doctest
@@ -16,7 +17,9 @@ from jaxtrain.models.vit import ViT
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench", Path(__file__).resolve().parents[1] / "scripts" / "bench.py")
+    spec = importlib.util.spec_from_file_location(
+        "bench", Path(__file__).resolve().parents[1] / "scripts" / "bench.py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -25,18 +28,48 @@ def bench() -> ModuleType:
 
 def small_cases(bench: ModuleType, *, least: float) -> list:
     vit = bench.Case(
-        "tiny ViT", ViT(patch=4, width=16, depth=1, heads=2), (8, 8, 1), steps=3, least=least, log_every=2, batch_size=8, examples=64
+        "tiny ViT",
+        ViT(patch=4, width=16, depth=1, heads=2),
+        (8, 8, 1),
+        steps=3,
+        least=least,
+        log_every=2,
+        batch_size=8,
+        examples=64,
     )
-    return [vit, bench.Case("MLP", MLP(widths=(8,)), (16,), steps=30, least=least, log_every=5, batch_size=8, examples=64)]
+    return [
+        vit,
+        bench.Case(
+            "MLP",
+            MLP(widths=(8,)),
+            (16,),
+            steps=30,
+            least=least,
+            log_every=5,
+            batch_size=8,
+            examples=64,
+        ),
+    ]
 
 
 def test_overhead_writes_table_and_json(bench, monkeypatch, tmp_path, capsys):
     cases = small_cases(bench, least=0.0)
-    monkeypatch.setitem(bench.BENCHES, "overhead", lambda blocks, folder: bench.overhead(blocks, folder, cases))
+    monkeypatch.setitem(
+        bench.BENCHES, "overhead", lambda blocks, folder: bench.overhead(blocks, folder, cases)
+    )
     assert bench.main(["overhead", "--blocks=2", f"--out={tmp_path}"]) == 0
     record = json.loads((tmp_path / "overhead.json").read_text())
-    assert record["bench"] == "overhead" and record["blocks"] == 2 and record["command"].startswith("python scripts/bench.py overhead")
-    assert record["hardware"]["cores"] >= 1 and record["hardware"]["cpu"] and record["versions"]["jax"] and record["date"]
+    assert (
+        record["bench"] == "overhead"
+        and record["blocks"] == 2
+        and record["command"].startswith("python scripts/bench.py overhead")
+    )
+    assert (
+        record["hardware"]["cores"] >= 1
+        and record["hardware"]["cpu"]
+        and record["versions"]["jax"]
+        and record["date"]
+    )
     assert [result["case"] for result in record["results"]] == ["tiny ViT", "MLP"]
     for case, result in zip(cases, record["results"], strict=True):
         updates = bench.CHECKED_STEPS + 2 * case.steps
@@ -53,7 +86,9 @@ def test_overhead_writes_table_and_json(bench, monkeypatch, tmp_path, capsys):
 
 def test_a_ratio_that_falls_short_is_a_failure(bench, monkeypatch, tmp_path, capsys):
     cases = small_cases(bench, least=1e9)[1:]
-    monkeypatch.setitem(bench.BENCHES, "overhead", lambda blocks, folder: bench.overhead(blocks, folder, cases))
+    monkeypatch.setitem(
+        bench.BENCHES, "overhead", lambda blocks, folder: bench.overhead(blocks, folder, cases)
+    )
     assert bench.main(["overhead", "--blocks=1", f"--out={tmp_path}"]) == 1
     assert "fails" in capsys.readouterr().out
 
@@ -62,7 +97,10 @@ def test_loops_that_compute_different_things_are_not_compared(bench, monkeypatch
     case = small_cases(bench, least=0.0)[1]
     right = bench.prepared
     monkeypatch.setattr(bench, "prepared", lambda ours: (2 * right(ours)[0], right(ours)[1]))
-    with pytest.raises(SystemExit, match="MLP: the first losses differ by up to .*: the two loops do not compute the same"):
+    with pytest.raises(
+        SystemExit,
+        match="MLP: the first losses differ by up to .*: the two loops do not compute the same",
+    ):
         bench.measure(dataclasses.replace(case, steps=1), 1, tmp_path / "case")
 
 
@@ -86,7 +124,10 @@ def test_examples_in_docstrings(bench):
 
 
 def test_bad_arguments_are_refused(bench, capsys):
-    for argv, text in ((["speed"], "invalid choice: 'speed'"), (["overhead", "--blocks=0"], "--blocks=0: must be >= 1")):
+    for argv, text in (
+        (["speed"], "invalid choice: 'speed'"),
+        (["overhead", "--blocks=0"], "--blocks=0: must be >= 1"),
+    ):
         with pytest.raises(SystemExit, match="2"):
             bench.main(argv)
         assert text in capsys.readouterr().err

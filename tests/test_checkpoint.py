@@ -24,14 +24,35 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.checkpoints import checkpoints as checkpoint, committed, manifest, arrays as host_arrays
-from jaxtrain.checkpoints.checkpoints import CheckpointError, Checkpoints, NonFinite, digest, verify_command
+from jaxtrain.checkpoints import (
+    arrays as host_arrays,
+)
+from jaxtrain.checkpoints import (
+    checkpoints as checkpoint,
+)
+from jaxtrain.checkpoints import (
+    committed,
+    manifest,
+)
+from jaxtrain.checkpoints.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    NonFinite,
+    digest,
+    verify_command,
+)
 
 LOOP = {"metrics_bytes": 120, "interval": [1, 2.5], "best": None}
 
 
 def small(step: int) -> dict[str, Any]:
-    return {"step": np.int32(step), "params": {"w": np.full((3, 4), step, np.float32), "b": np.arange(5.0, dtype=np.float32) * step}}
+    return {
+        "step": np.int32(step),
+        "params": {
+            "w": np.full((3, 4), step, np.float32),
+            "b": np.arange(5.0, dtype=np.float32) * step,
+        },
+    }
 
 
 def filled(workdir: Path, steps: tuple[int, ...] = (70, 75, 80), **options: Any) -> Checkpoints:
@@ -42,7 +63,12 @@ def filled(workdir: Path, steps: tuple[int, ...] = (70, 75, 80), **options: Any)
 
 
 def abstract(state: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)), state)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
+        ),
+        state,
+    )
 
 
 def assert_equal(got: Any, expected: Any) -> None:
@@ -58,16 +84,27 @@ def full_state(mesh_: Mesh, *axes: str) -> dict[str, Any]:
     def place(array: Any, *axes: Any) -> jax.Array:
         return jax.device_put(array, NamedSharding(mesh_, P(*axes)))
 
-    params = {"w": place(np.arange(32.0, dtype=np.float32).reshape(8, 4), *axes), "half": place(jnp.arange(3, dtype=jnp.bfloat16))}
+    params = {
+        "w": place(np.arange(32.0, dtype=np.float32).reshape(8, 4), *axes),
+        "half": place(jnp.arange(3, dtype=jnp.bfloat16)),
+    }
     return {
         "params": params,
         "opt_state": jax.tree.map(place, optax.adamw(1e-3).init(params)),
         "collections": {},
         "ema": None,
-        "hyper": {"optimizer.learning_rate": place(np.float32(0.1)), "clip": place(np.float32(np.inf))},
+        "hyper": {
+            "optimizer.learning_rate": place(np.float32(0.1)),
+            "clip": place(np.float32(np.inf)),
+        },
         "key": place(jax.random.key(3)),
         "keys": place(jax.random.split(jax.random.key(4, impl="rbg"), 2)),
-        "odd": [place(np.zeros((0, 3), np.int8)), place(np.array([True, False])), place(np.float16(1.5)), place(np.uint8(255))],
+        "odd": [
+            place(np.zeros((0, 3), np.int8)),
+            place(np.array([True, False])),
+            place(np.float16(1.5)),
+            place(np.uint8(255)),
+        ],
     }
 
 
@@ -82,7 +119,9 @@ def test_every_kind_of_leaf_comes_back_on_another_mesh(tmp_path: Path) -> None:
     state, loop = checkpoints.restore(3, like)
     assert loop == LOOP
     assert_equal(state, saved)
-    assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(lambda leaf: leaf.sharding, like)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
+        lambda leaf: leaf.sharding, like
+    )
     assert jax.random.key_impl(state["keys"]) == "rbg"
     assert checkpoints.digest(3) == digest(saved)
 
@@ -97,7 +136,8 @@ def test_the_copy_is_its_own_when_the_step_donates(tmp_path: Path) -> None:
         checkpoints.save(1, state, {})
         for _ in range(5):
             state = update(state)
-    assert state["params"].unsafe_buffer_pointer() == address  # the update did overwrite what was saved
+    # the update did overwrite what was saved
+    assert state["params"].unsafe_buffer_pointer() == address
     checkpoints.wait()
     assert_equal(checkpoints.restore(1, abstract(expected))[0], jax.tree.map(jnp.asarray, expected))
 
@@ -147,18 +187,27 @@ def test_a_hundred_bit_flips_none_silent(tmp_path: Path) -> None:
     rng = random.Random(0)
     fallen = 0
     for trial in range(100):
-        # Every second file is chosen by name and not by size: most bytes are in few files, but small files decide what is read.
-        path = rng.choice(files) if trial % 2 else rng.choices(files, [path.stat().st_size for path in files])[0]
+        # Every second file is chosen by name and not by size: most bytes are in few files, but
+        # small files decide what is read.
+        path = (
+            rng.choice(files)
+            if trial % 2
+            else rng.choices(files, [path.stat().st_size for path in files])[0]
+        )
         whole = path.read_bytes()
         bit = rng.randrange(len(whole) * 8)
-        path.write_bytes(whole[: bit // 8] + bytes([whole[bit // 8] ^ (1 << bit % 8)]) + whole[bit // 8 + 1 :])
+        path.write_bytes(
+            whole[: bit // 8] + bytes([whole[bit // 8] ^ (1 << bit % 8)]) + whole[bit // 8 + 1 :]
+        )
         struck = int(path.relative_to(checkpoints.folder).parts[0])
         said: list[str] = []
         step = checkpoints.newest_verified(said.append)
         assert step is not None
         assert_equal(checkpoints.restore(step, abstract(small(step)))[0], small(step))
         if struck == 80:
-            assert step == 75 and re.fullmatch(r"step 80: .+; falling back to step 75", said[0]), said
+            assert step == 75 and re.fullmatch(r"step 80: .+; falling back to step 75", said[0]), (
+                said
+            )
             fallen += 1
         else:
             assert step == 80 and not said
@@ -171,7 +220,10 @@ def test_a_hundred_bit_flips_none_silent(tmp_path: Path) -> None:
 
 
 def payload_file(folder: Path) -> Path:
-    return max((path for path in (folder / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return max(
+        (path for path in (folder / "state").rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
 
 
 def truncate(folder: Path) -> None:
@@ -248,43 +300,68 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "transplanted": (transplant, r"state/\S+: .+"),
     "another step": (rename_older, r"MANIFEST.json: is of step 75; was the folder renamed\?"),
     "missing file": (lambda folder: payload_file(folder).unlink(), r"state/\S+: missing"),
-    "extra file": (lambda folder: (folder / "state" / "new\nline").touch(), r"'state/new\\nline': not in the manifest"),
+    "extra file": (
+        lambda folder: (folder / "state" / "new\nline").touch(),
+        r"'state/new\\nline': not in the manifest",
+    ),
     "folder for file": (make_folder_of_file, r"state/\S+: missing"),
     "no COMMIT": (lambda folder: (folder / "COMMIT").unlink(), "no COMMIT"),
-    "empty COMMIT": (lambda folder: (folder / "COMMIT").write_text(""), "COMMIT: does not match MANIFEST.json"),
+    "empty COMMIT": (
+        lambda folder: (folder / "COMMIT").write_text(""),
+        "COMMIT: does not match MANIFEST.json",
+    ),
     "huge COMMIT": (
         lambda folder: (folder / "COMMIT").write_text("0" * 9999),
         "COMMIT: 9999 bytes, more than the 1024 it may have; refused",
     ),
     "no manifest": (lambda folder: (folder / "MANIFEST.json").unlink(), "no MANIFEST.json"),
     "empty folder": (empty_folder, "no COMMIT"),
-    "file for folder": (lambda folder: (shutil.rmtree(folder), folder.touch()), "is a file, not a directory"),
+    "file for folder": (
+        lambda folder: (shutil.rmtree(folder), folder.touch()),
+        "is a file, not a directory",
+    ),
     "symlink": (link_out, r"holds symlink state/\S+ -> /etc/passwd; refused"),
     "pipe": (pipe, "holds special file state/pipe; refused"),
     "other format": (
         reseal(lambda record: record.update(format=99)),
         r"MANIFEST.json: not of format 1; made by another version of jaxtrain\?",
     ),
-    "no tree": (reseal(lambda record: record.update(tree=[])), "MANIFEST.json: does not describe a checkpoint"),
-    "odd tree": (reseal(lambda record: record["tree"].update(step=["int32", [-1]])), "MANIFEST.json: does not describe a checkpoint"),
-    "names outside": (reseal(lambda record: record["files"].update({"../../x": [0, ""]})), r"\.\./\.\./x: missing"),
+    "no tree": (
+        reseal(lambda record: record.update(tree=[])),
+        "MANIFEST.json: does not describe a checkpoint",
+    ),
+    "odd tree": (
+        reseal(lambda record: record["tree"].update(step=["int32", [-1]])),
+        "MANIFEST.json: does not describe a checkpoint",
+    ),
+    "names outside": (
+        reseal(lambda record: record["files"].update({"../../x": [0, ""]})),
+        r"\.\./\.\./x: missing",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_named_and_the_step_before_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_damage_is_named_and_the_step_before_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     checkpoints = filled(tmp_path, (75, 80))
     damage, words = DAMAGES[name]
     damage(checkpoints.folder / "80")
     said: list[str] = []
     assert checkpoints.newest_verified(said.append) == 75
-    assert len(said) == 1 and re.fullmatch(f"step 80: {words}; falling back to step 75", said[0]), said
+    assert len(said) == 1 and re.fullmatch(f"step 80: {words}; falling back to step 75", said[0]), (
+        said
+    )
     with pytest.raises(CheckpointError, match="^step 80: "):
         checkpoints.restore(80, abstract(small(80)))
     assert verify_command(tmp_path) == 74
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == f"digest {digest(small(75))}" and any(line.startswith("step 80: ") for line in lines)
-    # Going on from 75, the run comes to 80 again: what is there is set aside, not overwritten, and the workdir is whole again.
+    assert lines[-1] == f"digest {digest(small(75))}" and any(
+        line.startswith("step 80: ") for line in lines
+    )
+    # Going on from 75, the run comes to 80 again: what is there is set aside, not overwritten, and
+    # the workdir is whole again.
     checkpoints.save(80, small(80), LOOP, wait=True)
     assert checkpoints.newest_verified(said.append) == 80 and len(said) == 1
     assert verify_command(tmp_path) == 0
@@ -298,18 +375,32 @@ def test_damage_is_named_and_the_step_before_is_taken(tmp_path: Path, capsys: py
             lambda tree: tree.update(step=["int32", [10**12]]),
             r"declares \d+ bytes of arrays, this machine has \d+ bytes of memory; refused",
         ),
-        (lambda tree: tree.update(step=["int32", [7]]), "its arrays are not those of its manifest; refused"),
-        (lambda tree: tree.update(more=["int32", [7]]), "its arrays are not those of its manifest; refused"),
-        (lambda tree: tree.update(step=["object", []]), "its arrays are not those of its manifest; refused"),
+        (
+            lambda tree: tree.update(step=["int32", [7]]),
+            "its arrays are not those of its manifest; refused",
+        ),
+        (
+            lambda tree: tree.update(more=["int32", [7]]),
+            "its arrays are not those of its manifest; refused",
+        ),
+        (
+            lambda tree: tree.update(step=["object", []]),
+            "its arrays are not those of its manifest; refused",
+        ),
         (lambda tree: tree.update(step=["no such dtype", []]), ".+"),
     ],
 )
-def test_a_manifest_that_lies_about_the_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, words: str) -> None:
+def test_a_manifest_that_lies_about_the_arrays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, words: str
+) -> None:
     checkpoints = filled(tmp_path, (75, 80))
     reseal(lambda record: change(record["tree"]))(checkpoints.folder / "80")
     assert verify_command(tmp_path) == 74
     assert re.fullmatch(f"step 80: state: {words}", capsys.readouterr().out.splitlines()[-1])
-    with pytest.raises(ValueError, match="does not fit the model|is object, model wants|is no such dtype, model wants"):
+    with pytest.raises(
+        ValueError,
+        match="does not fit the model|is object, model wants|is no such dtype, model wants",
+    ):
         checkpoints.restore(80, abstract(small(80)))
 
 
@@ -319,7 +410,11 @@ def test_when_all_are_damaged_each_is_listed(tmp_path: Path) -> None:
     (checkpoints.folder / "80" / "COMMIT").unlink()
     for resume in ("auto", "must"):
         with pytest.raises(
-            CheckpointError, match=r"no checkpoint verifies \(step 80: no COMMIT; step 75: state/\S+: 100 bytes, not \d+\); "
+            CheckpointError,
+            match=(
+                r"no checkpoint verifies \(step 80: no COMMIT; step 75: state/\S+: 100 bytes, not"
+                r" \d+\); "
+            ),
         ):
             checkpoints.resume_step(resume, pytest.fail)
     assert checkpoints.resume_step("never", pytest.fail) is None
@@ -334,19 +429,25 @@ def test_several_damaged_ones_fall_one_after_the_other(tmp_path: Path) -> None:
     assert checkpoints.resume_step("auto", said.append) == 75
     assert said[0] == "step 9999: no COMMIT; falling back to step 80"
     assert said[1].endswith("checksum mismatch; falling back to step 75")
-    assert checkpoints.steps() == [70, 75, 80]  # 80 has its COMMIT: only reading every byte shows the damage
+    # 80 has its COMMIT: only reading every byte shows the damage
+    assert checkpoints.steps() == [70, 75, 80]
 
 
-def test_names_that_are_not_ours_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_that_are_not_ours_are_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.resume_step("auto", pytest.fail) is None
-    with pytest.raises(ValueError, match=f"^--resume=must: no committed checkpoint in {tmp_path}/checkpoints$"):
+    with pytest.raises(
+        ValueError, match=f"^--resume=must: no committed checkpoint in {tmp_path}/checkpoints$"
+    ):
         checkpoints.resume_step("must", pytest.fail)
     assert verify_command(tmp_path) == 2 and "no committed checkpoint in" in capsys.readouterr().err
     junk = ["abc", "5.tmp", "007", "-3", "1e3", ".tmp-other", "7.orbax-checkpoint-tmp"]
     for name in junk:
         (checkpoints.folder / name).mkdir(parents=True)
-    (checkpoints.folder / ".jaxtrain-tmp-9-1" / "state").mkdir(parents=True)  # of a killed process of ours
+    # of a killed process of ours
+    (checkpoints.folder / ".jaxtrain-tmp-9-1" / "state").mkdir(parents=True)
     assert checkpoints.resume_step("auto", pytest.fail) is None
     filled(tmp_path, (1, 2, 3), keep=1)
     assert sorted(os.listdir(checkpoints.folder)) == sorted([*junk, "3"])
@@ -360,24 +461,46 @@ def test_names_that_are_not_ours_are_left_alone(tmp_path: Path, capsys: pytest.C
     "like, line",
     [
         (
-            {"params": {"emb": ((6, 2), "float32"), "l12": {"a": ((2,), "float32"), "b": {"c": ((), "float32")}}}, "step": ((), "int32")},
-            "checkpoint step 80 does not fit the model: missing params/l12 (2 arrays), extra: none, shape: params/emb (5,2) vs (6,2)",
+            {
+                "params": {
+                    "emb": ((6, 2), "float32"),
+                    "l12": {"a": ((2,), "float32"), "b": {"c": ((), "float32")}},
+                },
+                "step": ((), "int32"),
+            },
+            (
+                "checkpoint step 80 does not fit the model: missing params/l12 (2 arrays), extra:"
+                " none, shape: params/emb (5,2) vs (6,2)"
+            ),
         ),
-        ({"params": {"emb": ((5, 2), "float32")}}, "checkpoint step 80 does not fit the model: missing: none, extra: step, shape: none"),
+        (
+            {"params": {"emb": ((5, 2), "float32")}},
+            "checkpoint step 80 does not fit the model: missing: none, extra: step, shape: none",
+        ),
         (
             {"params": {"emb": ((5, 2), "bfloat16")}, "step": ((), "int32")},
-            "checkpoint params/emb is float32, model wants bfloat16; use the model of that run, or a new workdir",
+            (
+                "checkpoint params/emb is float32, model wants bfloat16; use the model of that run,"
+                " or a new workdir"
+            ),
         ),
         (
             {"params": {"emb": ((5, 2), "int32")}, "step": ((), "int32")},
-            "checkpoint params/emb is float32, model wants int32; use the model of that run, or a new workdir",
+            (
+                "checkpoint params/emb is float32, model wants int32; use the model of that run, or"
+                " a new workdir"
+            ),
         ),
     ],
 )
 def test_a_state_that_does_not_fit(tmp_path: Path, like: Any, line: str) -> None:
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(80, {"params": {"emb": np.zeros((5, 2), np.float32)}, "step": np.int32(1)}, {}, wait=True)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(*leaf), like, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    checkpoints.save(
+        80, {"params": {"emb": np.zeros((5, 2), np.float32)}, "step": np.int32(1)}, {}, wait=True
+    )
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(*leaf), like, is_leaf=lambda leaf: isinstance(leaf, tuple)
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
         checkpoints.restore(80, shapes)
 
@@ -430,7 +553,9 @@ def test_what_is_not_of_this_run_is_never_deleted(tmp_path: Path) -> None:
     assert listed(checkpoints) == [1, 2, 6, 7, 500]
 
 
-def test_nothing_goes_before_its_successor_is_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_goes_before_its_successor_is_proven(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoints = filled(tmp_path, (1,), keep=1)
     publish = manifest.publish
 
@@ -439,7 +564,9 @@ def test_nothing_goes_before_its_successor_is_proven(tmp_path: Path, monkeypatch
         publish(temporary, path)
 
     monkeypatch.setattr(manifest, "publish", publish_badly)
-    with pytest.raises(CheckpointError, match=r"^step 2: written, but reads back wrong \(state/\S+: 100 bytes"):
+    with pytest.raises(
+        CheckpointError, match=r"^step 2: written, but reads back wrong \(state/\S+: 100 bytes"
+    ):
         checkpoints.save(2, small(2), {}, wait=True)
     assert listed(checkpoints) == [1, 2] and checkpoints.newest_verified(lambda line: None) == 1
 
@@ -450,7 +577,9 @@ def test_the_same_commit_again_is_no_work_and_another_is_refused(tmp_path: Path)
     checkpoints.save(80, small(80), LOOP, wait=True)
     assert (checkpoints.folder / "80").stat().st_ino == before.st_ino
     for state, loop in ((small(81), LOOP), (small(80), {})):
-        with pytest.raises(CheckpointError, match="holds another state of that step; use another --workdir"):
+        with pytest.raises(
+            CheckpointError, match="holds another state of that step; use another --workdir"
+        ):
             checkpoints.save(80, state, loop, wait=True)
     assert_equal(checkpoints.restore(80, abstract(small(80)))[0], small(80))
 
@@ -462,15 +591,23 @@ def test_the_same_commit_again_is_no_work_and_another_is_refused(tmp_path: Path)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_not_finite_is_not_committed(tmp_path: Path, value: float, dtype: str) -> None:
     checkpoints = filled(tmp_path, (1,))
-    state = {"params": {"w": jnp.zeros(3)}, "opt_state": [{"nu": jnp.array([0.0, value], dtype)}], "hyper": {"clip": jnp.float32(np.inf)}}
+    state = {
+        "params": {"w": jnp.zeros(3)},
+        "opt_state": [{"nu": jnp.array([0.0, value], dtype)}],
+        "hyper": {"clip": jnp.float32(np.inf)},
+    }
     checkpoints.save(2, state, {})
-    with pytest.raises(NonFinite, match="^step 2: not saved: opt_state/0/nu holds NaN or infinity$"):
+    with pytest.raises(
+        NonFinite, match="^step 2: not saved: opt_state/0/nu holds NaN or infinity$"
+    ):
         checkpoints.wait()
     assert os.listdir(checkpoints.folder) == ["1"]
     checkpoints.save(3, state | {"opt_state": []}, {}, wait=True)
 
 
-def test_an_error_in_the_background_is_raised_once_at_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_background_is_raised_once_at_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoints = filled(tmp_path, (1,))
 
     def fail(folder: Path, arrays: Any) -> None:
@@ -479,27 +616,52 @@ def test_an_error_in_the_background_is_raised_once_at_the_next_call(tmp_path: Pa
         raise ValueError("RESOURCE_EXHAUSTED: pages\n of text [os_error_code='28']")
 
     monkeypatch.setattr(host_arrays, "write", fail)
-    for call in (checkpoints.check, checkpoints.wait, checkpoints.close, lambda: checkpoints.save(3, small(3), {})):
+    for call in (
+        checkpoints.check,
+        checkpoints.wait,
+        checkpoints.close,
+        lambda: checkpoints.save(3, small(3), {}),
+    ):
         checkpoints.save(2, small(2), {})
         checkpoints._thread.join()  # type: ignore[union-attr]
-        with pytest.raises(CheckpointError, match="^step 2: not saved in .+/checkpoints: No space left on device$"):
+        with pytest.raises(
+            CheckpointError, match="^step 2: not saved in .+/checkpoints: No space left on device$"
+        ):
             call()
         checkpoints.check()
-        assert os.listdir(checkpoints.folder) == ["1"]  # nothing half written stays to fill the disk
+        # nothing half written stays to fill the disk
+        assert os.listdir(checkpoints.folder) == ["1"]
 
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = filled(tmp_path, (1,), keep=2)
     like = {"params": jax.ShapeDtypeStruct((300_000_000,), jnp.float32)}
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, 1_200_000_000))
-    with pytest.raises(ValueError, match=r": 1\.2 GB free, needs 2\.4 GB \(2 checkpoints of 1\.2 GB\); lower --keep or free space$"):
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, 1_200_000_000)
+    )
+    with pytest.raises(
+        ValueError,
+        match=(
+            r": 1\.2 GB free, needs 2\.4 GB \(2 checkpoints of 1\.2 GB\); lower --keep or free"
+            r" space$"
+        ),
+    ):
         checkpoints.check_space(like)
     with pytest.raises(
-        ValueError, match=r"--workdir=.*: 1\.2 GB free, needs 3\.6 GB \(3 checkpoints of 1\.2 GB\); lower --keep or free space$"
+        ValueError,
+        match=(
+            r"--workdir=.*: 1\.2 GB free, needs 3\.6 GB \(3 checkpoints of 1\.2 GB\); lower --keep"
+            r" or free space$"
+        ),
     ):
         Checkpoints(tmp_path / "new", keep=2).check_space(like)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, 10**6))
-    with pytest.raises(CheckpointError, match=r"^step 2: not saved: 1\.0 MB free, needs 1\.0 MB in .*; lower --keep or free space$"):
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, 10**6)
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"^step 2: not saved: 1\.0 MB free, needs 1\.0 MB in .*; lower --keep or free space$",
+    ):
         checkpoints.save(2, small(2), {}, wait=True)
 
 
@@ -508,8 +670,11 @@ def test_a_folder_that_vanishes_while_running(tmp_path: Path) -> None:
     for again in (False, True):
         shutil.rmtree(checkpoints.folder)
         if again:
-            checkpoints.folder.mkdir()  # of the same name, and on many file systems it would be of the same inode
-        with pytest.raises(CheckpointError, match="was removed or replaced while the run was going"):
+            # of the same name, and on many file systems it would be of the same inode
+            checkpoints.folder.mkdir()
+        with pytest.raises(
+            CheckpointError, match="was removed or replaced while the run was going"
+        ):
             checkpoints.save(2, small(2), {}, wait=True)
         checkpoints.folder.mkdir(exist_ok=True)
 
@@ -519,13 +684,17 @@ def test_a_hung_disk_does_not_hang_the_end(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(host_arrays, "write", lambda folder, arrays: release.wait())
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, small(1), {})
-    with pytest.raises(CheckpointError, match="still writing after 0 s; the newest committed checkpoint is whole"):
+    with pytest.raises(
+        CheckpointError, match="still writing after 0 s; the newest committed checkpoint is whole"
+    ):
         checkpoints.close(0.1)
     release.set()
     checkpoints._thread.join()  # type: ignore[union-attr]
 
 
-def test_saves_return_early_and_never_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saves_return_early_and_never_overlap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write, active, most = host_arrays.write, [], []
 
     def slow(folder: Path, arrays: Any) -> None:
@@ -555,7 +724,9 @@ def test_what_json_cannot_hold_is_said_at_once(tmp_path: Path) -> None:
 # Durability: the order in which things reach the disk.
 
 
-def test_all_is_forced_to_the_disk_before_the_name_and_the_name_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_is_forced_to_the_disk_before_the_name_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoints = filled(tmp_path, (1,), keep=1)
     events: list[tuple[str, str]] = []
     fsync, rename = os.fsync, os.rename
@@ -574,20 +745,31 @@ def test_all_is_forced_to_the_disk_before_the_name_and_the_name_after(tmp_path: 
     checkpoints.save(2, small(2), {}, wait=True)
     temporary = checkpoints.folder / f".jaxtrain-tmp-2-{os.getpid()}"
     named = events.index(("rename", f"{temporary.name} 2"))
-    # Every file, then every folder from the deepest up, then the name, then the parent, and only then does the old one go.
+    # Every file, then every folder from the deepest up, then the name, then the parent, and only
+    # then does the old one go.
     before = [path for kind, path in events[:named] if kind == "fsync"]
     whole = checkpoints.folder / "2"
     for path in whole.rglob("*"):
         assert str(temporary / path.relative_to(whole)) in before
     assert before[-1] == str(temporary)
-    folders = [path for path in before if path == str(temporary) or (whole / Path(path).relative_to(temporary)).is_dir()]
+    folders = [
+        path
+        for path in before
+        if path == str(temporary) or (whole / Path(path).relative_to(temporary)).is_dir()
+    ]
     assert before[-len(folders) :] == folders
     assert events[named + 1] == ("fsync", str(checkpoints.folder))
-    (deleted,) = [index for index, (kind, what) in enumerate(events) if kind == "rename" and what.startswith("1 .jaxtrain-tmp-1-")]
+    (deleted,) = [
+        index
+        for index, (kind, what) in enumerate(events)
+        if kind == "rename" and what.startswith("1 .jaxtrain-tmp-1-")
+    ]
     assert deleted > named + 1
 
 
-def test_json_is_replaced_whole_and_durably(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_is_replaced_whole_and_durably(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "run.json"
     manifest.write_json(path, {"a": 1})
     events: list[str] = []
@@ -600,7 +782,8 @@ def test_json_is_replaced_whole_and_durably(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "fsync", record)
     manifest.write_json(path, {"a": 2})
-    assert events == ["file 1", "folder 2"]  # the new text is durable while the old name still says 1
+    # the new text is durable while the old name still says 1
+    assert events == ["file 1", "folder 2"]
     assert os.listdir(tmp_path) == ["run.json"]
     with pytest.raises(ValueError, match="JSON"):
         manifest.write_json(path, {"a": float("nan")})
@@ -637,7 +820,10 @@ with Lock(workdir):
 
 def run_until_killed(workdir: Path, total: int, seconds: float | None) -> list[str]:
     """Runs the loop; kills it so long after it has resumed."""
-    environment = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[1]), "XLA_FLAGS": ""}
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(checkpoint.__file__).parents[1]),
+        "XLA_FLAGS": "",
+    }
     command = [sys.executable, "-c", textwrap.dedent(LOOP_CODE), str(workdir), str(total)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
@@ -657,7 +843,8 @@ def kill_and_restart(workdir: Path, kills: int, total: int, golden: str) -> None
         newest = max(committed.numbered(workdir / "checkpoints"), default=0)
         assert newest >= seen
         lines = run_until_killed(workdir, total, rng.uniform(0, 1.0))
-        assert lines[0] == f"resumed {newest}"  # every numbered folder is a commit: none is half there, and none is lost
+        # every numbered folder is a commit: none is half there, and none is lost
+        assert lines[0] == f"resumed {newest}"
         seen = newest
     assert run_until_killed(workdir, total, None)[-1] == "done"
     checkpoints = Checkpoints(workdir)

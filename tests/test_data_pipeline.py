@@ -1,4 +1,5 @@
-"""The way to the devices: streams that resume exactly, padding that counts for nothing, errors that arrive, threads that end."""
+"""The way to the devices: streams that resume exactly, padding that counts for nothing, errors that
+arrive, threads that end."""
 
 import itertools
 import threading
@@ -29,11 +30,21 @@ def sharded() -> NamedSharding:
 def numbered(length: int) -> ArrayTable:
     """A table in which every value tells its row."""
     rows = np.arange(length)
-    return ArrayTable({"image": np.broadcast_to(rows[:, None, None, None], (length, 2, 2, 1)).astype(np.float32), "label": rows}, length)
+    return ArrayTable(
+        {
+            "image": (
+                np.broadcast_to(rows[:, None, None, None], (length, 2, 2, 1)).astype(np.float32)
+            ),
+            "label": rows,
+        },
+        length,
+    )
 
 
 def data_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("jaxtrain-data")]
+    return [
+        thread.name for thread in threading.enumerate() if thread.name.startswith("jaxtrain-data")
+    ]
 
 
 def take(stream: pipeline.Stream, count: int) -> list[list[int]]:
@@ -41,7 +52,9 @@ def take(stream: pipeline.Stream, count: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("length", "batch_size"), [(7, 3), (5, 5), (3, 8)])
-def test_a_stream_resumed_at_any_position_goes_on_as_if_never_interrupted(one: SingleDeviceSharding, length: int, batch_size: int) -> None:
+def test_a_stream_resumed_at_any_position_goes_on_as_if_never_interrupted(
+    one: SingleDeviceSharding, length: int, batch_size: int
+) -> None:
     table, steps = numbered(length), 3 * length
     with pipeline.Stream(table, seed=5, batch_size=batch_size, sharding=one) as stream:
         golden, positions = [], []
@@ -53,13 +66,26 @@ def test_a_stream_resumed_at_any_position_goes_on_as_if_never_interrupted(one: S
         assert sorted(flat[epoch * length : (epoch + 1) * length]) == list(range(length))
     for step, (epoch, offset) in enumerate(positions):
         prefetch = 1 + step % 3
-        with pipeline.Stream(table, seed=5, batch_size=batch_size, epoch=epoch, offset=offset, sharding=one, prefetch=prefetch) as stream:
+        with pipeline.Stream(
+            table,
+            seed=5,
+            batch_size=batch_size,
+            epoch=epoch,
+            offset=offset,
+            sharding=one,
+            prefetch=prefetch,
+        ) as stream:
             assert take(stream, min(4, steps - step)) == golden[step : step + 4]
 
 
-def test_a_stream_hands_out_the_rows_of_its_ids_sharded_ahead_of_the_step(sharded: NamedSharding) -> None:
+def test_a_stream_hands_out_the_rows_of_its_ids_sharded_ahead_of_the_step(
+    sharded: NamedSharding,
+) -> None:
     batch_size = 2 * len(jax.devices())
-    with jax.transfer_guard("disallow"), pipeline.Stream(numbered(50), seed=1, batch_size=batch_size, sharding=sharded) as stream:
+    with (
+        jax.transfer_guard("disallow"),
+        pipeline.Stream(numbered(50), seed=1, batch_size=batch_size, sharding=sharded) as stream,
+    ):
         batches = [next(stream) for _ in range(6)]
     for step, batch in enumerate(batches):
         expected = order.example_ids(1, *order.advance(0, 0, step * batch_size, 50), batch_size, 50)
@@ -106,7 +132,9 @@ def test_what_fails_while_reading_ahead_is_raised_in_its_place(one: SingleDevice
 
 
 @pytest.mark.parametrize("prefetch", [1, 2, 5])
-def test_reading_runs_ahead_but_no_further_than_told_and_threads_end(one: SingleDeviceSharding, prefetch: int) -> None:
+def test_reading_runs_ahead_but_no_further_than_told_and_threads_end(
+    one: SingleDeviceSharding, prefetch: int
+) -> None:
     table = Slow()
     stream = pipeline.Stream(table, seed=0, batch_size=2, sharding=one, prefetch=prefetch)
     assert table.reads == 0
@@ -126,7 +154,9 @@ def test_an_evaluation_pass_counts_each_example_once(sharded: NamedSharding, len
     ids, weights = (np.concatenate([batch[name] for batch in batches]) for name in ("id", "weight"))
     assert ids[weights == 1].tolist() == list(range(length))
     assert weights.sum() == length
-    assert np.concatenate([batch["label"] for batch in batches])[weights == 1].tolist() == list(range(length))
+    assert np.concatenate([batch["label"] for batch in batches])[weights == 1].tolist() == list(
+        range(length)
+    )
     assert not data_threads()
 
 
@@ -142,7 +172,11 @@ def test_a_resident_table_gathers_the_same_batches_as_a_stream(sharded: NamedSha
     with jax.transfer_guard("disallow"):
         arrays = pipeline.resident_arrays(table, NamedSharding(sharded.mesh, PartitionSpec()))
         seed = jax.device_put(np.uint32(3), NamedSharding(sharded.mesh, PartitionSpec()))
-        gathered = jax.jit(lambda arrays, seed: pipeline.gather(arrays, order.example_ids(seed, 0, 24, 16, 37, jnp)))(arrays, seed)
+        gathered = jax.jit(
+            lambda arrays, seed: pipeline.gather(
+                arrays, order.example_ids(seed, 0, 24, 16, 37, jnp)
+            )
+        )(arrays, seed)
     with pipeline.Stream(table, seed=3, batch_size=16, offset=24, sharding=sharded) as stream:
         streamed = next(stream)
     assert gathered.keys() == streamed.keys() == {"image", "label", "id"}
@@ -164,7 +198,11 @@ def test_parts_of_tables_read_like_slices_of_arrays() -> None:
     random, whole = np.random.default_rng(0), numbered(20)
     wanted = random.integers(0, 9, 30)
     for rows in (range(4, 13), np.arange(4, 13), np.array([3, 3, 19, 0, 7, 7, 1, 2, 5])):
-        for table in (select(whole, rows), SliceTable(whole, rows), load(SliceTable(whole, rows), chunk=4)):
+        for table in (
+            select(whole, rows),
+            SliceTable(whole, rows),
+            load(SliceTable(whole, rows), chunk=4),
+        ):
             assert len(table) == 9
             assert np.array_equal(table.read(wanted)["label"], np.asarray(rows)[wanted])
     lazy = join(SliceTable(whole, range(3, 8)), whole, SliceTable(whole, np.array([9, 2])))
@@ -186,15 +224,23 @@ def test_statistics_equal_numpy_in_float64() -> None:
         exact = images.astype(np.float64) / scale
         assert np.allclose(measured.mean_C, exact.mean(dims), rtol=1e-12, atol=1e-14)
         assert np.allclose(measured.std_C, exact.std(dims), rtol=1e-9, atol=0)
-        batch = jax.jit(lambda images, measured=measured: standardize({"image": images}, measured))(images)
+        batch = jax.jit(lambda images, measured=measured: standardize({"image": images}, measured))(
+            images
+        )
         assert batch["image"].dtype == jnp.float32
-        assert np.allclose(batch["image"], (exact - exact.mean(dims)) / exact.std(dims), atol=2e-3 if images is far else 2e-5)
+        assert np.allclose(
+            batch["image"],
+            (exact - exact.mean(dims)) / exact.std(dims),
+            atol=2e-3 if images is far else 2e-5,
+        )
 
 
 def test_statistics_of_odd_tables() -> None:
     constant = ArrayTable({"image": np.full((5, 2, 2, 2), 255, np.uint8)})
     assert measure(constant) == Statistics((1.0, 1.0), (1.0, 1.0))
-    tenth = measure(ArrayTable({"image": np.arange(100, dtype=np.float32)[:, None]}), max_examples=10)
+    tenth = measure(
+        ArrayTable({"image": np.arange(100, dtype=np.float32)[:, None]}), max_examples=10
+    )
     assert tenth.mean_C == (45.0,)
     with pytest.raises(ValueError, match="image: holds values that are not finite"):
         measure(ArrayTable({"image": np.array([[1.0], [np.nan]])}))

@@ -1,6 +1,8 @@
-"""The words are true: code in the guides runs, commands of the README too, flags exist, links lead somewhere, and the notebook is its guide.
+"""The words are true: code in the guides runs, commands of the README too, flags exist, links lead
+somewhere, and the notebook is its guide.
 
-`python tests/test_docs.py` writes docs/step_as_a_library.ipynb anew from docs/step.md and runs it, so that it holds its outputs.
+`python tests/test_docs.py` writes docs/step_as_a_library.ipynb anew from docs/step.md and runs it,
+so that it holds its outputs.
 """
 
 import contextlib
@@ -24,7 +26,9 @@ from jaxtrain.config import flags
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE, NOTEBOOK = ROOT / "docs" / "step.md", ROOT / "docs" / "step_as_a_library.ipynb"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-GUIDES = [page for page in PAGES if page != GUIDE and "```python" in page.read_text(encoding="utf-8")]
+GUIDES = [
+    page for page in PAGES if page != GUIDE and "```python" in page.read_text(encoding="utf-8")
+]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 
@@ -40,9 +44,13 @@ SHORTER = ["--steps=4", "--batch_size=64", "--mesh=data:1", "--log_every=2"]
 """What is added to its trainings; the length only where the command says nothing of it."""
 NOT_RUN = {
     "git clone": "this is the clone",
-    "scripts/test": "it runs this test; tests/test_setup.py tests the script itself, .ci/run runs it for real",
+    "scripts/test": (
+        "it runs this test; tests/test_setup.py tests the script itself, .ci/run runs it for real"
+    ),
     "scripts/prepare_fashion_mnist": "it needs the files; tests/test_data_sources.py tests it",
-    "scripts/launch_local": "it makes .venv first; tests/test_supervisor.py and tests/test_group.py test what it starts",
+    "scripts/launch_local": (
+        "it makes .venv first; tests/test_supervisor.py and tests/test_group.py test what it starts"
+    ),
     "tensorboard": "it would not end",
     "pip install": "it needs the network; .ci/run does the same",
 }
@@ -51,11 +59,14 @@ NOT_RUN = {
 
 def blocks(page: Path, language: str) -> list[str]:
     """The fenced blocks of one language, in order."""
-    return [text for found, text in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
+    return [
+        text for found, text in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language
+    ]
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """Every command in the bash blocks of a page, as words; comments and continued lines are understood."""
+    """Every command in the bash blocks of a page, as words; comments and continued lines are
+    understood."""
     for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):
@@ -67,11 +78,14 @@ def alike(said: str, shown: str) -> bool:
     if NUMBER.sub("#", said).split() != NUMBER.sub("#", shown).split():
         return False
     pairs = zip(NUMBER.findall(said), NUMBER.findall(shown), strict=True)
-    return all(math.isclose(float(one), float(other), rel_tol=0.02, abs_tol=1e-6) for one, other in pairs)
+    return all(
+        math.isclose(float(one), float(other), rel_tol=0.02, abs_tol=1e-6) for one, other in pairs
+    )
 
 
 def python_and_text(page: Path) -> Iterator[tuple[str, str | None]]:
-    """Each python block of a page with the text block right after it, if there is one: its output."""
+    """Each python block of a page with the text block right after it, if there is one: its
+    output."""
     found = BLOCK.findall(page.read_text(encoding="utf-8"))
     for index, (language, code) in enumerate(found):
         if language == "python":
@@ -80,7 +94,9 @@ def python_and_text(page: Path) -> Iterator[tuple[str, str | None]]:
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
-def test_code_in_the_guides_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_the_guides_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     # A module of its own: dataclasses look up their annotations there.
     namespace: dict[str, Any] = {"__name__": "guide"}
@@ -88,16 +104,30 @@ def test_code_in_the_guides_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     for number, (code, shown) in enumerate(python_and_text(page)):
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
-            exec(compile(code, f"{page.name}, python block {number}", "exec"), namespace)  # noqa: S102 - our own pages
-        assert shown is None or alike(said.getvalue(), shown), f"{page.name}, python block {number} printed\n{said.getvalue()}"
+            compiled = compile(code, f"{page.name}, python block {number}", "exec")
+            exec(compiled, namespace)  # noqa: S102
+        assert shown is None or alike(said.getvalue(), shown), (
+            f"{page.name}, python block {number} printed\n{said.getvalue()}"
+        )
 
 
 def experiment_of(words: list[str]) -> tuple[Path, list[str]] | None:
     """The experiment that a command trains, and its flags; None for other commands."""
     while words and (re.match(r"[A-Z_]+=", words[0]) or words[0] in ("do", "time", "nice")):
         words = words[1:]
-    end = next((place for place, word in enumerate(words) if word.endswith((";", "|", "&")) or word.startswith((">", "2>"))), len(words))
-    words = [word.removesuffix(";") for word in words[: end + 1] if not re.fullmatch(r"\||&+|\d?>.*", word)]
+    end = next(
+        (
+            place
+            for place, word in enumerate(words)
+            if word.endswith((";", "|", "&")) or word.startswith((">", "2>"))
+        ),
+        len(words),
+    )
+    words = [
+        word.removesuffix(";")
+        for word in words[: end + 1]
+        if not re.fullmatch(r"\||&+|\d?>.*", word)
+    ]
     if words and words[0] == "scripts/train":
         named = len(words) > 1 and words[1].endswith(".py")
         return ROOT / (words[1] if named else "experiments/digits.py"), words[1 + named :]
@@ -108,7 +138,8 @@ def experiment_of(words: list[str]) -> tuple[Path, list[str]] | None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_flag_on_the_page_exists(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each training command is parsed as it stands, with its values; only paths to earlier runs and values that the shell fills in are left out."""
+    """Each training command is parsed as it stands, with its values; only paths to earlier runs and
+    values that the shell fills in are left out."""
     monkeypatch.setattr(flags.config, "check_paths", lambda run: None)
     for words in commands(page):
         found = experiment_of(words)
@@ -116,7 +147,13 @@ def test_every_flag_on_the_page_exists(page: Path, monkeypatch: pytest.MonkeyPat
             continue
         path, argv = found
         assert path.is_file(), f"{page.name}: {shlex.join(words)}: no such experiment"
-        kept = [word for word in argv if not word.startswith("--from_run=") and "$" not in word and word not in ("--help", "--helpfull")]
+        kept = [
+            word
+            for word in argv
+            if not word.startswith("--from_run=")
+            and "$" not in word
+            and word not in ("--help", "--helpfull")
+        ]
         flags.parse(runpy.run_path(str(path))["experiment"](), kept)
 
 
@@ -126,19 +163,32 @@ def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     if found is not None:
         path, argv = found
         argv = [SHRUNKEN.get(word, word) for word in argv]
-        has_length = {"--steps", "--epochs", "--eval_only", "--from_run"} & {word.partition("=")[0] for word in argv}
+        has_length = {"--steps", "--epochs", "--eval_only", "--from_run"} & {
+            word.partition("=")[0] for word in argv
+        }
         shorter = [] if "--help" in argv else SHORTER[bool(has_length) :]
-        argv += [word for word in shorter if not any(given.startswith(word.partition("=")[0] + "=") for given in argv)]
+        argv += [
+            word
+            for word in shorter
+            if not any(given.startswith(word.partition("=")[0] + "=") for given in argv)
+        ]
         monkeypatch.setattr(sys, "argv", [str(path), *argv])
         with pytest.raises(SystemExit) as ending:
             runpy.run_path(str(path), run_name="__main__")
         return int(ending.value.code or 0)
-    assert words[:3] == ["python", "-m", "jaxtrain"], f"{shlex.join(words)}: say in NOT_RUN why it is not run"
+    assert words[:3] == [
+        "python",
+        "-m",
+        "jaxtrain",
+    ], f"{shlex.join(words)}: say in NOT_RUN why it is not run"
     return command.main(words[3:])
 
 
-def test_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """In order, in one folder; trainings are shrunken by the two tables above. `scripts/train` is taken as what it starts once .venv is there."""
+def test_commands_of_the_readme_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In order, in one folder; trainings are shrunken by the two tables above. `scripts/train` is
+    taken as what it starts once .venv is there."""
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.chdir(tmp_path)
     ran = 0
@@ -162,12 +212,16 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_files_named_in_the_text_exist(page: Path) -> None:
-    for name in re.findall(r"`((?:jaxtrain|experiments|scripts|tests|docs)/[\w./-]+\w)`", page.read_text(encoding="utf-8")):
+    for name in re.findall(
+        r"`((?:jaxtrain|experiments|scripts|tests|docs)/[\w./-]+\w)`",
+        page.read_text(encoding="utf-8"),
+    ):
         assert name.endswith("NAME.py") or (ROOT / name).exists(), f"{page.name}: {name}"
 
 
 def notebook_of(page: Path) -> nbformat.NotebookNode:
-    """A guide as a notebook: its text as it is, its python blocks as cells, without the outputs that it shows."""
+    """A guide as a notebook: its text as it is, its python blocks as cells, without the outputs
+    that it shows."""
     cells, text = [], page.read_text(encoding="utf-8")
     for part in re.split(r"(^```(?:python|text)\n.*?^```$)", text, flags=re.MULTILINE | re.DOTALL):
         language, _, body = part.partition("\n")
@@ -178,26 +232,36 @@ def notebook_of(page: Path) -> nbformat.NotebookNode:
     for number, cell in enumerate(cells):
         cell["id"] = f"cell-{number}"
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
+    return nbformat.v4.new_notebook(
+        cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}}
+    )
 
 
 def executed(page: Path) -> nbformat.NotebookNode:
     """The notebook of a guide with its outputs, run in a kernel of its own."""
     notebook = notebook_of(page)
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
     return notebook
 
 
 def test_the_notebook_is_its_guide() -> None:
     kept, wanted = nbformat.read(NOTEBOOK, as_version=4), notebook_of(GUIDE)
     said = "python tests/test_docs.py writes it anew"
-    assert [(cell.cell_type, cell.source) for cell in kept.cells] == [(cell.cell_type, cell.source) for cell in wanted.cells], said
+    assert [(cell.cell_type, cell.source) for cell in kept.cells] == [
+        (cell.cell_type, cell.source) for cell in wanted.cells
+    ], said
 
 
 @pytest.mark.filterwarnings("default")  # of the notebook's own tools
 def test_the_notebook_runs() -> None:
     notebook = executed(GUIDE)
-    printed = {cell.source: "".join(out.get("text", "") for out in cell.outputs) for cell in notebook.cells if cell.cell_type == "code"}
+    printed = {
+        cell.source: "".join(out.get("text", "") for out in cell.outputs)
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    }
     for code, shown in python_and_text(GUIDE):
         assert shown is None or alike(printed[code.strip()], shown), printed[code.strip()]
 

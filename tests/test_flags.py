@@ -1,4 +1,5 @@
-"""Flags and configuration: fields become flags with help, swaps bring their own, and run.json repeats a run exactly."""
+"""Flags and configuration: fields become flags with help, swaps bring their own, and run.json
+repeats a run exactly."""
 
 import dataclasses
 import importlib
@@ -18,7 +19,8 @@ from absl import flags as absl_flags
 from hypothesis import strategies
 
 from jaxtrain import config, fields
-from jaxtrain.config import values, flags, secrets, record as run_record, settings
+from jaxtrain.config import flags, secrets, settings, values
+from jaxtrain.config import record as run_record
 from jaxtrain.horizon import Horizon
 
 
@@ -87,21 +89,58 @@ class Sgd(Base):
 def make_run(**changes: Any) -> config.Run:
     """A toy experiment."""
     run = config.Run(
-        name="toy", model=Network(), data=Source(), task=None, optimizer=Adam(), schedule=None, augment=None, steps=100,
-        offers={"model": {"small": Network(depth=1), "deep": Network(depth=9)}, "optimizer": {"adam": Adam(), "sgd": Sgd(momentum=0.9)}},
-    )  # fmt: skip
+        name="toy",
+        model=Network(),
+        data=Source(),
+        task=None,
+        optimizer=Adam(),
+        schedule=None,
+        augment=None,
+        steps=100,
+        offers={
+            "model": {"small": Network(depth=1), "deep": Network(depth=9)},
+            "optimizer": {"adam": Adam(), "sgd": Sgd(momentum=0.9)},
+        },
+    )
     return dataclasses.replace(run, **changes)
 
 
 def test_fields_become_flags_of_their_types() -> None:
-    run = flags.parse(make_run(), [
-        "--batch_size=64", "--eval_only", "--notensorboard", "--eval_every", "2.5epochs", "--clip_norm=1e-1", "--profile_steps=3,5",
-        "--allow_config_change=model.depth,seed", "-seed=7", "--model.depth=5", "--model.widths=1,2,3", "--data.cutting.size=9", "--data.download",
-        "--data.kind_of_noise=3", "--optimizer.decay=a=b=0.5,.*=1", "--checkpoint_every=10%", "--ema_decay=none",
-    ])  # fmt: skip
-    assert (run.batch_size, run.eval_only, run.tensorboard, run.clip_norm, run.profile_steps, run.seed) == (64, True, False, 0.1, (3, 5), 7)
+    run = flags.parse(
+        make_run(),
+        [
+            "--batch_size=64",
+            "--eval_only",
+            "--notensorboard",
+            "--eval_every",
+            "2.5epochs",
+            "--clip_norm=1e-1",
+            "--profile_steps=3,5",
+            "--allow_config_change=model.depth,seed",
+            "-seed=7",
+            "--model.depth=5",
+            "--model.widths=1,2,3",
+            "--data.cutting.size=9",
+            "--data.download",
+            "--data.kind_of_noise=3",
+            "--optimizer.decay=a=b=0.5,.*=1",
+            "--checkpoint_every=10%",
+            "--ema_decay=none",
+        ],
+    )
+    assert (
+        run.batch_size,
+        run.eval_only,
+        run.tensorboard,
+        run.clip_norm,
+        run.profile_steps,
+        run.seed,
+    ) == (64, True, False, 0.1, (3, 5), 7)
     assert run.allow_config_change == ("model.depth", "seed")
-    assert (run.eval_every, run.checkpoint_every) == (Horizon(2.5, "epochs"), Horizon(10, "percent"))
+    assert (run.eval_every, run.checkpoint_every) == (
+        Horizon(2.5, "epochs"),
+        Horizon(10, "percent"),
+    )
     assert isinstance(run.model, Network)
     assert (run.model.depth, run.model.widths, run.model.activation) == (5, (1, 2, 3), relu)
     assert run.data == Source(cutting=Cutting(9), download=True, kind_of_noise=3)
@@ -121,13 +160,18 @@ def test_they_are_real_absl_flags() -> None:
 
 
 def test_swapped_components_bring_their_own_flags() -> None:
-    run = flags.parse(make_run(), ["--optimizer.momentum=0.5", "--optimizer", "sgd", "--model=deep"])
+    run = flags.parse(
+        make_run(), ["--optimizer.momentum=0.5", "--optimizer", "sgd", "--model=deep"]
+    )
     assert run.optimizer == Sgd(momentum=0.5)
     assert run.model.depth == 9
 
 
 def test_steps_and_epochs_replace_each_other() -> None:
-    assert (flags.parse(make_run(), ["--epochs=2"]).steps, flags.parse(make_run(), ["--epochs=2"]).epochs) == (None, 2.0)
+    assert (
+        flags.parse(make_run(), ["--epochs=2"]).steps,
+        flags.parse(make_run(), ["--epochs=2"]).epochs,
+    ) == (None, 2.0)
     run = flags.parse(make_run(steps=None, epochs=3.0), ["--steps=7"])
     assert (run.steps, run.epochs) == (7, None)
     assert flags.parse(make_run(), ["--epochs=none"]).steps == 100
@@ -138,9 +182,22 @@ def test_help_lists_every_flag_with_its_words(capsys: pytest.CaptureFixture[str]
         flags.parse(make_run(), ["--model=deep", "--help", "--nonsense"])
     assert stopped.value.code == 0
     said = capsys.readouterr().out
-    for expected in ["Training", "Model: A small network", "--model.depth=9", "How deep it is (int >= 1)", "--optimizer=adam", "(adam, sgd)",
-                     "--model.widths=8,4", "How wide it is, layer by layer", "--[no]data.download", "--data.cutting.size=4",
-                     "(none|white|3)", "Examples from nowhere", "--batch_size=128", "How many examples one step sees"]:  # fmt: skip
+    for expected in [
+        "Training",
+        "Model: A small network",
+        "--model.depth=9",
+        "How deep it is (int >= 1)",
+        "--optimizer=adam",
+        "(adam, sgd)",
+        "--model.widths=8,4",
+        "How wide it is, layer by layer",
+        "--[no]data.download",
+        "--data.cutting.size=4",
+        "(none|white|3)",
+        "Examples from nowhere",
+        "--batch_size=128",
+        "How many examples one step sees",
+    ]:
         assert expected in " ".join(said.split()), expected
     assert "momentum" not in said
     assert "activation" not in said
@@ -157,7 +214,10 @@ def test_every_flag_of_a_run_has_words() -> None:
 
 
 def test_docs_of_inherited_and_missing_fields() -> None:
-    assert settings.field_docs(Sgd) == {"learning_rate": "The peak rate.", "momentum": "How much of the last step stays."}
+    assert settings.field_docs(Sgd) == {
+        "learning_rate": "The peak rate.",
+        "momentum": "How much of the last step stays.",
+    }
     made = dataclasses.make_dataclass("Made", [("size", int, 3)])
     assert (settings.field_docs(made), settings.summary(made)) == ({}, "")
 
@@ -167,15 +227,21 @@ VALUES: dict[Any, strategies.SearchStrategy[Any]] = {
     int: strategies.integers(-(2**63) + 1, 2**63 - 1),
     float: strategies.floats(allow_nan=False, allow_infinity=False),
     bool: strategies.booleans(),
-    Horizon: strategies.builds(Horizon, strategies.floats(0, 1e300), strategies.just("epochs"))
-    | strategies.builds(Horizon, strategies.integers(0, 10**15).map(float), strategies.just("steps"))
-    | strategies.builds(Horizon, strategies.floats(0, 100), strategies.just("percent")),
+    Horizon: (
+        strategies.builds(Horizon, strategies.floats(0, 1e300), strategies.just("epochs"))
+        | strategies.builds(
+            Horizon, strategies.integers(0, 10**15).map(float), strategies.just("steps")
+        )
+        | strategies.builds(Horizon, strategies.floats(0, 100), strategies.just("percent"))
+    ),
     float | None: strategies.none() | strategies.floats(allow_nan=False, allow_infinity=False),
     Literal["a", "b", 3]: strategies.sampled_from(["a", "b", 3]),
     tuple[int, ...]: strategies.lists(strategies.integers(0, 99), max_size=4).map(tuple),
     tuple[int, float]: strategies.tuples(strategies.integers(0, 99), strategies.floats(0, 1)),
-    tuple[tuple[str, float], ...]: strategies.lists(strategies.tuples(strategies.text("ab=.*", min_size=1), strategies.floats(-1, 1))).map(
-        tuple
+    tuple[tuple[str, float], ...]: (
+        strategies.lists(
+            strategies.tuples(strategies.text("ab=.*", min_size=1), strategies.floats(-1, 1))
+        ).map(tuple)
     ),
 }
 
@@ -185,8 +251,10 @@ VALUES: dict[Any, strategies.SearchStrategy[Any]] = {
 @hypothesis.given(data=strategies.data())
 def test_values_survive_text_and_json(kind: Any, data: strategies.DataObject) -> None:
     value = data.draw(VALUES[kind])
-    for back in (values.read(values.text(value), kind),
-                 values.from_json(json.loads(json.dumps(values.to_json(value))), kind)):  # fmt: skip
+    for back in (
+        values.read(values.text(value), kind),
+        values.from_json(json.loads(json.dumps(values.to_json(value))), kind),
+    ):
         assert back == value
         assert type(back) is type(value)
         assert not isinstance(value, float) or math.copysign(1, back) == math.copysign(1, value)
@@ -194,7 +262,8 @@ def test_values_survive_text_and_json(kind: Any, data: strategies.DataObject) ->
 
 @hypothesis.settings(max_examples=300, deadline=None)
 @hypothesis.given(
-    text=strategies.text(max_size=12), name=strategies.sampled_from([setting.name for setting in settings.of_run(make_run())])
+    text=strategies.text(max_size=12),
+    name=strategies.sampled_from([setting.name for setting in settings.of_run(make_run())]),
 )
 def test_any_text_gives_a_value_or_one_line(text: str, name: str) -> None:
     if name in ("workdir", "init_from", "from_run"):
@@ -208,13 +277,27 @@ def test_any_text_gives_a_value_or_one_line(text: str, name: str) -> None:
 
 def test_a_run_survives_json() -> None:
     run = flags.parse(
-        make_run(), ["--optimizer=sgd", "--optimizer.learning_rate=0.1", "--model.widths=3", "--eval_every=3", "--steps=12", "--seed=9"]
+        make_run(),
+        [
+            "--optimizer=sgd",
+            "--optimizer.learning_rate=0.1",
+            "--model.widths=3",
+            "--eval_every=3",
+            "--steps=12",
+            "--seed=9",
+        ],
     )
     record = json.loads(json.dumps(run_record.to_json(run)))
     again = run_record.from_json(make_run(), record)
     assert again == run
     assert run_record.to_json(again) == record
-    assert record["model"] == {"kind": "small", "depth": 3, "widths": [3], "activation": {"python": f"{__name__}.relu"}, "dropout": 0.0}
+    assert record["model"] == {
+        "kind": "small",
+        "depth": 3,
+        "widths": [3],
+        "activation": {"python": f"{__name__}.relu"},
+        "dropout": 0.0,
+    }
 
 
 def test_kinds_are_the_nearest_names() -> None:
@@ -222,23 +305,44 @@ def test_kinds_are_the_nearest_names() -> None:
     assert run_record.kind_of(make_run(), "data") == "Source"
 
 
-@pytest.mark.parametrize(("path", "value", "line"), [
-    (["seed"], "1", "seed='1' is a str; expected int 0..4294967295"),
-    (["seed"], True, "seed=true is a bool; expected int 0..4294967295"),
-    (["seed"], -1, "seed=-1: must be 0..4294967295"),
-    (["model", "depth"], 2.0, "model.depth=2.0 is a float; expected int >= 1"),
-    (["model", "depth"], 0, "model.depth=0: must be >= 1"),
-    (["model", "widths"], [1, "2"], 'model.widths=[1, "2"] is a str; expected int >= 1'),
-    (["model", "activation"], {"python": "os.system"},
-     f'model.activation={{"python": "os.system"}}: only the experiment\'s Python can set it, and it says {{"python": "{__name__}.relu"}}'),
-    (["model", "kind"], "os.system", "model.kind='os.system': unknown; valid: Network, small, deep"),
-    (["model", "depht"], 3, "unknown field model.depht; did you mean 'depth'?"),
-    (["model"], 3, "model is not a component; expected an object with a kind"),
-    (["data", "cutting", "size"], None, "data.cutting.size=null is a NoneType; expected int >= 1"),
-    (["eval_every"], "often", "eval_every='often': not a horizon; expected e.g. 200, 200steps, 2epochs or 5%"),
-    (["resume"], "perhaps", None),
-    (["clip_norm"], float("nan"), "clip_norm=NaN: must be finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "value", "line"),
+    [
+        (["seed"], "1", "seed='1' is a str; expected int 0..4294967295"),
+        (["seed"], True, "seed=true is a bool; expected int 0..4294967295"),
+        (["seed"], -1, "seed=-1: must be 0..4294967295"),
+        (["model", "depth"], 2.0, "model.depth=2.0 is a float; expected int >= 1"),
+        (["model", "depth"], 0, "model.depth=0: must be >= 1"),
+        (["model", "widths"], [1, "2"], 'model.widths=[1, "2"] is a str; expected int >= 1'),
+        (
+            ["model", "activation"],
+            {"python": "os.system"},
+            (
+                'model.activation={"python": "os.system"}: only the experiment\'s Python can set'
+                f' it, and it says {{"python": "{__name__}.relu"}}'
+            ),
+        ),
+        (
+            ["model", "kind"],
+            "os.system",
+            "model.kind='os.system': unknown; valid: Network, small, deep",
+        ),
+        (["model", "depht"], 3, "unknown field model.depht; did you mean 'depth'?"),
+        (["model"], 3, "model is not a component; expected an object with a kind"),
+        (
+            ["data", "cutting", "size"],
+            None,
+            "data.cutting.size=null is a NoneType; expected int >= 1",
+        ),
+        (
+            ["eval_every"],
+            "often",
+            "eval_every='often': not a horizon; expected e.g. 200, 200steps, 2epochs or 5%",
+        ),
+        (["resume"], "perhaps", None),
+        (["clip_norm"], float("nan"), "clip_norm=NaN: must be finite"),
+    ],
+)
 def test_json_is_read_strictly(path: list[str], value: Any, line: str | None) -> None:
     record = run_record.to_json(make_run())
     inner = record
@@ -255,25 +359,56 @@ def test_json_is_read_strictly(path: list[str], value: Any, line: str | None) ->
 
 def test_json_lacks_nothing() -> None:
     record = run_record.to_json(make_run())
-    assert set(record) == {field.name for field in dataclasses.fields(config.Run)} - {"name", "offers"}
+    assert set(record) == {field.name for field in dataclasses.fields(config.Run)} - {
+        "name",
+        "offers",
+    }
     del record["optimizer"]["b1"]
-    with pytest.raises(ValueError, match=r"^lacks optimizer.b1; it was written by another version of this experiment$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^lacks optimizer.b1; it was written by another version of this experiment$",
+    ):
         run_record.from_json(make_run(), record)
 
 
 def test_paths_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "run.json").write_text(json.dumps({"name": "toy", "config": run_record.to_json(make_run())}))
+    (tmp_path / "run.json").write_text(
+        json.dumps({"name": "toy", "config": run_record.to_json(make_run())})
+    )
     run = flags.parse(make_run(), ["--workdir=~/new", "--from_run=~", "--init_from", "~/run.json"])
-    assert (run.workdir, run.from_run, run.init_from) == (f"{tmp_path}/new", str(tmp_path), f"{tmp_path}/run.json")
+    assert (run.workdir, run.from_run, run.init_from) == (
+        f"{tmp_path}/new",
+        str(tmp_path),
+        f"{tmp_path}/run.json",
+    )
 
 
 def test_from_run_repeats_a_run_and_flags_override(tmp_path: Path) -> None:
-    run = flags.parse(make_run(), ["--optimizer=sgd", "--optimizer.momentum=0.3", "--epochs=3", f"--workdir={tmp_path}", "--resume=never"])
-    (tmp_path / "run.json").write_text(json.dumps({"name": "toy", "config": run_record.to_json(run)}))
-    again = flags.parse(make_run(), [f"--from_run={tmp_path}", "--optimizer.decay=a=0", "--steps=5"])
+    run = flags.parse(
+        make_run(),
+        [
+            "--optimizer=sgd",
+            "--optimizer.momentum=0.3",
+            "--epochs=3",
+            f"--workdir={tmp_path}",
+            "--resume=never",
+        ],
+    )
+    (tmp_path / "run.json").write_text(
+        json.dumps({"name": "toy", "config": run_record.to_json(run)})
+    )
+    again = flags.parse(
+        make_run(), [f"--from_run={tmp_path}", "--optimizer.decay=a=0", "--steps=5"]
+    )
     assert again.optimizer == Sgd(momentum=0.3, decay=(("a", 0.0),))
-    assert (again.steps, again.epochs, again.workdir, again.resume, again.from_run) == (5, None, "", "auto", str(tmp_path))
+    assert (again.steps, again.epochs, again.workdir, again.resume, again.from_run) == (
+        5,
+        None,
+        "",
+        "auto",
+        str(tmp_path),
+    )
     plain = flags.parse(make_run(), ["--from_run", str(tmp_path)])
     assert run_record.differences(run_record.to_json(run), run_record.to_json(plain)) == []
     swapped = flags.parse(make_run(), [f"--from_run={tmp_path}", "--optimizer=adam"])
@@ -283,13 +418,25 @@ def test_from_run_repeats_a_run_and_flags_override(tmp_path: Path) -> None:
 def test_differences_name_what_changed() -> None:
     old = run_record.to_json(make_run())
     new = run_record.to_json(
-        flags.parse(make_run(), ["--model.depth=8", "--optimizer=sgd", "--batch_size=4", "--resume=must", "--data.cutting.size=1"])
+        flags.parse(
+            make_run(),
+            [
+                "--model.depth=8",
+                "--optimizer=sgd",
+                "--batch_size=4",
+                "--resume=must",
+                "--data.cutting.size=1",
+            ],
+        )
     )
     assert run_record.differences(old, old) == []
     # depth 8 is nearest to `small` still, by how many fields differ, so only the field counts
     assert sorted(run_record.differences(old, new)) == [
-        ("batch_size", 128, 4), ("data.cutting.size", 4, 1), ("model.depth", 3, 8), ("optimizer", "adam", "sgd"),
-    ]  # fmt: skip
+        ("batch_size", 128, 4),
+        ("data.cutting.size", 4, 1),
+        ("model.depth", 3, 8),
+        ("optimizer", "adam", "sgd"),
+    ]
 
 
 def test_secrets_are_never_recorded(capsys: pytest.CaptureFixture[str]) -> None:
@@ -301,13 +448,26 @@ def test_secrets_are_never_recorded(capsys: pytest.CaptureFixture[str]) -> None:
     assert "https://<redacted>@host/x" in record
     kept = run_record.from_json(make_run(optimizer=Adam(token="own")), json.loads(record))
     assert (kept.optimizer.token, kept.data.path) == ("own", "")
-    assert flags.parse(make_run(), [], {"JAXTRAIN_OPTIMIZER_TOKEN": "from the environment"}).optimizer.token == "from the environment"
-    assert secrets.redact(["x.py", "--optimizer.token", "abc", "--data.path=s3://k:s@b/x", "--model.num_tokens=3"]) == [
-        "x.py", "--optimizer.token", "<redacted>", "--data.path=s3://<redacted>@b/x", "--model.num_tokens=3",
-    ]  # fmt: skip
+    assert (
+        flags.parse(
+            make_run(), [], {"JAXTRAIN_OPTIMIZER_TOKEN": "from the environment"}
+        ).optimizer.token
+        == "from the environment"
+    )
+    assert secrets.redact(
+        ["x.py", "--optimizer.token", "abc", "--data.path=s3://k:s@b/x", "--model.num_tokens=3"]
+    ) == [
+        "x.py",
+        "--optimizer.token",
+        "<redacted>",
+        "--data.path=s3://<redacted>@b/x",
+        "--model.num_tokens=3",
+    ]
 
 
-@pytest.mark.parametrize("family", ["models", "data", "tasks", "optimizers", "schedules", "augment"])
+@pytest.mark.parametrize(
+    "family", ["models", "data", "tasks", "optimizers", "schedules", "augment"]
+)
 def test_every_named_component_has_words_and_survives_text_and_json(family: str) -> None:
     names = importlib.import_module(f"jaxtrain.{family}").NAMES
     field = "data" if family == "data" else family.removesuffix("s")
@@ -315,13 +475,20 @@ def test_every_named_component_has_words_and_survives_text_and_json(family: str)
         run = make_run(**{field: component, "offers": {field: names}})
         for setting in settings.of_component(component):
             assert setting.words, (name, setting.name)
-            assert values.read(values.text(setting.value), setting.field.type, setting.field.marks) == setting.value, (
+            assert (
+                values.read(values.text(setting.value), setting.field.type, setting.field.marks)
+                == setting.value
+            ), (
                 name,
                 setting.name,
             )
         assert settings.summary(type(component)), name
         assert (
-            run_record.from_json(make_run(**{field: next(iter(names.values())), "offers": {field: names}}), run_record.to_json(run)) == run
+            run_record.from_json(
+                make_run(**{field: next(iter(names.values())), "offers": {field: names}}),
+                run_record.to_json(run),
+            )
+            == run
         )
 
 
@@ -329,7 +496,9 @@ def test_models_that_are_no_dataclass_have_no_flags() -> None:
     run = make_run(model=(relu, relu), offers={})
     assert flags.parse(run, ["--seed=1"]).model == (relu, relu)
     assert run_record.from_json(run, run_record.to_json(run)) == run
-    with pytest.raises(ValueError, match=r"^--model='deep': this experiment offers no other model$"):
+    with pytest.raises(
+        ValueError, match=r"^--model='deep': this experiment offers no other model$"
+    ):
         flags.parse(run, ["--model=deep"])
 
 
@@ -340,28 +509,49 @@ def test_traceback_is_asked_for_before_parsing() -> None:
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs `python -m jaxtrain`."""
-    return subprocess.run([sys.executable, "-m", "jaxtrain", *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "jaxtrain", *arguments], capture_output=True, text=True, check=False
+    )
 
 
 def test_the_command_answers_at_once_and_without_jax() -> None:
     program = "import sys, runpy, time; start = time.perf_counter(); sys.argv[1:] = ['--help']\n"
-    program += "try: runpy.run_module('jaxtrain', run_name='__main__')\nexcept SystemExit as stop: assert not stop.code\n"
-    program += "assert not {'jax', 'absl', 'numpy', 'flax'} & set(sys.modules), 'too much'; print(time.perf_counter() - start)"
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    program += (
+        "try: runpy.run_module('jaxtrain', run_name='__main__')\nexcept SystemExit as stop: assert"
+        " not stop.code\n"
+    )
+    program += (
+        "assert not {'jax', 'absl', 'numpy', 'flax'} & set(sys.modules), 'too much';"
+        " print(time.perf_counter() - start)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
     assert "python -m jaxtrain verify WORKDIR" in said
     assert float(said.splitlines()[-1]) < 0.5
 
 
-@pytest.mark.parametrize(("arguments", "line"), [
-    (["lst"], "unknown command 'lst'; valid: list, verify, report; did you mean 'list'?"),
-    (["list", "optmizers"],
-     "list optmizers: unknown; valid: models, data, tasks, optimizers, schedules, augment; did you mean 'optimizers'?"),
-    (["verify"], "verify: takes one WORKDIR, got 0; e.g. python -m jaxtrain verify runs/digits/today"),
-    (["verify", "/dev/null"], "verify /dev/null: is a file, not a directory"),
-    (["report", "/nowhere/at all"], "report /nowhere/at all: no such directory"),
-    (["report", "/"], "report /: holds no metrics.jsonl; is it the folder of a run?"),
-    (["list", "--all"], "list: unknown flag --all; it takes none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["lst"], "unknown command 'lst'; valid: list, verify, report; did you mean 'list'?"),
+        (
+            ["list", "optmizers"],
+            (
+                "list optmizers: unknown; valid: models, data, tasks, optimizers, schedules,"
+                " augment; did you mean 'optimizers'?"
+            ),
+        ),
+        (
+            ["verify"],
+            "verify: takes one WORKDIR, got 0; e.g. python -m jaxtrain verify runs/digits/today",
+        ),
+        (["verify", "/dev/null"], "verify /dev/null: is a file, not a directory"),
+        (["report", "/nowhere/at all"], "report /nowhere/at all: no such directory"),
+        (["report", "/"], "report /: holds no metrics.jsonl; is it the folder of a run?"),
+        (["list", "--all"], "list: unknown flag --all; it takes none"),
+    ],
+)
 def test_wrong_commands_get_one_line(arguments: list[str], line: str) -> None:
     done = command(*arguments)
     assert (done.returncode, done.stderr, done.stdout) == (2, f"jaxtrain: error: {line}\n", "")

@@ -1,4 +1,5 @@
-"""Products in fp8 against NumPy: the same rounding by ml_dtypes, the same sums in float64, and every place where products hide.
+"""Products in fp8 against NumPy: the same rounding by ml_dtypes, the same sums in float64, and
+every place where products hide.
 
 Letters of the products: a, b, c, d free dims, k, l, m contracted ones.
 """
@@ -15,9 +16,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtrain.precision import fp8
-from jaxtrain.plan import gpu_target
 from jaxtrain.parallel import mesh
+from jaxtrain.plan import gpu_target
+from jaxtrain.precision import fp8
 
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 RANDOM = np.random.default_rng(0)
@@ -55,7 +56,9 @@ def count(function: Callable[..., Any], *arguments: Any) -> Counter[str]:
     return Counter(left for left, _ in products(jax.make_jaxpr(function)(*arguments)))
 
 
-def both(function: Callable[..., Any], x: np.ndarray, y: np.ndarray, upstream: np.ndarray) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def both(
+    function: Callable[..., Any], x: np.ndarray, y: np.ndarray, upstream: np.ndarray
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The value of a function and both gradients, compiled."""
 
     def value_and_gradients(x: jax.Array, y: jax.Array, upstream: jax.Array) -> Any:
@@ -72,7 +75,9 @@ def test_rounds_as_ml_dtypes_does(dtype, scale):
     few, factor = jax.jit(lambda values: fp8.quantised(values, jnp.dtype(dtype)))(values)
     assert few.dtype == dtype
     few = np.asarray(few)
-    np.testing.assert_allclose(few.astype(np.float64) * np.float64(factor), rounded(values, dtype), rtol=1e-6, atol=0)
+    np.testing.assert_allclose(
+        few.astype(np.float64) * np.float64(factor), rounded(values, dtype), rtol=1e-6, atol=0
+    )
     assert np.abs(few.astype(np.float32)).max() == ml_dtypes.finfo(dtype).max
 
 
@@ -86,22 +91,33 @@ def test_a_tensor_without_a_usable_scale_keeps_scale_one():
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 def test_an_overflow_is_seen(bad):
-    """Where one operand is not finite the row is NaN, in the product and in the gradient, and no number hides behind the largest."""
+    """Where one operand is not finite the row is NaN, in the product and in the gradient, and no
+    number hides behind the largest."""
     x, y = normal(3, 4), normal(4, 2)
     x[1, 2] = bad
     product = fp8.with_fp8_products(matmul)
     assert np.isnan(jax.jit(product)(x, y)).tolist() == [[False] * 2, [True] * 2, [False] * 2]
-    upstream = np.where(np.arange(3)[:, None] == 1, bad, 1.0).astype(np.float32) * np.ones((1, 2), np.float32)
-    gradient = jax.jit(lambda x, y, upstream: jax.vjp(product, x, y)[1](upstream)[0])(normal(3, 4), y, upstream)
+    upstream = np.where(np.arange(3)[:, None] == 1, bad, 1.0).astype(np.float32) * np.ones(
+        (1, 2), np.float32
+    )
+    gradient = jax.jit(lambda x, y, upstream: jax.vjp(product, x, y)[1](upstream)[0])(
+        normal(3, 4), y, upstream
+    )
     assert np.isnan(gradient).any(axis=1).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("letters", ["ak,kb->ab", "abk,kcd->abcd", "akbl,lckd->abcd", "klma,bmkl->ab", "kl,lk->", "ka,bk->ba"])
+@pytest.mark.parametrize(
+    "letters",
+    ["ak,kb->ab", "abk,kcd->abcd", "akbl,lckd->abcd", "klma,bmkl->ab", "kl,lk->", "ka,bk->ba"],
+)
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["fp32", "bf16"])
 def test_products_and_gradients_are_those_of_numpy(letters, dtype):
     sizes = dict(zip("abcdklm", (3, 4, 2, 5, 6, 8, 7), strict=True))
     first, second, out = re.split(",|->", letters)
-    x, y, upstream = (np.asarray(normal(*(sizes[letter] for letter in word))).astype(dtype) for word in (first, second, out))
+    x, y, upstream = (
+        np.asarray(normal(*(sizes[letter] for letter in word))).astype(dtype)
+        for word in (first, second, out)
+    )
 
     def function(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.einsum(letters, x, y)
@@ -138,9 +154,13 @@ def hidden(place: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
         "jit": jax.jit(once),
         "remat": jax.checkpoint(once),
         "jit of remat": jax.jit(jax.checkpoint(once, policy=jax.checkpoint_policies.dots_saveable)),
-        "scan of remat": lambda x, w: jax.lax.scan(lambda x, _: (jax.checkpoint(once)(x, w), None), x, None, length=1)[0],
+        "scan of remat": lambda x, w: jax.lax.scan(
+            lambda x, _: (jax.checkpoint(once)(x, w), None), x, None, length=1
+        )[0],
         "loop": lambda x, w: jax.lax.fori_loop(0, 1, lambda _, x: once(x, w), x),
-        "cond": lambda x, w: jax.lax.cond(x.sum() > 1e9, lambda x: x + 1.0, lambda x: once(x, w), x),
+        "cond": lambda x, w: jax.lax.cond(
+            x.sum() > 1e9, lambda x: x + 1.0, lambda x: once(x, w), x
+        ),
     }[place]
     return lambda x, w: inner(inner(inner(x, w), w), w)
 
@@ -153,13 +173,20 @@ def test_products_are_found_where_they_hide(place):
     wanted = both(fp8.with_fp8_products(hidden("plain")), x, w, upstream)
     function = fp8.with_fp8_products(hidden(place))
     for found in (both(function, x, w, upstream), both(jax.checkpoint(function), x, w, upstream)):
-        jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5), found, wanted)
+        jax.tree.map(
+            lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5),
+            found,
+            wanted,
+        )
 
 
 def test_what_is_left_alone():
-    """Attention's batched products, products of integers, convolutions, and products behind derivatives that somebody wrote."""
+    """Attention's batched products, products of integers, convolutions, and products behind
+    derivatives that somebody wrote."""
     query = normal(2, 5, 3, 4)
-    assert count(fp8.with_fp8_products(jax.nn.dot_product_attention), query, query, query) == {"float32": 2}
+    assert count(fp8.with_fp8_products(jax.nn.dot_product_attention), query, query, query) == {
+        "float32": 2
+    }
     whole = np.ones((4, 4), np.int32)
     assert count(fp8.with_fp8_products(matmul), whole, whole) == {"int32": 1}
     assert count(fp8.with_fp8_products(jnp.outer), normal(3), normal(2)).keys() <= {"float32"}
@@ -170,10 +197,14 @@ def test_what_is_left_alone():
 
     doubled.defvjp(lambda x: (x @ x, x), lambda x, gradient: (jnp.full_like(x, 7.0),))
     x = normal(4, 4)
-    found, gradient = jax.jit(jax.value_and_grad(lambda x: fp8.with_fp8_products(doubled)(x).sum()))(x)
+    found, gradient = jax.jit(
+        jax.value_and_grad(lambda x: fp8.with_fp8_products(doubled)(x).sum())
+    )(x)
     np.testing.assert_allclose(found, (x @ x).sum(), rtol=1e-5)
     np.testing.assert_array_equal(gradient, np.full((4, 4), 7.0))
-    ends = fp8.with_fp8_products(lambda x: jax.lax.while_loop(lambda x: x.sum() < 0, matmul_self, x))
+    ends = fp8.with_fp8_products(
+        lambda x: jax.lax.while_loop(lambda x: x.sum() < 0, matmul_self, x)
+    )
     assert count(ends, x) == {"float32": 1}
 
 
@@ -186,15 +217,24 @@ def test_trees_keys_and_constants_pass_through():
 
     def function(parameters: dict[str, jax.Array], key: jax.Array) -> dict[str, Any]:
         noise = jax.random.normal(key, (4, 8))
-        return {"out": (noise @ parameters["w"]) @ table, "same": parameters["b"], "key": key, "seven": 7}
+        return {
+            "out": (noise @ parameters["w"]) @ table,
+            "same": parameters["b"],
+            "key": key,
+            "seven": 7,
+        }
 
     parameters = {"w": jnp.asarray(normal(8, 6)), "b": jnp.arange(3)}
     found = jax.jit(fp8.with_fp8_products(function))(parameters, key)
-    assert count(fp8.with_fp8_products(lambda parameters: function(parameters, key)["out"]), parameters) == {"float8_e4m3fn": 2}
+    assert count(
+        fp8.with_fp8_products(lambda parameters: function(parameters, key)["out"]), parameters
+    ) == {"float8_e4m3fn": 2}
     assert found["same"].tolist() == [0, 1, 2]
     assert found["key"] == key
     assert int(found["seven"]) == 7
-    assert np.linalg.norm(found["out"] - jax.jit(function)(parameters, key)["out"]) < 0.1 * np.linalg.norm(found["out"])
+    assert np.linalg.norm(
+        found["out"] - jax.jit(function)(parameters, key)["out"]
+    ) < 0.1 * np.linalg.norm(found["out"])
 
 
 def test_names_in_a_profile_stay():
@@ -202,7 +242,9 @@ def test_names_in_a_profile_stay():
         with jax.named_scope("my_layer"):
             return x @ x
 
-    assert "my_layer" in jax.jit(fp8.with_fp8_products(function)).lower(normal(4, 4)).as_text(debug_info=True)
+    assert "my_layer" in jax.jit(fp8.with_fp8_products(function)).lower(normal(4, 4)).as_text(
+        debug_info=True
+    )
 
 
 def test_a_sharded_product_has_the_scale_of_the_whole():
@@ -210,7 +252,10 @@ def test_a_sharded_product_has_the_scale_of_the_whole():
     x[0, 0] = 50.0
     grid = mesh.make("data:2,fsdp:4")
     product = jax.jit(fp8.with_fp8_products(matmul))
-    placed = [jax.device_put(x, NamedSharding(grid, PartitionSpec("data"))), jax.device_put(w, NamedSharding(grid, PartitionSpec("fsdp")))]
+    placed = [
+        jax.device_put(x, NamedSharding(grid, PartitionSpec("data"))),
+        jax.device_put(w, NamedSharding(grid, PartitionSpec("fsdp"))),
+    ]
     np.testing.assert_allclose(product(*placed), product(x, w), rtol=1e-5, atol=1e-5)
 
 
@@ -229,7 +274,10 @@ def test_the_compiler_makes_fp8_kernels(card):
     def gradients(x: jax.Array, w: jax.Array, upstream: jax.Array) -> Any:
         return jax.vjp(fp8.with_fp8_products(matmul), x, w)[1](upstream)
 
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in ((256, 128), (128, 64), (256, 64))]
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+        for shape in ((256, 128), (128, 64), (256, 64))
+    ]
     text = jax.jit(gradients, out_shardings=place).lower(*shapes).compile().as_text()
     kernels = text.count('custom_call_target="__cublas$lt$matmul$f8"')
     if not kernels:

@@ -1,6 +1,8 @@
-"""Programs compiled for GPUs that are not here: what they send and hold against counts by hand, and which precision each card takes.
+"""Programs compiled for GPUs that are not here: what they send and hold against counts by hand, and
+which precision each card takes.
 
-All compiling is done by children of this file (`python tests/test_gpu_programs.py NAME`), for the compiler's own words are on stderr of its process.
+All compiling is done by children of this file (`python tests/test_gpu_programs.py NAME`), for the
+compiler's own words are on stderr of its process.
 """
 
 import contextlib
@@ -29,24 +31,38 @@ EIGHT = 8
 # What the children do.
 
 
-def facts(model: Any, task: Any, batch: dict[str, Any], mesh_text: str, *, card: str = "h100", **options: Any) -> dict[str, Any]:
-    """One training step compiled for eight cards of one host: what it sends by kind, what it holds, and the parameters it is made of."""
+def facts(
+    model: Any,
+    task: Any,
+    batch: dict[str, Any],
+    mesh_text: str,
+    *,
+    card: str = "h100",
+    **options: Any,
+) -> dict[str, Any]:
+    """One training step compiled for eight cards of one host: what it sends by kind, what it holds,
+    and the parameters it is made of."""
     import jax
 
     from jaxtrain import tree
-    from jaxtrain.plan import collectives
-    from jaxtrain.parallel import mesh
     from jaxtrain.optimizers import AdamW
+    from jaxtrain.parallel import mesh as meshes
+    from jaxtrain.plan import collectives
     from jaxtrain.train.state import init_state
 
     grid = meshes.make(mesh_text, gpu_target.devices(card, EIGHT))
-    program, sizes = runpy.run_path(str(ROOT / "scripts" / "wire.py"))["lowered"](model, task, AdamW(), batch, grid, **options)
+    program, sizes = runpy.run_path(str(ROOT / "scripts" / "wire.py"))["lowered"](
+        model, task, AdamW(), batch, grid, **options
+    )
     compiled = program.compile()
     found = collectives.read(compiled.as_text())
     memory = compiled.memory_analysis()
     params = jax.eval_shape(lambda: init_state(model, task, AdamW(), batch, **options)).params
     return sizes | {
-        "wire": {kind: collectives.wire_bytes(found, kind) for kind in sorted({each.kind for each in found})},
+        "wire": {
+            kind: collectives.wire_bytes(found, kind)
+            for kind in sorted({each.kind for each in found})
+        },
         "arrays": {path: leaf.shape for path, leaf in tree.flatten(params).items()},
         "arguments": memory.argument_size_in_bytes,
         "aliased": memory.alias_size_in_bytes,
@@ -58,9 +74,10 @@ def evaluation(model: Any, task: Any, batch: dict[str, Any], mesh_text: str) -> 
     import jax
 
     from jaxtrain import tree
-    from jaxtrain.plan import collectives
-    from jaxtrain.parallel import mesh as meshes, sharding
     from jaxtrain.optimizers import AdamW
+    from jaxtrain.parallel import mesh as meshes
+    from jaxtrain.parallel import sharding
+    from jaxtrain.plan import collectives
     from jaxtrain.train.recipe import Recipe
     from jaxtrain.train.state import init_state, state_shardings
     from jaxtrain.train.steps import make_eval_step
@@ -68,11 +85,23 @@ def evaluation(model: Any, task: Any, batch: dict[str, Any], mesh_text: str) -> 
     parts, grid = (model, task, AdamW()), meshes.make(mesh_text, gpu_target.devices("h100", EIGHT))
     state = jax.eval_shape(lambda: init_state(*parts, batch))
     places = state_shardings(Recipe(*parts), batch, state, grid)
-    abstract = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, places)
-    rows = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.batch(grid)) for name, leaf in batch.items()}
-    found = collectives.read(make_eval_step(*parts, mesh=grid).lower(abstract, rows).compile().as_text())
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        state,
+        places,
+    )
+    rows = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.batch(grid))
+        for name, leaf in batch.items()
+    }
+    found = collectives.read(
+        make_eval_step(*parts, mesh=grid).lower(abstract, rows).compile().as_text()
+    )
     return {
-        "wire": {kind: collectives.wire_bytes(found, kind) for kind in sorted({each.kind for each in found})},
+        "wire": {
+            kind: collectives.wire_bytes(found, kind)
+            for kind in sorted({each.kind for each in found})
+        },
         "arrays": {path: leaf.shape for path, leaf in tree.flatten(state.params).items()},
     }
 
@@ -81,7 +110,10 @@ def images(side: int) -> dict[str, Any]:
     """An abstract batch of images."""
     import jax
 
-    return {"image": jax.ShapeDtypeStruct((64, side, side, 1), "float32"), "label": jax.ShapeDtypeStruct((64,), "int32")}
+    return {
+        "image": jax.ShapeDtypeStruct((64, side, side, 1), "float32"),
+        "label": jax.ShapeDtypeStruct((64,), "int32"),
+    }
 
 
 def tokens() -> dict[str, Any]:
@@ -92,7 +124,8 @@ def tokens() -> dict[str, Any]:
 
 
 def quick() -> dict[str, Any]:
-    """A small dense model in two layouts; the precision that each card takes, and the step in it for the oldest."""
+    """A small dense model in two layouts; the precision that each card takes, and the step in it
+    for the oldest."""
     from jaxtrain import precision
     from jaxtrain.models import MLP
     from jaxtrain.tasks import Classification
@@ -104,23 +137,35 @@ def quick() -> dict[str, Any]:
         chosen = precision.choose("gpu", capability)
         if card == "v100":
             facts(model, task, batch, "data:8", card=card, precision=chosen)
-        found[card] = {"capability": gpu_target.devices(card, 1)[0].compute_capability, "chosen": chosen}
+        found[card] = {
+            "capability": gpu_target.devices(card, 1)[0].compute_capability,
+            "chosen": chosen,
+        }
     return found
 
 
 def transformers() -> dict[str, Any]:
-    """A small decoder and a small ViT in every layout, and the decoder in bf16, rematerialised and not."""
+    """A small decoder and a small ViT in every layout, and the decoder in bf16, rematerialised and
+    not."""
     from jaxtrain.models.transformer import Transformer
     from jaxtrain.models.vit import ViT
     from jaxtrain.tasks import Classification, NextToken
 
     decoder = Transformer(vocabulary=512, width=128, depth=2, heads=4, max_length=64)
     vit = ViT(num_classes=16, patch=4, width=256, depth=2, heads=8)
-    found = {f"decoder {text}": facts(decoder, NextToken(), tokens(), text) for text in ("data:8", "fsdp:8", "data:2,fsdp:4", "fsdp:4,tensor:2")}
-    found |= {f"vit {text}": facts(vit, Classification(), images(32), text) for text in ("data:8", "fsdp:8")}
+    found = {
+        f"decoder {text}": facts(decoder, NextToken(), tokens(), text)
+        for text in ("data:8", "fsdp:8", "data:2,fsdp:4", "fsdp:4,tensor:2")
+    }
+    found |= {
+        f"vit {text}": facts(vit, Classification(), images(32), text)
+        for text in ("data:8", "fsdp:8")
+    }
     found["decoder evaluated"] = evaluation(decoder, NextToken(), tokens(), "fsdp:8")
     for remat in ("none", "blocks"):
-        found[f"bf16 {remat}"] = facts(decoder, NextToken(), tokens(), "fsdp:8", precision="bf16", remat=remat)
+        found[f"bf16 {remat}"] = facts(
+            decoder, NextToken(), tokens(), "fsdp:8", precision="bf16", remat=remat
+        )
     return found
 
 
@@ -154,7 +199,12 @@ def products() -> dict[str, str]:
     return found
 
 
-CHILDREN: dict[str, Callable[[], dict[str, Any]]] = {"quick": quick, "transformers": transformers, "cards": cards, "products": products}
+CHILDREN: dict[str, Callable[[], dict[str, Any]]] = {
+    "quick": quick,
+    "transformers": transformers,
+    "cards": cards,
+    "products": products,
+}
 
 
 # The tests.
@@ -162,10 +212,16 @@ CHILDREN: dict[str, Callable[[], dict[str, Any]]] = {"quick": quick, "transforme
 
 def child(name: str) -> tuple[dict[str, Any], str]:
     """What a child found, and all that the compiler said."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    }
     environment |= {"TF_CPP_MIN_LOG_LEVEL": "0", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", __file__, name]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout), done.stderr
 
@@ -192,10 +248,13 @@ def bytes_of(found: dict[str, Any], *, at_least: int = 0) -> int:
 
 
 def check(found: dict[str, Any], expected: dict[str, float]) -> None:
-    """Within 2% of the count by hand, kind by kind; what is not counted sends nothing to speak of."""
+    """Within 2% of the count by hand, kind by kind; what is not counted sends nothing to speak
+    of."""
     for kind in expected | found["wire"]:
         sent, by_hand = found["wire"].get(kind, 0.0), expected.get(kind, 0.0)
-        assert abs(sent - by_hand) <= 0.02 * by_hand + 64, f"{kind}: {sent:,.0f} bytes, by hand {by_hand:,.0f}"
+        assert abs(sent - by_hand) <= 0.02 * by_hand + 64, (
+            f"{kind}: {sent:,.0f} bytes, by hand {by_hand:,.0f}"
+        )
 
 
 ONCE, TWICE = 7 / 8, 2 * 7 / 8
@@ -211,13 +270,18 @@ def test_a_dense_model_sends_what_it_must(small: tuple[dict[str, Any], str]) -> 
 
 
 @NEEDS_COMPILER
-def test_arguments_are_the_state_and_the_batch_to_the_byte(small: tuple[dict[str, Any], str]) -> None:
+def test_arguments_are_the_state_and_the_batch_to_the_byte(
+    small: tuple[dict[str, Any], str],
+) -> None:
     found, _ = small
     for text, share in (("data:8", 1), ("fsdp:8", 8)):
         each = found[text]
         assert each["arguments"] == each["state"] + each["batch"]
-        assert each["aliased"] == each["state"], "the new state must take the place of the old one, array by array"
-        # Parameters and two averages; every dim of this model divides by eight. The rest are scalars.
+        assert each["aliased"] == each["state"], (
+            "the new state must take the place of the old one, array by array"
+        )
+        # Parameters and two averages; every dim of this model divides by eight. The rest are
+        # scalars.
         assert 0 <= each["state"] - 3 * bytes_of(each) // share < 128
 
 
@@ -225,7 +289,12 @@ def test_arguments_are_the_state_and_the_batch_to_the_byte(small: tuple[dict[str
 @pytest.mark.parametrize("card", CARDS)
 def test_auto_takes_what_the_card_can_do(small: tuple[dict[str, Any], str], card: str) -> None:
     found, _ = small
-    expected = {"v100": ("7.0", "fp16"), "titan_rtx": ("7.5", "fp16"), "rtx_3090": ("8.6", "bf16"), "a100": ("8.0", "bf16")}
+    expected = {
+        "v100": ("7.0", "fp16"),
+        "titan_rtx": ("7.5", "fp16"),
+        "rtx_3090": ("8.6", "bf16"),
+        "a100": ("8.0", "bf16"),
+    }
     assert (found[card]["capability"], found[card]["chosen"]) == expected.get(card, ("9.0", "bf16"))
 
 
@@ -241,10 +310,15 @@ def test_transformers_send_what_they_must(large: tuple[dict[str, Any], str]) -> 
     found, said = large
     assert "nvoluntary full rematerialization" not in said
     whole, table = bytes_of(found["decoder data:8"]), 512 * 128 * 4
-    # The table of embeddings is tied to the head: the gradients of both uses are summed apart, and that of the look-up everywhere.
+    # The table of embeddings is tied to the head: the gradients of both uses are summed apart, and
+    # that of the look-up everywhere.
     check(found["decoder data:8"], {"all-reduce": TWICE * (whole + table)})
-    check(found["decoder fsdp:8"], {"all-reduce": TWICE * table, "all-gather": ONCE * whole, "reduce-scatter": ONCE * whole})
-    kernels = bytes_of(found["decoder data:8"], at_least=2) - table - (64 * 128 + 2 * 3 * 128) * 4  # neither positions nor biases of query, key and value
+    check(
+        found["decoder fsdp:8"],
+        {"all-reduce": TWICE * table, "all-gather": ONCE * whole, "reduce-scatter": ONCE * whole},
+    )
+    # neither positions nor biases of query, key and value
+    kernels = bytes_of(found["decoder data:8"], at_least=2) - table - (64 * 128 + 2 * 3 * 128) * 4
     hybrid = {
         "all-gather": 3 / 4 * whole,
         "reduce-scatter": 3 / 4 * kernels,
@@ -258,18 +332,24 @@ def test_transformers_send_what_they_must(large: tuple[dict[str, Any], str]) -> 
 
 @NEEDS_COMPILER
 @pytest.mark.slow
-def test_evaluation_gathers_parameters_and_no_activations(large: tuple[dict[str, Any], str]) -> None:
+def test_evaluation_gathers_parameters_and_no_activations(
+    large: tuple[dict[str, Any], str],
+) -> None:
     found = large[0]["decoder evaluated"]
     check(found, {"all-gather": ONCE * bytes_of(found)})
 
 
 @NEEDS_COMPILER
 @pytest.mark.slow
-def test_parameters_travel_in_bf16_and_again_when_rematerialised(large: tuple[dict[str, Any], str]) -> None:
+def test_parameters_travel_in_bf16_and_again_when_rematerialised(
+    large: tuple[dict[str, Any], str],
+) -> None:
     found, _ = large
     whole = bytes_of(found["bf16 none"])
     assert found["bf16 none"]["wire"]["all-gather"] == pytest.approx(ONCE * whole / 2, rel=0.02)
-    assert found["bf16 blocks"]["wire"]["all-gather"] == pytest.approx(2 * ONCE * whole / 2, rel=0.02)
+    assert found["bf16 blocks"]["wire"]["all-gather"] == pytest.approx(
+        2 * ONCE * whole / 2, rel=0.02
+    )
 
 
 @NEEDS_COMPILER
@@ -279,7 +359,12 @@ def test_the_compiler_refuses_attention_in_bf16_where_the_card_lacks_it() -> Non
     refused = {name: words for name, words in found.items() if words}
     # So what `auto` takes for each of the six (a test above) compiles.
     assert set(refused) == {"v100 bf16", "titan_rtx bf16"}, refused
-    assert all(words.startswith("UNIMPLEMENTED: Unsupported algorithm on the current device(s): ALG_DOT_BF16_BF16_F32") for words in refused.values())
+    assert all(
+        words.startswith(
+            "UNIMPLEMENTED: Unsupported algorithm on the current device(s): ALG_DOT_BF16_BF16_F32"
+        )
+        for words in refused.values()
+    )
 
 
 @NEEDS_COMPILER
@@ -293,15 +378,26 @@ def test_the_compiler_lets_a_lone_product_in_bf16_through() -> None:
 def test_every_target_is_a_card_of_the_table() -> None:
     for name, target in gpu_target.TARGETS.items():
         assert target.capability in gpu_target.ARCHITECTURES, name
-        assert f"cuda_compute_capability {{ major: {target.capability[0]} minor: {target.capability[1]} " in gpu_target.text(target)
+        assert (
+            f"cuda_compute_capability {{ major: {target.capability[0]} minor:"
+            f" {target.capability[1]} " in gpu_target.text(target)
+        )
     assert set(CARDS) <= gpu_target.TARGETS.keys()
     assert all(hardware.compute_capability(card.name) == card.capability for card in hardware.CARDS)
 
 
 def test_words_for_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"^card 'h10': not known to the compiler; known: v100, .*; did you mean 'h100'\?$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^card 'h10': not known to the compiler; known: v100, .*; did you mean 'h100'\?$",
+    ):
         gpu_target.devices("h10", 1)
-    with pytest.raises(ValueError, match=r"^12 h100 in 8 hosts: every host has the same number of cards; choose a multiple of 8$"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"^12 h100 in 8 hosts: every host has the same number of cards; choose a multiple of 8$"
+        ),
+    ):
         gpu_target.devices("h100", 12, hosts=8)
     versions = {"jax": "0.10.2", "jax-cuda12-plugin": "0.10.1"}
 
@@ -311,16 +407,30 @@ def test_words_for_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
         return versions.get(name, "0.10.2")
 
     monkeypatch.setattr(metadata, "version", version)
-    assert gpu_target.available() == "nvidia-cuda-nvcc-cu12 is not installed; pip install 'jaxtrain[plan]'"
-    with pytest.raises(ValueError, match=r"^compiling for h100: nvidia-cuda-nvcc-cu12 is not installed; pip install 'jaxtrain\[plan\]'$"):
+    assert (
+        gpu_target.available()
+        == "nvidia-cuda-nvcc-cu12 is not installed; pip install 'jaxtrain[plan]'"
+    )
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"^compiling for h100: nvidia-cuda-nvcc-cu12 is not installed; pip install"
+            r" 'jaxtrain\[plan\]'$"
+        ),
+    ):
         gpu_target.devices("h100", 8)
     monkeypatch.setattr(metadata, "version", lambda name: versions.get(name, "0.10.2"))
-    assert gpu_target.available() == "jax-cuda12-plugin is 0.10.1 but jax is 0.10.2; pip install 'jax-cuda12-plugin==0.10.2'"
+    assert (
+        gpu_target.available()
+        == "jax-cuda12-plugin is 0.10.1 but jax is 0.10.2; pip install 'jax-cuda12-plugin==0.10.2'"
+    )
 
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize("there", [False, True])
-def test_the_check_is_left_out_only_where_there_is_no_card(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_is_left_out_only_where_there_is_no_card(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(gpu_target.SKIP_CHECK, "")
     monkeypatch.delenv(gpu_target.SKIP_CHECK)
     gpu_target.prepare(exists=lambda path: there)
@@ -328,11 +438,25 @@ def test_the_check_is_left_out_only_where_there_is_no_card(there: bool, monkeypa
 
 
 @NEEDS_COMPILER
-@pytest.mark.skipif(any(map(os.path.exists, gpu_target.DEVICE_FILES)), reason="there is an NVIDIA device")
+@pytest.mark.skipif(
+    any(map(os.path.exists, gpu_target.DEVICE_FILES)), reason="there is an NVIDIA device"
+)
 def test_a_default_process_says_nothing_of_the_compiler() -> None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
-    code = "from jaxtrain import gpu_target; gpu_target.prepare(); import jax; print(jax.devices()[0].platform)"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))
+    }
+    code = (
+        "from jaxtrain import gpu_target; gpu_target.prepare(); import jax;"
+        " print(jax.devices()[0].platform)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert (done.stdout, done.stderr) == ("cpu\n", "")
 
 

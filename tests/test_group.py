@@ -1,4 +1,5 @@
-"""Groups of real training processes: one of them fails in every way that a process can, layouts change between kills, and nothing is lost."""
+"""Groups of real training processes: one of them fails in every way that a process can, layouts
+change between kills, and nothing is lost."""
 
 import collections
 import json
@@ -15,7 +16,9 @@ from test_reproducible import digest_of, launch, metrics_of
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES, BATCH = 96, 32
-EXPERIMENT = '''"""A tiny run whose metrics say which examples each step saw, and whose data can be made to fail in one process."""
+EXPERIMENT = '''"""A tiny run whose metrics say which examples each step saw.
+
+Its data can be made to fail in one process."""
 
 import dataclasses
 import os
@@ -71,16 +74,22 @@ class Seen(Classification):
         sums = super().loss(outputs, batch, train=train)
         if train:
             rows = jnp.float32(outputs.shape[0])
-            ids = batch.get("id", jnp.zeros(outputs.shape[0], jnp.int32))  # shapes are checked on the table's own fields
-            sums |= {f"seen_{index}": (jnp.sum(ids == index).astype(jnp.float32), rows) for index in range(96)}
+            # Shapes are checked on the table's own fields, which have no id.
+            ids = batch.get("id", jnp.zeros(outputs.shape[0], jnp.int32))
+            for index in range(96):
+                sums[f"seen_{index}"] = jnp.sum(ids == index).astype(jnp.float32), rows
         return sums
 
 
 def experiment():
     return jaxtrain.Run(
-        name="toy", model=mlp.MLP(widths=(8,), dropout=0.1), data=Source(shape=(4, 4, 1), examples=96, test_examples=16, num_classes=10, test=""),
-        task=Seen(), optimizer=optimizers.AdamW(), schedule=schedules.Cosine(), augment=augment.NoAugment(), steps=300, batch_size=32,
-        log_every=1, checkpoint_every=jaxtrain.Horizon(10), eval_every=jaxtrain.Horizon(0), reproducible=True, report=False, tensorboard=False,
+        name="toy",
+        model=mlp.MLP(widths=(8,), dropout=0.1),
+        data=Source(shape=(4, 4, 1), examples=96, test_examples=16, num_classes=10, test=""),
+        task=Seen(), optimizer=optimizers.AdamW(), schedule=schedules.Cosine(),
+        augment=augment.NoAugment(), steps=300, batch_size=32, log_every=1,
+        checkpoint_every=jaxtrain.Horizon(10), eval_every=jaxtrain.Horizon(0),
+        reproducible=True, report=False, tensorboard=False,
         steps_per_call=1, offers={},
     )
 
@@ -107,23 +116,53 @@ def golden(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
-def begin(arguments: list[str], processes: int, devices: int, workdir: Path, errors: Path, **more: str) -> subprocess.Popen[bytes]:
+def begin(
+    arguments: list[str], processes: int, devices: int, workdir: Path, errors: Path, **more: str
+) -> subprocess.Popen[bytes]:
     """A run in the background."""
-    command = [sys.executable, "-m", "jaxtrain.processes.supervisor", f"--processes={processes}", f"--devices={devices}", *arguments, f"--workdir={workdir}"]
-    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"} | more
+    command = [
+        sys.executable,
+        "-m",
+        "jaxtrain.processes.supervisor",
+        f"--processes={processes}",
+        f"--devices={devices}",
+        *arguments,
+        f"--workdir={workdir}",
+    ]
+    environ = (
+        {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        | {"JAX_PLATFORMS": "cpu"}
+        | more
+    )
     with errors.open("ab") as file:
-        return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL, stderr=file)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL, stderr=file
+        )
 
 
 def committed(workdir: Path) -> int:
     """The newest committed step."""
-    return max((int(path.parent.name) for path in workdir.glob("checkpoints/*/COMMIT") if path.parent.name.isdecimal()), default=0)
+    return max(
+        (
+            int(path.parent.name)
+            for path in workdir.glob("checkpoints/*/COMMIT")
+            if path.parent.name.isdecimal()
+        ),
+        default=0,
+    )
 
 
 def workers(supervisor: int) -> list[int]:
     """The processes that a supervisor started, in their order."""
     children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
-    place = {pid: int(dict(part.split("=", 1) for part in _environ(pid) if "=" in part).get("JAXTRAIN_PROCESS", "0")) for pid in map(int, children)}
+    place = {
+        pid: int(
+            dict(part.split("=", 1) for part in _environ(pid) if "=" in part).get(
+                "JAXTRAIN_PROCESS", "0"
+            )
+        )
+        for pid in map(int, children)
+    }
     return sorted(place, key=place.__getitem__)
 
 
@@ -141,9 +180,18 @@ def wait_for(workdir: Path, step: int, process: subprocess.Popen[bytes], errors:
 
 
 @pytest.mark.slow
-def test_layouts_change_between_kills_and_every_example_comes_once_an_epoch(experiment: Path, golden: Path, tmp_path: Path) -> None:
+def test_layouts_change_between_kills_and_every_example_comes_once_an_epoch(
+    experiment: Path, golden: Path, tmp_path: Path
+) -> None:
     workdir, errors = tmp_path / "run", tmp_path / "errors"
-    legs = [(1, 8, "data:2,fsdp:4"), (1, 2, "data:2"), (1, 4, "fsdp:4"), (1, 1, "data:1"), (2, 1, "data:2"), (4, 1, "data:4")]
+    legs = [
+        (1, 8, "data:2,fsdp:4"),
+        (1, 2, "data:2"),
+        (1, 4, "fsdp:4"),
+        (1, 1, "data:1"),
+        (2, 1, "data:2"),
+        (4, 1, "data:4"),
+    ]
     for processes, devices, layout in legs[:-1]:
         process = begin([str(experiment), f"--mesh={layout}"], processes, devices, workdir, errors)
         wait_for(workdir, committed(workdir) + 30, process, errors)
@@ -159,17 +207,32 @@ def test_layouts_change_between_kills_and_every_example_comes_once_an_epoch(expe
     assert [each["processes"] for each in record["resumed"]] == [1, 1, 1, 2, 4]
     lines = [line for line in metrics_of(workdir) if line["split"] == "train"]
     assert [line["step"] for line in lines] == list(range(1, 301))
-    seen = [index for line in lines for index in range(EXAMPLES) for _ in range(round(line.get(f"seen_{index}", 0) * BATCH))]
+    seen = [
+        index
+        for line in lines
+        for index in range(EXAMPLES)
+        for _ in range(round(line.get(f"seen_{index}", 0) * BATCH))
+    ]
     for epoch in range(300 * BATCH // EXAMPLES):
-        assert collections.Counter(seen[epoch * EXAMPLES : (epoch + 1) * EXAMPLES]) == dict.fromkeys(range(EXAMPLES), 1)
+        assert collections.Counter(
+            seen[epoch * EXAMPLES : (epoch + 1) * EXAMPLES]
+        ) == dict.fromkeys(range(EXAMPLES), 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("fault", ["killed", "stopped", "raising", "hung"])
-def test_a_lost_process_ends_the_group_and_the_run_goes_on(fault: str, processes: int, experiment: Path, golden: Path, tmp_path: Path) -> None:
+def test_a_lost_process_ends_the_group_and_the_run_goes_on(
+    fault: str, processes: int, experiment: Path, golden: Path, tmp_path: Path
+) -> None:
     workdir, errors, order = tmp_path / "run", tmp_path / "errors", tmp_path / "fault"
-    arguments = [str(experiment), f"--mesh=data:{processes}", "--device_data=no", "--hang_seconds=8", "--max_restarts=1"]
+    arguments = [
+        str(experiment),
+        f"--mesh=data:{processes}",
+        "--device_data=no",
+        "--hang_seconds=8",
+        "--max_restarts=1",
+    ]
     process = begin(arguments, processes, 1, workdir, errors, FAULT=str(order))
     wait_for(workdir, 20, process, errors)
     first = workers(process.pid)
@@ -183,23 +246,53 @@ def test_a_lost_process_ends_the_group_and_the_run_goes_on(fault: str, processes
         time.sleep(0.05)
     seconds = time.monotonic() - began
     assert process.wait(300) == 0, errors.read_text()
-    line = next(line for line in errors.read_text().splitlines() if line.startswith("jaxtrain: process "))
+    line = next(
+        line for line in errors.read_text().splitlines() if line.startswith("jaxtrain: process ")
+    )
     print(f"{fault}, {processes} processes: {seconds:.1f} s; {line}")
     assert seconds < 20
-    assert line.startswith(f"jaxtrain: process 1 of {processes} ") and "restarting from the last commit (1 of 1)" in line
+    assert (
+        line.startswith(f"jaxtrain: process 1 of {processes} ")
+        and "restarting from the last commit (1 of 1)" in line
+    )
     assert digest_of(workdir) == digest_of(golden)
     assert metrics_of(workdir) == metrics_of(golden)
 
 
 @pytest.mark.slow
-def test_a_hang_in_an_evaluation_is_found_as_the_experiment_asks(experiment: Path, golden: Path, tmp_path: Path) -> None:
-    """Not the first evaluation, which compiles; and no flag is given: what stands in `Run` counts alike, also where the run starts its supervisor."""
-    workdir, errors, order, own = tmp_path / "run", tmp_path / "errors", tmp_path / "fault", tmp_path / "own.py"
-    own.write_text(experiment.read_text().replace("eval_every=jaxtrain.Horizon(0)", "eval_every=jaxtrain.Horizon(20), max_restarts=1, hang_seconds=5.0"))
-    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"FAULT": str(order), "FAULT_IN": "validation"}
-    command = [sys.executable, str(own), "--mesh=data:1", "--data.validation=test", "--eval_batch_size=8", f"--workdir={workdir}"]
+def test_a_hang_in_an_evaluation_is_found_as_the_experiment_asks(
+    experiment: Path, golden: Path, tmp_path: Path
+) -> None:
+    """Not the first evaluation, which compiles; and no flag is given: what stands in `Run` counts
+    alike, also where the run starts its supervisor."""
+    workdir, errors, order, own = (
+        tmp_path / "run",
+        tmp_path / "errors",
+        tmp_path / "fault",
+        tmp_path / "own.py",
+    )
+    own.write_text(
+        experiment.read_text().replace(
+            "eval_every=jaxtrain.Horizon(0)",
+            "eval_every=jaxtrain.Horizon(20), max_restarts=1, hang_seconds=5.0",
+        )
+    )
+    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+        "FAULT": str(order),
+        "FAULT_IN": "validation",
+    }
+    command = [
+        sys.executable,
+        str(own),
+        "--mesh=data:1",
+        "--data.validation=test",
+        "--eval_batch_size=8",
+        f"--workdir={workdir}",
+    ]
     with errors.open("ab") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL, stderr=file)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL, stderr=file
+        )
     try:
         wait_for(workdir, 30, process, errors)
         order.write_text("hang")
@@ -207,19 +300,37 @@ def test_a_hang_in_an_evaluation_is_found_as_the_experiment_asks(experiment: Pat
         assert process.wait(120) == 0, errors.read_text()
     finally:
         process.kill()
-    print(f"hung in an evaluation: {time.monotonic() - began:.1f} s to the end of the run; {errors.read_text()}")
-    line = r"jaxtrain: the process hung while evaluating at step \d+ \(no progress for \d+ s\); stacks: .*; restarting from the last commit \(1 of 1\)"
+    print(
+        f"hung in an evaluation: {time.monotonic() - began:.1f} s to the end of the run;"
+        f" {errors.read_text()}"
+    )
+    line = (
+        r"jaxtrain: the process hung while evaluating at step \d+ \(no progress for \d+ s\);"
+        r" stacks: .*; restarting from the last commit \(1 of 1\)"
+    )
     assert re.fullmatch(line, errors.read_text().strip())
     assert digest_of(workdir) == digest_of(golden)
 
 
 @pytest.mark.slow
 def test_data_in_device_memory_trains_in_two_processes(experiment: Path, tmp_path: Path) -> None:
-    """Programs over resident data need each step's count on the devices of all; with the same numbers up to rounding."""
+    """Programs over resident data need each step's count on the devices of all; with the same
+    numbers up to rounding."""
     losses = []
     for processes in (1, 2):
         workdir = tmp_path / str(processes)
-        done = launch([str(experiment), "--noreproducible", "--device_data=yes", "--steps=20", "--steps_per_call=4"], processes, 2 // processes, workdir)
+        done = launch(
+            [
+                str(experiment),
+                "--noreproducible",
+                "--device_data=yes",
+                "--steps=20",
+                "--steps_per_call=4",
+            ],
+            processes,
+            2 // processes,
+            workdir,
+        )
         assert done.returncode == 0, done.stderr
         losses.append([line["loss"] for line in metrics_of(workdir) if line["split"] == "train"])
     assert len(losses[0]) == 20
@@ -227,7 +338,9 @@ def test_data_in_device_memory_trains_in_two_processes(experiment: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_saves_the_same_step_in_all(experiment: Path, golden: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_process_saves_the_same_step_in_all(
+    experiment: Path, golden: Path, tmp_path: Path
+) -> None:
     workdir, errors = tmp_path / "run", tmp_path / "errors"
     process = begin([str(experiment), "--mesh=data:2"], 2, 1, workdir, errors)
     wait_for(workdir, 20, process, errors)

@@ -1,4 +1,5 @@
-"""The house itself: imports run downhill, files and functions stay small, every public thing has its words, and every experiment runs."""
+"""The house itself: imports run downhill, files and functions stay small, every public thing has
+its words, and every experiment runs."""
 
 import ast
 import graphlib
@@ -20,18 +21,48 @@ PACKAGE = sorted((ROOT / "jaxtrain").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if path.is_file())
 BASH = [
-    path for path in [*SCRIPTS, ROOT / ".ci" / "run"] if path.read_text().startswith("#!/usr/bin/env bash") or path.name == "environment"
+    path
+    for path in [*SCRIPTS, ROOT / ".ci" / "run"]
+    if path.read_text().startswith("#!/usr/bin/env bash") or path.name == "environment"
 ]
-PYTHON = [*PACKAGE, *EXPERIMENTS, *(path for path in SCRIPTS if path not in BASH), *sorted((ROOT / "tests").glob("*.py"))]
+PYTHON = [
+    *PACKAGE,
+    *EXPERIMENTS,
+    *(path for path in SCRIPTS if path not in BASH),
+    *sorted((ROOT / "tests").glob("*.py")),
+]
 OURS = [path for path in PYTHON if path.parent.name != "tests"]
 """Everything that is not a test."""
 
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_TEST_FILE = 300, 80, 700
 LONGER = {"scripts/bench.py": 400, "scripts/faults.py": 400}
 """Files that may be longer than the others, and how long. Split rather than add."""
-KNOW_THE_RUN = {"ending", "facts", "flag_help", "flags", "programs", "run", "run_record", "session", "settings", "training", "workdir"}
-"""The only files that see the configuration of a whole run; every other one asks for the few things it needs."""
-FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "tarfile", "yaml"}
+KNOW_THE_RUN = {
+    "ending",
+    "facts",
+    "flag_help",
+    "flags",
+    "programs",
+    "run",
+    "run_record",
+    "session",
+    "settings",
+    "training",
+    "workdir",
+}
+"""The only files that see the configuration of a whole run; every other one asks for the few things
+it needs."""
+FORBIDDEN_IMPORTS = {
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "shelve",
+    "marshal",
+    "tarfile",
+    "yaml",
+}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_METHODS = {"extract", "extractall", "unpack_archive", "system", "popen"}
 
@@ -56,14 +87,22 @@ def parsed(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Everything that a file imports, wherever the statement stands; of `from a import b` the module a.b, if there is one."""
+    """Everything that a file imports, wherever the statement stands; of `from a import b` the
+    module a.b, if there is one."""
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{name_of(path)}: write imports in full, not with dots"
-            yield from (whole if (whole := f"{node.module}.{alias.name}") in MODULES else str(node.module) for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and isinstance(node.args[0], ast.Constant):
+            yield from (
+                whole if (whole := f"{node.module}.{alias.name}") in MODULES else str(node.module)
+                for alias in node.names
+            )
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func).endswith("import_module")
+            and isinstance(node.args[0], ast.Constant)
+        ):
             yield node.args[0].value
 
 
@@ -74,7 +113,11 @@ def functions(
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node, owner, False
-            yield from ((inner, None, True) for inner in ast.walk(node) if inner is not node and isinstance(inner, ast.FunctionDef))
+            yield from (
+                (inner, None, True)
+                for inner in ast.walk(node)
+                if inner is not node and isinstance(inner, ast.FunctionDef)
+            )
         elif isinstance(node, ast.ClassDef):
             yield from functions(node, node)
         elif not isinstance(node, ast.expr):
@@ -82,35 +125,57 @@ def functions(
 
 
 def test_imports_run_downhill() -> None:
-    graph = {module: {name for name in imports(path) if name in MODULES} for module, path in MODULES.items()}
+    graph = {
+        module: {name for name in imports(path) if name in MODULES}
+        for module, path in MODULES.items()
+    }
     try:
         list(graphlib.TopologicalSorter(graph).static_order())
     except graphlib.CycleError as error:
         pytest.fail(f"imports go round in a circle: {' <- '.join(error.args[1])}")
     for module, used in graph.items():
-        assert "jaxtrain" not in used, f"{module}: import the file that has the name, not the package that passes it on"
+        assert "jaxtrain" not in used, (
+            f"{module}: import the file that has the name, not the package that passes it on"
+        )
 
 
 def test_models_know_nothing_of_the_house() -> None:
     for module, path in MODULES.items():
         if module.startswith("jaxtrain.models"):
-            ours = {name for name in imports(path) if name.startswith("jaxtrain") and not name.startswith("jaxtrain.models")}
+            ours = {
+                name
+                for name in imports(path)
+                if name.startswith("jaxtrain") and not name.startswith("jaxtrain.models")
+            }
             assert ours <= {"jaxtrain.fields", "jaxtrain.horizon"}, module
 
 
 def test_the_step_knows_no_file_clock_or_logger() -> None:
-    assert not set(imports(MODULES["jaxtrain.train.steps"])) & {"logging", "os", "time", "sys", "pathlib", "io"}
+    assert not set(imports(MODULES["jaxtrain.train.steps"])) & {
+        "logging",
+        "os",
+        "time",
+        "sys",
+        "pathlib",
+        "io",
+    }
 
 
 def test_only_the_runner_sees_the_whole_run() -> None:
-    seen = {module.removeprefix("jaxtrain.") for module, path in MODULES.items() if "jaxtrain.config" in imports(path)}
+    seen = {
+        module.removeprefix("jaxtrain.")
+        for module, path in MODULES.items()
+        if "jaxtrain.config" in imports(path)
+    }
     assert seen <= KNOW_THE_RUN
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=name_of)
 def test_every_file_opens_with_its_own_sentence(path: Path) -> None:
     words = (ast.get_docstring(parsed(path)) or "").split("\n\n")[0]
-    assert len(words) > 20 and words.endswith((".", ":")), f"{name_of(path)}: opens with {words[:40]!r}"
+    assert len(words) > 20 and words.endswith((".", ":")), (
+        f"{name_of(path)}: opens with {words[:40]!r}"
+    )
 
 
 def test_no_two_files_open_alike() -> None:
@@ -122,13 +187,18 @@ def test_files_and_functions_stay_small() -> None:
     found = []
     for path in PYTHON:
         length = len(path.read_text().splitlines())
-        limit = LONGER.get(name_of(path), LONGEST_TEST_FILE if path.parent.name == "tests" else LONGEST_FILE)
+        limit = LONGER.get(
+            name_of(path), LONGEST_TEST_FILE if path.parent.name == "tests" else LONGEST_FILE
+        )
         if length > limit:
             found.append(f"{name_of(path)}: {length} lines, at most {limit}")
         for function, _, _ in functions(parsed(path)):
             lines = (function.end_lineno or 0) - function.lineno + 1
             if lines > LONGEST_FUNCTION:
-                found.append(f"{name_of(path)}: {function.name} has {lines} lines, at most {LONGEST_FUNCTION}")
+                found.append(
+                    f"{name_of(path)}: {function.name} has {lines} lines, at most"
+                    f" {LONGEST_FUNCTION}"
+                )
     assert not found, "\n".join(found)
 
 
@@ -152,7 +222,8 @@ def bases() -> dict[str, set[str]]:
     }
 
     def above(name: str) -> set[str]:
-        own = direct.get(name, set()) - {name}  # a class may bear the name of the one that it extends in another house
+        # a class may bear the name of the one that it extends in another house
+        own = direct.get(name, set()) - {name}
         return own.union(*(above(base) for base in own))
 
     return {name: above(name) for name in direct}
@@ -164,12 +235,22 @@ def test_every_public_thing_has_its_words() -> None:
     for path in OURS:
         tree = parsed(path)
         for function, owner, inner in functions(tree):
-            hidden = inner or function.name.startswith("_") or (owner is not None and owner.name.startswith("_"))
-            inherits = owner is not None and any((base, function.name) in known for base in parents[owner.name])
+            hidden = (
+                inner
+                or function.name.startswith("_")
+                or (owner is not None and owner.name.startswith("_"))
+            )
+            inherits = owner is not None and any(
+                (base, function.name) in known for base in parents[owner.name]
+            )
             if not (hidden or inherits or ast.get_docstring(function)):
                 found.append(f"{name_of(path)}:{function.lineno}: {function.name} has no docstring")
         for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node):
+            if (
+                isinstance(node, ast.ClassDef)
+                and not node.name.startswith("_")
+                and not ast.get_docstring(node)
+            ):
                 found.append(f"{name_of(path)}:{node.lineno}: class {node.name} has no docstring")
     assert not found, "\n".join(found)
 
@@ -185,11 +266,18 @@ def test_everything_is_annotated() -> None:
                 function.args.vararg,
                 function.args.kwarg,
             ]
-            bare = [argument.arg for argument in arguments if argument is not None and argument.annotation is None]
+            bare = [
+                argument.arg
+                for argument in arguments
+                if argument is not None and argument.annotation is None
+            ]
             bare = bare[1:] if bare[:1] in (["self"], ["cls"]) else bare
             bare += ["its result"] if function.returns is None else []
             if bare:
-                found.append(f"{name_of(path)}:{function.lineno}: {function.name}: {', '.join(bare)} without a type")
+                found.append(
+                    f"{name_of(path)}:{function.lineno}: {function.name}: {', '.join(bare)} without"
+                    " a type"
+                )
     assert not found, "\n".join(found)
 
 
@@ -208,7 +296,11 @@ def test_nothing_read_can_run_code() -> None:
             if not isinstance(node, ast.Call):
                 continue
             written = ast.unparse(node.func)
-            allowed = written not in FORBIDDEN_CALLS and written.rpartition(".")[2] not in FORBIDDEN_METHODS and "builtins" not in written
+            allowed = (
+                written not in FORBIDDEN_CALLS
+                and written.rpartition(".")[2] not in FORBIDDEN_METHODS
+                and "builtins" not in written
+            )
             assert allowed, f"{name_of(path)}:{node.lineno}: {written}"
             for keyword in node.keywords:
                 bad = keyword.arg in ("allow_pickle", "shell") and not (
@@ -219,7 +311,10 @@ def test_nothing_read_can_run_code() -> None:
 
 def test_the_linter_has_nothing_to_say() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--output-format=concise", ROOT], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "ruff", "check", "--output-format=concise", ROOT],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
 
@@ -234,19 +329,35 @@ SMALL_IMAGES = [
 ]
 SHRUNKEN = {
     "digits": [],
-    "fashion_mnist": ["--data.data_dir={fashion_mnist}", "--data.train=train[:80%]", "--data.validation=train[80%:]"],
-    "imagenet_resnet50": [*SMALL_IMAGES, "--model.stages=1,1", "--model.width=4", "--model.stem_width=4"],
+    "fashion_mnist": [
+        "--data.data_dir={fashion_mnist}",
+        "--data.train=train[:80%]",
+        "--data.validation=train[80%:]",
+    ],
+    "imagenet_resnet50": [
+        *SMALL_IMAGES,
+        "--model.stages=1,1",
+        "--model.width=4",
+        "--model.stem_width=4",
+    ],
     "imagenet_vit": [*SMALL_IMAGES, "--model.width=24", "--model.depth=1", "--model.heads=3"],
-    "markov": ["--data.examples=64", "--data.test_examples=16", "--data.length=8", "--model.width=16"],
+    "markov": [
+        "--data.examples=64",
+        "--data.test_examples=16",
+        "--data.length=8",
+        "--model.width=16",
+    ],
     "mnist1d": ["--data.path={mnist1d}"],
 }
-"""What makes each experiment small enough for a test; everything that is not here is the experiment's own."""
+"""What makes each experiment small enough for a test; everything that is not here is the
+experiment's own."""
 RANDOM = np.random.default_rng(0)
 
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Small sets of the same shape as those that an experiment finds on the disk, by the name of the experiment."""
+    """Small sets of the same shape as those that an experiment finds on the disk, by the name of
+    the experiment."""
     folder = tmp_path_factory.mktemp("data")
     signals = {
         "x": RANDOM.normal(size=(60, 40)),
@@ -257,7 +368,9 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     np.savez(folder / "mnist1d.npz", **signals)
     prepare = runpy.run_path(str(ROOT / "scripts" / "prepare_fashion_mnist"))
     parts = [
-        bytes(head) + bytes(RANDOM.integers(0, 10, size * count, np.uint8)) for count in (60, 20) for head, size in ((16, 784), (8, 1))
+        bytes(head) + bytes(RANDOM.integers(0, 10, size * count, np.uint8))
+        for count in (60, 20)
+        for head, size in ((16, 784), (8, 1))
     ]
     prepare["build"](dict(zip(prepare["FILES"], parts, strict=True)), folder / "tfds")
     return {"mnist1d": str(folder / "mnist1d.npz"), "fashion_mnist": str(folder / "tfds")}
@@ -268,7 +381,9 @@ def test_every_experiment_has_its_small_form() -> None:
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_every_experiment_runs_two_steps(path: Path, stand_ins: dict[str, str], tmp_path: Path) -> None:
+def test_every_experiment_runs_two_steps(
+    path: Path, stand_ins: dict[str, str], tmp_path: Path
+) -> None:
     argv = [text.format(**stand_ins) for text in SHRUNKEN[path.stem]]
     argv += [
         "--steps=2",

@@ -48,14 +48,21 @@ def first_line(process: "subprocess.Popen[str]") -> str:
 def test_a_second_run_is_refused_and_a_killed_one_leaves_nothing_behind(tmp_path: Path) -> None:
     with hold(tmp_path) as holder:
         assert first_line(holder) == "held"
-        who = f"--workdir={tmp_path}: in use by pid {holder.pid} on host {socket.gethostname()} since "
+        who = (
+            f"--workdir={tmp_path}: in use by pid {holder.pid} on host {socket.gethostname()}"
+            " since "
+        )
         line = re.escape(who) + r"\d\d:\d\d; use another, or --force_unlock if it is dead"
         with pytest.raises(ValueError, match=f"^{line}$"), Lock(tmp_path):
             pass
-        with pytest.raises(ValueError, match="it is alive: stop it first"), Lock(tmp_path, force=True):
+        with (
+            pytest.raises(ValueError, match="it is alive: stop it first"),
+            Lock(tmp_path, force=True),
+        ):
             pass
     assert holder.returncode == -signal.SIGKILL
-    assert json.loads((tmp_path / NAME).read_text())["pid"] == holder.pid  # its words are still there, and mean nothing
+    # its words are still there, and mean nothing
+    assert json.loads((tmp_path / NAME).read_text())["pid"] == holder.pid
     with Lock(tmp_path) as lock:
         assert lock.held()
         assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
@@ -78,7 +85,13 @@ def test_force_takes_it_from_another_host_and_the_robbed_one_can_tell(tmp_path: 
     with Lock(tmp_path) as robbed:
         far = {"pid": 1, "host": "elsewhere", "since": 0.0, "boot_id": "another"}
         (tmp_path / NAME).write_text(json.dumps(far))
-        with pytest.raises(ValueError, match=r"pid 1 on host elsewhere since 19(69|70)-\d\d-\d\d \d\d:\d\d; use another"), Lock(tmp_path):
+        with (
+            pytest.raises(
+                ValueError,
+                match=r"pid 1 on host elsewhere since 19(69|70)-\d\d-\d\d \d\d:\d\d; use another",
+            ),
+            Lock(tmp_path),
+        ):
             pass
         with Lock(tmp_path, force=True) as robber:
             assert robber.held() and not robbed.held()
@@ -93,7 +106,10 @@ def test_nonsense_in_the_file_is_no_obstacle(tmp_path: Path, text: str) -> None:
     with Lock(tmp_path) as lock:
         assert lock.held()
         (tmp_path / NAME).write_text(text)
-        with pytest.raises(ValueError, match="in use by another process; use another"), Lock(tmp_path):
+        with (
+            pytest.raises(ValueError, match="in use by another process; use another"),
+            Lock(tmp_path),
+        ):
             pass
 
 
@@ -107,15 +123,27 @@ def test_a_folder_that_vanishes_is_noticed(tmp_path: Path) -> None:
 
 def test_files_where_folders_should_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=f"^--workdir={tmp_path}/file: is a file, not a directory$"), Lock(tmp_path / "file"):
+    with (
+        pytest.raises(ValueError, match=f"^--workdir={tmp_path}/file: is a file, not a directory$"),
+        Lock(tmp_path / "file"),
+    ):
         pass
-    with pytest.raises(ValueError, match=f"cannot be made, {tmp_path}/file is a file, not a directory$"), Lock(tmp_path / "file" / "run"):
+    with (
+        pytest.raises(
+            ValueError, match=f"cannot be made, {tmp_path}/file is a file, not a directory$"
+        ),
+        Lock(tmp_path / "file" / "run"),
+    ):
         pass
 
 
-def test_a_forked_child_that_outlives_its_parent_is_named_and_can_be_overruled(tmp_path: Path) -> None:
+def test_a_forked_child_that_outlives_its_parent_is_named_and_can_be_overruled(
+    tmp_path: Path,
+) -> None:
     """A worker that was forked keeps the lock of its dead parent: `force` is for this."""
-    child = multiprocessing.get_context("spawn").Process(target=_hold_in_an_orphan, args=(str(tmp_path),))
+    child = multiprocessing.get_context("spawn").Process(
+        target=_hold_in_an_orphan, args=(str(tmp_path),)
+    )
     child.start()
     child.join()
     orphan = int((tmp_path / "orphan").read_text())

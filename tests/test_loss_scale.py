@@ -34,14 +34,26 @@ def test_updates_are_those_of_the_reference(share):
 
     _, states = jax.jit(lambda finite: jax.lax.scan(body, LossScale.new(), finite))(finite)
     wanted = reference(finite)
-    for found, right in zip((states.scale, states.good_steps, states.skipped), zip(*wanted, strict=True), strict=True):
+    for found, right in zip(
+        (states.scale, states.good_steps, states.skipped), zip(*wanted, strict=True), strict=True
+    ):
         np.testing.assert_array_equal(found, right)
-    assert (states.scale.dtype, states.good_steps.dtype, states.skipped.dtype) == (jnp.float32, jnp.int32, jnp.int32)
+    assert (states.scale.dtype, states.good_steps.dtype, states.skipped.dtype) == (
+        jnp.float32,
+        jnp.int32,
+        jnp.int32,
+    )
     assert share not in (0.0, 1.0) or wanted[-1][0] == (LARGEST if share == 0.0 else SMALLEST)
 
 
 def test_a_tree_is_finite_if_every_number_is():
-    tree = {"a": jnp.ones((2, 3)), "b": [jnp.zeros(4, jnp.bfloat16)], "count": jnp.int32(3), "key": jax.random.key(0), "none": None}
+    tree = {
+        "a": jnp.ones((2, 3)),
+        "b": [jnp.zeros(4, jnp.bfloat16)],
+        "count": jnp.int32(3),
+        "key": jax.random.key(0),
+        "none": None,
+    }
     check = jax.jit(loss_scale.all_finite)
     assert bool(check(tree))
     for bad in (jnp.inf, -jnp.inf, jnp.nan):
@@ -51,8 +63,18 @@ def test_a_tree_is_finite_if_every_number_is():
 
 @pytest.mark.parametrize("finite", [True, False])
 def test_keep_selects_whole_trees(finite):
-    new = {"a": jnp.ones(3), "half": jnp.ones((2, 2), jnp.bfloat16), "count": jnp.int32(8), "key": jax.random.key(1)}
-    old = {"a": jnp.full(3, jnp.nan), "half": jnp.zeros((2, 2), jnp.bfloat16), "count": jnp.int32(7), "key": jax.random.key(0)}
+    new = {
+        "a": jnp.ones(3),
+        "half": jnp.ones((2, 2), jnp.bfloat16),
+        "count": jnp.int32(8),
+        "key": jax.random.key(1),
+    }
+    old = {
+        "a": jnp.full(3, jnp.nan),
+        "half": jnp.zeros((2, 2), jnp.bfloat16),
+        "count": jnp.int32(7),
+        "key": jax.random.key(0),
+    }
     kept = jax.jit(loss_scale.keep)(finite, new, old)
     for name, wanted in (new if finite else old).items():
         found = kept[name]

@@ -25,6 +25,9 @@ def test_sizes(text, sizes):
     assert tuple(made.axis_names) == mesh.AXES
 
 
+DRY_RUN = "for a dry run set XLA_FLAGS=--xla_force_host_platform_device_count="
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -34,15 +37,33 @@ def test_sizes(text, sizes):
         ("data:two", "'data:two' needs a size >= 1, or -1 for all that is left, e.g. data:2"),
         ("data:2,data:4", "axis 'data' is given twice"),
         ("data:-1,fsdp:-1", "only one size may be -1"),
-        ("data:16", f"needs 16 devices, there are only 8; nearest: data:8; {(dry := 'for a dry run set XLA_FLAGS=--xla_force_host_platform_device_count=')}16"),
-        ("data:4,fsdp:3", f"needs 12 devices, there are only 8; nearest: data:2,fsdp:3 or data:4,fsdp:2; {dry}12"),
-        ("data:16,fsdp:-1", f"needs 16 devices, there are only 8; nearest: data:8,fsdp:-1; {dry}16"),
-        ("data:9,fsdp:9", f"needs 81 devices, there are only 8; {dry}81"),
-        ("data:3,fsdp:-1", "8 devices are not a multiple of 3; nearest: data:2,fsdp:-1 or data:4,fsdp:-1"),
-        ("data:5,fsdp:-1", "8 devices are not a multiple of 5; nearest: data:4,fsdp:-1 or data:8,fsdp:-1"),
-        ("data:3,tensor:2,fsdp:-1", "8 devices are not a multiple of 6; nearest: data:2,tensor:2,fsdp:-1 or data:4,tensor:2,fsdp:-1"),
+        ("data:16", f"needs 16 devices, there are only 8; nearest: data:8; {DRY_RUN}16"),
+        (
+            "data:4,fsdp:3",
+            f"needs 12 devices, there are only 8; nearest: data:2,fsdp:3 or data:4,fsdp:2; {DRY_RUN}12",
+        ),
+        (
+            "data:16,fsdp:-1",
+            f"needs 16 devices, there are only 8; nearest: data:8,fsdp:-1; {DRY_RUN}16",
+        ),
+        ("data:9,fsdp:9", f"needs 81 devices, there are only 8; {DRY_RUN}81"),
+        (
+            "data:3,fsdp:-1",
+            "8 devices are not a multiple of 3; nearest: data:2,fsdp:-1 or data:4,fsdp:-1",
+        ),
+        (
+            "data:5,fsdp:-1",
+            "8 devices are not a multiple of 5; nearest: data:4,fsdp:-1 or data:8,fsdp:-1",
+        ),
+        (
+            "data:3,tensor:2,fsdp:-1",
+            (
+                "8 devices are not a multiple of 6; nearest: data:2,tensor:2,fsdp:-1 or"
+                " data:4,tensor:2,fsdp:-1"
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_text(text, message):
     with pytest.raises(ValueError, match="^--mesh") as caught:
         mesh.make(text)
@@ -50,18 +71,30 @@ def test_bad_text(text, message):
 
 
 def test_an_unknown_axis():
-    with pytest.raises(ValueError, match=r"^--compare_meshes: unknown axis 'dat'; axes .*: data, fsdp, tensor; did you mean 'data'\?$"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"^--compare_meshes: unknown axis 'dat'; axes .*: data, fsdp, tensor; did you mean"
+            r" 'data'\?$"
+        ),
+    ):
         mesh.make("dat:2", flag="--compare_meshes")
 
 
 def test_batch_must_divide():
     grid = mesh.make("data:2,fsdp:4")
     mesh.check_batch("batch_size", 16, grid)
-    with pytest.raises(ValueError, match=r"^--batch_size=10: not divisible by 8 devices; nearest: 8 or 16$"):
+    with pytest.raises(
+        ValueError, match=r"^--batch_size=10: not divisible by 8 devices; nearest: 8 or 16$"
+    ):
         mesh.check_batch("batch_size", 10, grid)
-    with pytest.raises(ValueError, match=r"^--batch_size=7: not divisible by data x fsdp = 2; nearest: 6 or 8$"):
+    with pytest.raises(
+        ValueError, match=r"^--batch_size=7: not divisible by data x fsdp = 2; nearest: 6 or 8$"
+    ):
         mesh.check_batch("batch_size", 7, mesh.make("data:2,tensor:4"))
-    with pytest.raises(ValueError, match=r"^--batch_size=3: not divisible by 8 devices; nearest: 8$"):
+    with pytest.raises(
+        ValueError, match=r"^--batch_size=3: not divisible by 8 devices; nearest: 8$"
+    ):
         mesh.check_batch("batch_size", 3, grid)
 
 
@@ -84,7 +117,9 @@ def machine(hosts: int, local: int) -> list[Device]:
 def ids(text: str, devices: list[Device]) -> np.ndarray:
     """The mesh as device ids, with dims for data, fsdp and tensor."""
     made = mesh.make(text, devices)
-    return np.vectorize(lambda device: device.id)(made.devices).reshape(*(made.shape[axis] for axis in mesh.OFFERED))
+    return np.vectorize(lambda device: device.id)(made.devices).reshape(
+        *(made.shape[axis] for axis in mesh.OFFERED)
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,19 +137,26 @@ def test_the_last_axes_stay_within_a_host(text, hosts, local, inner):
     grid = ids(text, machine(hosts, local))
     assert sorted(grid.ravel()) == list(range(hosts * local))
     outer = tuple(place for place, axis in enumerate(mesh.OFFERED) if axis not in inner)
-    rows = np.moveaxis(grid, outer, range(len(outer))).reshape(*(grid.shape[place] for place in outer), -1)
+    rows = np.moveaxis(grid, outer, range(len(outer))).reshape(
+        *(grid.shape[place] for place in outer), -1
+    )
     assert all(len(set(row // local)) == 1 for row in rows.reshape(-1, rows.shape[-1]))
 
 
 def test_devices_listed_in_any_order_make_the_same_mesh():
     devices = machine(2, 4)
-    np.testing.assert_array_equal(ids("data:2,fsdp:4", devices[::-1]), ids("data:2,fsdp:4", devices))
+    np.testing.assert_array_equal(
+        ids("data:2,fsdp:4", devices[::-1]), ids("data:2,fsdp:4", devices)
+    )
 
 
 def test_a_process_a_device_still_knows_its_machine():
-    """Two machines of four cards, each card with a process, numbered across machines: fsdp stays within one."""
+    """Two machines of four cards, each card with a process, numbered across machines: fsdp stays
+    within one."""
     devices = [Device(number, number, slice_index=number % 2) for number in range(8)]
-    np.testing.assert_array_equal(ids("data:2,fsdp:4", devices)[:, :, 0], [[0, 2, 4, 6], [1, 3, 5, 7]])
+    np.testing.assert_array_equal(
+        ids("data:2,fsdp:4", devices)[:, :, 0], [[0, 2, 4, 6], [1, 3, 5, 7]]
+    )
 
 
 def test_hosts_of_unequal_size_still_make_a_mesh():

@@ -1,4 +1,5 @@
-"""The recipe of docs/sharding.md for users of pmap: their per-device step, the same under shard_map, one global jit, and jaxtrain's step.
+"""The recipe of docs/sharding.md for users of pmap: their per-device step, the same under
+shard_map, one global jit, and jaxtrain's step.
 
 Dims: B batch, C classes, D features, H hidden.
 """
@@ -13,11 +14,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxtrain import losses
-from jaxtrain.parallel import mesh, sharding
-from jaxtrain.train import steps
 from jaxtrain.optimizers import SGD
-from jaxtrain.train.state import init_state
+from jaxtrain.parallel import mesh, sharding
 from jaxtrain.tasks import Classification
+from jaxtrain.train import steps
+from jaxtrain.train.state import init_state
 
 B, C, D, H = 32, 4, 10, 16
 RATE, MOMENTUM, STEPS = 0.2, 0.9, 8
@@ -39,7 +40,10 @@ def batches() -> Iterator[dict[str, np.ndarray]]:
     centres = generator.normal(size=(C, D))
     for _ in range(STEPS):
         labels_B = generator.integers(0, C, B).astype(np.int32)
-        yield {"image": (centres[labels_B] + generator.normal(size=(B, D))).astype(np.float32), "label": labels_B}
+        yield {
+            "image": (centres[labels_B] + generator.normal(size=(B, D))).astype(np.float32),
+            "label": labels_B,
+        }
 
 
 def start() -> tuple[Any, Any]:
@@ -58,7 +62,8 @@ def updated(params: Any, velocity: Any, gradients: Any) -> tuple[Any, Any]:
 
 
 def per_device(axis: str) -> Callable[..., Any]:
-    """The step as written for pmap: it sees the examples of one device, and averages what it finds over the axis."""
+    """The step as written for pmap: it sees the examples of one device, and averages what it finds
+    over the axis."""
 
     def update(params: Any, velocity: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
         loss, gradients = jax.value_and_grad(mean_loss)(params, batch)
@@ -74,7 +79,10 @@ def by_pmap() -> list[float]:
     params, velocity = jax.tree.map(lambda leaf: jnp.stack([leaf] * DEVICES), start())
     found = []
     for batch in batches():
-        parts = {name: array.reshape(DEVICES, B // DEVICES, *array.shape[1:]) for name, array in batch.items()}
+        parts = {
+            name: array.reshape(DEVICES, B // DEVICES, *array.shape[1:])
+            for name, array in batch.items()
+        }
         params, velocity, loss = update(params, velocity, parts)
         found.append(float(loss[0]))
     return found
@@ -83,18 +91,27 @@ def by_pmap() -> list[float]:
 def by_shard_map(check_vma: bool = False) -> list[float]:
     """The gradual way: the same function over a mesh axis; state and batch are whole arrays."""
     grid, whole, split = mesh.make(f"data:{DEVICES}"), PartitionSpec(), PartitionSpec("data")
-    shards = jax.shard_map(per_device("data"), mesh=grid, in_specs=(whole, whole, split), out_specs=whole, check_vma=check_vma)
+    shards = jax.shard_map(
+        per_device("data"),
+        mesh=grid,
+        in_specs=(whole, whole, split),
+        out_specs=whole,
+        check_vma=check_vma,
+    )
     update = jax.jit(shards)
     params, velocity = jax.device_put(start(), sharding.replicated(grid))
     found = []
     for batch in batches():
-        params, velocity, loss = update(params, velocity, jax.device_put(batch, sharding.batch(grid)))
+        params, velocity, loss = update(
+            params, velocity, jax.device_put(batch, sharding.batch(grid))
+        )
         found.append(float(loss))
     return found
 
 
 def by_jit() -> list[float]:
-    """The direct way: no axis, no pmean; the mean over the batch is the mean over the whole batch."""
+    """The direct way: no axis, no pmean; the mean over the batch is the mean over the whole
+    batch."""
     grid = mesh.make(f"data:{DEVICES}")
 
     @jax.jit
@@ -105,14 +122,23 @@ def by_jit() -> list[float]:
     params, velocity = jax.device_put(start(), sharding.replicated(grid))
     found = []
     for batch in batches():
-        params, velocity, loss = update(params, velocity, jax.device_put(batch, sharding.batch(grid)))
+        params, velocity, loss = update(
+            params, velocity, jax.device_put(batch, sharding.batch(grid))
+        )
         found.append(float(loss))
     return found
 
 
 def by_jaxtrain(text: str) -> list[float]:
     """Model, task and optimizer; the mesh is a word."""
-    grid, parts = mesh.make(text), ((init, apply), Classification(), SGD(learning_rate=RATE, momentum=MOMENTUM))
+    grid, parts = (
+        mesh.make(text),
+        (
+            (init, apply),
+            Classification(),
+            SGD(learning_rate=RATE, momentum=MOMENTUM),
+        ),
+    )
     state = init_state(*parts, next(batches()), mesh=grid)
     update = steps.make_train_step(*parts, mesh=grid)
     found = []
@@ -145,6 +171,7 @@ def test_our_step_gives_the_same_losses(original: list[float], text: str) -> Non
 
 
 def test_the_trap_that_the_guide_warns_of(original: list[float]) -> None:
-    """With its checks on, shard_map adds gradients of whole arrays up by itself, so that pmean no longer divides: the rate is eight times as high."""
+    """With its checks on, shard_map adds gradients of whole arrays up by itself, so that pmean no
+    longer divides: the rate is eight times as high."""
     assert by_shard_map(check_vma=True)[0] == pytest.approx(original[0], rel=1e-6)
     assert abs(by_shard_map(check_vma=True)[1] - original[1]) > 0.01

@@ -1,4 +1,5 @@
-"""Which process of how many this is, by flags and by each scheduler's words; and the roll call by which they meet, with real sockets."""
+"""Which process of how many this is, by flags and by each scheduler's words; and the roll call by
+which they meet, with real sockets."""
 
 import concurrent.futures
 import errno
@@ -13,26 +14,48 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain.processes import arguments, cluster, join, supervisor
 from jaxtrain import errors
+from jaxtrain.processes import arguments, cluster, join, supervisor
 from jaxtrain.processes.cluster import Processes, find, share_of_cards
 from jaxtrain.processes.join import PeerLost, roll_call
 
 ROOT = Path(__file__).resolve().parent.parent
 SLURM = {
-    "SLURM_JOB_ID": "4100", "SLURM_STEP_ID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
-    "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "node[07-08]", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_STEP_NUM_NODES": "2",
-}  # fmt: skip
+    "SLURM_JOB_ID": "4100",
+    "SLURM_STEP_ID": "1",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NODELIST": "node[07-08]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_STEP_NUM_NODES": "2",
+}
 SLURM_PORT = 61440 + (4100 + 1009) % 4096
 OPEN_MPI = {
-    "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911", "PMIX_NAMESPACE": "1531576321",
-}  # fmt: skip
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "PMIX_NAMESPACE": "1531576321",
+}
 OPEN_MPI_PORT = 61440 + (1531576320 // 4096) % 4096
-KUBERNETES = {"JOB_COMPLETION_INDEX": "1", "JAXTRAIN_PROCESSES": "2", "JAXTRAIN_COORDINATOR": "jaxtrain-0.jaxtrain:61500"}
-LOCAL = {"JAXTRAIN_PROCESSES": "2", "JAXTRAIN_PROCESS": "1", "JAXTRAIN_COORDINATOR": "127.0.0.1:61500"}
+KUBERNETES = {
+    "JOB_COMPLETION_INDEX": "1",
+    "JAXTRAIN_PROCESSES": "2",
+    "JAXTRAIN_COORDINATOR": "jaxtrain-0.jaxtrain:61500",
+}
+LOCAL = {
+    "JAXTRAIN_PROCESSES": "2",
+    "JAXTRAIN_PROCESS": "1",
+    "JAXTRAIN_COORDINATOR": "127.0.0.1:61500",
+}
 
-SEVERAL = "processes on several hosts, and this address leads each to itself; name the host of process 0"
+SEVERAL = (
+    "processes on several hosts, and this address leads each to itself; name the host of process 0"
+)
 
 
 def without(environ: dict[str, str], *names: str, **changes: str) -> dict[str, str]:
@@ -47,63 +70,174 @@ def without(environ: dict[str, str], *names: str, **changes: str) -> dict[str, s
         ({}, {"processes": 1}, None),
         (SLURM, {"processes": 1}, None),
         ({}, {"processes": 2, "process": 1, "coordinator": "a:7"}, Processes(2, 1, "a:7", "flags")),
-        ({}, {"processes": 2, "process": 0, "coordinator": "[::1]:7"}, Processes(2, 0, "[::1]:7", "flags")),
-        (SLURM, {"processes": 2, "process": 1, "coordinator": "a:7"}, Processes(2, 1, "a:7", "flags")),
+        (
+            {},
+            {"processes": 2, "process": 0, "coordinator": "[::1]:7"},
+            Processes(2, 0, "[::1]:7", "flags"),
+        ),
+        (
+            SLURM,
+            {"processes": 2, "process": 1, "coordinator": "a:7"},
+            Processes(2, 1, "a:7", "flags"),
+        ),
         (LOCAL, {}, Processes(2, 1, "127.0.0.1:61500", "environment")),
-        ({**SLURM, **LOCAL, "JAXTRAIN_LOCAL_PROCESS": "1", "JAXTRAIN_LOCAL_PROCESSES": "2"}, {},
-         Processes(2, 1, "127.0.0.1:61500", "environment", 1, 2)),
+        (
+            {**SLURM, **LOCAL, "JAXTRAIN_LOCAL_PROCESS": "1", "JAXTRAIN_LOCAL_PROCESSES": "2"},
+            {},
+            Processes(2, 1, "127.0.0.1:61500", "environment", 1, 2),
+        ),
         (SLURM, {}, Processes(4, 3, f"node07:{SLURM_PORT}", "SLURM", 1, 2)),
         (SLURM, {"processes": 4}, Processes(4, 3, f"node07:{SLURM_PORT}", "SLURM", 1, 2)),
         (SLURM, {"coordinator": "ib7:9000"}, Processes(4, 3, "ib7:9000", "SLURM", 1, 2)),
-        (without(SLURM, SLURM_STEP_TASKS_PER_NODE="3,1"), {}, Processes(4, 3, f"node07:{SLURM_PORT}", "SLURM", 1, 1)),
-        (without(SLURM, SLURM_STEP_TASKS_PER_NODE="4", SLURM_NODEID="0", SLURM_LOCALID="3"), {},
-         Processes(4, 3, f"127.0.0.1:{SLURM_PORT}", "SLURM", 3, 4)),
+        (
+            without(SLURM, SLURM_STEP_TASKS_PER_NODE="3,1"),
+            {},
+            Processes(4, 3, f"node07:{SLURM_PORT}", "SLURM", 1, 1),
+        ),
+        (
+            without(SLURM, SLURM_STEP_TASKS_PER_NODE="4", SLURM_NODEID="0", SLURM_LOCALID="3"),
+            {},
+            Processes(4, 3, f"127.0.0.1:{SLURM_PORT}", "SLURM", 3, 4),
+        ),
         # A batch script is no task; nor is a step of one task more than one process.
         (without(SLURM, "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID"), {}, None),
         (without(SLURM, SLURM_STEP_NUM_TASKS="1"), {}, None),
         (OPEN_MPI, {}, Processes(4, 2, f"10.96.0.1:{OPEN_MPI_PORT}", "Open MPI", 0, 2)),
-        ({**SLURM, **OPEN_MPI}, {}, Processes(4, 2, f"10.96.0.1:{OPEN_MPI_PORT}", "Open MPI", 0, 2)),
-        (without(OPEN_MPI, OMPI_MCA_orte_hnp_uri="1531576320.0;tcp6://[fe80::b9b,2620:10d::2]:43370"), {},
-         Processes(4, 2, f"[fe80::b9b]:{OPEN_MPI_PORT}", "Open MPI", 0, 2)),
-        (without(OPEN_MPI, "OMPI_MCA_orte_hnp_uri", PMIX_NAMESPACE="prterun-login-1-4711@1"), {},
-         Processes(4, 2, f"login-1:{61440 + 4711 % 4096}", "Open MPI", 0, 2)),
-        (without(OPEN_MPI, OMPI_COMM_WORLD_LOCAL_SIZE="4"), {}, Processes(4, 2, f"127.0.0.1:{OPEN_MPI_PORT}", "Open MPI", 0, 4)),
+        (
+            {**SLURM, **OPEN_MPI},
+            {},
+            Processes(4, 2, f"10.96.0.1:{OPEN_MPI_PORT}", "Open MPI", 0, 2),
+        ),
+        (
+            without(
+                OPEN_MPI, OMPI_MCA_orte_hnp_uri="1531576320.0;tcp6://[fe80::b9b,2620:10d::2]:43370"
+            ),
+            {},
+            Processes(4, 2, f"[fe80::b9b]:{OPEN_MPI_PORT}", "Open MPI", 0, 2),
+        ),
+        (
+            without(OPEN_MPI, "OMPI_MCA_orte_hnp_uri", PMIX_NAMESPACE="prterun-login-1-4711@1"),
+            {},
+            Processes(4, 2, f"login-1:{61440 + 4711 % 4096}", "Open MPI", 0, 2),
+        ),
+        (
+            without(OPEN_MPI, OMPI_COMM_WORLD_LOCAL_SIZE="4"),
+            {},
+            Processes(4, 2, f"127.0.0.1:{OPEN_MPI_PORT}", "Open MPI", 0, 4),
+        ),
         ({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1"}, {}, None),
         (KUBERNETES, {}, Processes(2, 1, "jaxtrain-0.jaxtrain:61500", "Kubernetes")),
         # An Indexed Job of single runs.
         ({"JOB_COMPLETION_INDEX": "1"}, {}, None),
         (without(KUBERNETES, JAXTRAIN_PROCESSES="1", JOB_COMPLETION_INDEX="0"), {}, None),
     ],
-)  # fmt: skip
-def test_a_process_knows_its_place(environ: dict[str, str], given: dict[str, int | str], expected: Processes | None) -> None:
+)
+def test_a_process_knows_its_place(
+    environ: dict[str, str], given: dict[str, int | str], expected: Processes | None
+) -> None:
     assert find(environ, **given) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("environ", "given", "message"),
     [
-        ({}, {"processes": 2}, "--processes=2: needs --process and --coordinator too; or let scripts/launch_local or a scheduler start all processes"),
-        ({}, {"process": 1, "coordinator": "a:7"},
-         "--process=1 --coordinator=a:7: needs --processes too; or let scripts/launch_local or a scheduler start all processes"),
-        ({}, {"processes": 2, "process": 2, "coordinator": "a:7"}, "--process=2: must be 0..1, for --processes=2"),
-        ({}, {"processes": 2, "process": 0, "coordinator": "a"}, "--coordinator=a: must be HOST:PORT, e.g. node1:61500"),
-        ({}, {"processes": 2, "process": 0, "coordinator": "a:70000"}, "--coordinator=a:70000: must be HOST:PORT, e.g. node1:61500"),
-        ({}, {"processes": 2, "process": 0, "coordinator": "http://a:70"}, "--coordinator=http://a:70: must be HOST:PORT, e.g. node1:61500"),
+        (
+            {},
+            {"processes": 2},
+            (
+                "--processes=2: needs --process and --coordinator too; or let scripts/launch_local"
+                " or a scheduler start all processes"
+            ),
+        ),
+        (
+            {},
+            {"process": 1, "coordinator": "a:7"},
+            (
+                "--process=1 --coordinator=a:7: needs --processes too; or let scripts/launch_local"
+                " or a scheduler start all processes"
+            ),
+        ),
+        (
+            {},
+            {"processes": 2, "process": 2, "coordinator": "a:7"},
+            "--process=2: must be 0..1, for --processes=2",
+        ),
+        (
+            {},
+            {"processes": 2, "process": 0, "coordinator": "a"},
+            "--coordinator=a: must be HOST:PORT, e.g. node1:61500",
+        ),
+        (
+            {},
+            {"processes": 2, "process": 0, "coordinator": "a:70000"},
+            "--coordinator=a:70000: must be HOST:PORT, e.g. node1:61500",
+        ),
+        (
+            {},
+            {"processes": 2, "process": 0, "coordinator": "http://a:70"},
+            "--coordinator=http://a:70: must be HOST:PORT, e.g. node1:61500",
+        ),
         (SLURM, {"processes": 2}, "--processes=2: SLURM says 4; drop the flag"),
         (SLURM, {"process": 1}, "--process=1: SLURM says 3; drop the flag"),
-        (SLURM, {"coordinator": "127.0.0.1:7"}, "--coordinator=127.0.0.1:7: SLURM runs 4 " + SEVERAL),
-        (without(SLURM, SLURM_STEP_NODELIST="localhost,node2"), {}, f"JAXTRAIN_COORDINATOR=localhost:{SLURM_PORT}: SLURM runs 4 {SEVERAL}"),
-        (without(SLURM, SLURM_PROCID="x"), {}, "SLURM_PROCID=x: must be a whole number; start one process without it, or mend what sets it"),
-        (without(LOCAL, "JAXTRAIN_PROCESS"), {}, "JAXTRAIN_PROCESSES and JAXTRAIN_COORDINATOR set without JAXTRAIN_PROCESS; set all three or none"),
-        (without(LOCAL, "JAXTRAIN_COORDINATOR"), {}, "JAXTRAIN_PROCESS is set without JAXTRAIN_COORDINATOR; set all three or none"),
-        (without(LOCAL, JAXTRAIN_PROCESS="2"), {}, "JAXTRAIN_PROCESS=2: must be 0..1, for JAXTRAIN_PROCESSES=2"),
-        (without(KUBERNETES, "JAXTRAIN_COORDINATOR"), {},
-         "JOB_COMPLETION_INDEX is set without JAXTRAIN_COORDINATOR; name it in the manifest, see scripts/kubernetes/job.yaml"),
-        (without(KUBERNETES, JAXTRAIN_COORDINATOR="localhost:61500"), {}, "JAXTRAIN_COORDINATOR=localhost:61500: Kubernetes runs 2 " + SEVERAL),
-        (without(OPEN_MPI, "OMPI_MCA_orte_hnp_uri"), {}, "Open MPI does not say on which host process 0 is; give --coordinator=HOST:PORT"),
+        (
+            SLURM,
+            {"coordinator": "127.0.0.1:7"},
+            "--coordinator=127.0.0.1:7: SLURM runs 4 " + SEVERAL,
+        ),
+        (
+            without(SLURM, SLURM_STEP_NODELIST="localhost,node2"),
+            {},
+            f"JAXTRAIN_COORDINATOR=localhost:{SLURM_PORT}: SLURM runs 4 {SEVERAL}",
+        ),
+        (
+            without(SLURM, SLURM_PROCID="x"),
+            {},
+            (
+                "SLURM_PROCID=x: must be a whole number; start one process without it, or mend what"
+                " sets it"
+            ),
+        ),
+        (
+            without(LOCAL, "JAXTRAIN_PROCESS"),
+            {},
+            (
+                "JAXTRAIN_PROCESSES and JAXTRAIN_COORDINATOR set without JAXTRAIN_PROCESS; set all"
+                " three or none"
+            ),
+        ),
+        (
+            without(LOCAL, "JAXTRAIN_COORDINATOR"),
+            {},
+            "JAXTRAIN_PROCESS is set without JAXTRAIN_COORDINATOR; set all three or none",
+        ),
+        (
+            without(LOCAL, JAXTRAIN_PROCESS="2"),
+            {},
+            "JAXTRAIN_PROCESS=2: must be 0..1, for JAXTRAIN_PROCESSES=2",
+        ),
+        (
+            without(KUBERNETES, "JAXTRAIN_COORDINATOR"),
+            {},
+            (
+                "JOB_COMPLETION_INDEX is set without JAXTRAIN_COORDINATOR; name it in the manifest,"
+                " see scripts/kubernetes/job.yaml"
+            ),
+        ),
+        (
+            without(KUBERNETES, JAXTRAIN_COORDINATOR="localhost:61500"),
+            {},
+            "JAXTRAIN_COORDINATOR=localhost:61500: Kubernetes runs 2 " + SEVERAL,
+        ),
+        (
+            without(OPEN_MPI, "OMPI_MCA_orte_hnp_uri"),
+            {},
+            "Open MPI does not say on which host process 0 is; give --coordinator=HOST:PORT",
+        ),
     ],
-)  # fmt: skip
-def test_what_cannot_be_is_said_in_one_line(environ: dict[str, str], given: dict[str, int | str], message: str) -> None:
+)
+def test_what_cannot_be_is_said_in_one_line(
+    environ: dict[str, str], given: dict[str, int | str], message: str
+) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         find(environ, **given)  # type: ignore[arg-type]
 
@@ -111,29 +245,48 @@ def test_what_cannot_be_is_said_in_one_line(environ: dict[str, str], given: dict
 @pytest.mark.parametrize(
     ("nodes", "host"),
     [
-        ("node001", "node001"), ("node001,host2", "node001"), ("node[001-015],host2", "node001"), ("node[001,007-015]", "node001"),
-        ("gpu-a100-[3,5]", "gpu-a100-3"), ("rack[1-2]node[04-05]", "rack1node04"), ("n[7]-ib,n9", "n7-ib"), ("a.b.c", "a.b.c"),
+        ("node001", "node001"),
+        ("node001,host2", "node001"),
+        ("node[001-015],host2", "node001"),
+        ("node[001,007-015]", "node001"),
+        ("gpu-a100-[3,5]", "gpu-a100-3"),
+        ("rack[1-2]node[04-05]", "rack1node04"),
+        ("n[7]-ib,n9", "n7-ib"),
+        ("a.b.c", "a.b.c"),
     ],
-)  # fmt: skip
+)
 def test_the_first_host_of_a_list(nodes: str, host: str) -> None:
     assert cluster.first_host(nodes) == host
 
 
 def test_cards_are_shared_within_a_host() -> None:
-    one_a_host, one_a_card = Processes(2, 1, "a:1", "SLURM"), Processes(8, 5, "a:1", "SLURM", local=1, local_count=4)
+    one_a_host, one_a_card = (
+        Processes(2, 1, "a:1", "SLURM"),
+        Processes(8, 5, "a:1", "SLURM", local=1, local_count=4),
+    )
     assert share_of_cards(one_a_host, 8) is None
     assert [share_of_cards(one_a_card, cards) for cards in (4, 8)] == [[1], [2, 3]]
     assert share_of_cards(one_a_card, 1) is None  # the scheduler has bound it to its own
     assert share_of_cards(one_a_card, 0) is None
-    message = "--processes=8: 4 processes on this host cannot share 6 GPUs evenly; start one a host, one a GPU, or hide some with CUDA_VISIBLE_DEVICES"
+    message = (
+        "--processes=8: 4 processes on this host cannot share 6 GPUs evenly; start one a host, one"
+        " a GPU, or hide some with CUDA_VISIBLE_DEVICES"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         share_of_cards(one_a_card, 6)
 
 
 def test_processes_of_one_machine_cannot_share_its_only_card() -> None:
     rehearsed = find({**LOCAL, "JAXTRAIN_LOCAL_PROCESS": "1", "JAXTRAIN_LOCAL_PROCESSES": "2"})
-    assert rehearsed is not None and [share_of_cards(rehearsed, cards) for cards in (0, 2, 4)] == [None, [1], [2, 3]]
-    with pytest.raises(ValueError, match=r"^--processes=2: cannot share 1 GPU; add --platform=cpu to rehearse on the CPU$"):
+    assert rehearsed is not None and [share_of_cards(rehearsed, cards) for cards in (0, 2, 4)] == [
+        None,
+        [1],
+        [2, 3],
+    ]
+    with pytest.raises(
+        ValueError,
+        match=r"^--processes=2: cannot share 1 GPU; add --platform=cpu to rehearse on the CPU$",
+    ):
         share_of_cards(rehearsed, 1)
 
 
@@ -142,7 +295,10 @@ def test_cards_are_counted_without_a_driver(tmp_path: Path) -> None:
         (tmp_path / card).mkdir()
     assert cluster.visible_cards({}, str(tmp_path)) == 2
     assert cluster.visible_cards({}, str(tmp_path / "none")) == 0
-    assert [cluster.visible_cards({"CUDA_VISIBLE_DEVICES": shown}) for shown in ("", "-1", "3", "0,1", "GPU-1a,GPU-2b")] == [0, 0, 1, 2, 2]
+    assert [
+        cluster.visible_cards({"CUDA_VISIBLE_DEVICES": shown})
+        for shown in ("", "-1", "3", "0,1", "GPU-1a,GPU-2b")
+    ] == [0, 0, 1, 2, 2]
 
 
 def free_coordinator(host: str = "127.0.0.1") -> str:
@@ -150,10 +306,15 @@ def free_coordinator(host: str = "127.0.0.1") -> str:
     return f"{host}:{supervisor.free_port()}"
 
 
-def call(coordinator: str, *members: tuple[int, int], seconds: float = 10.0) -> list[BaseException | None]:
+def call(
+    coordinator: str, *members: tuple[int, int], seconds: float = 10.0
+) -> list[BaseException | None]:
     """What became of each (count, index) that came to one roll call, each in a thread."""
     with concurrent.futures.ThreadPoolExecutor(len(members)) as pool:
-        made = [pool.submit(roll_call, count, index, coordinator, timeout=seconds) for count, index in members]
+        made = [
+            pool.submit(roll_call, count, index, coordinator, timeout=seconds)
+            for count, index in members
+        ]
         return [each.exception() for each in made]
 
 
@@ -166,7 +327,8 @@ def test_the_first_process_may_come_last_and_go_again() -> None:
     coordinator, came = free_coordinator(), []
     guest = threading.Thread(target=lambda: came.append(roll_call(2, 1, coordinator, timeout=20)))
     guest.start()
-    with socket.create_server(join.split(coordinator)) as another:  # a process 0 that dies when it has been found
+    # a process 0 that dies when it has been found
+    with socket.create_server(join.split(coordinator)) as another:
         another.accept()[0].close()
     time.sleep(0.2)
     arrivals: list[int] = []
@@ -177,8 +339,13 @@ def test_the_first_process_may_come_last_and_go_again() -> None:
 
 def test_who_is_missing_is_named_by_all() -> None:
     coordinator = free_coordinator()
-    message = f"2 of 12 processes came to {coordinator} within 1 s; missing: 1, 2, 4, 5, 6, 7, 8, 9 and 2 more"
-    assert [(type(error), str(error)) for error in call(coordinator, (12, 0), (12, 3), seconds=1)] == [(PeerLost, message)] * 2
+    message = (
+        f"2 of 12 processes came to {coordinator} within 1 s; missing: 1, 2, 4, 5, 6, 7, 8, 9 and 2"
+        " more"
+    )
+    assert [
+        (type(error), str(error)) for error in call(coordinator, (12, 0), (12, 3), seconds=1)
+    ] == [(PeerLost, message)] * 2
 
 
 def test_nobody_is_there() -> None:
@@ -189,23 +356,39 @@ def test_nobody_is_there() -> None:
     )
     with pytest.raises(PeerLost, match=f"^{re.escape(message)}$"):
         roll_call(2, 1, coordinator, timeout=1)
-    with pytest.raises(PeerLost, match=r"did not find process 0 at nowhere\.invalid:7 within 0 s \(.*\)"):
+    with pytest.raises(
+        PeerLost, match=r"did not find process 0 at nowhere\.invalid:7 within 0 s \(.*\)"
+    ):
         roll_call(2, 1, "nowhere.invalid:7", timeout=0.2)
 
 
 def test_a_port_in_use_is_said_before_jax_crashes_on_it() -> None:
     coordinator = free_coordinator()
-    message = f"--coordinator={coordinator}: process 0 cannot listen there (Address already in use); name a free port"
-    with socket.create_server(join.split(coordinator)), pytest.raises(PeerLost, match=f"^{re.escape(message)}$"):
+    message = (
+        f"--coordinator={coordinator}: process 0 cannot listen there (Address already in use); name"
+        " a free port"
+    )
+    with (
+        socket.create_server(join.split(coordinator)),
+        pytest.raises(PeerLost, match=f"^{re.escape(message)}$"),
+    ):
         roll_call(2, 0, coordinator, timeout=1)
 
 
 def test_those_who_contradict_one_another_are_told() -> None:
     for members, message in [
-        ([(2, 0), (3, 1)], "--processes=3: said process 1, and process 0 said 2; start all with the same"),
-        ([(3, 0), (3, 1), (3, 1)], "--process=1: two processes say they are this one; give each its own, from 0 to 2"),
+        (
+            [(2, 0), (3, 1)],
+            "--processes=3: said process 1, and process 0 said 2; start all with the same",
+        ),
+        (
+            [(3, 0), (3, 1), (3, 1)],
+            "--process=1: two processes say they are this one; give each its own, from 0 to 2",
+        ),
     ]:
-        assert [(type(error), str(error)) for error in call(free_coordinator(), *members)] == [(ValueError, message)] * len(members)
+        assert [(type(error), str(error)) for error in call(free_coordinator(), *members)] == [
+            (ValueError, message)
+        ] * len(members)
 
 
 def test_one_that_died_and_came_again_is_one() -> None:
@@ -230,7 +413,9 @@ TCP_REPAIR = 19
 
 
 def test_one_that_lost_its_power_and_came_again_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(join, "_KEEP_ALIVE", {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 1})
+    monkeypatch.setattr(
+        join, "_KEEP_ALIVE", {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 1}
+    )
     coordinator, came = free_coordinator(), threading.Event()
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         first = pool.submit(roll_call, 3, 0, coordinator, timeout=20, arrived=came.set)
@@ -256,9 +441,10 @@ def test_connections_are_asked_whether_they_live() -> None:
         join._keep_alive(connection)
         assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         known = {name: getattr(socket, name) for name in join._KEEP_ALIVE if hasattr(socket, name)}
-        assert {name: connection.getsockopt(socket.IPPROTO_TCP, number) for name, number in known.items()} == {
-            name: join._KEEP_ALIVE[name] for name in known
-        }
+        assert {
+            name: connection.getsockopt(socket.IPPROTO_TCP, number)
+            for name, number in known.items()
+        } == {name: join._KEEP_ALIVE[name] for name in known}
 
 
 def test_strangers_are_sent_away() -> None:
@@ -303,16 +489,32 @@ from jax.experimental import multihost_utils
 got = []
 signal.signal(signal.SIGTERM, lambda *seen: got.append("TERM"))
 os.kill(os.getpid(), signal.SIGTERM)  # jax's own handler would swallow it
-print(jax.process_index(), jax.process_count(), jax.device_count(), multihost_utils.process_allgather(np.float32(found.index)).tolist(), got)
+gathered = multihost_utils.process_allgather(np.float32(found.index)).tolist()
+print(jax.process_index(), jax.process_count(), jax.device_count(), gathered, got)
 """
 
 
 def test_two_processes_become_one_jax() -> None:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAXTRAIN_", "SLURM_", "XLA_FLAGS"))}
-    clean |= {"JAXTRAIN_PROCESSES": "2", "JAXTRAIN_COORDINATOR": free_coordinator(), "JAX_PLATFORMS": "cpu"}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("JAXTRAIN_", "SLURM_", "XLA_FLAGS"))
+    }
+    clean |= {
+        "JAXTRAIN_PROCESSES": "2",
+        "JAXTRAIN_COORDINATOR": free_coordinator(),
+        "JAX_PLATFORMS": "cpu",
+    }
     command = [sys.executable, "-c", JOIN]
     made = [
-        subprocess.Popen(command, env={**clean, "JAXTRAIN_PROCESS": str(index)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        subprocess.Popen(
+            command,
+            env={**clean, "JAXTRAIN_PROCESS": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
         for index in range(2)
     ]
     for index, process in enumerate(made):
@@ -327,19 +529,47 @@ def test_the_manifest_of_kubernetes_agrees_with_itself() -> None:
     lines = [line.strip() for line in text.splitlines() if not line.strip().startswith("#")]
 
     def values(key: str) -> list[str]:
-        return [line.removeprefix("- ").partition(": ")[2].strip('"') for line in lines if line.removeprefix("- ").startswith(f"{key}: ")]
+        return [
+            line.removeprefix("- ").partition(": ")[2].strip('"')
+            for line in lines
+            if line.removeprefix("- ").startswith(f"{key}: ")
+        ]
 
     service, job = text.split("---\n")
-    environ = dict(zip([name for name in values("name") if name.startswith("JAXTRAIN")], values("value"), strict=True))
+    environ = dict(
+        zip(
+            [name for name in values("name") if name.startswith("JAXTRAIN")],
+            values("value"),
+            strict=True,
+        )
+    )
     assert list(environ) == ["JAXTRAIN_PROCESSES", "JAXTRAIN_COORDINATOR"]
-    assert values("completions") == values("parallelism") == [environ["JAXTRAIN_PROCESSES"]] == ["2"]
+    assert (
+        values("completions") == values("parallelism") == [environ["JAXTRAIN_PROCESSES"]] == ["2"]
+    )
     assert values("completionMode") == ["Indexed"]
     assert values("job-name") == values("subdomain") == ["jaxtrain"]
     assert "clusterIP: None" in service and "publishNotReadyAddresses: true" in service
-    assert values("restartPolicy") == ["Never"] and int(values("terminationGracePeriodSeconds")[0]) >= 60
-    assert [int(status) for status in values("values")[0].strip("[]").split(", ")] == sorted(errors.FINAL)
-    command = [word.strip() for key in ("command", "args") for word in values(key)[0].strip("[]").split(",")]
+    assert (
+        values("restartPolicy") == ["Never"]
+        and int(values("terminationGracePeriodSeconds")[0]) >= 60
+    )
+    assert [int(status) for status in values("values")[0].strip("[]").split(", ")] == sorted(
+        errors.FINAL
+    )
+    command = [
+        word.strip()
+        for key in ("command", "args")
+        for word in values(key)[0].strip("[]").split(",")
+    ]
     assert command[:3] == ["python", "-m", "jaxtrain.processes.supervisor"]
-    assert arguments.parse([str(ROOT / word) if word.endswith(".py") else word for word in command[3:]]).max_restarts == 3
-    assert find({"JOB_COMPLETION_INDEX": "0", **environ}) == Processes(2, 0, "jaxtrain-0.jaxtrain:61500", "Kubernetes")
+    assert (
+        arguments.parse(
+            [str(ROOT / word) if word.endswith(".py") else word for word in command[3:]]
+        ).max_restarts
+        == 3
+    )
+    assert find({"JOB_COMPLETION_INDEX": "0", **environ}) == Processes(
+        2, 0, "jaxtrain-0.jaxtrain:61500", "Kubernetes"
+    )
     assert "apiVersion: batch/v1" in job

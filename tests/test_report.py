@@ -47,7 +47,10 @@ def test_notes_show_control_characters_and_take_no_markup():
     progress = Progress(1, stream=stream)
     progress.line("[red]\x1b[2Jname :smile:")
     progress.evaluation(3, "[b]test", {"loss": math.nan, "eval_seconds": 1.0})
-    assert stream.getvalue().splitlines() == ["[red]\\x1b[2Jname :smile:", "step 3  [b]test  loss nan"]
+    assert stream.getvalue().splitlines() == [
+        "[red]\\x1b[2Jname :smile:",
+        "step 3  [b]test  loss nan",
+    ]
 
 
 @pytest.mark.parametrize("width", [1, 8, 20, 40, 60, 80, 100, 140, 200])
@@ -58,7 +61,12 @@ def test_the_line_fits_any_width(width, unicode):
     line.begin(0, "compiling")
     assert line.draw(width).cell_len <= width
     for step, loss in enumerate([3.0, math.nan, 2.0, math.inf, 1.0, 0.5], start=1):
-        line.set(100 * step, {"loss": loss, "accuracy": 0.5}, {k: SPEED[k] for k in ("examples_per_second", "memory_bytes", "mfu")}, 7.0)
+        line.set(
+            100 * step,
+            {"loss": loss, "accuracy": 0.5},
+            {k: SPEED[k] for k in ("examples_per_second", "memory_bytes", "mfu")},
+            7.0,
+        )
         drawn = line.draw(width)
         assert drawn.cell_len <= width
         assert "\n" not in drawn.plain
@@ -108,14 +116,18 @@ def test_a_closed_pipe_does_not_end_the_run(tmp_path):
 
 def test_no_standard_output_at_all(tmp_path):
     done, command = script(tmp_path)
-    result = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, check=False)
+    result = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, check=False
+    )
     assert (result.returncode, result.stderr, done.read_text()) == (0, b"", "done")
 
 
 def test_a_terminal_that_goes_away_does_not_end_the_run(tmp_path):
     done, command = script(tmp_path)
     leader, follower = pty.openpty()
-    with subprocess.Popen(command, stdout=follower, stderr=subprocess.PIPE, env=os.environ | {"TERM": "xterm"}) as process:
+    with subprocess.Popen(
+        command, stdout=follower, stderr=subprocess.PIPE, env=os.environ | {"TERM": "xterm"}
+    ) as process:
         os.close(follower)
         seen = os.read(leader, 4096)
         os.close(leader)
@@ -127,7 +139,9 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(tmp_path):
 def test_the_live_line_is_drawn_on_a_terminal(tmp_path):
     _, command = script(tmp_path)
     leader, follower = pty.openpty()
-    with subprocess.Popen(command, stdout=follower, env=os.environ | {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"}) as process:
+    with subprocess.Popen(
+        command, stdout=follower, env=os.environ | {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
+    ) as process:
         os.close(follower)
         seen = b""
         while True:
@@ -143,7 +157,10 @@ def test_the_live_line_is_drawn_on_a_terminal(tmp_path):
 
 def test_progress_imports_no_jax():
     heavy = "any(m in sys.modules for m in ('jax', 'matplotlib', 'numpy', 'tensorboard'))"
-    code = f"import sys, jaxtrain.report.terminal.progress, jaxtrain.report.trackers; sys.exit({heavy})"
+    code = (
+        "import sys, jaxtrain.report.terminal.progress, jaxtrain.report.trackers;"
+        f" sys.exit({heavy})"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -159,29 +176,48 @@ def text_of(renderable, width=100):
 
 
 def transformer(blocks):
-    shapes = {"attention/kernel": (8, 24), "attention/bias": (24,), "mlp/up": (8, 32), "mlp/down": (32, 8)}
-    return {f"block_{i}/{path}": np.zeros(shape, np.float32) for i in range(blocks) for path, shape in shapes.items()}
+    shapes = {
+        "attention/kernel": (8, 24),
+        "attention/bias": (24,),
+        "mlp/up": (8, 32),
+        "mlp/down": (32, 8),
+    }
+    return {
+        f"block_{i}/{path}": np.zeros(shape, np.float32)
+        for i in range(blocks)
+        for path, shape in shapes.items()
+    }
 
 
 def test_the_parameter_summary_merges_what_is_alike_and_loses_no_number():
-    parameters = transformer(12) | {"head/kernel": np.zeros((8, 10), np.float16), "scale": np.zeros((), np.float32)}
+    parameters = transformer(12) | {
+        "head/kernel": np.zeros((8, 10), np.float16),
+        "scale": np.zeros((), np.float32),
+    }
     for limit in (100, 30, 3, 1):
         rows = parameter_rows(parameters, limit=limit)
         assert sum(row.count for row in rows) == 12 * (192 + 24 + 256 + 256) + 81
         assert sum(row.bytes for row in rows) == 12 * 4 * 728 + 160 + 4
         assert sum(row.arrays for row in rows) == 50
     assert parameter_rows(parameters)[0].path == "block_*/attention/kernel"
-    assert [row.path for row in parameter_rows(parameters, limit=3)] == ["block_*", "head/kernel", "scale"]
+    assert [row.path for row in parameter_rows(parameters, limit=3)] == [
+        "block_*",
+        "head/kernel",
+        "scale",
+    ]
     assert "8,817" in text_of(parameter_table(parameters))
 
 
 @pytest.mark.parametrize("width", [1, 10, 30, 120])
 def test_tables_survive_any_width_and_no_rows(width):
     for table in (
-        parameter_table(transformer(2)), parameter_table({}), memory_table({"parameters": 4e9, "[b]": 0}, device_bytes=141e9),
+        parameter_table(transformer(2)),
+        parameter_table({}),
+        memory_table({"parameters": 4e9, "[b]": 0}, device_bytes=141e9),
         memory_table({}),
-        facts("run [x]", {"model": "[red]" + "x" * 300, "": ""}), facts("", {}),
-    ):  # fmt: skip
+        facts("run [x]", {"model": "[red]" + "x" * 300, "": ""}),
+        facts("", {}),
+    ):
         text_of(table, width)
     assert "2.8%" in text_of(memory_table({"parameters": 4e9}, device_bytes=141e9))
     assert "[red]" in text_of(facts("run", {"model": "[red]"}))
@@ -193,26 +229,49 @@ def test_tables_survive_any_width_and_no_rows(width):
 @pytest.mark.parametrize(
     ("kind", "precision", "teraflops"),
     [
-        ("NVIDIA H200", "bf16", 989.4), ("NVIDIA H200 NVL", "bf16", 835.5), ("NVIDIA H100 80GB HBM3", "fp8", 1978.9),
-        ("NVIDIA H100 PCIe", "bf16", 756.0), ("NVIDIA GH200 480GB", "bf16", 989.4), ("NVIDIA B200", "bf16", 2250.0),
-        ("NVIDIA A100-SXM4-80GB", "bf16", 312.0), ("NVIDIA A100 80GB PCIe", "fp32", 156.0), ("NVIDIA A100-SXM4-40GB", "fp8", None),
-        ("Tesla V100-SXM2-16GB", "fp16", 125.0), ("Tesla V100-PCIE-32GB", "fp16", 112.0), ("Tesla V100-SXM2-16GB", "bf16", None),
-        ("NVIDIA TITAN RTX", "fp16", 130.5), ("Tesla T4", "fp16", 65.0), ("Tesla T4", "fp32", 8.1), ("NVIDIA L4", "bf16", 121.0),
-        ("NVIDIA L40S", "bf16", 362.0), ("NVIDIA L40", "bf16", 181.0), ("NVIDIA A10G", "bf16", 70.0), ("NVIDIA A10", "bf16", 125.0),
-        ("NVIDIA GeForce RTX 3090", "bf16", 71.0), ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
+        ("NVIDIA H200", "bf16", 989.4),
+        ("NVIDIA H200 NVL", "bf16", 835.5),
+        ("NVIDIA H100 80GB HBM3", "fp8", 1978.9),
+        ("NVIDIA H100 PCIe", "bf16", 756.0),
+        ("NVIDIA GH200 480GB", "bf16", 989.4),
+        ("NVIDIA B200", "bf16", 2250.0),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312.0),
+        ("NVIDIA A100 80GB PCIe", "fp32", 156.0),
+        ("NVIDIA A100-SXM4-40GB", "fp8", None),
+        ("Tesla V100-SXM2-16GB", "fp16", 125.0),
+        ("Tesla V100-PCIE-32GB", "fp16", 112.0),
+        ("Tesla V100-SXM2-16GB", "bf16", None),
+        ("NVIDIA TITAN RTX", "fp16", 130.5),
+        ("Tesla T4", "fp16", 65.0),
+        ("Tesla T4", "fp32", 8.1),
+        ("NVIDIA L4", "bf16", 121.0),
+        ("NVIDIA L40S", "bf16", 362.0),
+        ("NVIDIA L40", "bf16", 181.0),
+        ("NVIDIA A10G", "bf16", 70.0),
+        ("NVIDIA A10", "bf16", 125.0),
+        ("NVIDIA GeForce RTX 3090", "bf16", 71.0),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
         ("NVIDIA RTX 6000 Ada Generation", "bf16", 364.2),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None), ("NVIDIA GeForce RTX 3090 Ti", "bf16", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
+        ("NVIDIA GeForce RTX 3090 Ti", "bf16", None),
         ("NVIDIA RTX A4000", "bf16", None),
-        ("cpu", "fp32", None), ("", "bf16", None), ("TPU v4", "bf16", None), ("NVIDIA A1000", "bf16", None),
+        ("cpu", "fp32", None),
+        ("", "bf16", None),
+        ("TPU v4", "bf16", None),
+        ("NVIDIA A1000", "bf16", None),
     ],
-)  # fmt: skip
+)
 def test_peak_flops_by_device_kind(kind, precision, teraflops):
     assert peak_flops(kind, precision) == (None if teraflops is None else teraflops * 1e12)
 
 
 def test_the_card_table_is_consistent():
     for card in CARDS:
-        assert re.search(card.pattern, f"nvidia {card.name.lower()}") or "SXM" in card.name or "PCIe" in card.name
+        assert (
+            re.search(card.pattern, f"nvidia {card.name.lower()}")
+            or "SXM" in card.name
+            or "PCIe" in card.name
+        )
         assert card.fp32 <= (card.tf32 or card.fp32) <= card.fp16
         assert card.bf16 in (None, card.fp16)
 
@@ -226,7 +285,9 @@ def line(step, split="train", **values):
 
 def make_run(folder, lines, *, run=None, predictions=None):
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"name": "run", "config": {"seed": 0}, "parameters": 10} | (run or {})))
+    (folder / "run.json").write_text(
+        json.dumps({"name": "run", "config": {"seed": 0}, "parameters": 10} | (run or {}))
+    )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(values) + "\n" for values in lines))
     if predictions is not None:
         np.savez(folder / "predictions.npz", **predictions)
@@ -234,8 +295,15 @@ def make_run(folder, lines, *, run=None, predictions=None):
 
 
 def full_lines(count=40):
-    lines = [line(s, loss=3 / s, accuracy=1 - 1 / s, learning_rate=1e-3, examples_per_second=100.0 + s) for s in range(1, count)]
-    return [*lines, line(count, "validation", loss=0.3, accuracy=0.9), line(count, "test", loss=0.4, accuracy=0.875)]
+    lines = [
+        line(s, loss=3 / s, accuracy=1 - 1 / s, learning_rate=1e-3, examples_per_second=100.0 + s)
+        for s in range(1, count)
+    ]
+    return [
+        *lines,
+        line(count, "validation", loss=0.3, accuracy=0.9),
+        line(count, "test", loss=0.4, accuracy=0.875),
+    ]
 
 
 def digit_predictions(classes=10, shape=(8, 8, 1), dtype=np.uint8, names=None):
@@ -246,7 +314,12 @@ def digit_predictions(classes=10, shape=(8, 8, 1), dtype=np.uint8, names=None):
     names = np.array([f"class {i}" for i in range(classes)] if names is None else names)
     images = (random.random((len(worst), *shape)) * 16).astype(dtype)
     probability = random.random(60, dtype=np.float32)
-    found = {"label": label, "prediction": prediction, "probability": probability, "loss": probability}
+    found = {
+        "label": label,
+        "prediction": prediction,
+        "probability": probability,
+        "loss": probability,
+    }
     return found | {"worst_id": worst, "worst_image": images, "class_names": names}
 
 
@@ -292,8 +365,13 @@ def test_one_run_makes_a_page_and_all_plots(tmp_path):
     text = check_page(page)
     assert page == tmp_path / "run" / "report.html"
     assert {path.name for path in (tmp_path / "run" / "plots").iterdir()} == {
-        "loss.png", "accuracy.png", "learning_rate.png", "throughput.png", "confusion.png", "mistakes.png",
-    }  # fmt: skip
+        "loss.png",
+        "accuracy.png",
+        "learning_rate.png",
+        "throughput.png",
+        "confusion.png",
+        "mistakes.png",
+    }
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
     for words in (
         "87.50%",
@@ -310,7 +388,13 @@ def test_several_runs_are_compared(tmp_path):
     runs = []
     for seed in range(10):
         lines = [*full_lines(20), line(20, "test", loss=1.0, accuracy=0.5 + seed / 100)]
-        runs.append(make_run(tmp_path / f"run{seed}", lines, run={"config": {"seed": seed, "model": {"depth": 2}}}))
+        runs.append(
+            make_run(
+                tmp_path / f"run{seed}",
+                lines,
+                run={"config": {"seed": seed, "model": {"depth": 2}}},
+            )
+        )
     out = tmp_path / "out" / "page.html"
     text = check_page(write_report(runs, out))
     assert "10 runs compared" in text
@@ -324,7 +408,11 @@ HOSTILE = "<script>alert(1)</script>\"' onload=x $\\frac{ 漢字 \x1b[0m &amp;"
 
 
 def test_text_of_a_run_is_escaped(tmp_path):
-    lines = [line(1, loss=1.0, **{HOSTILE: 1.0}), line(2, loss=0.5, **{HOSTILE: 2.0}), line(2, HOSTILE, loss=1.0)]
+    lines = [
+        line(1, loss=1.0, **{HOSTILE: 1.0}),
+        line(2, loss=0.5, **{HOSTILE: 2.0}),
+        line(2, HOSTILE, loss=1.0),
+    ]
     run = {
         "name": HOSTILE,
         "command": [HOSTILE],
@@ -335,7 +423,12 @@ def test_text_of_a_run_is_escaped(tmp_path):
     }
     names = [HOSTILE] * 3
     folders = [
-        make_run(tmp_path / name, lines, run=run | {"git": {HOSTILE: name}}, predictions=digit_predictions(3, names=names))
+        make_run(
+            tmp_path / name,
+            lines,
+            run=run | {"git": {HOSTILE: name}},
+            predictions=digit_predictions(3, names=names),
+        )
         for name in ("a", "b")
     ]
     for chosen, out in ((folders[:1], None), (folders, tmp_path / "both.html")):
@@ -347,15 +440,23 @@ def test_text_of_a_run_is_escaped(tmp_path):
 @pytest.mark.parametrize(
     "lines",
     [
-        [], [line(1)], [line(0, loss=1.0)], [line(1, loss=1.0)], [line(1, "test", loss=0.0)],
+        [],
+        [line(1)],
+        [line(0, loss=1.0)],
+        [line(1, loss=1.0)],
+        [line(1, "test", loss=0.0)],
         [line(1, "validation", mean_absolute_error=0.5)],
-        [line(1, loss="NaN"), line(2, loss="Infinity")], [line(1, loss=1.0), line(2, loss="NaN"), line(3, loss=2.0),
-        line(4, loss="-Infinity")],
-        [line(1, loss=1e300), line(2, loss=1e-300)], [line(1, loss=-1e308), line(2, loss=1e308)], [line(1, loss=0.0), line(2, loss=0.0)],
-        [line(1, loss=[1], accuracy=None, note="text", flag=True)], [{"loss": 1.0}, {"step": "x", "split": 3, "loss": 1.0}],
-        [line(step, loss=1 / step, rmse=1.0) for step in range(1, 4000)], [line(10**12, loss=1.0), line(10**12 + 1, loss=2.0)],
+        [line(1, loss="NaN"), line(2, loss="Infinity")],
+        [line(1, loss=1.0), line(2, loss="NaN"), line(3, loss=2.0), line(4, loss="-Infinity")],
+        [line(1, loss=1e300), line(2, loss=1e-300)],
+        [line(1, loss=-1e308), line(2, loss=1e308)],
+        [line(1, loss=0.0), line(2, loss=0.0)],
+        [line(1, loss=[1], accuracy=None, note="text", flag=True)],
+        [{"loss": 1.0}, {"step": "x", "split": 3, "loss": 1.0}],
+        [line(step, loss=1 / step, rmse=1.0) for step in range(1, 4000)],
+        [line(10**12, loss=1.0), line(10**12 + 1, loss=2.0)],
     ],
-)  # fmt: skip
+)
 def test_short_and_odd_metrics_do_not_break_the_page(tmp_path, lines):
     one = make_run(tmp_path / "a", lines)
     check_page(write_report([one]))
@@ -365,16 +466,26 @@ def test_short_and_odd_metrics_do_not_break_the_page(tmp_path, lines):
 @pytest.mark.parametrize(
     "predictions",
     [
-        digit_predictions(shape=(8, 8, 3)), digit_predictions(shape=(4, 6, 2), dtype=np.float32), digit_predictions(shape=(40, 1),
-        dtype=np.float32),
-        digit_predictions(shape=(40,), dtype=np.float64), digit_predictions(100), digit_predictions(names=[]), digit_predictions(2),
-        digit_predictions() | {"worst_id": np.array([-1, 999]), "worst_image": np.zeros((2, 8, 8, 1))},
-        digit_predictions() | {"worst_image": np.full((30, 8, 8, 1), np.nan)}, {"label": np.zeros(3, np.int32)},
-        {"label": np.zeros(3, np.int32), "prediction": np.zeros(2, np.int32)}, {"label": np.zeros(3), "prediction": np.zeros(3)},
-        {"label": np.array([0, 2**30]), "prediction": np.array([0, 1])}, {"label": np.zeros(3, np.int32),
-        "prediction": np.zeros(3, np.int32)},
+        digit_predictions(shape=(8, 8, 3)),
+        digit_predictions(shape=(4, 6, 2), dtype=np.float32),
+        digit_predictions(shape=(40, 1), dtype=np.float32),
+        digit_predictions(shape=(40,), dtype=np.float64),
+        digit_predictions(100),
+        digit_predictions(names=[]),
+        digit_predictions(2),
+        digit_predictions()
+        | {
+            "worst_id": np.array([-1, 999]),
+            "worst_image": np.zeros((2, 8, 8, 1)),
+        },
+        digit_predictions() | {"worst_image": np.full((30, 8, 8, 1), np.nan)},
+        {"label": np.zeros(3, np.int32)},
+        {"label": np.zeros(3, np.int32), "prediction": np.zeros(2, np.int32)},
+        {"label": np.zeros(3), "prediction": np.zeros(3)},
+        {"label": np.array([0, 2**30]), "prediction": np.array([0, 1])},
+        {"label": np.zeros(3, np.int32), "prediction": np.zeros(3, np.int32)},
     ],
-)  # fmt: skip
+)
 def test_odd_predictions_do_not_break_the_page(tmp_path, predictions):
     check_page(write_report([make_run(tmp_path / "a", full_lines(5), predictions=predictions)]))
 
@@ -423,14 +534,20 @@ def test_labels_do_not_meet_and_stay_inside():
 
 
 def test_names_of_runs_are_told_apart(tmp_path):
-    runs = [history.History(tmp_path / path, {"name": name}, [], {}) for path, name in (("x", "a"), ("y", "a"), ("z", "b"))]
+    runs = [
+        history.History(tmp_path / path, {"name": name}, [], {})
+        for path, name in (("x", "a"), ("y", "a"), ("z", "b"))
+    ]
     assert history.names(runs) == ["a x", "a y", "b z"]
     assert history.names(runs[1:]) == ["a", "b"]
     assert history.names([runs[0], runs[0]]) == ["a 1", "a 2"]
 
 
 def test_a_picture_of_the_regression_has_no_accuracy(tmp_path):
-    folder = make_run(tmp_path / "a", [line(step, loss=1 / step, mean_squared_error=2 / step) for step in range(1, 9)])
+    folder = make_run(
+        tmp_path / "a",
+        [line(step, loss=1 / step, mean_squared_error=2 / step) for step in range(1, 9)],
+    )
     loaded = history.load(folder)
     assert loaded.metric == "mean_squared_error"
     assert loaded.best("mean_squared_error", "train") == (8, 0.25)

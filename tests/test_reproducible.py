@@ -1,6 +1,8 @@
-"""Reproducible training: the same bits on every number of devices and processes, and the mathematics that logical shards are.
+"""Reproducible training: the same bits on every number of devices and processes, and the
+mathematics that logical shards are.
 
-The default tests compare layouts inside this process; the slow ones start whole runs by their command lines, as users do.
+The default tests compare layouts inside this process; the slow ones start whole runs by their
+command lines, as users do.
 """
 
 import json
@@ -16,24 +18,29 @@ import numpy as np
 import pytest
 
 from jaxtrain import augment
-from jaxtrain.checkpoints import checkpoints, arrays
-from jaxtrain.train import gradients, reproducible, state, steps as train_steps
-from jaxtrain.parallel import mesh, sharding
 from jaxtrain.adapters import functions
+from jaxtrain.checkpoints import arrays, checkpoints
 from jaxtrain.losses import cross_entropy
 from jaxtrain.models import convnet, mlp, vit
 from jaxtrain.optimizers import SGD, AdamW
-from jaxtrain.train.recipe import Recipe
+from jaxtrain.parallel import mesh, sharding
 from jaxtrain.tasks import Classification
+from jaxtrain.train import gradients, reproducible, state
+from jaxtrain.train import steps as train_steps
+from jaxtrain.train.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RANDOM = np.random.default_rng(0)
-DATA = {"image": RANDOM.normal(size=(48, 8, 8, 1)).astype(np.float32), "label": RANDOM.integers(0, 10, 48).astype(np.int32)}
+DATA = {
+    "image": RANDOM.normal(size=(48, 8, 8, 1)).astype(np.float32),
+    "label": RANDOM.integers(0, 10, 48).astype(np.int32),
+}
 LAYOUTS = ("data:1", "fsdp:2", "data:4")
 
 
 class Dividing:
-    """A model that divides by a broadcast number, which XLA rewrites differently in programs for one device and for many; a pair of functions."""
+    """A model that divides by a broadcast number, which XLA rewrites differently in programs for
+    one device and for many; a pair of functions."""
 
     def init(self, key: jax.Array, inputs: jax.Array) -> dict[str, jax.Array]:
         """One matrix and one bias."""
@@ -55,16 +62,30 @@ MODELS: dict[str, Any] = {
 }
 
 
-def trained(model: Any, layout: str, *, steps: int = 3, shards: int = 8, **options: Any) -> tuple[str, dict[str, tuple[float, float]], Any]:
+def trained(
+    model: Any, layout: str, *, steps: int = 3, shards: int = 8, **options: Any
+) -> tuple[str, dict[str, tuple[float, float]], Any]:
     """Digest, last sums and evaluation sums after a few steps over resident data on one layout."""
     where = mesh.make(layout)
     parts = (model, Classification(label_smoothing=0.1), AdamW(learning_rate=0.01))
-    options = {"clip_norm": 0.5, "ema_decay": 0.9, "augment": augment.ImageAugment(crop_padding=1, mixup=0.4), "num_examples": 48} | options
-    batch = {name: jax.ShapeDtypeStruct((16, *array.shape[1:]), array.dtype) for name, array in DATA.items()}
+    options = {
+        "clip_norm": 0.5,
+        "ema_decay": 0.9,
+        "augment": augment.ImageAugment(crop_padding=1, mixup=0.4),
+        "num_examples": 48,
+    } | options
+    batch = {
+        name: jax.ShapeDtypeStruct((16, *array.shape[1:]), array.dtype)
+        for name, array in DATA.items()
+    }
     whole = state.init_state(*parts, batch, **options)
     abstract = jax.eval_shape(lambda: state.init_state(*parts, batch, **options))
     places = state.state_shardings(Recipe(*parts, **options), batch, abstract, where)
-    like = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, places)
+    like = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract,
+        places,
+    )
     now = arrays.to_devices(arrays.to_host(whole), like)
     trainer = reproducible.Trainer(Recipe(*parts, **options), where, shards)
     data = jax.device_put(DATA, sharding.replicated(where))
@@ -72,15 +93,27 @@ def trained(model: Any, layout: str, *, steps: int = 3, shards: int = 8, **optio
     for _ in range(steps):
         copies, sums = trainer.step(copies, trainer.draw(copies, data, 16))
     now = trainer.joined(copies, now)
-    assert [leaf.sharding for leaf in jax.tree.leaves(now)] == [leaf.sharding for leaf in jax.tree.leaves(like)]
+    assert [leaf.sharding for leaf in jax.tree.leaves(now)] == [
+        leaf.sharding for leaf in jax.tree.leaves(like)
+    ]
     held_out = {name: array[:16] for name, array in DATA.items()}
-    evaluated = reproducible.make_eval_step(*parts, mesh=where, shards=shards, **options)(now, held_out)
+    evaluated = reproducible.make_eval_step(*parts, mesh=where, shards=shards, **options)(
+        now, held_out
+    )
     return checkpoints.digest(now), jax.device_get(sums), jax.device_get(evaluated)
 
 
-@pytest.mark.parametrize("name", ["own", pytest.param("cnn", marks=pytest.mark.slow), pytest.param("vit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "own",
+        pytest.param("cnn", marks=pytest.mark.slow),
+        pytest.param("vit", marks=pytest.mark.slow),
+    ],
+)
 def test_the_same_bits_on_other_meshes(name: str) -> None:
-    """Every program is compiled for each device, hence the slow marks; whole runs are compared below."""
+    """Every program is compiled for each device, hence the slow marks; whole runs are compared
+    below."""
     first, *others = (trained(MODELS[name], layout) for layout in LAYOUTS)
     for other in others:
         assert other == first
@@ -88,7 +121,9 @@ def test_the_same_bits_on_other_meshes(name: str) -> None:
 
 @pytest.mark.slow
 def test_the_same_bits_in_bf16() -> None:
-    first, other = (trained(MODELS["vit"], layout, precision="bf16") for layout in ("data:1", "data:2"))
+    first, other = (
+        trained(MODELS["vit"], layout, precision="bf16") for layout in ("data:1", "data:2")
+    )
     assert other == first
 
 
@@ -106,9 +141,14 @@ class Narrow:
 
 def test_parameters_of_16_bits_are_summed_in_32() -> None:
     narrow = Narrow()
-    first, other = (trained((narrow.init, narrow.apply), layout, ema_decay=None, augment=None) for layout in ("data:1", "data:4"))
+    first, other = (
+        trained((narrow.init, narrow.apply), layout, ema_decay=None, augment=None)
+        for layout in ("data:1", "data:4")
+    )
     assert other == first
-    packed = reproducible.pack({"a": jnp.full(2, 1.5, jnp.bfloat16), "b": jnp.ones(1), "c": jnp.ones(1, jnp.int32)})
+    packed = reproducible.pack(
+        {"a": jnp.full(2, 1.5, jnp.bfloat16), "b": jnp.ones(1), "c": jnp.ones(1, jnp.int32)}
+    )
     assert {name: row.shape for name, row in packed.items()} == {"float32": (1, 3), "int32": (1, 1)}
 
 
@@ -130,15 +170,26 @@ def test_an_fsdp_step_compiles_once() -> None:
 
 
 def test_a_batch_that_cannot_be_cut_is_refused_and_examples_draw_their_own() -> None:
-    recipe = Recipe(MODELS["own"], Classification(), SGD(), augment=augment.ImageAugment(crop_padding=2))
+    recipe = Recipe(
+        MODELS["own"], Classification(), SGD(), augment=augment.ImageAugment(crop_padding=2)
+    )
     trainer = reproducible.Trainer(recipe, mesh.make("data:1"), 8)
-    with pytest.raises(ValueError, match=r"^--logical_shards=8: must divide --batch_size=12; use another of both$"):
+    with pytest.raises(
+        ValueError, match=r"^--logical_shards=8: must divide --batch_size=12; use another of both$"
+    ):
         trainer.cut({name: array[:12] for name, array in DATA.items()})
     batch = {name: jnp.asarray(array[:16]) for name, array in DATA.items()}
-    now = state.init_state(recipe.model, recipe.task, recipe.optimizer, batch, augment=recipe.augment)
+    now = state.init_state(
+        recipe.model, recipe.task, recipe.optimizer, batch, augment=recipe.augment
+    )
     whole = gradients.augmented(recipe, now, batch)["image"]
     parts = [
-        gradients.augmented(recipe, now, {name: array[4 * shard : 4 * shard + 4] for name, array in batch.items()}, jnp.uint32(shard))["image"]
+        gradients.augmented(
+            recipe,
+            now,
+            {name: array[4 * shard : 4 * shard + 4] for name, array in batch.items()},
+            jnp.uint32(shard),
+        )["image"]
         for shard in range(4)
     ]
     np.testing.assert_array_equal(jnp.concatenate(parts), whole)
@@ -152,7 +203,8 @@ def test_shards_that_are_no_power_of_two() -> None:
         parts = (MODELS["own"], Classification(), SGD(learning_rate=0.1))
         batch = {name: array[:24] for name, array in DATA.items()}
         now = arrays.to_devices(
-            arrays.to_host(state.init_state(*parts, batch)), jax.eval_shape(lambda: state.init_state(*parts, batch, mesh=where))
+            arrays.to_host(state.init_state(*parts, batch)),
+            jax.eval_shape(lambda: state.init_state(*parts, batch, mesh=where)),
         )
         now = jax.device_put(now, sharding.replicated(where))
         made = reproducible.make_train_step(*parts, mesh=where, shards=12)
@@ -164,8 +216,13 @@ def test_shards_that_are_no_power_of_two() -> None:
 
 
 def test_a_step_is_the_plain_step_where_nothing_draws_or_averages() -> None:
-    """Without dropout, mixtures and batch statistics, logical shards are the plain mathematics, summed in another order."""
-    parts = (vit.ViT(patch=4, width=12, depth=1, heads=3), Classification(), AdamW(learning_rate=0.01))
+    """Without dropout, mixtures and batch statistics, logical shards are the plain mathematics,
+    summed in another order."""
+    parts = (
+        vit.ViT(patch=4, width=12, depth=1, heads=3),
+        Classification(),
+        AdamW(learning_rate=0.01),
+    )
     batch = {name: array[:16] for name, array in DATA.items()}
     where = mesh.make("data:2")
     one, sums = reproducible.make_train_step(*parts, mesh=where)(
@@ -175,29 +232,38 @@ def test_a_step_is_the_plain_step_where_nothing_draws_or_averages() -> None:
     for name, (total, count) in jax.device_get(plain).items():
         np.testing.assert_allclose(jax.device_get(sums[name]), (total, count), rtol=1e-5)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), jax.device_get(one.params), jax.device_get(other.params)
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5),
+        jax.device_get(one.params),
+        jax.device_get(other.params),
     )
 
 
 def test_batch_statistics_are_those_of_each_shard() -> None:
-    """Ghost batch norm by hand: each shard normalised alone, the loss summed, the running averages averaged."""
+    """Ghost batch norm by hand: each shard normalised alone, the loss summed, the running averages
+    averaged."""
     model = convnet.ConvNet(widths=(4,))
     parts = (model, Classification(), SGD(learning_rate=0.1))
     batch = {name: array[:16] for name, array in DATA.items()}
     where = mesh.make("data:1")
     start = state.init_state(*parts, batch)
     before = jax.device_get(start)
-    after, sums = reproducible.make_train_step(*parts, mesh=where, shards=4)(jax.device_put(start, sharding.replicated(where)), batch)
+    after, sums = reproducible.make_train_step(*parts, mesh=where, shards=4)(
+        jax.device_put(start, sharding.replicated(where)), batch
+    )
     losses, averages = [], []
     for part in range(4):
         rows = slice(4 * part, 4 * part + 4)
-        outputs, found = functions(model).apply({"params": before.params} | before.collections, batch["image"][rows], train=True)
+        outputs, found = functions(model).apply(
+            {"params": before.params} | before.collections, batch["image"][rows], train=True
+        )
         losses.append(float(cross_entropy(outputs, jnp.asarray(batch["label"][rows])).sum()))
         averages.append(jax.device_get(found["batch_stats"]))
     assert float(sums["loss"][0]) == pytest.approx(sum(losses), rel=1e-5)
     expected = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *averages)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), jax.device_get(after.collections["batch_stats"]), expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        jax.device_get(after.collections["batch_stats"]),
+        expected,
     )
 
 
@@ -206,9 +272,17 @@ def test_mixup_partners_and_weights_are_of_the_shard() -> None:
     recipe = Recipe(MODELS["mlp"], Classification(), SGD(), augment=mixed)
     batch = {name: array[:16] for name, array in DATA.items()}
     now = state.init_state(recipe.model, recipe.task, recipe.optimizer, batch, augment=mixed)
-    parts = [{name: jnp.asarray(array[4 * shard : 4 * shard + 4]) for name, array in batch.items()} for shard in range(4)]
-    found = [gradients.augmented(recipe, now, part, jnp.uint32(shard)) for shard, part in enumerate(parts)]
-    assert [each["label_other"].tolist() for each in found] == [part["label"][::-1].tolist() for part in parts]
+    parts = [
+        {name: jnp.asarray(array[4 * shard : 4 * shard + 4]) for name, array in batch.items()}
+        for shard in range(4)
+    ]
+    found = [
+        gradients.augmented(recipe, now, part, jnp.uint32(shard))
+        for shard, part in enumerate(parts)
+    ]
+    assert [each["label_other"].tolist() for each in found] == [
+        part["label"][::-1].tolist() for part in parts
+    ]
     assert len({float(each["label_weight"][0]) for each in found}) == 4
     trainer = reproducible.Trainer(recipe, mesh.make("data:2"), 4)
     assert [[part["label"].tolist() for part in parts] for parts in trainer.cut(batch)] == [
@@ -218,7 +292,8 @@ def test_mixup_partners_and_weights_are_of_the_shard() -> None:
 
 
 def test_the_tree_of_additions() -> None:
-    """Against the same tree in NumPy; the plain order gives other bits, or this would prove nothing."""
+    """Against the same tree in NumPy; the plain order gives other bits, or this would prove
+    nothing."""
     values = RANDOM.normal(size=(8, 1000)).astype(np.float32)
     pairs = [values[i] + values[i + 1] for i in range(0, 8, 2)]
     expected = (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])
@@ -232,14 +307,43 @@ def test_the_tree_of_additions() -> None:
 @pytest.mark.parametrize(
     ("layout", "shards", "batch", "message"),
     [
-        ("tensor:2", 8, 16, "--reproducible: the mesh axis tensor splits single sums, whose bits then depend on it; use data and fsdp"),
-        ("data:8", 4, 16, "--logical_shards=4: must be a multiple of the 8 devices; use --logical_shards=8 or fewer devices"),
-        ("data:3", 8, 24, "--logical_shards=8: must be a multiple of the 3 devices; use --logical_shards=3 or fewer devices"),
+        (
+            "tensor:2",
+            8,
+            16,
+            (
+                "--reproducible: the mesh axis tensor splits single sums, whose bits then depend on"
+                " it; use data and fsdp"
+            ),
+        ),
+        (
+            "data:8",
+            4,
+            16,
+            (
+                "--logical_shards=4: must be a multiple of the 8 devices; use --logical_shards=8 or"
+                " fewer devices"
+            ),
+        ),
+        (
+            "data:3",
+            8,
+            24,
+            (
+                "--logical_shards=8: must be a multiple of the 3 devices; use --logical_shards=3 or"
+                " fewer devices"
+            ),
+        ),
     ],
 )
-def test_what_cannot_be_reproduced_is_refused(layout: str, shards: int, batch: int, message: str) -> None:
+def test_what_cannot_be_reproduced_is_refused(
+    layout: str, shards: int, batch: int, message: str
+) -> None:
     recipe = Recipe(MODELS["mlp"], Classification(), SGD())
-    for refused in (lambda: reproducible.check(mesh.make(layout), shards, batch), lambda: reproducible.Trainer(recipe, mesh.make(layout), shards)):
+    for refused in (
+        lambda: reproducible.check(mesh.make(layout), shards, batch),
+        lambda: reproducible.Trainer(recipe, mesh.make(layout), shards),
+    ):
         with pytest.raises(ValueError, match="^--") as caught:
             refused()
         assert str(caught.value) == message
@@ -247,10 +351,23 @@ def test_what_cannot_be_reproduced_is_refused(layout: str, shards: int, batch: i
 
 EXPERIMENTS = {
     "mlp": ["experiments/digits.py", "--model=mlp", "--model.widths=32"],
-    "cnn": ["experiments/digits.py", "--model.widths=8,16", "--model.dropout=0.2", "--augment.mixup=0.2"],
-    "transformer": ["experiments/markov.py", "--model.width=16", "--model.depth=1", "--model.heads=2", "--data.examples=512", "--data.length=16",
-                    "--data.test_examples=64", "--model.dropout=0.1"],
-}  # fmt: skip
+    "cnn": [
+        "experiments/digits.py",
+        "--model.widths=8,16",
+        "--model.dropout=0.2",
+        "--augment.mixup=0.2",
+    ],
+    "transformer": [
+        "experiments/markov.py",
+        "--model.width=16",
+        "--model.depth=1",
+        "--model.heads=2",
+        "--data.examples=512",
+        "--data.length=16",
+        "--data.test_examples=64",
+        "--model.dropout=0.1",
+    ],
+}
 PLACES = [
     (1, 1, "data:1"),
     (1, 2, "fsdp:2"),
@@ -264,7 +381,12 @@ PLACES = [
 
 
 def launch(
-    arguments: list[str], processes: int, devices: int, workdir: Path, *, more: dict[str, str] | None = None
+    arguments: list[str],
+    processes: int,
+    devices: int,
+    workdir: Path,
+    *,
+    more: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """One run by its command line."""
     command = [
@@ -276,14 +398,25 @@ def launch(
         *arguments,
         f"--workdir={workdir}",
     ]
-    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"} | (more or {})
-    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=900, check=False)
+    environ = (
+        {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        | {"JAX_PLATFORMS": "cpu"}
+        | (more or {})
+    )
+    return subprocess.run(
+        command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=900, check=False
+    )
 
 
 def digest_of(workdir: Path) -> str:
     """The last line of verify."""
     done = subprocess.run(
-        [sys.executable, "-m", "jaxtrain", "verify", str(workdir)], cwd=ROOT, capture_output=True, text=True, timeout=100, check=True
+        [sys.executable, "-m", "jaxtrain", "verify", str(workdir)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
     )
     return done.stdout.splitlines()[-1]
 
@@ -291,18 +424,39 @@ def digest_of(workdir: Path) -> str:
 def metrics_of(workdir: Path) -> list[dict[str, Any]]:
     """The lines of metrics without what a clock said."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.endswith(("_seconds", "_per_second"))} for line in lines]
+    return [
+        {
+            name: value
+            for name, value in line.items()
+            if not name.endswith(("_seconds", "_per_second"))
+        }
+        for line in lines
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_whole_runs_are_equal_on_1_to_8_devices_and_1_to_4_processes(name: str, precision: str, tmp_path: Path) -> None:
+def test_whole_runs_are_equal_on_1_to_8_devices_and_1_to_4_processes(
+    name: str, precision: str, tmp_path: Path
+) -> None:
     found = []
     for processes, devices, layout in PLACES:
         workdir = tmp_path / f"{processes}x{devices}"
-        arguments = [*EXPERIMENTS[name], "--steps=200", "--batch_size=32", "--reproducible", f"--precision={precision}", f"--mesh={layout}"]
-        done = launch([*arguments, "--clip_norm=1", "--eval_every=0", "--noreport", "--notensorboard"], processes, devices, workdir)
+        arguments = [
+            *EXPERIMENTS[name],
+            "--steps=200",
+            "--batch_size=32",
+            "--reproducible",
+            f"--precision={precision}",
+            f"--mesh={layout}",
+        ]
+        done = launch(
+            [*arguments, "--clip_norm=1", "--eval_every=0", "--noreport", "--notensorboard"],
+            processes,
+            devices,
+            workdir,
+        )
         assert done.returncode == 0, done.stderr
         found.append((digest_of(workdir), metrics_of(workdir)))
         print(name, precision, processes, devices, layout, found[-1][0], flush=True)
@@ -310,7 +464,15 @@ def test_whole_runs_are_equal_on_1_to_8_devices_and_1_to_4_processes(name: str, 
 
 
 def test_a_run_of_two_processes_is_the_run_of_one(tmp_path: Path) -> None:
-    arguments = [*EXPERIMENTS["mlp"], "--steps=4", "--batch_size=32", "--log_every=1", "--reproducible", "--noreport", "--notensorboard"]
+    arguments = [
+        *EXPERIMENTS["mlp"],
+        "--steps=4",
+        "--batch_size=32",
+        "--log_every=1",
+        "--reproducible",
+        "--noreport",
+        "--notensorboard",
+    ]
     found = []
     for processes, devices in ((1, 1), (2, 1)):
         done = launch(arguments, processes, devices, tmp_path / str(processes))

@@ -1,4 +1,5 @@
-"""A run that is stopped, killed, damaged or changed, and goes on: to the same bits, and with each line of its metrics once."""
+"""A run that is stopped, killed, damaged or changed, and goes on: to the same bits, and with each
+line of its metrics once."""
 
 import os
 import shutil
@@ -16,11 +17,11 @@ import pytest
 from test_run import ROOT, digest, lines, quiet_environment, start, toy
 
 from jaxtrain.checkpoints import committed
-from jaxtrain.train import feeds
 from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.horizon import Horizon
 from jaxtrain.models import ConvNet
 from jaxtrain.processes.signals import Stop
+from jaxtrain.train import feeds
 
 KINDS: dict[str, dict[str, Any]] = {
     "scanned": {},
@@ -60,7 +61,13 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], Non
         monkeypatch.setattr(kind, "advance", watched)
 
 
-def stopped(workdir: Path, monkeypatch: pytest.MonkeyPatch, step: int = 9, number: int = signal.SIGTERM, **changes: Any) -> int:
+def stopped(
+    workdir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int = 9,
+    number: int = signal.SIGTERM,
+    **changes: Any,
+) -> int:
     """The status of a run that gets a signal at a step."""
     # Ctrl-C is ignored in a process that a script has put into the background, pytest included.
     previous = signal.signal(number, signal.SIG_DFL)
@@ -74,14 +81,22 @@ def stopped(workdir: Path, monkeypatch: pytest.MonkeyPatch, step: int = 9, numbe
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_told_to_stop_goes_on_to_the_same_bits(
-    kind: str, golden: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    golden: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole = golden(kind)
     assert stopped(tmp_path / "run", monkeypatch, **KINDS[kind]) == 75
-    # Dispatches end at multiples of the cadences (4, 5 and 6), so step 9 lies in one that ends at 9 or at 10.
+    # Dispatches end at multiples of the cadences (4, 5 and 6), so step 9 lies in one that ends at 9
+    # or at 10.
     newest = Checkpoints(tmp_path / "run").steps()[-1]
     assert newest in (9, 10), "the step is finished and saved, though no checkpoint was due"
-    assert f"SIGTERM: saved at step {newest}; the same command with --workdir={tmp_path}/run goes on from there" in _unwrapped(capsys)
+    assert (
+        f"SIGTERM: saved at step {newest}; the same command with --workdir={tmp_path}/run goes on"
+        " from there" in _unwrapped(capsys)
+    )
     assert start(tmp_path / "run", **KINDS[kind]) == 0
     assert f"resumed from step {newest}\n" in capsys.readouterr().out
     assert lines(tmp_path / "run") == lines(whole)
@@ -93,15 +108,23 @@ def _unwrapped(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 75)])
-def test_other_signals(number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_signals(
+    number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert stopped(tmp_path / "run", monkeypatch, number=number) == status
     assert Checkpoints(tmp_path / "run").steps()[-1] in (9, 10)
 
 
-def test_a_signal_before_the_first_step_saves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_before_the_first_step_saves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with monkeypatch.context() as patch:
         open_data = type(toy().data).open
-        patch.setattr(type(toy().data), "open", lambda self: (os.kill(os.getpid(), signal.SIGTERM), open_data(self))[1])
+        patch.setattr(
+            type(toy().data),
+            "open",
+            lambda self: (os.kill(os.getpid(), signal.SIGTERM), open_data(self))[1],
+        )
         assert start(tmp_path / "run") == 75
     assert "SIGTERM: nothing done yet, nothing to save" in capsys.readouterr().out
     assert not (tmp_path / "run" / "run.json").exists()
@@ -122,7 +145,8 @@ def test_ignored_signals_stay_ignored() -> None:
 STUCK = """
 import hashlib, signal
 from jaxtrain.signals import Stop
-signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in the background of a script
+# It is ignored in the background of a script.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with Stop():
     print(1, flush=True)
     hashlib.pbkdf2_hmac("md5", b"", b"", 2**31 - 1)
@@ -131,14 +155,23 @@ with Stop():
 
 def test_ctrl_c_twice_is_at_once_whatever_the_main_thread_does() -> None:
     # A long call into C without a look at signals: as a compilation is.
-    with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", STUCK],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "1\n"
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
-        assert process.stderr is not None and process.stderr.read() == "jaxtrain: interrupted twice; nothing more is saved\n"
+        assert (
+            process.stderr is not None
+            and process.stderr.read() == "jaxtrain: interrupted twice; nothing more is saved\n"
+        )
 
 
 KILLED = """
@@ -156,18 +189,30 @@ start(sys.argv[1])
 """
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_bits(golden: Callable[[], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    process = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "run"], cwd=ROOT, env=quiet_environment(), capture_output=True, check=False)
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(
+    golden: Callable[[], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path / "run"],
+        cwd=ROOT,
+        env=quiet_environment(),
+        capture_output=True,
+        check=False,
+    )
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     newest = Checkpoints(tmp_path / "run").steps()[-1]
     assert newest in (8, 12), "12 was being written when the kill came"
     assert lines(tmp_path / "run")[-1]["step"] >= newest
     assert start(tmp_path / "run") == 0
     assert f"resumed from step {newest}\n" in capsys.readouterr().out
-    assert lines(tmp_path / "run") == lines(golden()) and digest(tmp_path / "run") == digest(golden())
+    assert lines(tmp_path / "run") == lines(golden()) and digest(tmp_path / "run") == digest(
+        golden()
+    )
 
 
-def test_an_error_in_the_middle_leaves_a_run_that_goes_on(golden: Callable[[], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_middle_leaves_a_run_that_goes_on(
+    golden: Callable[[], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail() -> None:
         raise RuntimeError("the user's own")
 
@@ -176,7 +221,9 @@ def test_an_error_in_the_middle_leaves_a_run_that_goes_on(golden: Callable[[], P
             at_step(patch, step, fail)
             start(tmp_path / "run")
     assert start(tmp_path / "run", "--resume=must") == 0
-    assert lines(tmp_path / "run") == lines(golden()) and digest(tmp_path / "run") == digest(golden())
+    assert lines(tmp_path / "run") == lines(golden()) and digest(tmp_path / "run") == digest(
+        golden()
+    )
 
 
 def copy(source: Path, target: Path) -> Path:
@@ -187,71 +234,119 @@ def copy(source: Path, target: Path) -> Path:
 def hurt(workdir: Path, step: int) -> str:
     """Flips a bit of a checkpoint's largest file; the file's name."""
     folder = workdir / "checkpoints" / str(step)
-    path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    path = max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
     return str(path.relative_to(folder))
 
 
-def test_a_damaged_checkpoint_is_passed_over_loudly(golden: Callable[[], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_passed_over_loudly(
+    golden: Callable[[], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = copy(golden(), tmp_path / "run")
     file = hurt(folder, 24)
     assert start(folder) == 0
     said = capsys.readouterr()
-    assert said.err == f"jaxtrain: warning: step 24: {file}: checksum mismatch; falling back to step 20\n"
+    assert (
+        said.err
+        == f"jaxtrain: warning: step 24: {file}: checksum mismatch; falling back to step 20\n"
+    )
     assert "resumed from step 20\n" in said.out
     assert lines(folder) == lines(golden()) and digest(folder) == digest(golden())
 
 
-def test_where_all_are_damaged_nothing_starts_anew(golden: Callable[[], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_all_are_damaged_nothing_starts_anew(
+    golden: Callable[[], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = copy(golden(), tmp_path / "run")
     before = (folder / "metrics.jsonl").read_bytes()
     for step in committed.numbered(folder / "checkpoints"):
         hurt(folder, step)
     assert start(folder) == 74
     said = capsys.readouterr().err
-    assert said.startswith(f"jaxtrain: error: {folder}/checkpoints: no checkpoint verifies (step 24: ") and said.count("\n") == 1
+    assert (
+        said.startswith(f"jaxtrain: error: {folder}/checkpoints: no checkpoint verifies (step 24: ")
+        and said.count("\n") == 1
+    )
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_finished_run_started_again_does_nothing(golden: Callable[[], Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_started_again_does_nothing(
+    golden: Callable[[], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (golden() / "metrics.jsonl").read_bytes(), digest(golden())
     assert start(golden()) == 0
-    assert "--steps=24: checkpoint is already at step 24; nothing to do, raise it to go on\n" in capsys.readouterr().out
+    assert (
+        "--steps=24: checkpoint is already at step 24; nothing to do, raise it to go on\n"
+        in capsys.readouterr().out
+    )
     assert start(golden(), "--steps=10") == 0
-    assert "--steps=10: checkpoint is already at step 24; nothing to do, raise it to go on\n" in capsys.readouterr().out
+    assert (
+        "--steps=10: checkpoint is already at step 24; nothing to do, raise it to go on\n"
+        in capsys.readouterr().out
+    )
     assert ((golden() / "metrics.jsonl").read_bytes(), digest(golden())) == before
 
 
-def test_more_steps_go_on(golden: Callable[[], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_steps_go_on(
+    golden: Callable[[], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = copy(golden(), tmp_path / "run")
     assert start(folder, "--steps=30") == 0
     said = capsys.readouterr().out
     assert "resumed from step 24\n" in said and "note: steps changes from 24 to 30\n" in said
     found, before = lines(folder), lines(golden())
     assert found[: len(before)] == before
-    assert [(line["step"], line["split"]) for line in found[len(before) :]] == [(25, "train"), (30, "train"), (30, "validation"), (30, "test")]
+    assert [(line["step"], line["split"]) for line in found[len(before) :]] == [
+        (25, "train"),
+        (30, "train"),
+        (30, "validation"),
+        (30, "test"),
+    ]
 
 
-def test_a_run_goes_on_with_another_mesh(golden: Callable[[], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_with_another_mesh(
+    golden: Callable[[], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert stopped(tmp_path / "run", monkeypatch) == 75
     assert start(tmp_path / "run", "--mesh=data:2,fsdp:2") == 0
     for one, other in zip(lines(golden()), lines(tmp_path / "run"), strict=True):
         np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-3)
 
 
-def test_an_allowed_change_of_a_number_takes_effect(golden: Callable[[], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_allowed_change_of_a_number_takes_effect(
+    golden: Callable[[], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = copy(golden(), tmp_path / "run")
-    arguments = ["--steps=30", "--optimizer.learning_rate=1e-4", "--ema_decay=0.5", "--clip_norm=none"]
-    assert start(folder, *arguments, "--allow_config_change=optimizer.learning_rate,ema_decay,clip_norm") == 0
+    arguments = [
+        "--steps=30",
+        "--optimizer.learning_rate=1e-4",
+        "--ema_decay=0.5",
+        "--clip_norm=none",
+    ]
+    assert (
+        start(
+            folder, *arguments, "--allow_config_change=optimizer.learning_rate,ema_decay,clip_norm"
+        )
+        == 0
+    )
     assert "note: optimizer.learning_rate changes from 0.01 to 0.0001\n" in capsys.readouterr().out
-    rates = [line["learning_rate"] for line in lines(folder) if line["split"] == "train" and line["step"] > 24]
+    rates = [
+        line["learning_rate"]
+        for line in lines(folder)
+        if line["split"] == "train" and line["step"] > 24
+    ]
     assert rates and max(rates) <= 1e-4
 
 
-def test_a_run_goes_on_in_another_precision(golden: Callable[[], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As on another generation of cards: a loss scale begins where there was none, and ends where none is wanted."""
+def test_a_run_goes_on_in_another_precision(
+    golden: Callable[[], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on another generation of cards: a loss scale begins where there was none, and ends where
+    none is wanted."""
     folder = copy(golden(), tmp_path / "run")
     assert start(folder, "--steps=26", "--precision=fp16") == 2
     assert "precision" in capsys.readouterr().err
@@ -263,9 +358,18 @@ def test_a_run_goes_on_in_another_precision(golden: Callable[[], Path], tmp_path
 
 def test_the_best_is_kept_though_it_is_old(tmp_path: Path) -> None:
     # From the best step on, training is too fast to be any good.
-    changes = {"eval_every": Horizon(2, "steps"), "checkpoint_every": Horizon(2, "steps"), "keep": 1, "steps": 12}
+    changes = {
+        "eval_every": Horizon(2, "steps"),
+        "checkpoint_every": Horizon(2, "steps"),
+        "keep": 1,
+        "steps": 12,
+    }
     assert start(tmp_path / "run", **changes) == 0
-    found = {line["step"]: line["accuracy"] for line in lines(tmp_path / "run") if line["split"] == "validation" and line["step"]}
+    found = {
+        line["step"]: line["accuracy"]
+        for line in lines(tmp_path / "run")
+        if line["split"] == "validation" and line["step"]
+    }
     best = max(found, key=lambda step: (found[step], -step))
     checkpoints = Checkpoints(tmp_path / "run")
     assert checkpoints.best() == best and checkpoints.steps() == sorted({best, 12})
@@ -275,6 +379,11 @@ def test_the_best_is_kept_though_it_is_old(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", ["kills --trials=3", "flips --trials=10 --runs=1"])
 def test_faults_on_purpose(arguments: str) -> None:
     process = subprocess.run(
-        [sys.executable, "scripts/faults.py", *arguments.split(), "--seed=7"], cwd=ROOT, env=quiet_environment(), capture_output=True, text=True, check=False
+        [sys.executable, "scripts/faults.py", *arguments.split(), "--seed=7"],
+        cwd=ROOT,
+        env=quiet_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert process.returncode == 0, process.stdout + process.stderr

@@ -1,4 +1,5 @@
-"""A whole run in one process: what it writes, that its numbers are right, and that nothing beside the training can end it."""
+"""A whole run in one process: what it writes, that its numbers are right, and that nothing beside
+the training can end it."""
 
 import dataclasses
 import json
@@ -17,37 +18,53 @@ import numpy as np
 import pytest
 
 from jaxtrain import config
-from jaxtrain.train import compare_meshes, evaluate, loop
-from jaxtrain.config import flags
-from jaxtrain.processes import group, heartbeat
-from jaxtrain.runner import main as runner_main, workdir as workdirs
 from jaxtrain.augment import ImageAugment
 from jaxtrain.checkpoints.checkpoints import Checkpoints
+from jaxtrain.config import flags
 from jaxtrain.data import statistics
 from jaxtrain.data.sources.synthetic import Synthetic
-from jaxtrain.processes.group import Agreement
 from jaxtrain.horizon import Horizon
-from jaxtrain.train.metrics_log import Journal
 from jaxtrain.models import MLP, ConvNet
 from jaxtrain.optimizers import SGD, AdamW
+from jaxtrain.processes import group, heartbeat
+from jaxtrain.processes.group import Agreement
+from jaxtrain.processes.signals import Stop
+from jaxtrain.report.metrics_file import JsonlWriter, Writers, is_clock, read_metrics
 from jaxtrain.report.page import html
 from jaxtrain.report.terminal.progress import Progress
-from jaxtrain.report.metrics_file import JsonlWriter, Writers, is_clock, read_metrics
+from jaxtrain.runner import main as runner_main
+from jaxtrain.runner import workdir as workdirs
 from jaxtrain.schedules import Constant, Cosine
-from jaxtrain.processes.signals import Stop
 from jaxtrain.tasks import Classification
+from jaxtrain.train import compare_meshes, evaluate, loop
+from jaxtrain.train.metrics_log import Journal
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENT = [sys.executable, str(ROOT / "experiments" / "digits.py")]
-TINY = ["--steps=20", "--batch_size=16", "--model=mlp", "--model.widths=8", "--platform=cpu", "--mesh=data:1", "--tensorboard=false"]
+TINY = [
+    "--steps=20",
+    "--batch_size=16",
+    "--model=mlp",
+    "--model.widths=8",
+    "--platform=cpu",
+    "--mesh=data:1",
+    "--tensorboard=false",
+]
 
 
 def toy(**changes: Any) -> config.Run:
-    """A run of a second with everything on that keeps state: dropout, augmentation, averaging, clipping, an unfinished interval."""
+    """A run of a second with everything on that keeps state: dropout, augmentation, averaging,
+    clipping, an unfinished interval."""
     settings: dict[str, Any] = {
         "model": MLP(num_classes=4, widths=(16,), dropout=0.1),
         "data": Synthetic(
-            shape=(4, 4, 1), num_classes=4, examples=120, test_examples=30, noise=0.5, train="train[:80%]", validation="train[80%:]"
+            shape=(4, 4, 1),
+            num_classes=4,
+            examples=120,
+            test_examples=30,
+            noise=0.5,
+            train="train[:80%]",
+            validation="train[80%:]",
         ),
         "task": Classification(),
         "optimizer": AdamW(learning_rate=1e-2, weight_decay=0.01),
@@ -65,7 +82,10 @@ def toy(**changes: Any) -> config.Run:
         "tensorboard": False,
         "report": False,
         "offers": {
-            "model": {"mlp": MLP(num_classes=4, widths=(16,), dropout=0.1), "convnet": ConvNet(num_classes=4, widths=(4,), depth=1)},
+            "model": {
+                "mlp": MLP(num_classes=4, widths=(16,), dropout=0.1),
+                "convnet": ConvNet(num_classes=4, widths=(4,), depth=1),
+            },
             "optimizer": {"adamw": AdamW(learning_rate=1e-2, weight_decay=0.01), "sgd": SGD()},
             "schedule": {"cosine": Cosine(), "constant": Constant()},
         },
@@ -76,12 +96,17 @@ def toy(**changes: Any) -> config.Run:
 def start(workdir: Path | str, *argv: str, **changes: Any) -> int:
     """The exit status of a start, as `run.main` would have it."""
     arguments = [f"--workdir={workdir}", *argv] if workdir else list(argv)
-    return runner_main.guarded(lambda: runner_main.launch(flags.parse(toy(**changes), arguments), arguments))
+    return runner_main.guarded(
+        lambda: runner_main.launch(flags.parse(toy(**changes), arguments), arguments)
+    )
 
 
 def lines(workdir: Path) -> list[dict[str, Any]]:
     """The metrics of a run, without what comes from a clock."""
-    return [{key: value for key, value in line.items() if not is_clock(key)} for line in read_metrics(workdir / "metrics.jsonl")]
+    return [
+        {key: value for key, value in line.items() if not is_clock(key)}
+        for line in read_metrics(workdir / "metrics.jsonl")
+    ]
 
 
 def digest(workdir: Path) -> str:
@@ -103,9 +128,27 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_what_the_contract_says(golden: Path) -> None:
     record = json.loads((golden / "run.json").read_text())
-    expected = {"name", "config", "command", "versions", "git", "hardware", "mesh", "devices", "state_bytes_per_device", "started", "data", "parameters"}
+    expected = {
+        "name",
+        "config",
+        "command",
+        "versions",
+        "git",
+        "hardware",
+        "mesh",
+        "devices",
+        "state_bytes_per_device",
+        "started",
+        "data",
+        "parameters",
+    }
     assert expected <= record.keys()
-    assert record["name"] == "toy" and record["mesh"] == "data:1" and record["devices"] == 1 and record["parameters"] == 17 * 16 + 17 * 4
+    assert (
+        record["name"] == "toy"
+        and record["mesh"] == "data:1"
+        and record["devices"] == 1
+        and record["parameters"] == 17 * 16 + 17 * 4
+    )
     found = lines(golden)
     train = [line["step"] for line in found if line["split"] == "train"]
     validation = [line["step"] for line in found if line["split"] == "validation"]
@@ -117,14 +160,25 @@ def test_a_run_leaves_what_the_contract_says(golden: Path) -> None:
     checkpoints = Checkpoints(golden)
     assert checkpoints.steps()[-2:] == [20, 24] and checkpoints.best() in checkpoints.steps()
     assert not [entry for entry in (golden / "checkpoints").iterdir() if not entry.name.isdecimal()]
-    assert (golden / "predictions.npz").is_file() and not (golden / "tensorboard").exists() and not (golden / "report.html").exists()
+    assert (
+        (golden / "predictions.npz").is_file()
+        and not (golden / "tensorboard").exists()
+        and not (golden / "report.html").exists()
+    )
 
 
-def test_the_record_of_a_sharded_run_has_the_bytes_of_a_device_by_hand(golden: Path, tmp_path: Path) -> None:
-    """Of all 340 parameters, both moments and the average a fourth; the numbers that are no arrays are on every device."""
+def test_the_record_of_a_sharded_run_has_the_bytes_of_a_device_by_hand(
+    golden: Path, tmp_path: Path
+) -> None:
+    """Of all 340 parameters, both moments and the average a fourth; the numbers that are no arrays
+    are on every device."""
     assert start(tmp_path / "run", "--mesh=fsdp:4", "--steps=2") == 0
-    whole, split = (json.loads((folder / "run.json").read_text())["state_bytes_per_device"] for folder in (golden, tmp_path / "run"))
-    step, count_of_adam, key, place, live = 4, 4, 2 * 4, 3 * 4, 12 * 4  # 12 numbers of the recipe, from the rate to ema_decay
+    whole, split = (
+        json.loads((folder / "run.json").read_text())["state_bytes_per_device"]
+        for folder in (golden, tmp_path / "run")
+    )
+    # 12 numbers of the recipe, from the rate to ema_decay
+    step, count_of_adam, key, place, live = 4, 4, 2 * 4, 3 * 4, 12 * 4
     numbers = step + count_of_adam + key + place + live
     assert whole == 4 * 4 * (16 * 16 + 16 + 16 * 4 + 4) + numbers
     assert split == 4 * 4 * (16 * 16 + 16 + 16 * 4 + 4) // 4 + numbers
@@ -132,23 +186,41 @@ def test_the_record_of_a_sharded_run_has_the_bytes_of_a_device_by_hand(golden: P
 
 def test_the_same_run_twice_is_the_same_in_every_bit(golden: Path, tmp_path: Path) -> None:
     assert start(tmp_path / "again") == 0
-    assert lines(tmp_path / "again") == lines(golden) and digest(tmp_path / "again") == digest(golden)
+    assert lines(tmp_path / "again") == lines(golden) and digest(tmp_path / "again") == digest(
+        golden
+    )
 
 
-def test_from_run_repeats_a_run(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_run_repeats_a_run(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     changes = {"seed": 3, "steps": 18, "ema_decay": None, "optimizer": SGD(learning_rate=0.1)}
-    assert start(tmp_path / "first", "--optimizer.momentum=0.8", "--model.widths=12", "--epochs=2", **(changes | {"steps": None, "epochs": 1.0})) == 0
+    assert (
+        start(
+            tmp_path / "first",
+            "--optimizer.momentum=0.8",
+            "--model.widths=12",
+            "--epochs=2",
+            **(changes | {"steps": None, "epochs": 1.0}),
+        )
+        == 0
+    )
     assert start(tmp_path / "second", f"--from_run={tmp_path / 'first'}") == 0
     assert lines(tmp_path / "second") == lines(tmp_path / "first") != lines(golden)
     assert digest(tmp_path / "second") == digest(tmp_path / "first")
 
 
 def test_evaluation_is_exact(golden: Path) -> None:
-    """Validation and test by hand, in float64: every example once, though the last batch is ragged."""
+    """Validation and test by hand, in float64: every example once, though the last batch is
+    ragged."""
     splits = toy().data.open()
     checkpoints = Checkpoints(golden)
     # Averaged parameters are those that are evaluated.
-    tree = {path.removeprefix("ema/"): value.astype(np.float64) for path, value in _arrays(checkpoints, 24).items() if path.startswith("ema/")}
+    tree = {
+        path.removeprefix("ema/"): value.astype(np.float64)
+        for path, value in _arrays(checkpoints, 24).items()
+        if path.startswith("ema/")
+    }
     measured = statistics.measure(splits.train)
     for name, table in (("validation", splits.validation), ("test", splits.test)):
         assert table is not None and len(table) % 16
@@ -164,7 +236,7 @@ def test_evaluation_is_exact(golden: Path) -> None:
 
 
 def _arrays(checkpoints: Checkpoints, step: int) -> dict[str, np.ndarray]:
-    from jaxtrain.checkpoints import manifest, arrays
+    from jaxtrain.checkpoints import arrays, manifest
 
     folder = checkpoints.folder / str(step)
     return arrays.read(folder / "state", manifest.read(folder)["tree"])
@@ -177,13 +249,27 @@ def test_eval_only(golden: Path, devices: int, capsys: pytest.CaptureFixture[str
     assert start(golden, "--eval_only", f"--mesh=data:{devices}", "--eval_batch_size=10") == 0
     said = capsys.readouterr().out
     test = next(line for line in lines(golden) if line["split"] == "test")
-    assert "evaluated step 24" in said and f"test  accuracy {100 * test['accuracy']:.2f}%  loss {test['loss']:.4f}" in said
+    assert (
+        "evaluated step 24" in said
+        and f"test  accuracy {100 * test['accuracy']:.2f}%  loss {test['loss']:.4f}" in said
+    )
     assert (golden / "metrics.jsonl").read_bytes() == before and digest(golden)
 
 
 def test_init_from_takes_parameters_only(golden: Path, tmp_path: Path) -> None:
-    # Another optimizer, no average and another length: nothing but the parameters fits, and nothing else is asked for.
-    assert start(tmp_path / "warm", f"--init_from={golden}", "--optimizer=sgd", "--optimizer.learning_rate=1e-30", "--ema_decay=none", "--steps=2") == 0
+    # Another optimizer, no average and another length: nothing but the parameters fits, and nothing
+    # else is asked for.
+    assert (
+        start(
+            tmp_path / "warm",
+            f"--init_from={golden}",
+            "--optimizer=sgd",
+            "--optimizer.learning_rate=1e-30",
+            "--ema_decay=none",
+            "--steps=2",
+        )
+        == 0
+    )
     old, new = _arrays(Checkpoints(golden), 24), _arrays(Checkpoints(tmp_path / "warm"), 2)
     same = [path for path in new if path.startswith("params/")]
     assert len(same) == 4 and all(np.array_equal(old[path], new[path]) for path in same)
@@ -234,15 +320,28 @@ class _NoCheckpoints:
         pass
 
 
-def _train(tmp_path: Path, cadence: loop.Cadence, recorder: _Recorder, **options: Any) -> list[tuple[str, int]]:
+def _train(
+    tmp_path: Path, cadence: loop.Cadence, recorder: _Recorder, **options: Any
+) -> list[tuple[str, int]]:
     progress = Progress(cadence.total, live=False)
     writers = Writers(JsonlWriter(tmp_path / "metrics.jsonl"))
-    journal = Journal(writers, progress, every=cadence.log, step=0, total_steps=cadence.total, batch_size=1)
+    journal = Journal(
+        writers, progress, every=cadence.log, step=0, total_steps=cadence.total, batch_size=1
+    )
     checkpoints: Any = _NoCheckpoints(recorder.events)
     loop.train(
-        _Counting(), step=0, feed=recorder, cadence=cadence, journal=journal, writers=writers, checkpoints=checkpoints, progress=progress, stop=Agreement(Stop()),
-        fetch=recorder.fetch, **({"validate": None, "test": None} | options),
-    )  # fmt: skip
+        _Counting(),
+        step=0,
+        feed=recorder,
+        cadence=cadence,
+        journal=journal,
+        writers=writers,
+        checkpoints=checkpoints,
+        progress=progress,
+        stop=Agreement(Stop()),
+        fetch=recorder.fetch,
+        **({"validate": None, "test": None} | options),
+    )
     writers.close()
     return recorder.events
 
@@ -250,7 +349,10 @@ def _train(tmp_path: Path, cadence: loop.Cadence, recorder: _Recorder, **options
 def test_the_host_stays_one_step_behind(tmp_path: Path) -> None:
     events = _train(tmp_path, loop.Cadence(total=6, log=1), _Recorder())
     # Step n+1 is under way before the numbers of n are read; only the end waits for itself.
-    first = [("dispatch", 1), *(event for step in range(2, 7) for event in (("dispatch", step), ("read", step - 1)))]
+    first = [
+        ("dispatch", 1),
+        *(event for step in range(2, 7) for event in (("dispatch", step), ("read", step - 1))),
+    ]
     assert events == [*first, ("read", 6), ("save", 6)]
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
@@ -262,13 +364,31 @@ def test_the_host_reads_each_dispatch_once_and_waits_where_it_must(tmp_path: Pat
         recorder.events.append(("evaluate", state.step))
         return {"loss": 1.0}
 
-    events = _train(tmp_path, loop.Cadence(total=8, per_call=2, log=4, evaluate=4, save=8), recorder, validate=validate, test=validate)
+    events = _train(
+        tmp_path,
+        loop.Cadence(total=8, per_call=2, log=4, evaluate=4, save=8),
+        recorder,
+        validate=validate,
+        test=validate,
+    )
     assert events == [
         ("evaluate", 0),
-        ("dispatch", 2), ("dispatch", 4), ("read", 2), ("read", 4), ("evaluate", 4),
-        ("dispatch", 6), ("dispatch", 8), ("read", 6), ("read", 8), ("evaluate", 8), ("evaluate", 8), ("save", 8),
-    ]  # fmt: skip
-    assert [(line["step"], line["split"]) for line in read_metrics(tmp_path / "metrics.jsonl")][-3:] == [(8, "train"), (8, "validation"), (8, "test")]
+        ("dispatch", 2),
+        ("dispatch", 4),
+        ("read", 2),
+        ("read", 4),
+        ("evaluate", 4),
+        ("dispatch", 6),
+        ("dispatch", 8),
+        ("read", 6),
+        ("read", 8),
+        ("evaluate", 8),
+        ("evaluate", 8),
+        ("save", 8),
+    ]
+    assert [(line["step"], line["split"]) for line in read_metrics(tmp_path / "metrics.jsonl")][
+        -3:
+    ] == [(8, "train"), (8, "validation"), (8, "test")]
 
 
 def test_a_dispatch_that_compiles_says_nothing_of_the_rate(tmp_path: Path) -> None:
@@ -277,7 +397,9 @@ def test_a_dispatch_that_compiles_says_nothing_of_the_rate(tmp_path: Path) -> No
         now = [0.0]
         patch.setattr("jaxtrain.train.metrics_log.time.monotonic", lambda: now[0])
         writers = Writers(JsonlWriter(tmp_path / "metrics.jsonl"), [], note=print)
-        journal = Journal(writers, Progress(9, live=False), every=5, step=0, total_steps=9, batch_size=8)
+        journal = Journal(
+            writers, Progress(9, live=False), every=5, step=0, total_steps=9, batch_size=8
+        )
         journal.resume(late=True)
         for step in range(1, 6):
             now[0] += 10.0 if step == 1 else 1.0
@@ -290,27 +412,47 @@ def test_a_dispatch_that_compiles_says_nothing_of_the_rate(tmp_path: Path) -> No
 @pytest.mark.parametrize("loss", [np.nan, np.inf, -np.inf])
 def test_a_validation_that_is_no_number_ends_nothing(tmp_path: Path, loss: float) -> None:
     values = iter([loss, 2.0, loss, 1.0])
-    events = _train(tmp_path, loop.Cadence(total=3, log=1, evaluate=1, save=9), _Recorder(), validate=lambda _: {"loss": next(values)})
+    events = _train(
+        tmp_path,
+        loop.Cadence(total=3, log=1, evaluate=1, save=9),
+        _Recorder(),
+        validate=lambda _: {"loss": next(values)},
+    )
     # Only what is the best so far is saved, and the end.
     assert [event for event in events if event[0] == "save"] == [("save", 1), ("save", 3)]
 
 
-def test_runs_of_one_second_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_one_second_have_a_folder_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(workdirs.time, "strftime", lambda _: "now")
-    assert [str(workdirs.place(toy())) for _ in range(3)] == ["runs/toy/now", "runs/toy/now-2", "runs/toy/now-3"]
+    assert [str(workdirs.place(toy())) for _ in range(3)] == [
+        "runs/toy/now",
+        "runs/toy/now-2",
+        "runs/toy/now-3",
+    ]
     with pytest.raises(ValueError, match="^--eval_only: needs --workdir, the folder of a run$"):
         workdirs.place(toy(eval_only=True))
-    assert workdirs.place(toy(workdir="x")) == Path("x") and len(list((tmp_path / "runs" / "toy").iterdir())) == 3
+    assert (
+        workdirs.place(toy(workdir="x")) == Path("x")
+        and len(list((tmp_path / "runs" / "toy").iterdir())) == 3
+    )
 
 
-def test_an_evaluation_is_put_off_when_a_signal_came_and_done_first_on_the_way_back(tmp_path: Path) -> None:
-    """Whoever sends the signal may wait for seconds only: the commit comes at once, and the lines are those of an undisturbed run."""
+def test_an_evaluation_is_put_off_when_a_signal_came_and_done_first_on_the_way_back(
+    tmp_path: Path,
+) -> None:
+    """Whoever sends the signal may wait for seconds only: the commit comes at once, and the lines
+    are those of an undisturbed run."""
     stop: Any = types.SimpleNamespace(status=None, tick=lambda: None)
     recorder = _Recorder()
     checkpoints: Any = _NoCheckpoints(recorder.events)
     saved: list[dict[str, Any]] = []
-    checkpoints.save = lambda step, state, record, **_: (recorder.events.append(("save", step)), saved.append(record))
+    checkpoints.save = lambda step, state, record, **_: (
+        recorder.events.append(("save", step)),
+        saved.append(record),
+    )
     cadence = loop.Cadence(total=8, per_call=2, log=4, evaluate=4)
 
     def validate(state: _Counting) -> dict[str, float]:
@@ -322,12 +464,27 @@ def test_an_evaluation_is_put_off_when_a_signal_came_and_done_first_on_the_way_b
             stop.status = 75
 
     def go(step: int, **options: Any) -> None:
-        writers, progress = Writers(JsonlWriter(tmp_path / "metrics.jsonl")), Progress(8, live=False)
+        writers, progress = (
+            Writers(JsonlWriter(tmp_path / "metrics.jsonl")),
+            Progress(8, live=False),
+        )
         journal = Journal(writers, progress, every=4, step=step, total_steps=8, batch_size=1)
         loop.train(
-            _Counting(step), step=step, feed=recorder, cadence=cadence, journal=journal, writers=writers, checkpoints=checkpoints, progress=progress,
-            stop=stop, validate=validate, test=validate, fetch=recorder.fetch, at_step=told, **options,
-        )  # fmt: skip
+            _Counting(step),
+            step=step,
+            feed=recorder,
+            cadence=cadence,
+            journal=journal,
+            writers=writers,
+            checkpoints=checkpoints,
+            progress=progress,
+            stop=stop,
+            validate=validate,
+            test=validate,
+            fetch=recorder.fetch,
+            at_step=told,
+            **options,
+        )
         writers.close()
 
     go(0)
@@ -337,10 +494,19 @@ def test_an_evaluation_is_put_off_when_a_signal_came_and_done_first_on_the_way_b
     go(4, owed=saved[-1]["owed"], best=saved[-1]["best"])
     assert recorder.events[:2] == [("evaluate", 4), ("dispatch", 6)] and not saved[-1]["owed"]
     lines = [(line["step"], line["split"]) for line in read_metrics(tmp_path / "metrics.jsonl")]
-    assert lines == [(0, "validation"), (4, "train"), (4, "validation"), (8, "train"), (8, "validation"), (8, "test")]
+    assert lines == [
+        (0, "validation"),
+        (4, "train"),
+        (4, "validation"),
+        (8, "train"),
+        (8, "validation"),
+        (8, "test"),
+    ]
 
 
-def test_every_line_is_durable_before_the_commit_that_counts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_line_is_durable_before_the_commit_that_counts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes: list[tuple[int, int]] = []
     save = Checkpoints.save
 
@@ -351,23 +517,56 @@ def test_every_line_is_durable_before_the_commit_that_counts_it(tmp_path: Path, 
     monkeypatch.setattr(Checkpoints, "save", watched)
     assert start(tmp_path / "run") == 0
     assert len(sizes) >= 6 and all(offset == size for offset, size in sizes)
-    assert sizes[-1][0] == (tmp_path / "run" / "metrics.jsonl").stat().st_size, "the test line belongs to the last commit"
+    assert sizes[-1][0] == (tmp_path / "run" / "metrics.jsonl").stat().st_size, (
+        "the test line belongs to the last commit"
+    )
 
 
-@pytest.mark.parametrize("model", [MLP(num_classes=4, widths=(16,)), ConvNet(num_classes=4, widths=(4,), depth=1)], ids=["scanned", "single"])
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, model: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--optimizer=sgd", "--optimizer.learning_rate=1e30", "--clip_norm=none", "--schedule=constant", "--schedule.warmup=0"]
+@pytest.mark.parametrize(
+    "model",
+    [MLP(num_classes=4, widths=(16,)), ConvNet(num_classes=4, widths=(4,), depth=1)],
+    ids=["scanned", "single"],
+)
+def test_a_loss_that_is_no_number_ends_the_run(
+    tmp_path: Path, model: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--optimizer=sgd",
+        "--optimizer.learning_rate=1e30",
+        "--clip_norm=none",
+        "--schedule=constant",
+        "--schedule.warmup=0",
+    ]
     assert start(tmp_path / "run", *arguments, model=model) == 70
     said = capsys.readouterr().err
-    assert said.startswith("jaxtrain: error: ") and said.count("\n") == 1 and ("not finite" in said or "NaN or infinity" in said)
+    assert (
+        said.startswith("jaxtrain: error: ")
+        and said.count("\n") == 1
+        and ("not finite" in said or "NaN or infinity" in said)
+    )
     checkpoints = Checkpoints(tmp_path / "run")
     for step in checkpoints.steps():
-        assert all(np.isfinite(value).all() for value in _arrays(checkpoints, step).values() if value.dtype.kind == "f")
-    assert all(np.isfinite(value) for line in lines(tmp_path / "run") for key, value in line.items() if key != "split" and line["split"] == "train")
+        assert all(
+            np.isfinite(value).all()
+            for value in _arrays(checkpoints, step).values()
+            if value.dtype.kind == "f"
+        )
+    assert all(
+        np.isfinite(value)
+        for line in lines(tmp_path / "run")
+        for key, value in line.items()
+        if key != "split" and line["split"] == "train"
+    )
 
 
 def test_debug_nans_shows_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--optimizer=sgd", "--optimizer.learning_rate=1e30", "--clip_norm=none", "--schedule=constant", "--schedule.warmup=0"]
+    arguments = [
+        "--optimizer=sgd",
+        "--optimizer.learning_rate=1e30",
+        "--clip_norm=none",
+        "--schedule=constant",
+        "--schedule.warmup=0",
+    ]
     try:
         assert start(tmp_path / "run", *arguments, "--debug_nans", "--steps_per_call=1") == 70
     finally:
@@ -376,13 +575,17 @@ def test_debug_nans_shows_where(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert said.startswith("Traceback") and "jaxtrain: error: " in said.splitlines()[-1]
 
 
-def test_a_report_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_that_fails_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(*_: Any) -> Path:
         raise RuntimeError("no ink")
 
     monkeypatch.setattr(html, "write_report", broken)
     assert start(tmp_path / "run", "--report", "--steps=4") == 0
-    assert capsys.readouterr().err == "jaxtrain: warning: report not written: RuntimeError: no ink\n"
+    assert (
+        capsys.readouterr().err == "jaxtrain: warning: report not written: RuntimeError: no ink\n"
+    )
     assert lines(tmp_path / "run")[-1]["split"] == "test"
 
 
@@ -401,7 +604,9 @@ def _wandb(**broken: Callable[..., Any]) -> types.ModuleType:
 
 
 @pytest.mark.parametrize("where", ["import", "init", "log", "exit"])
-def test_wandb_never_ends_a_run(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wandb_never_ends_a_run(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise SystemExit(3) if where == "exit" else RuntimeError("no network")
 
@@ -412,7 +617,9 @@ def test_wandb_never_ends_a_run(tmp_path: Path, where: str, monkeypatch: pytest.
     assert lines(tmp_path / "run")[-1]["split"] == "test"
 
 
-def test_a_tracker_that_fails_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tracker_that_fails_does_not_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "tensorboard").write_text("in the way")
@@ -434,7 +641,9 @@ def test_streamed_data_trains_the_same(golden: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-4)
 
 
-def test_a_full_disk_is_status_74(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_status_74(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def full(self: JsonlWriter) -> int:
         raise OSError(28, os.strerror(28), str(self.path))
 
@@ -455,14 +664,21 @@ def test_an_error_of_the_users_own_code_keeps_its_traceback(tmp_path: Path) -> N
 
 def quiet_environment() -> dict[str, str]:
     """What a subprocess gets: one CPU device, and the tests' compilation cache."""
-    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")  # the other flags change bits
+    # the other flags change bits
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONWARNINGS": ""}
 
 
 def test_a_closed_pipe_does_not_end_a_run(tmp_path: Path) -> None:
     """As in `python experiments/digits.py 2>&1 | head -1`."""
     reader, writer = os.pipe()
-    process = subprocess.Popen([*EXPERIMENT, *TINY, f"--workdir={tmp_path}/run"], stdout=writer, stderr=writer, cwd=ROOT, env=quiet_environment())
+    process = subprocess.Popen(
+        [*EXPERIMENT, *TINY, f"--workdir={tmp_path}/run"],
+        stdout=writer,
+        stderr=writer,
+        cwd=ROOT,
+        env=quiet_environment(),
+    )
     os.close(writer)
     assert os.read(reader, 1)
     os.close(reader)
@@ -470,15 +686,24 @@ def test_a_closed_pipe_does_not_end_a_run(tmp_path: Path) -> None:
     assert lines(tmp_path / "run")[-1]["split"] == "test"
 
 
-def test_an_old_jax_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_old_jax_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(jax, "__version_info__", (0, 6, 1))
     monkeypatch.setattr(jax, "__version__", "0.6.1")
-    assert runner_main.guarded(lambda: runner_main.launch(None, [])) == 2  # type: ignore[arg-type]  # said before the run is looked at
-    assert capsys.readouterr().err == "jaxtrain: error: needs jax >= 0.10.2; found 0.6.1 (python -m pip install -U jax)\n"
+    # Said before the run is looked at.
+    assert runner_main.guarded(lambda: runner_main.launch(None, [])) == 2  # type: ignore[arg-type]
+    assert (
+        capsys.readouterr().err
+        == "jaxtrain: error: needs jax >= 0.10.2; found 0.6.1 (python -m pip install -U jax)\n"
+    )
 
 
-def test_only_what_compiles_has_the_long_limit_of_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first dispatch, and the first batch of each shape that a program evaluates; a hang anywhere else is found within --hang_seconds."""
+def test_only_what_compiles_has_the_long_limit_of_compiling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first dispatch, and the first batch of each shape that a program evaluates; a hang
+    anywhere else is found within --hang_seconds."""
     said = [""]
     known: set[evaluate.Shapes] = set()
     seen: list[tuple[str, int | str]] = []
@@ -502,23 +727,50 @@ def test_only_what_compiles_has_the_long_limit_of_compiling(tmp_path: Path, monk
     def test(state: Any) -> dict[str, float]:
         return evaluate.evaluate(eval_step, state, batches(6), compiled=known)
 
-    _train(tmp_path, loop.Cadence(total=5, log=1, evaluate=2, save=3), Feed(), validate=validate, test=test)
+    _train(
+        tmp_path,
+        loop.Cadence(total=5, log=1, evaluate=2, save=3),
+        Feed(),
+        validate=validate,
+        test=test,
+    )
     assert seen == [
-        ("batch of 8", "compiling"), ("batch of 8", "evaluating"), ("step 1", "compiling"), ("step 2", "training"),
-        ("batch of 8", "evaluating"), ("batch of 8", "evaluating"), ("step 3", "training"),
+        ("batch of 8", "compiling"),
+        ("batch of 8", "evaluating"),
+        ("step 1", "compiling"),
+        ("step 2", "training"),
+        ("batch of 8", "evaluating"),
+        ("batch of 8", "evaluating"),
+        ("step 3", "training"),
         ("step 4", "training"),  # after a save
-        ("batch of 8", "evaluating"), ("batch of 8", "evaluating"), ("step 5", "training"),
-        ("batch of 8", "evaluating"), ("batch of 8", "evaluating"), ("batch of 6", "compiling"), ("batch of 6", "evaluating"),
-    ]  # fmt: skip
+        ("batch of 8", "evaluating"),
+        ("batch of 8", "evaluating"),
+        ("step 5", "training"),
+        ("batch of 8", "evaluating"),
+        ("batch of 8", "evaluating"),
+        ("batch of 6", "compiling"),
+        ("batch of 6", "evaluating"),
+    ]
     assert said[-2:] == ["saving", "ending"]
 
 
-def test_a_long_wait_for_peers_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_wait_for_peers_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(runner_main, "SILENT_SECONDS", 0.0)
     with Stop() as stop:
         threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-        assert runner_main.guarded(lambda: runner_main._join(toy(processes=2, process=1, coordinator="127.0.0.1:9"), stop)) == 75
-    assert capsys.readouterr().err.splitlines()[0] == "jaxtrain: waiting for process 0 at 127.0.0.1:9"
+        assert (
+            runner_main.guarded(
+                lambda: runner_main._join(
+                    toy(processes=2, process=1, coordinator="127.0.0.1:9"), stop
+                )
+            )
+            == 75
+        )
+    assert (
+        capsys.readouterr().err.splitlines()[0] == "jaxtrain: waiting for process 0 at 127.0.0.1:9"
+    )
 
 
 @pytest.mark.parametrize(
@@ -528,10 +780,13 @@ def test_a_long_wait_for_peers_is_said(monkeypatch: pytest.MonkeyPatch, capsys: 
         (signal.SIGTERM, 75, "SIGTERM while waiting for the other processes; nothing done yet"),
     ],
 )
-def test_a_signal_while_waiting_for_peers(number: int, status: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_while_waiting_for_peers(
+    number: int, status: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What a person stopped is not to be started again by a scheduler."""
     alone = toy(processes=2, process=1, coordinator="127.0.0.1:9")
-    before = signal.signal(number, signal.SIG_DFL)  # a shell's job in the background ignores SIGINT, and so would we
+    # a shell's job in the background ignores SIGINT, and so would we
+    before = signal.signal(number, signal.SIG_DFL)
     try:
         with Stop() as stop:
             os.kill(os.getpid(), number)
@@ -542,12 +797,24 @@ def test_a_signal_while_waiting_for_peers(number: int, status: int, line: str, c
 
 
 PEER_LOST = [
-    "FAILED_PRECONDITION: Buffer Definition Event: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:7",
+    (
+        "FAILED_PRECONDITION: Buffer Definition Event: Gloo all-reduce failed:"
+        " [external/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:7"
+    ),
     "INTERNAL: Gloo context initialization failed: Connect timeout",
-    "UNKNOWN: [external/gloo/gloo/transport/tcp/pair.cc:572] Read error [127.0.0.1]:40: Connection reset by peer",
+    (
+        "UNKNOWN: [external/gloo/gloo/transport/tcp/pair.cc:572] Read error [127.0.0.1]:40:"
+        " Connection reset by peer"
+    ),
     "UNAVAILABLE: Coordination service has stopped. RecordHeartbeat() from task: 1 failed.",
-    "DEADLINE_EXCEEDED: Barrier timed out. Id: jaxtrain/3. This usually happens because a task triggered the barrier too early or too slowly.",
-    "INTERNAL: NCCL operation ncclAllReduce(...) failed: remote process exited or there was a network error.",
+    (
+        "DEADLINE_EXCEEDED: Barrier timed out. Id: jaxtrain/3. This usually happens because a task"
+        " triggered the barrier too early or too slowly."
+    ),
+    (
+        "INTERNAL: NCCL operation ncclAllReduce(...) failed: remote process exited or there was a"
+        " network error."
+    ),
 ]
 OUR_FAULT = [
     "INVALID_ARGUMENT: an optimization barrier needs operands",
@@ -560,7 +827,10 @@ OUR_FAULT = [
 @pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
 @pytest.mark.parametrize("text", PEER_LOST)
 def test_a_lost_peer_is_one_line_and_the_traceback_in_the_log(
-    text: str, kind: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    text: str,
+    kind: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def step() -> int:
         raise kind(text)
@@ -572,14 +842,18 @@ def test_a_lost_peer_is_one_line_and_the_traceback_in_the_log(
     assert runner_main.guarded(step) == 75
     said = capsys.readouterr().err
     assert said.startswith("Traceback (most recent call last)") and "in step" in said
-    assert said.splitlines()[-1] == f"jaxtrain: error: lost another process of the run ({text[:160]})"
+    assert (
+        said.splitlines()[-1] == f"jaxtrain: error: lost another process of the run ({text[:160]})"
+    )
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
     with pytest.raises(kind):
         runner_main.guarded(step)
 
 
 @pytest.mark.parametrize("text", OUR_FAULT)
-def test_a_fault_in_a_group_is_not_hidden_as_a_lost_peer(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_in_a_group_is_not_hidden_as_a_lost_peer(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def step() -> int:
         raise jax.errors.JaxRuntimeError(text)
 
@@ -591,11 +865,15 @@ def test_a_fault_in_a_group_is_not_hidden_as_a_lost_peer(text: str, monkeypatch:
 JITTED_TWICE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1099511627776 bytes."
 
 
-@pytest.mark.parametrize(("text", "status"), [(JITTED_TWICE, 71), ("INVALID_ARGUMENT: Executable expected parameter 0 of size 8", None)])
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [(JITTED_TWICE, 71), ("INVALID_ARGUMENT: Executable expected parameter 0 of size 8", None)],
+)
 def test_an_error_of_xla_is_no_bad_input_though_a_jitted_function_raises_it_as_value_error(
     text: str, status: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if one of our own lines had called the function: no line of jax's Python is in the traceback."""
+    """As if one of our own lines had called the function: no line of jax's Python is in the
+    traceback."""
     monkeypatch.setattr(runner_main, "_is_ours", lambda error: True)
 
     def step() -> int:
@@ -608,7 +886,9 @@ def test_an_error_of_xla_is_no_bad_input_though_a_jitted_function_raises_it_as_v
         assert runner_main.guarded(step) == status
 
 
-def test_meshes_that_differ_have_a_status_of_their_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_meshes_that_differ_have_a_status_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = types.SimpleNamespace(agree=False, rows=list, summary=lambda: "data:2 differs")
     monkeypatch.setattr(compare_meshes, "compare", lambda *_, **__: report)
     monkeypatch.setattr(runner_main.tables, "comparison_table", lambda rows: "")
@@ -616,7 +896,9 @@ def test_meshes_that_differ_have_a_status_of_their_own(monkeypatch: pytest.Monke
     assert "data:2 differs" in capsys.readouterr().out
 
 
-def test_a_supervisor_is_told_what_the_experiment_itself_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_supervisor_is_told_what_the_experiment_itself_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = heartbeat.Pulse(tmp_path / "pulse")
     monkeypatch.setattr(heartbeat, "_own", lambda: own)
     monkeypatch.setenv(heartbeat.SUPERVISED, "1")

@@ -1,6 +1,8 @@
-"""The set-up of .venv by scripts/train and scripts/test, against a stand-in for Python, pip and nvidia-smi, so nothing is installed.
+"""The set-up of .venv by scripts/train and scripts/test, against a stand-in for Python, pip and
+nvidia-smi, so nothing is installed.
 
-The stand-in writes each `venv` and `pip` call into the file `calls`; `.ci/run` does the same set-up once for real.
+The stand-in writes each `venv` and `pip` call into the file `calls`; `.ci/run` does the same set-up
+once for real.
 """
 
 import importlib.metadata
@@ -17,13 +19,31 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TOOLS = ["bash", "dirname", "cat", "cksum", "stat", "mkdir", "find", "rm", "mv", "cp", "flock", "grep", "tail", "sleep", "timeout", "env"]
+TOOLS = [
+    "bash",
+    "dirname",
+    "cat",
+    "cksum",
+    "stat",
+    "mkdir",
+    "find",
+    "rm",
+    "mv",
+    "cp",
+    "flock",
+    "grep",
+    "tail",
+    "sleep",
+    "timeout",
+    "env",
+]
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
     *sys.executable*) [[ $FAKE_VERSION != none ]] && echo "${FAKE_VERSION:-3.12.1} $0" ;;
     *'import pip, sys'*) echo "${FAKE_VERSION:-3.12.1}" ;;
     '-m venv '*) echo "venv" >> "$CALLS"; mkdir -p "$3/bin"; cp -p "$0" "$3/bin/python" ;;
-    '-m pip '*) echo "pip ${@: -1}" >> "$CALLS"; echo 'WARNING: noise'; sleep "${FAKE_PIP_SECONDS:-0}"; echo "$FAKE_PIP_OUTPUT"
+    '-m pip '*) echo "pip ${@: -1}" >> "$CALLS"; echo 'WARNING: noise'
+        sleep "${FAKE_PIP_SECONDS:-0}"; echo "$FAKE_PIP_OUTPUT"
         exit "${FAKE_PIP_STATUS:-0}" ;;
     '-P -c '*) ;;
     *) echo "ran ${*/#$ROOT/.}" ;;
@@ -32,18 +52,33 @@ esac
 NVIDIA = """#!/usr/bin/env bash
 echo smi >> "$CALLS"
 case "$*" in
-    *compute_cap*) [[ -z $FAKE_CARDS ]] && { echo 'Field "compute_cap" is not a valid field to query.'; exit 2; }; echo "$FAKE_CARDS" ;;
+    *compute_cap*)
+        if [[ -z $FAKE_CARDS ]]; then
+            echo 'Field "compute_cap" is not a valid field to query.'; exit 2
+        fi
+        echo "$FAKE_CARDS" ;;
     *) [[ -z $FAKE_DRIVER ]] && exit 9; echo "$FAKE_DRIVER" ;;
 esac
 """
 
 
 class Machine:
-    """A fresh machine with a checkout, whose PATH holds the stand-ins and the few tools that the scripts may use."""
+    """A fresh machine with a checkout, whose PATH holds the stand-ins and the few tools that the
+    scripts may use."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        self.checkout, self.bin, self.calls_file = folder / "check out", folder / "bin", folder / "calls"
-        for name in ("scripts/environment", "scripts/train", "scripts/test", "requirements.txt", "pyproject.toml"):
+        self.checkout, self.bin, self.calls_file = (
+            folder / "check out",
+            folder / "bin",
+            folder / "calls",
+        )
+        for name in (
+            "scripts/environment",
+            "scripts/train",
+            "scripts/test",
+            "requirements.txt",
+            "pyproject.toml",
+        ):
             (self.checkout / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.checkout / name)
         self.bin.mkdir()
@@ -52,7 +87,11 @@ class Machine:
                 pytest.skip(f"{tool} is not on this machine")
             (self.bin / tool).symlink_to(path)
         self.write("python3", PYTHON)
-        self.variables = {"PATH": str(self.bin), "CALLS": str(self.calls_file), "JAXTRAIN_NVIDIA_PROC": str(folder / "proc")}
+        self.variables = {
+            "PATH": str(self.bin),
+            "CALLS": str(self.calls_file),
+            "JAXTRAIN_NVIDIA_PROC": str(folder / "proc"),
+        }
 
     def write(self, name: str, text: str) -> None:
         (self.bin / name).write_text(text)
@@ -60,9 +99,19 @@ class Machine:
 
     def start(self, *command: str, **variables: str) -> subprocess.Popen[str]:
         environment = {**self.variables, "ROOT": str(self.checkout), **variables}
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/", start_new_session=True)
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd="/",
+            start_new_session=True,
+        )
 
-    def run(self, script: str, *arguments: str, status: int = 0, **variables: str) -> tuple[str, str]:
+    def run(
+        self, script: str, *arguments: str, status: int = 0, **variables: str
+    ) -> tuple[str, str]:
         process = self.start(str(self.checkout / "scripts" / script), *arguments, **variables)
         out, err = process.communicate(timeout=300)
         assert process.returncode == status, err
@@ -70,7 +119,11 @@ class Machine:
 
     def calls(self) -> list[str]:
         """What was called since the last look."""
-        lines = self.calls_file.read_text().replace(str(self.checkout), ".").splitlines() if self.calls_file.exists() else []
+        lines = (
+            self.calls_file.read_text().replace(str(self.checkout), ".").splitlines()
+            if self.calls_file.exists()
+            else []
+        )
         self.calls_file.unlink(missing_ok=True)
         return lines
 
@@ -106,22 +159,47 @@ def test_cards_and_driver_choose_the_wheels(machine: Machine, cards: str, wheels
 @pytest.mark.parametrize(
     ("cards", "driver", "message"),
     [
-        ("470.57.02, 8.0", "", "driver 470.57.02, lowest compute capability 8.0: jax's CUDA wheels need driver 525 or newer"),
-        ("", "470.57.02\n470.57.02", "2 NVIDIA card(s), driver 470.57.02: jax's CUDA wheels need driver 525 or newer; update the driver"),
+        (
+            "470.57.02, 8.0",
+            "",
+            (
+                "driver 470.57.02, lowest compute capability 8.0: jax's CUDA wheels need driver 525"
+                " or newer"
+            ),
+        ),
+        (
+            "",
+            "470.57.02\n470.57.02",
+            (
+                "2 NVIDIA card(s), driver 470.57.02: jax's CUDA wheels need driver 525 or newer;"
+                " update the driver"
+            ),
+        ),
         ("535.10.01, 3.5", "", "need 5.2 or more"),
     ],
 )
-def test_old_drivers_and_cards_are_explained(machine: Machine, cards: str, driver: str, message: str) -> None:
+def test_old_drivers_and_cards_are_explained(
+    machine: Machine, cards: str, driver: str, message: str
+) -> None:
     machine.write("nvidia-smi", NVIDIA)
     out, err = machine.run("train", status=2, FAKE_CARDS=cards, FAKE_DRIVER=driver)
-    assert message in err and "JAXTRAIN_WHEELS=cpu" in err and len(err.splitlines()) == 1 and not out
+    assert (
+        message in err and "JAXTRAIN_WHEELS=cpu" in err and len(err.splitlines()) == 1 and not out
+    )
     machine.run("train", FAKE_CARDS=cards, FAKE_DRIVER=driver, JAXTRAIN_WHEELS="cpu")
 
 
 def test_a_failing_nvidia_smi_means_cpu_and_says_so(machine: Machine) -> None:
-    machine.write("nvidia-smi", "#!/usr/bin/env bash\necho 'NVIDIA-SMI has failed because it could not talk to the driver.'; exit 9")
+    machine.write(
+        "nvidia-smi",
+        "#!/usr/bin/env bash\necho 'NVIDIA-SMI has failed because it could not talk to the"
+        " driver.'; exit 9",
+    )
     _, err = machine.run("train")
-    assert "with cpu wheels (nvidia-smi fails: NVIDIA-SMI has failed because it could not talk to the driver.)" in err
+    assert (
+        "with cpu wheels (nvidia-smi fails: NVIDIA-SMI has failed because it could not talk to the"
+        " driver.)" in err
+    )
 
 
 def test_wheels_by_hand(machine: Machine) -> None:
@@ -129,7 +207,8 @@ def test_wheels_by_hand(machine: Machine) -> None:
     assert err == "jaxtrain: error: JAXTRAIN_WHEELS=rocm: unknown; valid: cpu, cuda12, cuda13\n"
     machine.run("train", JAXTRAIN_WHEELS="cuda12")
     assert machine.calls() == ["venv", "pip .[cuda12]"]
-    machine.run("train")  # CUDA wheels serve a machine without cards, such as a cluster's login node
+    # CUDA wheels serve a machine without cards, such as a cluster's login node
+    machine.run("train")
     machine.run("test", "-q")
     assert machine.calls() == ["pip .[cuda12,test]"]
     machine.run("train", JAXTRAIN_WHEELS="cpu")
@@ -141,7 +220,9 @@ def test_new_cards_are_noticed_and_known_ones_are_not_asked_again(machine: Machi
     machine.write("nvidia-smi", NVIDIA)
     proc = pathlib.Path(machine.variables["JAXTRAIN_NVIDIA_PROC"])
     proc.mkdir()
-    (proc / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06\nGCC version: 12\n")
+    (proc / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06\nGCC version: 12\n"
+    )
     machine.calls()
     machine.run("train", FAKE_CARDS="580.65.06, 9.0")
     assert [call for call in machine.calls() if call != "smi"] == ["pip .[cuda13]"]
@@ -204,20 +285,46 @@ def test_another_python_makes_it_anew(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("output", "status", "message"),
     [
-        ("ERROR: HTTPSConnectionPool: Max retries exceeded", 75, "a download failed; check the network"),
-        ("      ERROR: Could not find a version of setuptools>=77 (from versions: none)", 75, "a download failed; check the network"),
-        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", 74, "no space left for"),
-        ("ERROR: Could not find a version that satisfies the requirement jax>=99", 1, "the installation failed; log: "),
+        (
+            "ERROR: HTTPSConnectionPool: Max retries exceeded",
+            75,
+            "a download failed; check the network",
+        ),
+        (
+            "      ERROR: Could not find a version of setuptools>=77 (from versions: none)",
+            75,
+            "a download failed; check the network",
+        ),
+        (
+            (
+                "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on"
+                " device"
+            ),
+            74,
+            "no space left for",
+        ),
+        (
+            "ERROR: Could not find a version that satisfies the requirement jax>=99",
+            1,
+            "the installation failed; log: ",
+        ),
     ],
 )
-def test_failures_are_explained_and_the_next_launch_mends(machine: Machine, output: str, status: int, message: str) -> None:
+def test_failures_are_explained_and_the_next_launch_mends(
+    machine: Machine, output: str, status: int, message: str
+) -> None:
     out, err = machine.run("train", status=status, FAKE_PIP_OUTPUT=output, FAKE_PIP_STATUS="1")
     assert message in err and output in err and "noise" not in err and not out
     machine.calls()
     assert machine.run("train")[0].startswith("ran ")
     assert machine.calls() == ["pip ."]
     (machine.checkout / ".venv/jaxtrain-stamp").unlink()
-    machine.run("train", status=status, FAKE_PIP_OUTPUT=f"Installing collected packages: jax\n{output}", FAKE_PIP_STATUS="1")
+    machine.run(
+        "train",
+        status=status,
+        FAKE_PIP_OUTPUT=f"Installing collected packages: jax\n{output}",
+        FAKE_PIP_STATUS="1",
+    )
     machine.calls()
     machine.run("train")
     assert machine.calls() == ["venv", "pip ."]
@@ -239,7 +346,10 @@ def test_an_interrupted_installation_is_started_over(machine: Machine) -> None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=300)
-    assert process.returncode == 130 and err.splitlines()[-1] == "jaxtrain: interrupted; the same command starts over"
+    assert (
+        process.returncode == 130
+        and err.splitlines()[-1] == "jaxtrain: interrupted; the same command starts over"
+    )
     machine.calls()
     assert machine.run("train")[0].startswith("ran ")
     assert machine.calls() == ["venv", "pip ."]
@@ -248,15 +358,25 @@ def test_an_interrupted_installation_is_started_over(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"FAKE_VERSION": "3.9.2"}, "Python 3.9.2 (python3) is too old: jaxtrain needs 3.11 to 3.13"),
+        (
+            {"FAKE_VERSION": "3.9.2"},
+            "Python 3.9.2 (python3) is too old: jaxtrain needs 3.11 to 3.13",
+        ),
         ({"FAKE_VERSION": "2.7.18", "PYTHON": "python3"}, "Python 2.7.18 (python3) is too old"),
         ({"FAKE_VERSION": "none"}, "no Python found: jaxtrain needs 3.11 to 3.13; install one"),
         ({"PYTHON": "/no/python"}, "PYTHON=/no/python: cannot be run"),
     ],
 )
-def test_an_unfit_python_is_one_clear_line(machine: Machine, variables: dict[str, str], message: str) -> None:
+def test_an_unfit_python_is_one_clear_line(
+    machine: Machine, variables: dict[str, str], message: str
+) -> None:
     out, err = machine.run("train", status=2, **variables)
-    assert err.startswith("jaxtrain: error: ") and message in err and len(err.splitlines()) == 1 and not out
+    assert (
+        err.startswith("jaxtrain: error: ")
+        and message in err
+        and len(err.splitlines()) == 1
+        and not out
+    )
     assert not (machine.checkout / ".venv").exists()
 
 
@@ -267,7 +387,9 @@ def test_the_first_fitting_python_is_taken(machine: Machine) -> None:
 
 
 def test_a_python_newer_than_tested_is_tried(machine: Machine) -> None:
-    assert "Python 3.14.0 is newer than those tested" in machine.run("train", FAKE_VERSION="3.14.0")[1]
+    assert (
+        "Python 3.14.0 is newer than those tested" in machine.run("train", FAKE_VERSION="3.14.0")[1]
+    )
 
 
 def project() -> dict[str, Any]:
@@ -275,19 +397,36 @@ def project() -> dict[str, Any]:
 
 
 def test_what_is_installed_here_meets_the_requirements() -> None:
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     for requirement in map(Requirement, [*lines, *project()["optional-dependencies"]["test"]]):
-        assert requirement.specifier.contains(importlib.metadata.version(requirement.name)), requirement
-        assert {specifier.operator for specifier in requirement.specifier} == {">="}, f"{requirement}: not a lower bound"
+        assert requirement.specifier.contains(importlib.metadata.version(requirement.name)), (
+            requirement
+        )
+        assert {specifier.operator for specifier in requirement.specifier} == {">="}, (
+            f"{requirement}: not a lower bound"
+        )
 
 
 def test_extras_and_licence() -> None:
-    assert set(project()["optional-dependencies"]) == {"cuda12", "cuda13", "plan", "wandb", "tensorflow", "test"}
+    assert set(project()["optional-dependencies"]) == {
+        "cuda12",
+        "cuda13",
+        "plan",
+        "wandb",
+        "tensorflow",
+        "test",
+    }
     licence = (ROOT / "LICENSE").read_text()
     assert "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence
 
 
-@pytest.mark.parametrize("script", ["scripts/environment", "scripts/train", "scripts/test", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", ["scripts/environment", "scripts/train", "scripts/test", ".ci/run"]
+)
 def test_scripts_parse(script: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
     assert script == "scripts/environment" or os.access(ROOT / script, os.X_OK)
@@ -296,5 +435,7 @@ def test_scripts_parse(script: str) -> None:
 def test_a_misspelt_experiment_is_told_before_anything_is_installed(machine: Machine) -> None:
     for name in ("digits", "experiments/nope.py"):
         _, err = machine.run("train", name, status=2)
-        assert err.startswith(f"jaxtrain: error: {name}: no such experiment; there are experiments/")
+        assert err.startswith(
+            f"jaxtrain: error: {name}: no such experiment; there are experiments/"
+        )
     assert machine.calls() == []

@@ -1,4 +1,5 @@
-"""A group of processes is ended within a bound, by the name of the one that failed, and starts again; shown with workers that import no jax."""
+"""A group of processes is ended within a bound, by the name of the one that failed, and starts
+again; shown with workers that import no jax."""
 
 import contextlib
 import os
@@ -15,8 +16,18 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain.processes import arguments as launch_arguments, heartbeat, join, failure, workers as worker_processes
 from jaxtrain import errors
+from jaxtrain.processes import (
+    arguments as launch_arguments,
+)
+from jaxtrain.processes import (
+    failure,
+    heartbeat,
+    join,
+)
+from jaxtrain.processes import (
+    workers as worker_processes,
+)
 from jaxtrain.processes.failure import LIMITS, Observation, Verdict, judge
 from jaxtrain.processes.worker_log import WorkerLog
 
@@ -25,7 +36,7 @@ BOUND = 5.0
 """Seconds from a death to the end of the whole group; the issue asks for 20 with a real model."""
 
 WORKER = '''
-"""A stand-in for an experiment: beats as one, and does at a step of one process what the command line says."""
+"""A stand-in for an experiment: beats as one, and at a step of one process does what flags say."""
 import os, signal, sys, time
 from pathlib import Path
 from jaxtrain import pulse
@@ -36,7 +47,8 @@ folder = Path(flags["folder"])
 with open(folder / f"argv-{index}", "a") as file:
     print(*sys.argv[1:], file=file)
 with open(folder / f"environ-{index}", "a") as file:
-    print(os.getpid(), os.environ.get("JAXTRAIN_COORDINATOR"), os.environ.get("JAX_PLATFORMS"), os.environ.get("XLA_FLAGS"), file=file)
+    told = map(os.environ.get, ("JAXTRAIN_COORDINATOR", "JAX_PLATFORMS", "XLA_FLAGS"))
+    print(os.getpid(), *told, file=file)
 attempt = len((folder / f"argv-{index}").read_text().splitlines())
 asked = []
 signal.signal(signal.SIGTERM, lambda *seen: asked.append("TERM"))
@@ -81,9 +93,11 @@ for step in range(1, steps + 1):
         if kind == "early":
             sys.exit(0)
         if kind.isdecimal():
-            print(f"jaxtrain: error: this is status {kind} of process {index}", file=sys.stderr, flush=True)
+            said = f"jaxtrain: error: this is status {kind} of process {index}"
+            print(said, file=sys.stderr, flush=True)
             sys.exit(int(kind))
-    if step == 6 and kind not in ("none", "slow") and where and attempt <= int(flags.get("attempts", 1)):
+    fails = step == 6 and kind not in ("none", "slow") and where
+    if fails and attempt <= int(flags.get("attempts", 1)):
         wait_for_peers()
     if kind == "slow":
         time.sleep(0.1)
@@ -94,18 +108,41 @@ pulse.beat("ending", steps)
 class Group:
     """A supervisor with its workers, in a folder of their own."""
 
-    def __init__(self, folder: Path, *arguments: str, own: tuple[str, ...] = (), before: tuple[str, ...] = (), **environ: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        own: tuple[str, ...] = (),
+        before: tuple[str, ...] = (),
+        **environ: str,
+    ) -> None:
         (folder / "temporary").mkdir(exist_ok=True)
         self.folder, self.began = folder, time.monotonic()
         script = folder / "worker.py"
         script.write_text(WORKER)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAXTRAIN_", "SLURM_", "XLA_", "JAX_"))}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("JAXTRAIN_", "SLURM_", "XLA_", "JAX_"))
+        }
         environment |= {"TMPDIR": str(folder / "temporary"), "PYTHONPATH": str(ROOT), **environ}
-        command = [sys.executable, "-m", "jaxtrain.processes.supervisor", *own, str(script), f"--folder={folder}", *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "jaxtrain.processes.supervisor",
+            *own,
+            str(script),
+            f"--folder={folder}",
+            *arguments,
+        ]
         self.process = subprocess.Popen(
             [*before, *command],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
 
     def finish(self, status: int, seconds: float = 20.0) -> tuple[str, str]:
         """Its output, after it ended with this status."""
@@ -118,13 +155,20 @@ class Group:
 
     def workers(self) -> list[int]:
         """The pids of all workers that there were."""
-        return [int(line.split()[0]) for file in sorted(self.folder.glob("environ-*")) for line in file.read_text().splitlines()]
+        return [
+            int(line.split()[0])
+            for file in sorted(self.folder.glob("environ-*"))
+            for line in file.read_text().splitlines()
+        ]
 
     def wait_for_workers(self, count: int, step: int = 1) -> None:
         """Returns when the workers have started to train."""
         until = time.monotonic() + 10
         while time.monotonic() < until:
-            beats = [heartbeat.read(path) for path in (self.folder / "temporary").glob("jaxtrain-*/pulse-*")]
+            beats = [
+                heartbeat.read(path)
+                for path in (self.folder / "temporary").glob("jaxtrain-*/pulse-*")
+            ]
             if sum(beat is not None and (beat.step or 0) >= step for beat in beats) == count:
                 return
             time.sleep(0.02)
@@ -145,7 +189,8 @@ def alive(process: int) -> bool:
 
 @contextlib.contextmanager
 def group(folder: Path, *arguments: str, processes: int = 2, **more: object) -> Iterator[Group]:
-    made = Group(folder, *arguments, own=(f"--processes={processes}",), **more)  # type: ignore[arg-type]
+    own = (f"--processes={processes}",)
+    made = Group(folder, *arguments, own=own, **more)  # type: ignore[arg-type]
     try:
         yield made
     finally:
@@ -166,36 +211,90 @@ DEAD = replace(SEEN, status=1, ended_at=10.0)
         ([SEEN, replace(SEEN, index=1)], 11.0, None),
         # A death is judged when the others have had time to die too.
         ([SEEN, replace(DEAD, index=1)], 10.5, None),
-        ([SEEN, replace(DEAD, index=1)], 11.1, Verdict(1, "ended with status 1 while training at step 38")),
-        ([replace(DEAD, status=-9)], 10.0, Verdict(0, "was killed by SIGKILL while training at step 38")),
+        (
+            [SEEN, replace(DEAD, index=1)],
+            11.1,
+            Verdict(1, "ended with status 1 while training at step 38"),
+        ),
+        (
+            [replace(DEAD, status=-9)],
+            10.0,
+            Verdict(0, "was killed by SIGKILL while training at step 38"),
+        ),
         # What comes after is not the cause, even where it was seen first.
-        ([replace(DEAD, status=-6), replace(DEAD, index=1, ended_at=10.1)], 10.1, Verdict(1, "ended with status 1 while training at step 38")),
-        ([replace(DEAD, status=75), replace(DEAD, index=1, status=-11, ended_at=10.9)], 11, Verdict(1, "was killed by SIGSEGV while training at step 38")),
-        ([replace(DEAD, ended_at=10.2), replace(DEAD, index=1)], 11, Verdict(1, "ended with status 1 while training at step 38")),
-        ([replace(DEAD, status=-6), replace(SEEN, index=1, stopped_since=8.5)], 12.0, Verdict(1, "was stopped by a signal while training at step 38")),
+        (
+            [replace(DEAD, status=-6), replace(DEAD, index=1, ended_at=10.1)],
+            10.1,
+            Verdict(1, "ended with status 1 while training at step 38"),
+        ),
+        (
+            [replace(DEAD, status=75), replace(DEAD, index=1, status=-11, ended_at=10.9)],
+            11,
+            Verdict(1, "was killed by SIGSEGV while training at step 38"),
+        ),
+        (
+            [replace(DEAD, ended_at=10.2), replace(DEAD, index=1)],
+            11,
+            Verdict(1, "ended with status 1 while training at step 38"),
+        ),
+        (
+            [replace(DEAD, status=-6), replace(SEEN, index=1, stopped_since=8.5)],
+            12.0,
+            Verdict(1, "was stopped by a signal while training at step 38"),
+        ),
         # Flags are refused by all, seconds apart; the first worker has said why.
         ([SEEN, replace(DEAD, index=1, status=2, step=None)], 13.0, None),
-        ([replace(DEAD, status=2), replace(DEAD, index=1, status=2, ended_at=9)], 10, Verdict(0, "ended with status 2 (bad input) while training at step 38", 2)),
-        ([SEEN, replace(DEAD, index=1, status=71)], 12, Verdict(1, "ended with status 71 (out of memory) while training at step 38", 71)),
+        (
+            [replace(DEAD, status=2), replace(DEAD, index=1, status=2, ended_at=9)],
+            10,
+            Verdict(0, "ended with status 2 (bad input) while training at step 38", 2),
+        ),
+        (
+            [SEEN, replace(DEAD, index=1, status=71)],
+            12,
+            Verdict(1, "ended with status 71 (out of memory) while training at step 38", 71),
+        ),
         # Stopped for a moment, and for longer.
         ([SEEN, replace(SEEN, index=1, stopped_since=9.0)], 10.5, None),
-        ([SEEN, replace(SEEN, index=1, stopped_since=9.0)], 11.5, Verdict(1, "was stopped by a signal while training at step 38")),
+        (
+            [SEEN, replace(SEEN, index=1, stopped_since=9.0)],
+            11.5,
+            Verdict(1, "was stopped by a signal while training at step 38"),
+        ),
         # Hung: the one furthest behind, and among equals the one that stopped first.
         ([SEEN, replace(SEEN, index=1, beat_at=9.0)], 17.5, None),
-        ([SEEN, replace(SEEN, index=1, beat_at=9.0)], 18.5, Verdict(1, "hung while training at step 38 (no progress for 10 s)")),
-        ([replace(SEEN, step=37, beat_at=10.4), replace(SEEN, index=1)], 18.5, Verdict(0, "hung while training at step 37 (no progress for 8 s)")),
+        (
+            [SEEN, replace(SEEN, index=1, beat_at=9.0)],
+            18.5,
+            Verdict(1, "hung while training at step 38 (no progress for 10 s)"),
+        ),
+        (
+            [replace(SEEN, step=37, beat_at=10.4), replace(SEEN, index=1)],
+            18.5,
+            Verdict(0, "hung while training at step 37 (no progress for 8 s)"),
+        ),
         # Whoever is behind may take the time of its own phase, and the others wait for it as long.
         ([SEEN, replace(SEEN, index=1, phase="saving")], 1000.0, None),
         ([SEEN, replace(SEEN, index=1, phase="compiling", step=None)], 3000.0, None),
-        ([SEEN, replace(SEEN, index=1, phase="compiling", step=None)], 3700.0, Verdict(1, "hung while compiling (no progress for 3690 s)")),
+        (
+            [SEEN, replace(SEEN, index=1, phase="compiling", step=None)],
+            3700.0,
+            Verdict(1, "hung while compiling (no progress for 3690 s)"),
+        ),
         ([replace(SEEN, phase="evaluating", beat_at=99), replace(SEEN, index=1)], 100.0, None),
         # One that has finished is not behind; one that left early is what the others wait for.
         ([SEEN, replace(DEAD, index=1, status=0, phase="ending")], 15.0, None),
-        ([SEEN, replace(DEAD, index=1, status=0, step=37)], 19.0, Verdict(1, "ended with status 0 before the others while training at step 37")),
+        (
+            [SEEN, replace(DEAD, index=1, status=0, step=37)],
+            19.0,
+            Verdict(1, "ended with status 0 before the others while training at step 37"),
+        ),
         ([replace(DEAD, status=0, phase="ending")], 15.0, None),
     ],
-)  # fmt: skip
-def test_the_verdict_names_the_first_cause(observed: list[Observation], now: float, found: Verdict | None) -> None:
+)
+def test_the_verdict_names_the_first_cause(
+    observed: list[Observation], now: float, found: Verdict | None
+) -> None:
     assert judge(observed, now, failure.limits(8)) == found
 
 
@@ -209,7 +308,10 @@ def test_those_who_were_asked_to_end_are_not_at_fault() -> None:
 
 def test_limits_are_those_of_the_issue_and_cover_every_phase() -> None:
     assert tuple(LIMITS) == heartbeat.PHASES == tuple(failure.DOING)
-    assert {phase for phase in heartbeat.PHASES if failure.limits(8)[phase] != LIMITS[phase]} == {"training", "evaluating"}
+    assert {phase for phase in heartbeat.PHASES if failure.limits(8)[phase] != LIMITS[phase]} == {
+        "training",
+        "evaluating",
+    }
 
 
 def test_a_pulse_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -222,7 +324,9 @@ def test_a_pulse_is_read_as_it_was_written(tmp_path: Path) -> None:
     own.beat("saving")
     assert heartbeat.read(path) == heartbeat.Beat(3, "saving", 10**12, "/a place/näme")
     own.wishes(10**30, 0.25)
-    assert heartbeat.read(path) == heartbeat.Beat(3, "saving", 10**12, "/a place/näme", 10**30, 0.25)
+    assert heartbeat.read(path) == heartbeat.Beat(
+        3, "saving", 10**12, "/a place/näme", 10**30, 0.25
+    )
     own.wishes(2, None)
     own.workdir("/b")
     assert heartbeat.read(path) == heartbeat.Beat(3, "saving", 10**12, "/b", 2, None)
@@ -231,26 +335,64 @@ def test_a_pulse_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_a_beat_without_a_supervisor_is_nothing(tmp_path: Path) -> None:
-    """Also in a child that inherited the environment of a worker: its beats would hide that the worker hangs."""
-    code = "import os; from jaxtrain import pulse; pulse.beat('training', 3); pulse.workdir('/x'); assert pulse._own() is None"
-    for inherited in ({}, {"JAXTRAIN_PULSE": str(tmp_path / "pulse"), "JAXTRAIN_SUPERVISED": str(os.getppid())}):
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("JAXTRAIN_")}
-        subprocess.run([sys.executable, "-c", code], env={**clean, **inherited}, check=True, cwd=ROOT)
+    """Also in a child that inherited the environment of a worker: its beats would hide that the
+    worker hangs."""
+    code = (
+        "import os; from jaxtrain import pulse; pulse.beat('training', 3); pulse.workdir('/x');"
+        " assert pulse._own() is None"
+    )
+    for inherited in (
+        {},
+        {"JAXTRAIN_PULSE": str(tmp_path / "pulse"), "JAXTRAIN_SUPERVISED": str(os.getppid())},
+    ):
+        clean = {
+            name: value for name, value in os.environ.items() if not name.startswith("JAXTRAIN_")
+        }
+        subprocess.run(
+            [sys.executable, "-c", code], env={**clean, **inherited}, check=True, cwd=ROOT
+        )
     assert not (tmp_path / "pulse").exists()
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "no FILE.py given; python -m jaxtrain.processes.supervisor --processes=2 experiments/digits.py [flags]"),
-        (["--processes=2"], "no FILE.py given; python -m jaxtrain.processes.supervisor --processes=2 experiments/digits.py [flags]"),
+        (
+            [],
+            (
+                "no FILE.py given; python -m jaxtrain.processes.supervisor --processes=2"
+                " experiments/digits.py [flags]"
+            ),
+        ),
+        (
+            ["--processes=2"],
+            (
+                "no FILE.py given; python -m jaxtrain.processes.supervisor --processes=2"
+                " experiments/digits.py [flags]"
+            ),
+        ),
         (["--processes"], "--processes: needs a value, e.g. --processes=2"),
         (["--processes=0", __file__], "--processes=0: must be an integer >= 1"),
         (["--devices=two", __file__], "--devices=two: must be an integer >= 1"),
-        (["--seed=3", __file__], "--seed: not a flag of the supervisor; flags of the experiment come after its FILE.py"),
+        (
+            ["--seed=3", __file__],
+            "--seed: not a flag of the supervisor; flags of the experiment come after its FILE.py",
+        ),
         (["no/such.py"], "no/such.py: no such experiment"),
-        (["--devices=4", __file__, "--platform=gpu"], "--devices=4: makes devices of the CPU, so --platform=gpu has no meaning; drop one of them"),
-        (["--processes=2", __file__, "--process=1"], "--processes=2: starts all processes here, so --process has no meaning; drop one of them"),
+        (
+            ["--devices=4", __file__, "--platform=gpu"],
+            (
+                "--devices=4: makes devices of the CPU, so --platform=gpu has no meaning; drop one"
+                " of them"
+            ),
+        ),
+        (
+            ["--processes=2", __file__, "--process=1"],
+            (
+                "--processes=2: starts all processes here, so --process has no meaning; drop one of"
+                " them"
+            ),
+        ),
     ],
 )
 def test_a_command_line_that_cannot_be(argv: list[str], message: str) -> None:
@@ -259,7 +401,9 @@ def test_a_command_line_that_cannot_be(argv: list[str], message: str) -> None:
 
 
 def test_the_flags_of_both_are_read_in_either_form() -> None:
-    plan = launch_arguments.parse(["--processes", "2", __file__, "--hang_seconds", "8", "--max_restarts=3", "--resume=never"])
+    plan = launch_arguments.parse(
+        ["--processes", "2", __file__, "--hang_seconds", "8", "--max_restarts=3", "--resume=never"]
+    )
     assert (plan.processes, plan.devices, plan.hang_seconds, plan.max_restarts) == (2, None, 8.0, 3)
     assert plan.command("")[2:] == ["--hang_seconds", "8", "--max_restarts=3", "--resume=never"]
     assert plan.command("/run")[2:] == ["--hang_seconds", "8", "--max_restarts=3", "--workdir=/run"]
@@ -274,7 +418,11 @@ def test_the_last_words_of_a_log(tmp_path: Path) -> None:
     log.path.write_text("noise\n" * 30 + "the end\n")
     assert log.last_words(2) == ["noise", "the end"]
     log.path.write_text("noise\nTraceback (most recent call last):\n  File x\nRuntimeError: why\n")
-    assert log.last_words() == ["Traceback (most recent call last):", "  File x", "RuntimeError: why"]
+    assert log.last_words() == [
+        "Traceback (most recent call last):",
+        "  File x",
+        "RuntimeError: why",
+    ]
     log.path.write_text("jaxtrain: error: --seed=x: no number\nnoise of the machine\n")
     assert log.last_words() == ["jaxtrain: error: --seed=x: no number"]
     (tmp_path / "run").mkdir()
@@ -282,7 +430,9 @@ def test_the_last_words_of_a_log(tmp_path: Path) -> None:
     log.begin()
     log.path.write_text("again\n")
     assert log.follow(str(tmp_path / "run")) and not WorkerLog(tmp_path, 1).follow("")
-    assert (tmp_path / "run" / "logs" / "1.txt").read_text().endswith("noise of the machine\nagain\n")
+    assert (
+        (tmp_path / "run" / "logs" / "1.txt").read_text().endswith("noise of the machine\nagain\n")
+    )
 
 
 def test_all_end_well(tmp_path: Path) -> None:
@@ -294,18 +444,30 @@ def test_all_end_well(tmp_path: Path) -> None:
     assert made.left() == [] and own_file in (tmp_path / "argv-1").read_text()
 
 
-FAULTS = {"kill": "was killed by SIGKILL", "raise": "ended with status 1", "stop": "was stopped by a signal", "hang": "hung"}
+FAULTS = {
+    "kill": "was killed by SIGKILL",
+    "raise": "ended with status 1",
+    "stop": "was stopped by a signal",
+    "hang": "hung",
+}
 
 
 @pytest.mark.parametrize(("processes", "culprit"), [(2, 1), (4, 0)])
-def test_a_fault_ends_the_group_by_its_name_and_it_starts_again(tmp_path: Path, processes: int, culprit: int) -> None:
+def test_a_fault_ends_the_group_by_its_name_and_it_starts_again(
+    tmp_path: Path, processes: int, culprit: int
+) -> None:
     with contextlib.ExitStack() as stack:
         made = {}
         for kind in FAULTS:  # at once, since most of it is waiting
             folder = tmp_path / kind
             (folder / "run" / "checkpoints" / "4").mkdir(parents=True)
             (folder / "run" / "checkpoints" / "4" / "COMMIT").touch()
-            flags = (f"--fault={kind}:{culprit}", f"--told={folder / 'run'}", "--hang_seconds=2", "--max_restarts=3")
+            flags = (
+                f"--fault={kind}:{culprit}",
+                f"--told={folder / 'run'}",
+                "--hang_seconds=2",
+                "--max_restarts=3",
+            )
             made[kind] = stack.enter_context(group(folder, *flags, processes=processes))
         for kind, each in made.items():
             _, err = each.finish(0)
@@ -316,26 +478,36 @@ def check_restart(made: Group, kind: str, processes: int, culprit: int, err: str
     """What a group must have said and left that failed once and then ended well."""
     line, run = err.splitlines()[-1], made.folder / "run"
     named = rf"jaxtrain: process {culprit} of {processes} {FAULTS[kind]} while training at step 5"
-    told = rf"( \(no progress for \d+ s\))?; stacks: {run}/stacks/\S+\.txt; restarting from the last commit \(1 of 3\)"
+    told = (
+        rf"( \(no progress for \d+ s\))?; stacks: {run}/stacks/\S+\.txt; restarting from the last"
+        r" commit \(1 of 3\)"
+    )
     assert re.fullmatch(named + told, line), err
     [stacks] = (run / "stacks").iterdir()
     said = stacks.read_text()
     assert said.startswith(line.partition(";")[0])
-    assert said.count("wait_for_peers") == processes - 1  # every living peer, at the place where it waits
+    # every living peer, at the place where it waits
+    assert said.count("wait_for_peers") == processes - 1
     assert ("the_place_where_it_hangs" in said) == (kind == "hang")
     for index in range(processes):
         first, second = (made.folder / f"argv-{index}").read_text().splitlines()
         assert second == f"{first} --workdir={run}"
-    assert (err.count("RuntimeError: a fault of this very kind") == 1) == (kind == "raise" and culprit == 0)
+    assert (err.count("RuntimeError: a fault of this very kind") == 1) == (
+        kind == "raise" and culprit == 0
+    )
     assert made.left() == []
 
 
 def test_each_group_is_gone_within_the_bound(tmp_path: Path) -> None:
-    """From the fault on, to the death of all; a hung process is given a second, a stopped one as much."""
+    """From the fault on, to the death of all; a hung process is given a second, a stopped one as
+    much."""
     with contextlib.ExitStack() as stack:
         for kind in FAULTS:
             (tmp_path / kind).mkdir()
-        made = [stack.enter_context(group(tmp_path / kind, f"--fault={kind}:1", "--hang_seconds=1")) for kind in FAULTS]
+        made = [
+            stack.enter_context(group(tmp_path / kind, f"--fault={kind}:1", "--hang_seconds=1"))
+            for kind in FAULTS
+        ]
         for each in made:
             each.wait_for_workers(2, step=1)
         began = time.monotonic()
@@ -345,26 +517,47 @@ def test_each_group_is_gone_within_the_bound(tmp_path: Path) -> None:
 
 
 def test_what_the_experiment_asks_for_counts_like_flags(tmp_path: Path) -> None:
-    """The supervisor reads no experiment: its worker tells it what `Run(max_restarts=1, hang_seconds=1)` says."""
+    """The supervisor reads no experiment: its worker tells it what `Run(max_restarts=1,
+    hang_seconds=1)` says."""
     with group(tmp_path, "--fault=hang:1", "--wishes=1,1.0") as made:
         _, err = made.finish(0)
-    assert re.fullmatch(r"jaxtrain: process 1 of 2 hung while training at step 5 .*; restarting from the beginning, .* \(1 of 1\)", err.splitlines()[0]), err
+    assert re.fullmatch(
+        r"jaxtrain: process 1 of 2 hung while training at step 5 .*; restarting from the beginning,"
+        r" .* \(1 of 1\)",
+        err.splitlines()[0],
+    ), err
 
 
 def test_no_restarts_are_left(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    with group(tmp_path, "--fault=raise:1", "--attempts=9", f"--told={tmp_path / 'run'}", "--max_restarts=1") as made:
+    with group(
+        tmp_path,
+        "--fault=raise:1",
+        "--attempts=9",
+        f"--told={tmp_path / 'run'}",
+        "--max_restarts=1",
+    ) as made:
         _, err = made.finish(75)
     first, *words, last = err.splitlines()
     assert first.endswith("; restarting from the beginning, for nothing was committed (1 of 1)")
-    assert words[0] == "process 1: Traceback (most recent call last):" and words[-1] == "process 1: RuntimeError: a fault of this very kind"
+    assert (
+        words[0] == "process 1: Traceback (most recent call last):"
+        and words[-1] == "process 1: RuntimeError: a fault of this very kind"
+    )
     assert last.endswith("; no restarts left (--max_restarts=1)")
-    assert (tmp_path / "run" / "logs" / "1.txt").read_text().count("RuntimeError: a fault of this very kind") == 2
+    assert (tmp_path / "run" / "logs" / "1.txt").read_text().count(
+        "RuntimeError: a fault of this very kind"
+    ) == 2
 
 
 @pytest.mark.parametrize("status", [2, 3, 71])
 def test_a_final_status_is_passed_on_at_once(tmp_path: Path, status: int) -> None:
-    with group(tmp_path, f"--fault={status}:0,1", "--max_restarts=3", JAXTRAIN_FINAL_STATUS=str(tmp_path / "final")) as made:
+    with group(
+        tmp_path,
+        f"--fault={status}:0,1",
+        "--max_restarts=3",
+        JAXTRAIN_FINAL_STATUS=str(tmp_path / "final"),
+    ) as made:
         _, err = made.finish(status)
     assert err == f"jaxtrain: error: this is status {status} of process 0\n"
     assert (tmp_path / "final").read_text() == f"{status}\n"
@@ -383,17 +576,28 @@ def test_a_worker_without_a_terminal_has_its_final_words_shown(tmp_path: Path) -
         _, err = made.finish(71)
     first, second, third = err.splitlines()
     assert first == "process 1: jaxtrain: error: this is status 71 of process 1"
-    assert second.startswith("jaxtrain: process 1 of 2 ended with status 71 (out of memory) while training at step 5; stacks: ")
+    assert second.startswith(
+        "jaxtrain: process 1 of 2 ended with status 71 (out of memory) while training at step 5;"
+        " stacks: "
+    )
     assert second.endswith("; a restart would not help")
     [folder] = (tmp_path / "temporary").iterdir()  # there is no workdir to keep the log in
-    assert third == f"jaxtrain: what the processes printed is kept in {folder}, for it does not lie in the run's folder"
+    assert (
+        third
+        == f"jaxtrain: what the processes printed is kept in {folder}, for it does not lie in the"
+        " run's folder"
+    )
     assert "log-1" in made.left()
     assert not {"pulse-1", "stacks-1"} & set(made.left())
 
 
 def test_where_children_are_ignored_their_status_is_still_known(tmp_path: Path) -> None:
-    """Some launchers ignore SIGCHLD, which goes on to what they start; the kernel then forgets how children ended."""
-    ignore = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    """Some launchers ignore SIGCHLD, which goes on to what they start; the kernel then forgets how
+    children ended."""
+    ignore = (
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
+        " os.execv(sys.argv[1], sys.argv[1:])"
+    )
     with group(tmp_path, "--fault=71:0", before=(sys.executable, "-c", ignore)) as made:
         made.finish(71)
 
@@ -401,9 +605,13 @@ def test_where_children_are_ignored_their_status_is_still_known(tmp_path: Path) 
 LEAVES_A_CHILD = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True)"
 
 
-def test_a_dead_worker_keeps_its_number_until_its_children_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_worker_keeps_its_number_until_its_children_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Later the number may be a stranger's, so nothing is sent to it any more."""
-    worker = worker_processes.Worker(0, [sys.executable, "-c", LEAVES_A_CHILD], os.environ, tmp_path, tmp_path / "log", 0.0)
+    worker = worker_processes.Worker(
+        0, [sys.executable, "-c", LEAVES_A_CHILD], os.environ, tmp_path, tmp_path / "log", 0.0
+    )
     until = time.monotonic() + 10
     while worker.observe(1.0).status is None:
         assert time.monotonic() < until
@@ -411,9 +619,15 @@ def test_a_dead_worker_keeps_its_number_until_its_children_are_killed(tmp_path: 
     child, own = int((tmp_path / "log").read_text()), worker._process.pid
     assert worker.observe(2.0).status == 0 and Path(f"/proc/{own}").exists() and alive(child)
     sent: list[int] = []
-    monkeypatch.setattr(worker_processes.os, "killpg", lambda group, number, kill=os.killpg: (sent.append(group), kill(group, number)))
+    monkeypatch.setattr(
+        worker_processes.os,
+        "killpg",
+        lambda group, number, kill=os.killpg: (sent.append(group), kill(group, number)),
+    )
     monkeypatch.setattr(worker_processes.os, "kill", lambda process, number: sent.append(process))
-    assert worker_processes.end([worker]) == [] and sent == [own] and not Path(f"/proc/{own}").exists()
+    assert (
+        worker_processes.end([worker]) == [] and sent == [own] and not Path(f"/proc/{own}").exists()
+    )
     while alive(child):
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -429,13 +643,17 @@ def test_a_long_compilation_is_no_hang(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_reaches_every_worker_once(tmp_path: Path, number: signal.Signals, status: int) -> None:
+def test_a_signal_reaches_every_worker_once(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
     with group(tmp_path, "--steps=1000", "--max_restarts=3") as made:
         made.wait_for_workers(2)
         made.process.send_signal(number)
         _, err = made.finish(status)
     assert err == ""
-    assert [(tmp_path / f"saved-{index}").read_text() for index in range(2)] == [number.name.removeprefix("SIG")] * 2
+    assert [(tmp_path / f"saved-{index}").read_text() for index in range(2)] == [
+        number.name.removeprefix("SIG")
+    ] * 2
 
 
 def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
@@ -483,40 +701,68 @@ def test_a_supervisor_that_was_stopped_itself_gives_no_alarm(tmp_path: Path) -> 
 
 
 def test_the_devices_and_the_coordinator_of_a_rehearsal(tmp_path: Path) -> None:
-    made = Group(tmp_path, own=("--processes=2", "--devices=4"), XLA_FLAGS="--xla_cpu_enable_fast_math=false")
+    made = Group(
+        tmp_path, own=("--processes=2", "--devices=4"), XLA_FLAGS="--xla_cpu_enable_fast_math=false"
+    )
     made.finish(0)
     lines = [(tmp_path / f"environ-{index}").read_text().split(maxsplit=3) for index in range(2)]
     for _, coordinator, platforms, flags in lines:
         assert join.split(coordinator)[0] == "127.0.0.1"
         assert platforms == "cpu"  # else jax takes the GPU of a machine that has one
-        assert flags.strip() == "--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=4"
+        assert (
+            flags.strip()
+            == "--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=4"
+        )
     assert lines[0][1] == lines[1][1]
-    Group(tmp_path, own=("--devices=4",), JAX_PLATFORMS="cuda").finish(0)  # whoever says so himself means it
+    # whoever says so himself means it
+    Group(tmp_path, own=("--devices=4",), JAX_PLATFORMS="cuda").finish(0)
     assert (tmp_path / "environ-0").read_text().splitlines()[-1].split()[2] == "cuda"
 
 
 def test_one_worker_of_a_larger_group_is_named_by_its_own_number(tmp_path: Path) -> None:
-    theirs = {"JAXTRAIN_PROCESS": "3", "JAXTRAIN_PROCESSES": "8", "JAXTRAIN_COORDINATOR": "10.0.0.1:7000"}
+    theirs = {
+        "JAXTRAIN_PROCESS": "3",
+        "JAXTRAIN_PROCESSES": "8",
+        "JAXTRAIN_COORDINATOR": "10.0.0.1:7000",
+    }
     made = Group(tmp_path, "--fault=kill:3", **theirs)
     _, err = made.finish(75)
-    assert err == "jaxtrain: process 3 of 8 was killed by SIGKILL while training at step 5; no restarts left (--max_restarts=0)\n"
+    assert (
+        err
+        == "jaxtrain: process 3 of 8 was killed by SIGKILL while training at step 5; no restarts"
+        " left (--max_restarts=0)\n"
+    )
     alone = Group(tmp_path, "--fault=kill:0")
     _, err = alone.finish(75)
-    assert err == "jaxtrain: the process was killed by SIGKILL while training at step 5; no restarts left (--max_restarts=0)\n"
+    assert (
+        err
+        == "jaxtrain: the process was killed by SIGKILL while training at step 5; no restarts left"
+        " (--max_restarts=0)\n"
+    )
 
 
 LAUNCHES = [
     (["--processes=2"], ["--processes=2", "ROOT/experiments/digits.py"]),
-    (["--processes", "2", "--steps=9", "--devices=4"], ["--processes=2", "--devices=4", "ROOT/experiments/digits.py", "--steps=9"]),
-    (["--steps", "9", "--processes=2"], ["--processes=2", "ROOT/experiments/digits.py", "--steps", "9"]),
-    (["EXPERIMENT", "--processes=2", "--hang_seconds=8"], ["--processes=2", "EXPERIMENT", "--hang_seconds=8"]),
+    (
+        ["--processes", "2", "--steps=9", "--devices=4"],
+        ["--processes=2", "--devices=4", "ROOT/experiments/digits.py", "--steps=9"],
+    ),
+    (
+        ["--steps", "9", "--processes=2"],
+        ["--processes=2", "ROOT/experiments/digits.py", "--steps", "9"],
+    ),
+    (
+        ["EXPERIMENT", "--processes=2", "--hang_seconds=8"],
+        ["--processes=2", "EXPERIMENT", "--hang_seconds=8"],
+    ),
     (["--devices=2", "EXPERIMENT"], ["--devices=2", "EXPERIMENT"]),
 ]
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A checkout whose environment is ready, and whose interpreter only says what it is asked to run."""
+    """A checkout whose environment is ready, and whose interpreter only says what it is asked to
+    run."""
     for name in ("scripts", "experiments", ".venv/bin"):
         (tmp_path / name).mkdir(parents=True)
     shutil.copy(ROOT / "scripts" / "launch_local", tmp_path / "scripts")
@@ -529,12 +775,20 @@ def checkout(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("arguments", "expected"), LAUNCHES)
-def test_launch_local_tells_the_supervisor(checkout: Path, arguments: list[str], expected: list[str]) -> None:
+def test_launch_local_tells_the_supervisor(
+    checkout: Path, arguments: list[str], expected: list[str]
+) -> None:
     experiment = str(checkout / "experiments" / "own.py")
     given = [experiment if word == "EXPERIMENT" else word for word in arguments]
-    done = subprocess.run([checkout / "scripts" / "launch_local", *given], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [checkout / "scripts" / "launch_local", *given], capture_output=True, text=True, check=True
+    )
     said = [word.replace(str(checkout), "ROOT") for word in done.stdout.splitlines()]
-    assert said == ["-m", "jaxtrain.processes.supervisor", *(word.replace("EXPERIMENT", "ROOT/experiments/own.py") for word in expected)]
+    assert said == [
+        "-m",
+        "jaxtrain.processes.supervisor",
+        *(word.replace("EXPERIMENT", "ROOT/experiments/own.py") for word in expected),
+    ]
 
 
 def test_launch_local_says_what_is_misspelt(checkout: Path) -> None:
@@ -542,11 +796,25 @@ def test_launch_local_says_what_is_misspelt(checkout: Path) -> None:
         (["no/such.py"], "no/such.py: no such experiment; there are experiments/own.py"),
         (["--processes"], "--processes: needs a value, e.g. --processes=2"),
     ]:
-        done = subprocess.run([checkout / "scripts" / "launch_local", *words], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [checkout / "scripts" / "launch_local", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert (done.returncode, done.stderr) == (2, f"jaxtrain: error: {message}\n")
 
 
 def test_the_supervisor_loads_nothing_heavy() -> None:
-    code = "import sys, jaxtrain.processes.supervisor; print(sorted({'jax', 'numpy', 'absl'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, cwd=ROOT)
+    code = (
+        "import sys, jaxtrain.processes.supervisor; print(sorted({'jax', 'numpy', 'absl'} &"
+        " set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
     assert done.stdout == "[]\n"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from jaxtrain import losses, metrics
-from jaxtrain.train.feeds import steps_per_call
 from jaxtrain.tasks import Classification, Regression
+from jaxtrain.train.feeds import steps_per_call
 
 
 @pytest.fixture
@@ -33,18 +33,28 @@ def log_softmax(logits_BC: np.ndarray) -> np.ndarray:
 def test_cross_entropy(logits_BC, smoothing):
     target_BC = (1 - smoothing) * np.eye(6)[LABELS_B] + smoothing / 6
     expected_B = -(target_BC * log_softmax(logits_BC)).sum(1)
-    np.testing.assert_allclose(losses.cross_entropy(logits_BC, LABELS_B, label_smoothing=smoothing), expected_B, rtol=1e-5)
-    traced = jax.jit(lambda value: losses.cross_entropy(jnp.asarray(logits_BC), LABELS_B, label_smoothing=value))(smoothing)
+    np.testing.assert_allclose(
+        losses.cross_entropy(logits_BC, LABELS_B, label_smoothing=smoothing), expected_B, rtol=1e-5
+    )
+    traced = jax.jit(
+        lambda value: losses.cross_entropy(jnp.asarray(logits_BC), LABELS_B, label_smoothing=value)
+    )(smoothing)
     np.testing.assert_allclose(traced, expected_B, rtol=1e-5)
 
 
 def test_cross_entropy_gradient_is_softmax_minus_target(logits_BC):
-    gradient = jax.grad(lambda logits: losses.cross_entropy(logits, jnp.asarray(LABELS_B)).sum())(jnp.asarray(logits_BC))
-    np.testing.assert_allclose(gradient, np.exp(log_softmax(logits_BC)) - np.eye(6)[LABELS_B], atol=1e-6)
+    gradient = jax.grad(lambda logits: losses.cross_entropy(logits, jnp.asarray(LABELS_B)).sum())(
+        jnp.asarray(logits_BC)
+    )
+    np.testing.assert_allclose(
+        gradient, np.exp(log_softmax(logits_BC)) - np.eye(6)[LABELS_B], atol=1e-6
+    )
 
 
 def test_half_precision_logits_are_reduced_in_float32():
-    assert losses.cross_entropy(jnp.full((1, 70_000), 3.0, jnp.bfloat16), jnp.array([1]))[0] == pytest.approx(np.log(70_000), rel=1e-5)
+    assert losses.cross_entropy(jnp.full((1, 70_000), 3.0, jnp.bfloat16), jnp.array([1]))[
+        0
+    ] == pytest.approx(np.log(70_000), rel=1e-5)
 
 
 def test_mixed_labels_weigh_both(logits_BC):
@@ -53,7 +63,9 @@ def test_mixed_labels_weigh_both(logits_BC):
     batch = {"label": LABELS_B, "label_other": other_B, "label_weight": share_B}
     sums = Classification().loss(jnp.asarray(logits_BC), batch)
     own, rest = (-log_softmax(logits_BC)[np.arange(9), labels] for labels in (LABELS_B, other_B))
-    assert float(sums["loss"][0]) == pytest.approx((share_B * own + (1 - share_B) * rest).sum(), rel=1e-5)
+    assert float(sums["loss"][0]) == pytest.approx(
+        (share_B * own + (1 - share_B) * rest).sum(), rel=1e-5
+    )
     greater_B = np.where(share_B >= 0.5, LABELS_B, other_B)
     assert float(sums["accuracy"][0]) == (logits_BC.argmax(1) == greater_B).sum()
 
@@ -63,26 +75,45 @@ def test_smoothing_counts_in_training_only(logits_BC):
     plain = Classification().loss(jnp.asarray(logits_BC), {"label": LABELS_B})
     evaluated = task.loss(jnp.asarray(logits_BC), {"label": LABELS_B}, train=False)
     assert float(evaluated["loss"][0]) == float(plain["loss"][0])
-    assert float(task.loss(jnp.asarray(logits_BC), {"label": LABELS_B})["loss"][0]) != float(plain["loss"][0])
+    assert float(task.loss(jnp.asarray(logits_BC), {"label": LABELS_B})["loss"][0]) != float(
+        plain["loss"][0]
+    )
 
 
 def test_examine(logits_BC):
     found = Classification().examine(jnp.asarray(logits_BC), {"label": jnp.asarray(LABELS_B)})
     np.testing.assert_array_equal(found["prediction"], logits_BC.argmax(1))
-    np.testing.assert_allclose(found["probability"], np.exp(log_softmax(logits_BC))[np.arange(9), LABELS_B], rtol=1e-4)
+    np.testing.assert_allclose(
+        found["probability"], np.exp(log_softmax(logits_BC))[np.arange(9), LABELS_B], rtol=1e-4
+    )
 
 
 def test_regression():
     outputs, targets = np.random.default_rng(1).normal(size=(2, 5, 3)).astype(np.float32)
-    sums = Regression().loss(jnp.asarray(outputs), {"target": jnp.asarray(targets), "weight": jnp.array([1.0, 1, 0, 1, 0])})
+    sums = Regression().loss(
+        jnp.asarray(outputs),
+        {"target": jnp.asarray(targets), "weight": jnp.array([1.0, 1, 0, 1, 0])},
+    )
     expected = np.square(outputs.astype(np.float64) - targets).mean(1)[[0, 1, 3]].sum()
-    assert (float(sums["loss"][0]), float(sums["loss"][1])) == (pytest.approx(expected, rel=1e-6), 3.0)
-    with pytest.raises(ValueError, match=r"^outputs have shape \(5, 1\), targets \(5, 3\); they must be equal, so change the model's last layer or --task.target$"):
+    assert (float(sums["loss"][0]), float(sums["loss"][1])) == (
+        pytest.approx(expected, rel=1e-6),
+        3.0,
+    )
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"^outputs have shape \(5, 1\), targets \(5, 3\); they must be equal, so change the"
+            r" model's last layer or --task.target$"
+        ),
+    ):
         Regression().loss(jnp.ones((5, 1)), {"target": jnp.asarray(targets)})
 
 
 def test_missing_field():
-    with pytest.raises(ValueError, match=r"^batch has keys image, label; the task wants 'tokens'; set --task.input$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^batch has keys image, label; the task wants 'tokens'; set --task.input$",
+    ):
         Classification(input="tokens").inputs({"image": jnp.ones(1), "label": jnp.ones(1)})
 
 
@@ -111,7 +142,9 @@ def test_steps_per_call_by_work():
     """Small dense models run many steps a dispatch; one with a convolution runs alone on CPU."""
     dense = jax.jit(lambda x, w: x @ w).lower(jnp.ones((32, 64)), jnp.ones((64, 32)))
     large = jax.jit(lambda x, w: x @ w).lower(jnp.ones((512, 2048)), jnp.ones((2048, 512)))
-    conv = jax.jit(lambda x, w: jax.lax.conv(x, w, (1, 1), "SAME")).lower(jnp.ones((1, 1, 8, 8)), jnp.ones((1, 1, 3, 3)))
+    conv = jax.jit(lambda x, w: jax.lax.conv(x, w, (1, 1), "SAME")).lower(
+        jnp.ones((1, 1, 8, 8)), jnp.ones((1, 1, 3, 3))
+    )
     assert steps_per_call(dense, "cpu", 50) == 50
     assert steps_per_call(large, "cpu", 50) == 1
     assert steps_per_call(conv, "cpu", 50) == 1

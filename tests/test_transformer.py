@@ -1,4 +1,5 @@
-"""The decoder: a NumPy forward pass in float64, causality, rotations, dtypes of every product, GPT-2's count, and marks between blocks.
+"""The decoder: a NumPy forward pass in float64, causality, rotations, dtypes of every product,
+GPT-2's count, and marks between blocks.
 
 Dims: B batch, T tokens, V vocabulary, D width, N heads, K head width.
 """
@@ -34,7 +35,9 @@ def shapes_of(model: Any, inputs: Any = TOKENS_BT) -> Any:
 def random_params(model: Any) -> Any:
     """Numbers for every parameter, biases and scales included."""
     generator = np.random.default_rng(1)
-    return jax.tree.map(lambda leaf: (0.3 * generator.normal(size=leaf.shape)).astype(np.float32), shapes_of(model))
+    return jax.tree.map(
+        lambda leaf: (0.3 * generator.normal(size=leaf.shape)).astype(np.float32), shapes_of(model)
+    )
 
 
 def apply(model: Any, params: Any, tokens: Any, **options: Any) -> jax.Array:
@@ -45,12 +48,16 @@ def apply(model: Any, params: Any, tokens: Any, **options: Any) -> jax.Array:
 run = jax.jit(apply, static_argnums=0, static_argnames="train")
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------------------------
+# --- numbers
+# --------------------------------------------------------------------------------------------------
 
 
 def numpy_norm(x: np.ndarray, params: Any) -> np.ndarray:
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-6) * params["scale"] + params["bias"]
+    return (
+        centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-6) * params["scale"]
+        + params["bias"]
+    )
 
 
 def numpy_turn(x_BTK: np.ndarray) -> np.ndarray:
@@ -65,13 +72,21 @@ def numpy_attention(x_BTD: np.ndarray, params: Any, heads: int, rotary: bool) ->
     """Head by head, and place by place only over what is not later."""
     out_BTD = np.zeros_like(x_BTD) + params["out"]["bias"]
     for head in range(heads):
-        query, key, value = (x_BTD @ params["kernel"][:, index, head] + params["bias"][index, head] for index in range(3))
+        query, key, value = (
+            x_BTD @ params["kernel"][:, index, head] + params["bias"][index, head]
+            for index in range(3)
+        )
         if rotary:
             query, key = numpy_turn(query), numpy_turn(key)
         for place in range(x_BTD.shape[1]):
-            scores = np.einsum("bk,bsk->bs", query[:, place], key[:, : place + 1]) / math.sqrt(query.shape[-1])
+            scores = np.einsum("bk,bsk->bs", query[:, place], key[:, : place + 1]) / math.sqrt(
+                query.shape[-1]
+            )
             share = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-            out_BTD[:, place] += np.einsum("bs,bsk->bk", share, value[:, : place + 1]) @ params["out"]["kernel"][head]
+            out_BTD[:, place] += (
+                np.einsum("bs,bsk->bk", share, value[:, : place + 1])
+                @ params["out"]["kernel"][head]
+            )
     return out_BTD
 
 
@@ -82,9 +97,15 @@ def numpy_forward(model: Transformer, params: Any, tokens_BT: np.ndarray) -> np.
     x_BTD = x_BTD if rotary else x_BTD + params["positions"][None, : tokens_BT.shape[1]]
     for index in range(model.depth):
         block = params[f"block{index}"]
-        x_BTD = x_BTD + numpy_attention(numpy_norm(x_BTD, block["norm0"]), block["attention"], model.heads, rotary)
-        hidden = numpy_norm(x_BTD, block["norm1"]) @ block["mlp_in"]["kernel"] + block["mlp_in"]["bias"]
-        hidden = hidden / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+        x_BTD = x_BTD + numpy_attention(
+            numpy_norm(x_BTD, block["norm0"]), block["attention"], model.heads, rotary
+        )
+        hidden = (
+            numpy_norm(x_BTD, block["norm1"]) @ block["mlp_in"]["kernel"] + block["mlp_in"]["bias"]
+        )
+        hidden = (
+            hidden / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+        )
         x_BTD = x_BTD + hidden @ block["mlp_out"]["kernel"] + block["mlp_out"]["bias"]
     x_BTD = numpy_norm(x_BTD, params["norm"])
     return x_BTD @ (params["embed"].T if model.tied else params["head"]["kernel"])
@@ -95,7 +116,9 @@ def test_the_decoder_is_that_of_numpy_in_float64(kind: str) -> None:
     model, params = KINDS[kind], random_params(KINDS[kind])
     logits_BTV = run(model, params, TOKENS_BT)
     assert logits_BTV.shape == (3, 8, 11) and logits_BTV.dtype == jnp.float32
-    np.testing.assert_allclose(logits_BTV, numpy_forward(model, params, TOKENS_BT), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        logits_BTV, numpy_forward(model, params, TOKENS_BT), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,17 +135,30 @@ def test_a_token_changes_nothing_before_it(kind: str) -> None:
 
 def test_a_shorter_sequence_is_the_beginning_of_a_longer_one() -> None:
     params = random_params(TINY)
-    np.testing.assert_allclose(run(TINY, params, TOKENS_BT[:, :5]), run(TINY, params, TOKENS_BT)[:, :5], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        run(TINY, params, TOKENS_BT[:, :5]),
+        run(TINY, params, TOKENS_BT)[:, :5],
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_rotary_scores_depend_on_the_distance_only() -> None:
     generator = np.random.default_rng(0)
-    query, key = (np.tile(generator.normal(size=(1, 1, 2, 8)), (1, 20, 1, 1)).astype(np.float32) for _ in range(2))
+    query, key = (
+        np.tile(generator.normal(size=(1, 1, 2, 8)), (1, 20, 1, 1)).astype(np.float32)
+        for _ in range(2)
+    )
     angles_TR = transformer.rotary_angles(20, 8)
-    scores_NTS = np.einsum("btnk,bsnk->nts", *(np.asarray(transformer.turned(x, angles_TR), np.float64) for x in (query, key)))
+    scores_NTS = np.einsum(
+        "btnk,bsnk->nts",
+        *(np.asarray(transformer.turned(x, angles_TR), np.float64) for x in (query, key)),
+    )
     for distance in range(-19, 20):
         diagonals = np.diagonal(scores_NTS, distance, axis1=1, axis2=2)
-        np.testing.assert_allclose(diagonals, np.broadcast_to(diagonals[:, :1], diagonals.shape), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            diagonals, np.broadcast_to(diagonals[:, :1], diagonals.shape), rtol=1e-4, atol=1e-4
+        )
     assert np.ptp(scores_NTS[0, 0]) > 0.1
 
 
@@ -132,18 +168,25 @@ def test_without_positions_the_past_has_no_order() -> None:
     turned = np.concatenate([TOKENS_BT[:, 6::-1], TOKENS_BT[:, 7:]], axis=1)
     plain = params | {"positions": np.zeros_like(params["positions"])}
     one = TINY.clone(depth=1)
-    np.testing.assert_allclose(run(one, plain, turned)[:, -1], run(one, plain, TOKENS_BT)[:, -1], rtol=1e-3, atol=1e-4)
-    assert not np.allclose(run(one, params, turned)[:, -1], run(one, params, TOKENS_BT)[:, -1], atol=1e-2)
+    np.testing.assert_allclose(
+        run(one, plain, turned)[:, -1], run(one, plain, TOKENS_BT)[:, -1], rtol=1e-3, atol=1e-4
+    )
+    assert not np.allclose(
+        run(one, params, turned)[:, -1], run(one, params, TOKENS_BT)[:, -1], atol=1e-2
+    )
 
 
 def test_dropout_acts_in_training_only() -> None:
     model, params = TINY.clone(dropout=0.5), random_params(TINY)
     plain = run(TINY, params, TOKENS_BT)
     np.testing.assert_array_equal(run(model, params, TOKENS_BT), plain)
-    assert not np.allclose(run(model, params, TOKENS_BT, train=True, rngs={"dropout": jax.random.key(0)}), plain)
+    assert not np.allclose(
+        run(model, params, TOKENS_BT, train=True, rngs={"dropout": jax.random.key(0)}), plain
+    )
 
 
-# --- parameters ---------------------------------------------------------------------------------------------------------------------------
+# --- parameters
+# --------------------------------------------------------------------------------------------------
 
 
 def count_of(shapes: Any) -> int:
@@ -156,7 +199,14 @@ def test_parameters_are_counted_by_a_formula(kind: str) -> None:
     vocabulary, width = model.vocabulary, model.width
     places = model.max_length * width if model.positions == "learned" else 0
     head = 0 if model.tied else width * vocabulary
-    assert count_of(shapes_of(model)) == vocabulary * width + places + model.depth * (12 * width**2 + 13 * width) + 2 * width + head
+    assert (
+        count_of(shapes_of(model))
+        == vocabulary * width
+        + places
+        + model.depth * (12 * width**2 + 13 * width)
+        + 2 * width
+        + head
+    )
 
 
 def test_gpt2_is_a_setting() -> None:
@@ -164,7 +214,10 @@ def test_gpt2_is_a_setting() -> None:
     assert count_of(shapes_of(gpt2)) == 124_439_808
 
 
-@pytest.mark.parametrize(("name", "count"), [("decoder_tiny", 169_728), ("decoder_small", 932_608), ("decoder_medium", 11_065_344)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("decoder_tiny", 169_728), ("decoder_small", 932_608), ("decoder_medium", 11_065_344)],
+)
 def test_sizes_by_name_are_those_of_the_guide(name: str, count: int) -> None:
     assert count_of(shapes_of(transformer.NAMES[name])) == count
 
@@ -173,7 +226,9 @@ def test_a_tied_head_has_no_kernel_and_learns_by_the_embedding() -> None:
     params = random_params(TINY)
     assert "head" not in params and "head" in random_params(KINDS["rotary, untied"])
     unseen = 10 - TOKENS_BT % 10  # never 0
-    gradient = jax.grad(lambda params: jax.nn.log_softmax(run(TINY, params, unseen)).sum())(params)["embed"]
+    gradient = jax.grad(lambda params: jax.nn.log_softmax(run(TINY, params, unseen)).sum())(params)[
+        "embed"
+    ]
     assert np.any(gradient[0] != 0), "a token that is not in the input is still an output"
 
 
@@ -185,24 +240,67 @@ def test_every_parameter_names_its_axes(kind: str) -> None:
 
     def check(leaf: Any, names: tuple[str | None, ...]) -> None:
         named = [name for name in names if name]
-        assert len(names) == leaf.ndim and set(names) <= words and named and len(set(named)) == len(named), names
+        assert (
+            len(names) == leaf.ndim
+            and set(names) <= words
+            and named
+            and len(set(named)) == len(named)
+        ), names
 
     jax.tree.map(check, shapes_of(model), axes)
-    assert axes["embed"] == ("vocab", "embed") and axes["block0"]["attention"]["kernel"] == ("embed", None, "heads", "head_dim")
+    assert axes["embed"] == ("vocab", "embed") and axes["block0"]["attention"]["kernel"] == (
+        "embed",
+        None,
+        "heads",
+        "head_dim",
+    )
     assert model.tied or axes["head"]["kernel"] == ("embed", "vocab")
 
 
 ERRORS = [
-    (TINY, (2, 13), "int32", r"Transformer.max_length=12: the input has 13 tokens; make it 13, or choose positions=rotary"),
-    (TINY, (2, 8, 8, 1), "int32", r"Transformer: input int32\[2, 8, 8, 1\] is not \(batch, length\) of integers; give it tokens"),
-    (TINY, (2, 8), "float32", r"Transformer: input float32\[2, 8\] is not \(batch, length\) of integers"),
-    (TINY.clone(heads=3), (2, 8), "int32", r"Transformer.heads=3: does not divide width=16; choose a divisor of it"),
-    (TINY.clone(heads=16, positions="rotary"), (2, 8), "int32", r"Transformer.heads=16: heads of 1 are odd, and positions=rotary turns pairs"),
+    (
+        TINY,
+        (2, 13),
+        "int32",
+        (
+            r"Transformer.max_length=12: the input has 13 tokens; make it 13, or choose"
+            r" positions=rotary"
+        ),
+    ),
+    (
+        TINY,
+        (2, 8, 8, 1),
+        "int32",
+        (
+            r"Transformer: input int32\[2, 8, 8, 1\] is not \(batch, length\) of integers; give it"
+            r" tokens"
+        ),
+    ),
+    (
+        TINY,
+        (2, 8),
+        "float32",
+        r"Transformer: input float32\[2, 8\] is not \(batch, length\) of integers",
+    ),
+    (
+        TINY.clone(heads=3),
+        (2, 8),
+        "int32",
+        r"Transformer.heads=3: does not divide width=16; choose a divisor of it",
+    ),
+    (
+        TINY.clone(heads=16, positions="rotary"),
+        (2, 8),
+        "int32",
+        r"Transformer.heads=16: heads of 1 are odd, and positions=rotary turns pairs",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("model", "shape", "dtype", "message"), ERRORS)
-def test_what_does_not_fit_is_named(model: Any, shape: tuple[int, ...], dtype: str, message: str) -> None:
+def test_what_does_not_fit_is_named(
+    model: Any, shape: tuple[int, ...], dtype: str, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         shapes_of(model, jax.ShapeDtypeStruct(shape, dtype))
 
@@ -212,17 +310,22 @@ def test_a_token_beyond_the_vocabulary_is_no_number() -> None:
     tokens[1, 2] = 11
     logits = np.asarray(run(TINY, random_params(TINY), tokens))
     assert np.isnan(logits[1, 2:]).all() and np.isfinite(logits[[0, 2]]).all()
-    assert jnp.isnan(transformer.look_up(jnp.eye(3), jnp.array([[-1]]))).all(), "padding is not the last token"
+    assert jnp.isnan(transformer.look_up(jnp.eye(3), jnp.array([[-1]]))).all(), (
+        "padding is not the last token"
+    )
 
 
-# --- dtypes -------------------------------------------------------------------------------------------------------------------------------
+# --- dtypes
+# --------------------------------------------------------------------------------------------------
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
     """All equations of a program, those of its parts included."""
     for equation in jaxpr.eqns:
         yield equation
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")):
+        for value in jax.tree.leaves(
+            equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")
+        ):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from equations(inner)
@@ -230,22 +333,43 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_float32_leaks_into_a_product(kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_float32_leaks_into_a_product(
+    kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # As on a GPU: the CPU has no such product of halves, so there attention is computed in float32.
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays))
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays)
+    )
     model = KINDS[kind].clone(dropout=0.1)
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes_of(model))
     batch = {"tokens": np.concatenate([TOKENS_BT, TOKENS_BT[:, :1]], axis=1)}
 
     def loss(params: Any) -> tuple[jax.Array, jax.Array]:
-        logits = apply(model, params, NextToken().inputs(batch), train=True, rngs={"dropout": jax.random.key(0)})
+        logits = apply(
+            model,
+            params,
+            NextToken().inputs(batch),
+            train=True,
+            rngs={"dropout": jax.random.key(0)},
+        )
         return NextToken().loss(logits, batch)["loss"][0], logits
 
-    products = [each for each in equations(jax.make_jaxpr(jax.grad(loss, has_aux=True))(params).jaxpr) if each.primitive.name == "dot_general"]
-    leaks = [str(each) for each in products if {str(operand.aval.dtype) for operand in each.invars} != {dtype}]
-    # jax's own attention goes back through scores in float32, and asks for products of halves by an algorithm of that name.
+    products = [
+        each
+        for each in equations(jax.make_jaxpr(jax.grad(loss, has_aux=True))(params).jaxpr)
+        if each.primitive.name == "dot_general"
+    ]
+    leaks = [
+        str(each)
+        for each in products
+        if {str(operand.aval.dtype) for operand in each.invars} != {dtype}
+    ]
+    # jax's own attention goes back through scores in float32, and asks for products of halves by an
+    # algorithm of that name.
     algorithm = {"bfloat16": "BF16_BF16_F32", "float16": "F16_F16_F32"}[dtype]
-    assert len(products) > 20 and not [leak for leak in leaks if algorithm not in leak], "\n".join(leaks)
+    assert len(products) > 20 and not [leak for leak in leaks if algorithm not in leak], "\n".join(
+        leaks
+    )
     assert len(leaks) == 2 * model.depth
     gradients, logits = jax.eval_shape(jax.grad(loss, has_aux=True), params)
     assert {leaf.dtype for leaf in jax.tree.leaves((gradients, logits))} == {jnp.dtype(dtype)}
@@ -268,8 +392,20 @@ def test_gradients_of_many_places_are_summed_in_float32(dtype: str) -> None:
 
     @jax.jit
     def gradients(table: Any, params: Any) -> Any:
-        looked_up = jax.grad(lambda table: (transformer.look_up(table, tokens_BT) * jnp.asarray(0.01, dtype)).astype("float32").sum())(table)
-        dense_ = jax.grad(lambda p: (dense.apply({"params": p}, x_BTD) * jnp.asarray(0.01, dtype)).astype("float32").sum())(params)
+        looked_up = jax.grad(
+            lambda table: (
+                (transformer.look_up(table, tokens_BT) * jnp.asarray(0.01, dtype))
+                .astype("float32")
+                .sum()
+            )
+        )(table)
+        dense_ = jax.grad(
+            lambda p: (
+                (dense.apply({"params": p}, x_BTD) * jnp.asarray(0.01, dtype))
+                .astype("float32")
+                .sum()
+            )
+        )(params)
         return looked_up[0], dense_["bias"]
 
     for gradient in gradients(np.zeros((2, 4), dtype), params):
@@ -278,14 +414,22 @@ def test_gradients_of_many_places_are_summed_in_float32(dtype: str) -> None:
 
 def test_products_of_rows_are_those_of_einsum() -> None:
     generator = np.random.default_rng(0)
-    x, kernel, back = (generator.normal(size=shape).astype(np.float32) for shape in ((2, 3, 4), (4, 5, 2), (2, 3, 5, 2)))
+    x, kernel, back = (
+        generator.normal(size=shape).astype(np.float32)
+        for shape in ((2, 3, 4), (4, 5, 2), (2, 3, 5, 2))
+    )
     y, pull = jax.vjp(layers.product_of_rows, x, kernel)
     np.testing.assert_allclose(y, np.einsum("bld,dnk->blnk", x, kernel), rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(pull(back), (np.einsum("blnk,dnk->bld", back, kernel), np.einsum("bld,blnk->dnk", x, back)), strict=True):
+    for ours, theirs in zip(
+        pull(back),
+        (np.einsum("blnk,dnk->bld", back, kernel), np.einsum("bld,blnk->dnk", x, back)),
+        strict=True,
+    ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-# --- marks between blocks -------------------------------------------------------------------------------------------------------------------
+# --- marks between blocks
+# --------------------------------------------------------------------------------------------------
 
 MARKED = {
     "transformer": (TINY, np.zeros((2, 8), np.int32), 2),
@@ -300,8 +444,12 @@ def test_every_block_is_marked(name: str) -> None:
     model, inputs, blocks = MARKED[name]
     net = adapters.functions(model)
     variables = jax.eval_shape(net.init, jax.random.key(0), inputs)
-    program = jax.make_jaxpr(lambda variables: net.apply(variables, inputs, train=True)[0])(variables)
-    names = Counter(each.params["name"] for each in equations(program.jaxpr) if each.primitive.name == "name")
+    program = jax.make_jaxpr(lambda variables: net.apply(variables, inputs, train=True)[0])(
+        variables
+    )
+    names = Counter(
+        each.params["name"] for each in equations(program.jaxpr) if each.primitive.name == "name"
+    )
     assert names == {"block": blocks}
 
 
@@ -309,7 +457,9 @@ def test_marks_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     params = random_params(TINY)
 
     def numbers() -> list[np.ndarray]:
-        loss = jax.jit(jax.value_and_grad(lambda params: jnp.sin(apply(TINY, params, TOKENS_BT)).sum()))
+        loss = jax.jit(
+            jax.value_and_grad(lambda params: jnp.sin(apply(TINY, params, TOKENS_BT)).sum())
+        )
         return [np.asarray(leaf) for leaf in jax.tree.leaves(loss(params))]
 
     marked = numbers()
@@ -319,13 +469,21 @@ def test_marks_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rematerialisation_by_blocks_keeps_one_stream_a_block() -> None:
-    params, blocks_only = random_params(TINY), jax.checkpoint_policies.save_only_these_names("block")
+    params, blocks_only = (
+        random_params(TINY),
+        jax.checkpoint_policies.save_only_these_names("block"),
+    )
 
     def loss(params: Any) -> jax.Array:
         return jnp.sin(apply(TINY, params, TOKENS_BT)).sum()
 
     def kept(function: Any) -> list[tuple[int, ...]]:
-        shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(function, params)[1], params))]
+        shapes = [
+            leaf.shape
+            for leaf in jax.tree.leaves(
+                jax.eval_shape(lambda params: jax.vjp(function, params)[1], params)
+            )
+        ]
         return [shape for shape in shapes if len(shape) > 2 and shape[:2] == TOKENS_BT.shape]
 
     again = jax.checkpoint(loss, policy=blocks_only)

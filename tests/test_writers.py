@@ -10,8 +10,8 @@ import types
 import numpy as np
 import pytest
 
-from jaxtrain.report.trackers import TensorBoardWriter, WandbWriter
 from jaxtrain.report.metrics_file import JsonlWriter, Writers, is_clock, read_metrics
+from jaxtrain.report.trackers import TensorBoardWriter, WandbWriter
 
 
 @pytest.fixture
@@ -21,18 +21,53 @@ def path(tmp_path):
 
 def test_keys_stand_in_order_and_clock_keys_last(path):
     writer = JsonlWriter(path)
-    writer.write(5, "train", {"step_seconds": 0.1, "b": 1, "examples_per_second": 3.5, "accuracy": 0.5, "a": 2, "loss": 1.5})
+    writer.write(
+        5,
+        "train",
+        {
+            "step_seconds": 0.1,
+            "b": 1,
+            "examples_per_second": 3.5,
+            "accuracy": 0.5,
+            "a": 2,
+            "loss": 1.5,
+        },
+    )
     writer.close()
-    assert list(json.loads(path.read_text())) == ["step", "split", "loss", "accuracy", "a", "b", "examples_per_second", "step_seconds"]
+    assert list(json.loads(path.read_text())) == [
+        "step",
+        "split",
+        "loss",
+        "accuracy",
+        "a",
+        "b",
+        "examples_per_second",
+        "step_seconds",
+    ]
 
 
 def test_floats_keep_every_bit_and_non_finite_ones_come_back(path):
-    values = {"a": 0.1 + 0.2, "b": np.float32(0.1), "c": 5e-324, "d": math.inf, "e": -math.inf, "f": math.nan, "n": np.int32(3)}
+    values = {
+        "a": 0.1 + 0.2,
+        "b": np.float32(0.1),
+        "c": 5e-324,
+        "d": math.inf,
+        "e": -math.inf,
+        "f": math.nan,
+        "n": np.int32(3),
+    }
     writer = JsonlWriter(path)
     writer.write(1, "test", values)
     writer.close()
-    strict = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert (strict["d"], strict["e"], strict["f"], strict["n"]) == ("Infinity", "-Infinity", "NaN", 3)
+    strict = json.loads(
+        path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
+    )
+    assert (strict["d"], strict["e"], strict["f"], strict["n"]) == (
+        "Infinity",
+        "-Infinity",
+        "NaN",
+        3,
+    )
     (line,) = read_metrics(path)
     assert all(line[key] == float(values[key]) for key in "abcde")
     assert math.isnan(line["f"])
@@ -57,7 +92,9 @@ def test_truncate_refuses_a_file_that_is_not_the_committed_one(path):
     writer = JsonlWriter(path)
     writer.write(1, "train", {"loss": 1.0})
     size = writer.sync()
-    with pytest.raises(ValueError, match=f"{size} bytes, but the checkpoint was committed at {size + 1}"):
+    with pytest.raises(
+        ValueError, match=f"{size} bytes, but the checkpoint was committed at {size + 1}"
+    ):
         writer.truncate(size + 1)
     with pytest.raises(ValueError, match="not the end of a line"):
         writer.truncate(size - 3)
@@ -88,12 +125,17 @@ def test_a_torn_last_line_is_left_out_and_a_broken_one_is_named(path):
 def test_a_full_disk_is_an_error():
     writer = JsonlWriter.__new__(JsonlWriter)
     writer.path, writer._last_step = "/dev/full", -1
-    with open("/dev/full", "ab", buffering=0) as writer._file, pytest.raises(OSError, match="No space left"):
+    with (
+        open("/dev/full", "ab", buffering=0) as writer._file,
+        pytest.raises(OSError, match="No space left"),
+    ):
         writer.write(1, "train", {"loss": 1.0})
 
 
 def test_clock_keys():
-    assert [is_clock(key) for key in ("step_seconds", "examples_per_second", "seconds", "loss")] == [True, True, False, False]
+    assert [
+        is_clock(key) for key in ("step_seconds", "examples_per_second", "seconds", "loss")
+    ] == [True, True, False, False]
 
 
 def scalars(folder, tag):
@@ -155,7 +197,9 @@ class FakeWandb(types.ModuleType):
 def wandb_run(monkeypatch, tmp_path, fake, **options):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     notes = []
-    writer = WandbWriter("project", name="run", run_id="id", folder=tmp_path, note=notes.append, **options)
+    writer = WandbWriter(
+        "project", name="run", run_id="id", folder=tmp_path, note=notes.append, **options
+    )
     for step in range(3):
         writer.write(step, "train", {"loss": 0.5})
     writer.rewind(1)
@@ -170,12 +214,26 @@ def test_wandb_gets_every_line_and_stays_offline_without_a_key(monkeypatch, tmp_
     fake = FakeWandb()
     writer, notes = wandb_run(monkeypatch, tmp_path, fake)
     assert fake.lines == [{"step": step, "train/loss": 0.5} for step in range(3)]
-    assert (fake.finished, fake.settings["mode"], fake.settings["resume"], fake.settings["id"]) == (True, "offline", "allow", "id")
+    assert (fake.finished, fake.settings["mode"], fake.settings["resume"], fake.settings["id"]) == (
+        True,
+        "offline",
+        "allow",
+        "id",
+    )
     assert (writer.failures, notes) == (0, [])
 
 
 @pytest.mark.parametrize("error", [RuntimeError, SystemExit, KeyboardInterrupt])
-@pytest.mark.parametrize("failing", [("init",), ("define_metric",), ("log",), ("finish",), ("init", "define_metric", "log", "finish")])
+@pytest.mark.parametrize(
+    "failing",
+    [
+        ("init",),
+        ("define_metric",),
+        ("log",),
+        ("finish",),
+        ("init", "define_metric", "log", "finish"),
+    ],
+)
 def test_wandb_cannot_end_a_run(monkeypatch, tmp_path, failing, error):
     writer, notes = wandb_run(monkeypatch, tmp_path, FakeWandb(failing, error))
     assert writer.failures >= 1
@@ -188,7 +246,9 @@ def test_wandb_that_is_absent_or_hangs_is_left_behind(monkeypatch, tmp_path):
     assert writer.failures == 1
     assert "ModuleNotFoundError" in notes[0]
     start = time.monotonic()
-    writer, notes = wandb_run(monkeypatch, tmp_path, FakeWandb(slow_seconds=1.0), patience_seconds=0.1)
+    writer, notes = wandb_run(
+        monkeypatch, tmp_path, FakeWandb(slow_seconds=1.0), patience_seconds=0.1
+    )
     assert time.monotonic() - start < 1.0
     assert "left behind" in notes[0]
 
@@ -196,7 +256,9 @@ def test_wandb_that_is_absent_or_hangs_is_left_behind(monkeypatch, tmp_path):
 def test_wandb_that_does_not_keep_up_drops_lines(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(slow_seconds=0.3))
     notes = []
-    writer = WandbWriter("project", name="run", run_id="id", folder=tmp_path, note=notes.append, patience_seconds=0.1)
+    writer = WandbWriter(
+        "project", name="run", run_id="id", folder=tmp_path, note=notes.append, patience_seconds=0.1
+    )
     for step in range(1100):
         writer.write(step, "train", {"loss": 0.5})
     assert 90 <= writer.failures <= 100
@@ -232,7 +294,9 @@ def test_writers_isolate_failures_and_say_so_once(path, tmp_path):
 def test_a_tensorboard_folder_that_cannot_be_made_does_not_end_a_run(path, tmp_path):
     (tmp_path / "file").write_text("in the way")
     notes = []
-    writers = Writers(JsonlWriter(path), [TensorBoardWriter(tmp_path / "file" / "board")], note=notes.append)
+    writers = Writers(
+        JsonlWriter(path), [TensorBoardWriter(tmp_path / "file" / "board")], note=notes.append
+    )
     writers.write(1, "train", {"loss": 1.0})
     writers.close()
     assert len(read_metrics(path)) == 1

@@ -1,4 +1,5 @@
-"""Mixtures of two examples of a batch, mixup and cutmix, and the masks of boxes that they and erasing are made of.
+"""Mixtures of two examples of a batch, mixup and cutmix, and the masks of boxes that they and
+erasing are made of.
 
 B batch, A spatial axes (height and width, or time).
 """
@@ -14,19 +15,24 @@ Batch = dict[str, jax.Array]
 
 
 def mix(batch: Batch, mixup: Any, cutmix: Any, draws_BA: jax.Array, key: jax.Array) -> Batch:
-    """Mixes each example with the one at the mirrored place of the batch; one weight serves all, as in both papers.
+    """Mixes each example with the one at the mirrored place of the batch; one weight serves all, as
+    in both papers.
 
     >>> batch = {"image": jnp.array([[[0.0]], [[1.0]]]), "label": jnp.array([3, 4])}
     >>> mixed = mix(batch, 1.0, 0.0, jnp.zeros((2, 1)), jax.random.key(0))
     >>> mixed["label_other"].tolist(), bool(jnp.allclose(mixed["image"].sum(), 1))
     ([4, 3], True)
 
-    `draws_BA` are uniform numbers that place the boxes of cutmix. `ValueError` if there are no labels to mix.
+    `draws_BA` are uniform numbers that place the boxes of cutmix. `ValueError` if there are no
+    labels to mix.
     """
     if off(mixup) and off(cutmix):
         return batch
     if "label" not in batch:
-        raise ValueError(f"--augment.mixup, --augment.cutmix: the batch has no label to mix (it has {', '.join(batch)}); set both to 0")
+        raise ValueError(
+            "--augment.mixup, --augment.cutmix: the batch has no label to mix (it has"
+            f" {', '.join(batch)}); set both to 0"
+        )
     blend_key, cut_key, choice_key = jax.random.split(key, 3)
     image = batch["image"]
     partner = image[::-1]
@@ -42,12 +48,15 @@ def mix(batch: Batch, mixup: Any, cutmix: Any, draws_BA: jax.Array, key: jax.Arr
         mixed, weight_B = cut if off(mixup) else blended
     else:
         chosen = jax.random.bernoulli(choice_key)
-        mixed, weight_B = (jnp.where(chosen, one, other) for one, other in zip(blended, cut, strict=True))
+        mixed, weight_B = (
+            jnp.where(chosen, one, other) for one, other in zip(blended, cut, strict=True)
+        )
     return {**batch, "image": mixed, "label_other": batch["label"][::-1], "label_weight": weight_B}
 
 
 def off(strength: Any) -> bool:
-    """Whether an effect is switched off for good; a traced strength never is, though its value may be 0.
+    """Whether an effect is switched off for good; a traced strength never is, though its value may
+    be 0.
 
     >>> off(0.0), off(jnp.float32(0))
     (True, False)
@@ -73,7 +82,9 @@ def box(sides_A: Sequence[int], lows: Sequence[jax.Array], highs: Sequence[jax.A
     rank = len(sides_A) + 2
     mask = jnp.ones([1] * rank, bool)
     for axis, (side, low_B, high_B) in enumerate(zip(sides_A, lows, highs, strict=True)):
-        places = jnp.arange(side, dtype=jnp.float32).reshape([side if axis + 1 == other else 1 for other in range(rank)])
+        places = jnp.arange(side, dtype=jnp.float32).reshape(
+            [side if axis + 1 == other else 1 for other in range(rank)]
+        )
         mask = mask & (places >= column(low_B, rank)) & (places < column(high_B, rank))
     return mask
 
@@ -84,8 +95,11 @@ def _weight(key: jax.Array, alpha: Any) -> jax.Array:
     return jnp.where(jnp.asarray(alpha) > 0, jax.random.beta(key, safe, safe), 1.0)
 
 
-def _cut(sides_A: Sequence[int], weight: jax.Array, draws_BA: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Boxes about random centres that take 1 - weight of the image, cut at its edge; and what then remains, exactly, as (B,)."""
+def _cut(
+    sides_A: Sequence[int], weight: jax.Array, draws_BA: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Boxes about random centres that take 1 - weight of the image, cut at its edge; and what then
+    remains, exactly, as (B,)."""
     lows, highs = [], []
     for axis, side in enumerate(sides_A):
         half = jnp.floor(jnp.floor(side * (1 - weight) ** (1 / len(sides_A))) / 2)

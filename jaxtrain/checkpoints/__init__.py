@@ -1,6 +1,5 @@
 """States on the disk: written durably, sealed by a manifest, verified before they are read."""
 
-
 __all__ = [
     "arrays",
     "checkpoints",

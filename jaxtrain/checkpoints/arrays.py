@@ -1,7 +1,9 @@
-"""The arrays of a checkpoint: a state copied to the host, stored by Orbax as a flat dict by path, read back, and laid out on a mesh again.
+"""The arrays of a checkpoint: a state copied to the host, stored by Orbax as a flat dict by path,
+read back, and laid out on a mesh again.
 
-What is stored depends on the names of the state's parts but on no class of Optax or Flax. Random keys are stored as their data. Orbax is imported
-where it is used: it takes a while, and only runs that save need it.
+What is stored depends on the names of the state's parts but on no class of Optax or Flax. Random
+keys are stored as their data. Orbax is imported where it is used: it takes a while, and only runs
+that save need it.
 """
 
 import contextlib
@@ -42,9 +44,16 @@ def to_host(state: PyTree) -> HostState:
     for path in leaves:
         if not path or path.startswith("/") or "\0" in path or ".." in path.split("/"):
             raise ValueError(f"state: path {path!r} cannot be stored; rename it")
-    plain = {path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves.items()}
-    # Here the host waits for the device. On CPU `device_get` gives views of device memory, which the next step overwrites: hence the copy.
-    arrays = jax.device_get(plain) if jax.process_count() == 1 else {path: group.fetch(array) for path, array in plain.items()}
+    plain = {
+        path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves.items()
+    }
+    # Here the host waits for the device. On CPU `device_get` gives views of device memory, which
+    # the next step overwrites: hence the copy.
+    arrays = (
+        jax.device_get(plain)
+        if jax.process_count() == 1
+        else {path: group.fetch(array) for path, array in plain.items()}
+    )
     return {path: np.array(array, copy=True, order="C") for path, array in arrays.items()}
 
 
@@ -55,7 +64,10 @@ def specs(state: PyTree) -> Specs:
     {'key': ['key<fry>', [2]], 'w': ['float32', [2, 3]]}
     """
     leaves = tree.flatten(state)
-    shapes = {path: jax.eval_shape(jax.random.key_data, leaf).shape if _is_key(leaf) else leaf.shape for path, leaf in leaves.items()}
+    shapes = {
+        path: jax.eval_shape(jax.random.key_data, leaf).shape if _is_key(leaf) else leaf.shape
+        for path, leaf in leaves.items()
+    }
     return {path: [str(leaf.dtype), list(shapes[path])] for path, leaf in leaves.items()}
 
 
@@ -65,23 +77,44 @@ def to_devices(arrays: HostState, like: PyTree) -> PyTree:
     def place(path: str, leaf: Any) -> jax.Array:
         value = arrays[path]
         sharding = getattr(leaf, "sharding", None)
-        # May not alias: the first step donates these buffers, so they must not be NumPy's own memory.
-        array = jax.device_put(value, may_alias=False) if sharding is None else group.place(value, sharding)
+        # May not alias: the first step donates these buffers, so they must not be NumPy's own
+        # memory.
+        array = (
+            jax.device_put(value, may_alias=False)
+            if sharding is None
+            else group.place(value, sharding)
+        )
         # `key_impl` wants an array, and `like` is abstract.
-        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(jnp.empty(0, leaf.dtype))) if _is_key(leaf) else array
+        return (
+            jax.random.wrap_key_data(array, impl=jax.random.key_impl(jnp.empty(0, leaf.dtype)))
+            if _is_key(leaf)
+            else array
+        )
 
-    return jax.tree.unflatten(jax.tree.structure(like), [place(path, leaf) for path, leaf in tree.flatten(like).items()])
+    return jax.tree.unflatten(
+        jax.tree.structure(like), [place(path, leaf) for path, leaf in tree.flatten(like).items()]
+    )
 
 
 def misfit(stored: Specs, wanted: Specs) -> str:
     """How stored arrays do not fit the wanted ones, or nothing if they do.
 
-    >>> misfit({"emb": ["float32", [5, 2]]}, {"emb": ["float32", [6, 2]], "l2/w": ["float32", [2]], "l2/b": ["float32", [2]]})
+    >>> misfit(
+    ...     {"emb": ["float32", [5, 2]]},
+    ...     {"emb": ["float32", [6, 2]], "l2/w": ["float32", [2]], "l2/b": ["float32", [2]]},
+    ... )
     'missing l2 (2 arrays), extra: none, shape: emb (5,2) vs (6,2)'
     """
-    missing, extra = _groups(wanted.keys() - stored.keys(), stored), _groups(stored.keys() - wanted.keys(), wanted)
+    missing, extra = (
+        _groups(wanted.keys() - stored.keys(), stored),
+        _groups(stored.keys() - wanted.keys(), wanted),
+    )
     shared = [path for path in wanted if path in stored]
-    shapes = [f"{path} {_shape(stored[path])} vs {_shape(wanted[path])}" for path in shared if stored[path][1] != wanted[path][1]]
+    shapes = [
+        f"{path} {_shape(stored[path])} vs {_shape(wanted[path])}"
+        for path in shared
+        if stored[path][1] != wanted[path][1]
+    ]
     if not (missing or extra or shapes):
         return ""
     return f"missing{_listed(missing, ':')}, extra:{_listed(extra)}, shape:{_listed(shapes)}"
@@ -94,14 +127,21 @@ def check_fit(step: int, stored: Specs, wanted: Specs) -> None:
     for path, (dtype, _) in wanted.items():
         if stored[path][0] != dtype:
             # Orbax would cast without a word.
-            raise ValueError(f"checkpoint {path} is {stored[path][0]}, model wants {dtype}; use the model of that run, or a new workdir")
+            raise ValueError(
+                f"checkpoint {path} is {stored[path][0]}, model wants {dtype}; use the model of"
+                " that run, or a new workdir"
+            )
 
 
 def not_finite(arrays: HostState, parts: Iterable[str]) -> str | None:
     """The first path under one of these parts whose array holds NaN or infinity."""
     for path, array in arrays.items():
         # Kind V: NumPy's word for bfloat16 and its like.
-        if array.dtype.kind in "fcV" and path.split("/")[0] in parts and not np.isfinite(array).all():
+        if (
+            array.dtype.kind in "fcV"
+            and path.split("/")[0] in parts
+            and not np.isfinite(array).all()
+        ):
             return path
     return None
 
@@ -112,7 +152,9 @@ def digest(arrays: HostState) -> str:
     for path, array in sorted(arrays.items()):
         # The head ends in a newline and says how many bytes follow, so no two states have one text.
         state.update(json.dumps([path, str(array.dtype), list(array.shape)]).encode() + b"\n")
-        state.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b"")
+        state.update(
+            np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b""
+        )
     return state.hexdigest()
 
 
@@ -121,24 +163,42 @@ def write(folder: Path, arrays: HostState) -> None:
     folder.mkdir(parents=True)
     with _orbax() as (ocp, handler, path):
         # Orbax refuses arrays without elements; their shapes, in the manifest, say all.
-        handler.save(path(folder), args=ocp.args.PyTreeSave({name: array for name, array in arrays.items() if array.size}))
+        handler.save(
+            path(folder),
+            args=ocp.args.PyTreeSave({name: array for name, array in arrays.items() if array.size}),
+        )
         handler.finalize(path(folder))
 
 
 def read(folder: Path, stored: Specs) -> HostState:
-    """The arrays of a folder, which must be as `stored` says; `ValueError` if they are not, before anything large is read."""
-    dtypes = {path: np.dtype(np.uint32) if dtype.startswith("key<") else jnp.dtype(dtype) for path, (dtype, _) in stored.items()}
+    """The arrays of a folder, which must be as `stored` says; `ValueError` if they are not, before
+    anything large is read."""
+    dtypes = {
+        path: np.dtype(np.uint32) if dtype.startswith("key<") else jnp.dtype(dtype)
+        for path, (dtype, _) in stored.items()
+    }
     need = sum(dtype.itemsize * math.prod(stored[path][1]) for path, dtype in dtypes.items())
     if need > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
-        raise ValueError(f"declares {need} bytes of arrays, this machine has {memory} bytes of memory; refused")
+        raise ValueError(
+            f"declares {need} bytes of arrays, this machine has {memory} bytes of memory; refused"
+        )
     empty = {path for path, (_, shape) in stored.items() if 0 in shape}
     with _orbax() as (ocp, handler, path):
         # The arrays' own metadata can lie as well: compared before anything is allocated by them.
-        found = {name: (tuple(array.shape), np.dtype(array.dtype)) for name, array in handler.metadata(path(folder)).tree.items()}
-        if found != {name: (tuple(stored[name][1]), dtype) for name, dtype in dtypes.items() if name not in empty}:
+        found = {
+            name: (tuple(array.shape), np.dtype(array.dtype))
+            for name, array in handler.metadata(path(folder)).tree.items()
+        }
+        if found != {
+            name: (tuple(stored[name][1]), dtype)
+            for name, dtype in dtypes.items()
+            if name not in empty
+        }:
             raise ValueError("its arrays are not those of its manifest; refused")
         options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in found}
-        arrays = dict(handler.restore(path(folder), args=ocp.args.PyTreeRestore(restore_args=options)))
+        arrays = dict(
+            handler.restore(path(folder), args=ocp.args.PyTreeRestore(restore_args=options))
+        )
     return arrays | {name: np.zeros(stored[name][1], dtypes[name]) for name in empty}
 
 
@@ -151,7 +211,8 @@ def _orbax() -> Iterator[tuple[Any, Any, Any]]:
     def is_ours(record: logging.LogRecord) -> bool:
         return "/orbax/" not in record.pathname
 
-    # Orbax logs a traceback for every error that it also raises; the user gets the one line that we make of it.
+    # Orbax logs a traceback for every error that it also raises; the user gets the one line that we
+    # make of it.
     logger = logging.getLogger("absl")
     logger.addFilter(is_ours)
     handler = ocp.PyTreeCheckpointHandler()
@@ -168,8 +229,13 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _groups(paths: Iterable[str], others: Mapping[str, Any]) -> list[str]:
-    """Paths under the shortest folders that the others lack: `params/l12 (4 arrays)` instead of four names."""
-    present = {"/".join(parts[:end]) for parts in (other.split("/") for other in others) for end in range(len(parts) + 1)}
+    """Paths under the shortest folders that the others lack: `params/l12 (4 arrays)` instead of
+    four names."""
+    present = {
+        "/".join(parts[:end])
+        for parts in (other.split("/") for other in others)
+        for end in range(len(parts) + 1)
+    }
     counts: dict[str, int] = {}
     for path in sorted(paths):
         parts = path.split("/")

@@ -1,7 +1,9 @@
-"""Checkpoints: saved in the background, sealed by a manifest, kept by rule, and verified before a byte of them is believed.
+"""Checkpoints: saved in the background, sealed by a manifest, kept by rule, and verified before a
+byte of them is believed.
 
-Saving, in order: copy the state to the host (all that the loop waits for), refuse what is not finite, write under a temporary name, seal, rename,
-verify, and only then delete what the rules no longer keep. So a kill at any moment leaves every committed step whole.
+Saving, in order: copy the state to the host (all that the loop waits for), refuse what is not
+finite, write under a temporary name, seal, rename, verify, and only then delete what the rules no
+longer keep. So a kill at any moment leaves every committed step whole.
 """
 
 import json
@@ -20,16 +22,17 @@ from typing import Any, Literal
 import jax
 
 from jaxtrain import tree
-from jaxtrain.checkpoints import committed, manifest, arrays
+from jaxtrain.checkpoints import arrays, committed, manifest
+from jaxtrain.checkpoints.arrays import HostState
 from jaxtrain.checkpoints.committed import CheckpointError
 from jaxtrain.checkpoints.manifest import Record
-from jaxtrain.checkpoints.arrays import HostState
 from jaxtrain.tree import PyTree
 
 FOLDER = "checkpoints"
 PAYLOAD = "state"
 OURS = ".jaxtrain-tmp-"
-"""How folders begin that are being written or deleted. With the workdir locked, those found at the start are of dead processes."""
+"""How folders begin that are being written or deleted. With the workdir locked, those found at the
+start are of dead processes."""
 FINITE = ("params", "opt_state", "collections", "ema")
 """The parts of a state in which everything must be finite; a hyper-parameter may be infinite."""
 SPARE_BYTES = 1 << 20  # for manifest, metadata and directories
@@ -52,36 +55,55 @@ class Checkpoints:
     >>> state["params"].tolist(), loop
     ([0.0, 1.0, 2.0], {'best': None})
 
-    Writing is for the process that holds the workdir's `Lock`. `run_id` names the run that the workdir belongs to, the same after each resume:
-    checkpoints of other runs are never deleted. `keep` newest ones stay, the best, and every multiple of `keep_every`. Not for several threads.
+    Writing is for the process that holds the workdir's `Lock`. `run_id` names the run that the
+    workdir belongs to, the same after each resume: checkpoints of other runs are never deleted.
+    `keep` newest ones stay, the best, and every multiple of `keep_every`. Not for several threads.
     """
 
-    def __init__(self, workdir: Path, *, keep: int = 2, keep_every: int | None = None, run_id: str = "") -> None:
+    def __init__(
+        self, workdir: Path, *, keep: int = 2, keep_every: int | None = None, run_id: str = ""
+    ) -> None:
         self.folder = Path(workdir) / FOLDER
         self._keep, self._keep_every, self._run_id = max(keep, 1), keep_every, run_id
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
-        self._held: int | None = None  # `folder` as an open descriptor, once this process has written there: its inode cannot be used again
+        # `folder` as an open descriptor, once this process has written there: its inode cannot be
+        # used again
+        self._held: int | None = None
 
-    def save(self, step: int, state: PyTree, loop: Mapping[str, Any], *, metric: float | None = None, wait: bool = False) -> None:
-        """Copies the state and commits it in the background, after an earlier save is through; `metric` (greater is better) decides the best.
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        loop: Mapping[str, Any],
+        *,
+        metric: float | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Copies the state and commits it in the background, after an earlier save is through;
+        `metric` (greater is better) decides the best.
 
-        On return the state may be donated. `loop` is any JSON. `CheckpointError` if the save before this one failed.
+        On return the state may be donated. `loop` is any JSON. `CheckpointError` if the save before
+        this one failed.
         """
         self.wait()
         record = {"step": int(step), "run_id": self._run_id, "loop": dict(loop)}
         record["metric"] = float(metric) if metric is not None and math.isfinite(metric) else None
-        # A copy, as it will be read back; and what JSON cannot hold is the caller's mistake, said here and not in the background.
+        # A copy, as it will be read back; and what JSON cannot hold is the caller's mistake, said
+        # here and not in the background.
         record = json.loads(json.dumps(record, allow_nan=False))
         copy = arrays.to_host(state)
         record["tree"] = arrays.specs(state)
-        self._thread = threading.Thread(target=self._work, args=(copy, record), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, args=(copy, record), name="checkpoint", daemon=True
+        )
         self._thread.start()
         if wait:
             self.wait()
 
     def check(self) -> None:
-        """Raises the error of a background save that has failed; costs nothing, so call it each step."""
+        """Raises the error of a background save that has failed; costs nothing, so call it each
+        step."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -95,18 +117,23 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join(timeout)
             if self._thread.is_alive():
-                raise CheckpointError(f"{self.folder}: still writing after {timeout:.0f} s; the newest committed checkpoint is whole")
+                raise CheckpointError(
+                    f"{self.folder}: still writing after {timeout:.0f} s; the newest committed"
+                    " checkpoint is whole"
+                )
             self._thread = None
         self.check()
 
     def sweep(self) -> None:
-        """Deletes what killed processes of this workdir left half written or half deleted. Only with the workdir locked."""
+        """Deletes what killed processes of this workdir left half written or half deleted. Only
+        with the workdir locked."""
         for leftover in self.folder.glob(f"{OURS}*"):
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
 
     def check_space(self, like: PyTree) -> None:
-        """`ValueError` if the disk cannot hold as many checkpoints of this (abstract) state as will lie there at once."""
+        """`ValueError` if the disk cannot hold as many checkpoints of this (abstract) state as will
+        lie there at once."""
         each = tree.num_bytes(like) + SPARE_BYTES
         count = max(self._keep + 1 - len(committed.numbered(self.folder)), 1)
         free = self._free_bytes()
@@ -114,16 +141,22 @@ class Checkpoints:
             checkpoints = f"{count} checkpoint{'s' if count > 1 else ''} of {_size(each)}"
             workdir = self.folder.parent
             raise ValueError(
-                f"--workdir={workdir}: {_size(free)} free, needs {_size(count * each)} ({checkpoints}); lower --keep or free space"
+                f"--workdir={workdir}: {_size(free)} free, needs {_size(count * each)}"
+                f" ({checkpoints}); lower --keep or free space"
             )
 
     def steps(self) -> list[int]:
-        """The committed steps, ascending: read from the COMMIT files on the disk at every call, never from memory."""
+        """The committed steps, ascending: read from the COMMIT files on the disk at every call,
+        never from memory."""
         return list(committed.records(self.folder))
 
     def best(self) -> int | None:
         """The committed step with the greatest metric, the earliest of equals."""
-        metrics = {step: record["metric"] for step, record in committed.records(self.folder).items() if record.get("metric") is not None}
+        metrics = {
+            step: record["metric"]
+            for step, record in committed.records(self.folder).items()
+            if record.get("metric") is not None
+        }
         return max(metrics, key=lambda step: (metrics[step], -step), default=None)
 
     def verify(self, step: int) -> list[str]:
@@ -134,26 +167,38 @@ class Checkpoints:
         """The newest step that verifies; see `committed.newest` for what is said of the others."""
         return committed.newest(self.folder, on_problem)
 
-    def resume_step(self, resume: Literal["auto", "must", "never"], on_problem: Callable[[str], None]) -> int | None:
-        """The step to go on from as `--resume` says, or None for a start from scratch; errors as in `newest_verified`."""
+    def resume_step(
+        self, resume: Literal["auto", "must", "never"], on_problem: Callable[[str], None]
+    ) -> int | None:
+        """The step to go on from as `--resume` says, or None for a start from scratch; errors as in
+        `newest_verified`."""
         step = None if resume == "never" else self.newest_verified(on_problem)
         if step is None and resume == "must":
             raise ValueError(f"--resume=must: no committed checkpoint in {self.folder}")
         return step
 
     def parts(self, step: int) -> set[str]:
-        """The parts of the state that a step holds, such as `params`; one that was empty is not among them."""
+        """The parts of the state that a step holds, such as `params`; one that was empty is not
+        among them."""
         return {path.partition("/")[0] for path in manifest.read(self.folder / str(step))["tree"]}
 
-    def restore(self, step: int, like: PyTree, *, partial: bool = False) -> tuple[PyTree, dict[str, Any]]:
-        """The state of a verified step, laid out like `like` (shapes, dtypes, shardings), and its loop record; `partial`: `like` may lack whole parts
-        (`params`) that the step holds. `CheckpointError` if it does not verify, `ValueError` if its paths, shapes or dtypes are not those of `like`."""
+    def restore(
+        self, step: int, like: PyTree, *, partial: bool = False
+    ) -> tuple[PyTree, dict[str, Any]]:
+        """The state of a verified step, laid out like `like` (shapes, dtypes, shardings), and its
+        loop record; `partial`: `like` may lack whole parts (`params`) that the step holds.
+        `CheckpointError` if it does not verify, `ValueError` if its paths, shapes or dtypes are not
+        those of `like`."""
         if found := self.verify(step):
             raise CheckpointError(f"step {step}: {found[0]}")
         record = manifest.read(self.folder / str(step))
         stored, wanted = record["tree"], arrays.specs(like)
         parts = {path.partition("/")[0] for path in (wanted if partial else stored)}
-        arrays.check_fit(step, {path: spec for path, spec in stored.items() if path.partition("/")[0] in parts}, wanted)
+        arrays.check_fit(
+            step,
+            {path: spec for path, spec in stored.items() if path.partition("/")[0] in parts},
+            wanted,
+        )
         return arrays.to_devices(self._read(step, stored), like), record["loop"]
 
     def digest(self, step: int) -> str:
@@ -163,7 +208,8 @@ class Checkpoints:
     def _read(self, step: int, stored: arrays.Specs) -> HostState:
         try:
             return arrays.read(self.folder / str(step) / PAYLOAD, stored)
-        except Exception as error:  # the storage library has no error class of its own, and its texts are pages long
+        # the storage library has no error class of its own, and its texts are pages long
+        except Exception as error:
             raise CheckpointError(f"step {step}: {PAYLOAD}: {_one_line(error)}") from error
 
     def _work(self, state: HostState, record: Record) -> None:
@@ -185,12 +231,16 @@ class Checkpoints:
             manifest.seal(temporary, record | {"versions": _versions()})
             manifest.publish(temporary, self.folder / str(step))
             if found := self.verify(step):
-                raise CheckpointError(f"step {step}: written, but reads back wrong ({found[0]}); is the disk failing?")
+                raise CheckpointError(
+                    f"step {step}: written, but reads back wrong ({found[0]}); is the disk failing?"
+                )
             self._prune(step)
         except CheckpointError:
             raise
         except Exception as error:  # whatever the storage library raises
-            raise CheckpointError(f"step {step}: not saved in {self.folder}: {_one_line(error)}") from error
+            raise CheckpointError(
+                f"step {step}: not saved in {self.folder}: {_one_line(error)}"
+            ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -202,16 +252,23 @@ class Checkpoints:
             self.sweep()
             self._held = os.open(self.folder, os.O_RDONLY)
             weakref.finalize(self, os.close, self._held)
-        elif not self.folder.is_dir() or not os.path.samestat(self.folder.stat(), os.fstat(self._held)):
-            raise CheckpointError(f"step {step}: not saved: {self.folder} was removed or replaced while the run was going")
+        elif not self.folder.is_dir() or not os.path.samestat(
+            self.folder.stat(), os.fstat(self._held)
+        ):
+            raise CheckpointError(
+                f"step {step}: not saved: {self.folder} was removed or replaced while the run was"
+                " going"
+            )
         need += SPARE_BYTES
         if (free := self._free_bytes()) < need:
             raise CheckpointError(
-                f"step {step}: not saved: {_size(free)} free, needs {_size(need)} in {self.folder}; lower --keep or free space"
+                f"step {step}: not saved: {_size(free)} free, needs {_size(need)} in {self.folder};"
+                " lower --keep or free space"
             )
 
     def _is_there(self, step: int, state: HostState, record: Record) -> bool:
-        """Whether this very commit exists already. Damage of its name is set aside; another state of its name is never overwritten."""
+        """Whether this very commit exists already. Damage of its name is set aside; another state
+        of its name is never overwritten."""
         path = self.folder / str(step)
         if not os.path.lexists(path):
             return False
@@ -222,7 +279,10 @@ class Checkpoints:
         old = manifest.read(path)
         same = all(old.get(key) == record[key] for key in ("run_id", "loop", "metric", "tree"))
         if not (same and arrays.digest(self._read(step, old["tree"])) == arrays.digest(state)):
-            raise CheckpointError(f"step {step}: not saved: {path} holds another state of that step; use another --workdir")
+            raise CheckpointError(
+                f"step {step}: not saved: {path} holds another state of that step; use another"
+                " --workdir"
+            )
         return True
 
     def _free_bytes(self) -> int:
@@ -230,15 +290,21 @@ class Checkpoints:
         return shutil.disk_usage(self.folder if self.folder.exists() else self.folder.parent).free
 
     def _prune(self, newest: int) -> None:
-        """Deletes what the rules do not keep; `newest` was just verified. Folders that are damaged, of other runs or of later steps stay."""
-        own = [step for step, record in committed.records(self.folder).items() if step <= newest and record.get("run_id") == self._run_id]
+        """Deletes what the rules do not keep; `newest` was just verified. Folders that are damaged,
+        of other runs or of later steps stay."""
+        own = [
+            step
+            for step, record in committed.records(self.folder).items()
+            if step <= newest and record.get("run_id") == self._run_id
+        ]
         kept = {*own[-self._keep :], newest, self.best()}
         for step in own:
             if step not in kept and not (self._keep_every and step % self._keep_every == 0):
                 self._delete(step)
 
     def _delete(self, step: int) -> None:
-        # Renamed first: a kill in the middle of deleting must not leave half a numbered folder, which would be damage.
+        # Renamed first: a kill in the middle of deleting must not leave half a numbered folder,
+        # which would be damage.
         doomed = self.folder / f"{OURS}{step}-{time.time_ns()}"
         os.rename(self.folder / str(step), doomed)
         shutil.rmtree(doomed)
@@ -254,7 +320,8 @@ def digest(state: PyTree) -> str:
 
 
 def verify_command(workdir: Path) -> int:
-    """Prints a line on every checkpoint of a run, and last the digest of the newest whole one; 74 if one is damaged, 2 if there is none."""
+    """Prints a line on every checkpoint of a run, and last the digest of the newest whole one; 74
+    if one is damaged, 2 if there is none."""
     checkpoints = Checkpoints(workdir)
     damaged, whole = False, []
     for step in committed.numbered(checkpoints.folder):
@@ -266,9 +333,14 @@ def verify_command(workdir: Path) -> int:
             continue
         whole.append(step)
         files = manifest.read(checkpoints.folder / str(step))["files"]
-        print(f"step {step}: ok, {len(files)} files, {_size(sum(size for size, _ in files.values()))}")
+        print(
+            f"step {step}: ok, {len(files)} files, {_size(sum(size for size, _ in files.values()))}"
+        )
     if not (damaged or whole):
-        print(f"jaxtrain: error: {workdir}: no committed checkpoint in {checkpoints.folder}", file=sys.stderr)
+        print(
+            f"jaxtrain: error: {workdir}: no committed checkpoint in {checkpoints.folder}",
+            file=sys.stderr,
+        )
         return 2
     try:
         if whole:

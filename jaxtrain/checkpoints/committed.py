@@ -1,4 +1,5 @@
-"""Which steps a folder of checkpoints holds, as the disk says at this moment; a step exists only if its COMMIT and every byte prove it."""
+"""Which steps a folder of checkpoints holds, as the disk says at this moment; a step exists only if
+its COMMIT and every byte prove it."""
 
 import os
 import re
@@ -14,7 +15,8 @@ class CheckpointError(Exception):
 
 
 def numbered(folder: Path) -> list[int]:
-    """The steps of all numbered entries, ascending, committed or damaged. Other names are not ours, and are left alone.
+    """The steps of all numbered entries, ascending, committed or damaged. Other names are not ours,
+    and are left alone.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -25,17 +27,23 @@ def numbered(folder: Path) -> list[int]:
     """
     if not folder.is_dir():
         return []
-    return sorted(int(entry.name) for entry in os.scandir(folder) if re.fullmatch("0|[1-9][0-9]{0,17}", entry.name, re.ASCII))
+    return sorted(
+        int(entry.name)
+        for entry in os.scandir(folder)
+        if re.fullmatch("0|[1-9][0-9]{0,17}", entry.name, re.ASCII)
+    )
 
 
 def records(folder: Path) -> dict[int, Record]:
-    """The manifests of the committed steps, ascending. Files other than COMMIT and manifest are not looked at."""
+    """The manifests of the committed steps, ascending. Files other than COMMIT and manifest are not
+    looked at."""
     found = {}
     for step in numbered(folder):
         try:
             found[step] = manifest.read(folder / str(step))
         except (Damaged, OSError):
-            continue  # damage is the business of `verify`; here it only means that there is no such commit
+            # damage is the business of `verify`; here it only means that there is no such commit
+            continue
     return found
 
 
@@ -50,13 +58,15 @@ def verify(folder: Path, step: int) -> list[str]:
 def newest(folder: Path, on_problem: Callable[[str], None]) -> int | None:
     """The newest step that verifies, or None if there is no numbered entry at all.
 
-    Each damaged one above it is told to `on_problem`, as one line. `CheckpointError` if there are some and none verifies: a run must not
-    start from scratch without anybody having said so.
+    Each damaged one above it is told to `on_problem`, as one line. `CheckpointError` if there are
+    some and none verifies: a run must not start from scratch without anybody having said so.
     """
     damaged: list[tuple[int, str]] = []
     for step in reversed(numbered(folder)):
         if found := verify(folder, step):
-            damaged.append((step, found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")))
+            damaged.append(
+                (step, found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else ""))
+            )
             continue
         following = [bad for bad, _ in damaged[1:]] + [step]
         for (bad, problem), lower in zip(damaged, following, strict=False):
@@ -64,16 +74,24 @@ def newest(folder: Path, on_problem: Callable[[str], None]) -> int | None:
         return step
     if damaged:
         listed = "; ".join(f"step {step}: {problem}" for step, problem in damaged)
-        raise CheckpointError(f"{folder}: no checkpoint verifies ({listed}); put back a copy, or start anew in another --workdir")
+        raise CheckpointError(
+            f"{folder}: no checkpoint verifies ({listed}); put back a copy, or start anew in"
+            " another --workdir"
+        )
     return None
 
 
 def _record_problems(record: Record, step: int) -> list[str]:
-    """Whether a manifest, sealed though it is, says what a checkpoint's must say: others may have sealed it."""
+    """Whether a manifest, sealed though it is, says what a checkpoint's must say: others may have
+    sealed it."""
     if record.get("step") != step:
         return [f"{manifest.MANIFEST}: is of step {record.get('step')}; was the folder renamed?"]
     arrays = record.get("tree")
-    if not isinstance(record.get("loop"), dict) or not isinstance(arrays, dict) or not all(map(_is_spec, arrays.values())):
+    if (
+        not isinstance(record.get("loop"), dict)
+        or not isinstance(arrays, dict)
+        or not all(map(_is_spec, arrays.values()))
+    ):
         return [f"{manifest.MANIFEST}: does not describe a checkpoint"]
     return []
 

@@ -1,6 +1,7 @@
 """The lock on a run's folder: one run at a time, whatever killed the last one.
 
-The kernel keeps it (`flock`), so it falls with its process and no stale lock can be left behind; the text in the file only says who holds it.
+The kernel keeps it (`flock`), so it falls with its process and no stale lock can be left behind;
+the text in the file only says who holds it.
 """
 
 import contextlib
@@ -27,8 +28,9 @@ class Lock:
     ...     lock.held()
     True
 
-    `force` takes the lock from a holder that this machine cannot see, such as one on another host. `ValueError` if the folder is in use, is a
-    file, or cannot be written; a holder that is seen to be alive is never robbed.
+    `force` takes the lock from a holder that this machine cannot see, such as one on another host.
+    `ValueError` if the folder is in use, is a file, or cannot be written; a holder that is seen to
+    be alive is never robbed.
     """
 
     def __init__(self, workdir: Path, force: bool = False) -> None:
@@ -43,18 +45,27 @@ class Lock:
             _write_holder(self._descriptor)
         except OSError as error:
             self._release()
-            raise ValueError(f"--workdir={self._path.parent}: {_cause(error, self._path.parent)}") from error
+            raise ValueError(
+                f"--workdir={self._path.parent}: {_cause(error, self._path.parent)}"
+            ) from error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # Emptied, not deleted: a file that another process has just opened must stay the one that everybody locks.
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Emptied, not deleted: a file that another process has just opened must stay the one that
+        # everybody locks.
         if self._descriptor is not None and self.held():
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
         self._release()
 
     def held(self) -> bool:
-        """Whether the lock is still there and ours; not so if the folder was removed, moved or taken by force."""
+        """Whether the lock is still there and ours; not so if the folder was removed, moved or
+        taken by force."""
         return self._descriptor is not None and _is_file_at(self._descriptor, self._path)
 
     def _acquire(self) -> int:
@@ -67,7 +78,8 @@ class Lock:
             except OSError:
                 os.close(descriptor)
                 raise
-            # The file may have been replaced by force between opening and locking: then this lock guards nothing.
+            # The file may have been replaced by force between opening and locking: then this lock
+            # guards nothing.
             else:
                 if _is_file_at(descriptor, self._path):
                     return descriptor
@@ -77,9 +89,15 @@ class Lock:
         holder = _read_holder(descriptor)
         alive = _is_alive_here(holder)
         if not self._force or alive:
-            remedy = "it is alive: stop it first, or use another" if self._force else "use another, or --force_unlock if it is dead"
+            remedy = (
+                "it is alive: stop it first, or use another"
+                if self._force
+                else "use another, or --force_unlock if it is dead"
+            )
             os.close(descriptor)
-            raise ValueError(f"--workdir={self._path.parent}: in use by {_described(holder)}; {remedy}")
+            raise ValueError(
+                f"--workdir={self._path.parent}: in use by {_described(holder)}; {remedy}"
+            )
         # The holder keeps its lock on the old file, which no longer has a name; `held` tells it so.
         self._path.unlink(missing_ok=True)
 
@@ -90,7 +108,12 @@ class Lock:
 
 
 def _write_holder(descriptor: int) -> None:
-    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time(), "boot_id": _boot_id()}
+    holder = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": time.time(),
+        "boot_id": _boot_id(),
+    }
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
 
@@ -102,7 +125,11 @@ def _read_holder(descriptor: int) -> dict[str, Any]:
     except ValueError:
         return {}
     known = {"pid": int, "host": str, "since": float, "boot_id": str}
-    return {key: holder[key] for key, kind in known.items() if isinstance(holder.get(key), kind)} if isinstance(holder, dict) else {}
+    return (
+        {key: holder[key] for key, kind in known.items() if isinstance(holder.get(key), kind)}
+        if isinstance(holder, dict)
+        else {}
+    )
 
 
 def _described(holder: dict[str, Any]) -> str:
@@ -115,8 +142,13 @@ def _described(holder: dict[str, Any]) -> str:
 
 
 def _is_alive_here(holder: dict[str, Any]) -> bool:
-    """Whether the holder is a living process of this boot of this machine; of other machines nothing is known."""
-    if not holder or holder.get("boot_id", "") != _boot_id() or holder.get("host") != socket.gethostname():
+    """Whether the holder is a living process of this boot of this machine; of other machines
+    nothing is known."""
+    if (
+        not holder
+        or holder.get("boot_id", "") != _boot_id()
+        or holder.get("host") != socket.gethostname()
+    ):
         return False
     return holder["pid"] > 0 and Path(f"/proc/{holder['pid']}").exists()
 

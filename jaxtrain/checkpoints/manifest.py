@@ -1,8 +1,11 @@
-"""Proof that a folder is whole: a manifest of every file's size and checksum, and a COMMIT that seals the manifest.
+"""Proof that a folder is whole: a manifest of every file's size and checksum, and a COMMIT that
+seals the manifest.
 
-A folder is written in this order: its files, `MANIFEST.json` over them, `COMMIT` with the SHA-256 of the manifest's bytes, then everything is
-forced to the disk; only then may it be renamed to its final name (`publish`). `problems` is the way back: it reads no file before every entry
-of the folder was looked at without following links, and answers in words what is wrong. Nothing here knows arrays or jax.
+A folder is written in this order: its files, `MANIFEST.json` over them, `COMMIT` with the SHA-256
+of the manifest's bytes, then everything is forced to the disk; only then may it be renamed to its
+final name (`publish`). `problems` is the way back: it reads no file before every entry of the
+folder was looked at without following links, and answers in words what is wrong. Nothing here knows
+arrays or jax.
 """
 
 import hashlib
@@ -39,21 +42,27 @@ def write_json(path: Path, value: Any) -> None:
     >>> json.loads(path.read_text())
     {'steps': 200}
     """
-    # A fixed temporary name: what a killed process left is overwritten by the next, so nothing piles up.
+    # A fixed temporary name: what a killed process left is overwritten by the next, so nothing
+    # piles up.
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
     publish(temporary, path)
 
 
 def seal(folder: Path, record: Record) -> None:
-    """Writes the manifest (`record` and all files of the folder) and COMMIT, and forces the whole folder to the disk."""
+    """Writes the manifest (`record` and all files of the folder) and COMMIT, and forces the whole
+    folder to the disk."""
     files = {name: checksum(folder / name) for name in entries(folder)}
-    text = json.dumps(record | {"format": FORMAT, "files": files}, indent=1, allow_nan=False).encode() + b"\n"
+    text = (
+        json.dumps(record | {"format": FORMAT, "files": files}, indent=1, allow_nan=False).encode()
+        + b"\n"
+    )
     (folder / MANIFEST).write_bytes(text)
     (folder / COMMIT).write_bytes(_seal_of(text))
     for name in entries(folder):
         fsync(folder / name)
-    for parent, _, _ in os.walk(folder, topdown=False):  # deepest first: a folder is durable once its entries are
+    # deepest first: a folder is durable once its entries are
+    for parent, _, _ in os.walk(folder, topdown=False):
         fsync(Path(parent))
 
 
@@ -93,7 +102,8 @@ def checksum(path: Path) -> list[int | str]:
 
 
 def entries(folder: Path, prefix: str = "") -> Iterator[str]:
-    """Names of all files below a folder, relative to it; `Damaged` at the first link or special file. Opens nothing."""
+    """Names of all files below a folder, relative to it; `Damaged` at the first link or special
+    file. Opens nothing."""
     if not prefix and folder.is_symlink():
         raise Damaged(f"is a symlink to {one_line(os.readlink(folder))}; refused")
     with os.scandir(folder / prefix) as scan:
@@ -102,7 +112,9 @@ def entries(folder: Path, prefix: str = "") -> Iterator[str]:
         name = f"{prefix}{entry.name}"
         mode = entry.stat(follow_symlinks=False).st_mode
         if stat.S_ISLNK(mode):
-            raise Damaged(f"holds symlink {one_line(name)} -> {one_line(os.readlink(entry.path))}; refused")
+            raise Damaged(
+                f"holds symlink {one_line(name)} -> {one_line(os.readlink(entry.path))}; refused"
+            )
         if stat.S_ISDIR(mode):
             yield from entries(folder, f"{name}/")
         elif stat.S_ISREG(mode):
@@ -112,7 +124,8 @@ def entries(folder: Path, prefix: str = "") -> Iterator[str]:
 
 
 def read(folder: Path) -> Record:
-    """The manifest's record, if COMMIT seals exactly these bytes; `Damaged` otherwise. Looks at no other file."""
+    """The manifest's record, if COMMIT seals exactly these bytes; `Damaged` otherwise. Looks at no
+    other file."""
     commit = _read_small(folder, COMMIT, 1 << 10)
     text = _read_small(folder, MANIFEST, MANIFEST_LIMIT)
     if commit != _seal_of(text):
@@ -121,13 +134,18 @@ def read(folder: Path) -> Record:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{MANIFEST}: not JSON ({str(error)[:80]})") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("files"), dict):
+    if (
+        not isinstance(record, dict)
+        or record.get("format") != FORMAT
+        or not isinstance(record.get("files"), dict)
+    ):
         raise Damaged(f"{MANIFEST}: not of format {FORMAT}; made by another version of jaxtrain?")
     return record
 
 
 def problems(folder: Path) -> list[str]:
-    """What is wrong with a sealed folder, in words; an empty list if every byte is the one that was sealed.
+    """What is wrong with a sealed folder, in words; an empty list if every byte is the one that was
+    sealed.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -140,7 +158,8 @@ def problems(folder: Path) -> list[str]:
     ['data: checksum mismatch']
     """
     try:
-        # The walk comes first: no file is opened while the folder may hold a link, a device or a pipe.
+        # The walk comes first: no file is opened while the folder may hold a link, a device or a
+        # pipe.
         present = set(entries(folder)) - {MANIFEST, COMMIT}
         listed = read(folder)["files"]
     except Damaged as error:
@@ -157,7 +176,10 @@ def problems(folder: Path) -> list[str]:
             continue
         if [size, digest] != listed[name]:
             expected = listed[name][0] if isinstance(listed[name], list) and listed[name] else "?"
-            found.append(f"{one_line(name)}: " + ("checksum mismatch" if size == expected else f"{size} bytes, not {expected}"))
+            found.append(
+                f"{one_line(name)}: "
+                + ("checksum mismatch" if size == expected else f"{size} bytes, not {expected}")
+            )
     return found
 
 

@@ -1,7 +1,10 @@
-"""Flags: the fields of a run and of its components as absl flags, and one clear line for each thing that can be wrong with them.
+"""Flags: the fields of a run and of its components as absl flags, and one clear line for each thing
+that can be wrong with them.
 
-`parse` goes over the command line twice: first for `--from_run` and for swaps such as `--model=resnet20`, since they decide which flags
-exist; then absl parses flags for exactly the fields that there are. Values are strict (see `flag_values.py`), nothing is given twice, nothing is left over.
+`parse` goes over the command line twice: first for `--from_run` and for swaps such as
+`--model=resnet20`, since they decide which flags exist; then absl parses flags for exactly the
+fields that there are. Values are strict (see `flag_values.py`), nothing is given twice, nothing is
+left over.
 """
 
 import contextlib
@@ -13,21 +16,40 @@ from typing import Any
 from absl import flags as absl_flags
 
 from jaxtrain import config, messages
-from jaxtrain.config import help as flag_help, values as flag_values, secrets, record, settings
+from jaxtrain.config import help as flag_help
+from jaxtrain.config import record, secrets, settings
+from jaxtrain.config import values as flag_values
 from jaxtrain.fields import Field
 
 HELP = ("help", "helpfull", "helpshort", "h", "?")
 _ALIASES = {
-    "lr": "learning_rate", "wd": "weight_decay", "bs": "batch_size", "batch": "batch_size", "grad_accum": "microbatches", "dataset": "data",
-    "accumulate_steps": "microbatches", "total_steps": "steps", "num_steps": "steps", "max_steps": "steps", "train_steps": "steps",
-    "num_epochs": "epochs", "max_epochs": "epochs", "grad_clip": "clip_norm", "output_dir": "workdir", "logdir": "workdir", "log_dir": "workdir",
-    "beta1": "b1", "beta2": "b2", "epsilon": "eps",
-}  # fmt: skip
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "bs": "batch_size",
+    "batch": "batch_size",
+    "grad_accum": "microbatches",
+    "dataset": "data",
+    "accumulate_steps": "microbatches",
+    "total_steps": "steps",
+    "num_steps": "steps",
+    "max_steps": "steps",
+    "train_steps": "steps",
+    "num_epochs": "epochs",
+    "max_epochs": "epochs",
+    "grad_clip": "clip_norm",
+    "output_dir": "workdir",
+    "logdir": "workdir",
+    "log_dir": "workdir",
+    "beta1": "b1",
+    "beta2": "b2",
+    "epsilon": "eps",
+}
 """Names that other toolkits use, for suggestions only."""
 
 
 class _Parser(absl_flags.ArgumentParser):
-    """Lets absl keep the text; the flag itself reads it, for absl would add its own words to our messages."""
+    """Lets absl keep the text; the flag itself reads it, for absl would add its own words to our
+    messages."""
 
     def parse(self, argument: Any) -> Any:
         """The argument itself."""
@@ -52,16 +74,29 @@ class SettingFlag(absl_flags.Flag):
         self.typed: str | None = None
         boolean = setting.field.type is bool
         super().__init__(
-            _Parser(), _Serializer(), setting.name, setting.value, setting.words, boolean=boolean, allow_using_method_names=True
+            _Parser(),
+            _Serializer(),
+            setting.name,
+            setting.value,
+            setting.words,
+            boolean=boolean,
+            allow_using_method_names=True,
         )
 
     def parse(self, argument: str) -> None:
-        """Reads one value from the command line; `ValueError` with the whole line that the user sees."""
+        """Reads one value from the command line; `ValueError` with the whole line that the user
+        sees."""
         if argument.startswith("--"):
-            raise ValueError(f"--{self.name}: needs a value before {argument.partition('=')[0]}, e.g. --{self.name}={self._example()}")
+            raise ValueError(
+                f"--{self.name}: needs a value before {argument.partition('=')[0]}, e.g."
+                f" --{self.name}={self._example()}"
+            )
         value = self.read(argument)
         if self.present and value != self.value:
-            raise ValueError(f"--{self.name} is given twice, as {self._shown(self.typed)} and {self._shown(argument)}; give it once")
+            raise ValueError(
+                f"--{self.name} is given twice, as {self._shown(self.typed)} and"
+                f" {self._shown(argument)}; give it once"
+            )
         self.value, self.typed = value, argument
         self.present += 1
 
@@ -99,31 +134,53 @@ class FamilyFlag(SettingFlag):
         raise ValueError(f"--{self.name}={shown}: unknown; valid: {', '.join(self.names)}{near}")
 
 
-def parse(run: config.Run, argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> config.Run:
+def parse(
+    run: config.Run, argv: Sequence[str], environ: Mapping[str, str] = os.environ
+) -> config.Run:
     """The run that the command line asks for, given the experiment's own.
 
-    >>> run = config.Run(name="toy", model=None, data=None, task=None, optimizer=None, schedule=None, augment=None, steps=100)
+    >>> run = config.Run(
+    ...     name="toy",
+    ...     model=None,
+    ...     data=None,
+    ...     task=None,
+    ...     optimizer=None,
+    ...     schedule=None,
+    ...     augment=None,
+    ...     steps=100,
+    ... )
     >>> parse(run, ["--batch_size=32", "--epochs=2.5"]).batch_size
     32
 
-    `argv` holds the arguments only (`sys.argv[1:]`). `ValueError`, with the one line that the user sees, for anything wrong; help prints and
-    raises `SystemExit(0)`.
+    `argv` holds the arguments only (`sys.argv[1:]`). `ValueError`, with the one line that the user
+    sees, for anything wrong; help prints and raises `SystemExit(0)`.
     """
     scanned = list(_scan(argv))
     wanted = {name: value for name, value in scanned if value is not None}
-    base = record.load(run, os.path.expanduser(wanted["from_run"])) if wanted.get("from_run") else run
+    base = (
+        record.load(run, os.path.expanduser(wanted["from_run"])) if wanted.get("from_run") else run
+    )
     swaps = {family: wanted[family] for family in config.FAMILIES if family in wanted}
     table = _define(base)
     chosen = {family: table[family].read(name) for family, name in swaps.items() if family in table}
-    base = config.replaced(base, {family: run.offers[family][name] for family, name in chosen.items()})
+    base = config.replaced(
+        base, {family: run.offers[family][name] for family, name in chosen.items()}
+    )
     if asked := next((name for name, _ in scanned if name in HELP), None):
-        print(flag_help.help_text(base, full=asked == "helpfull", about=getattr(sys.modules["__main__"], "__doc__", "") or ""))
+        print(
+            flag_help.help_text(
+                base,
+                full=asked == "helpfull",
+                about=getattr(sys.modules["__main__"], "__doc__", "") or "",
+            )
+        )
         raise SystemExit(0)
     table = _define(base)
     _absl_parse(table, argv, base)
     typed = {name: flag.typed for name, flag in table.items() if flag.present}
     values = {name: table[name].value for name in typed if name not in config.FAMILIES}
-    values |= {name: os.path.expanduser(values[name]) for name in config.PATHS if name in values}  # the shell leaves --workdir=~/x alone
+    # the shell leaves --workdir=~/x alone
+    values |= {name: os.path.expanduser(values[name]) for name in config.PATHS if name in values}
     values |= _from_environment(table, typed, environ)
     finished = _finish(base, values, typed)
     _warn_of_secrets(typed)
@@ -136,17 +193,21 @@ def wants_traceback(argv: Sequence[str]) -> bool:
     >>> wants_traceback(["--seed=x", "--traceback"])
     True
     """
-    return any(name == "traceback" and value in (None, "true", "True", "1") for name, value in _scan(argv))
+    return any(
+        name == "traceback" and value in (None, "true", "True", "1") for name, value in _scan(argv)
+    )
 
 
 def warn(text: str) -> None:
     """One line of warning on stderr."""
-    with contextlib.suppress(OSError):  # a pipe that nobody reads any more; a warning is not worth a run
+    # a pipe that nobody reads any more; a warning is not worth a run
+    with contextlib.suppress(OSError):
         print(f"jaxtrain: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _scan(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Names and values as written; a value that stands apart is told by not starting with a dash."""
+    """Names and values as written; a value that stands apart is told by not starting with a
+    dash."""
     for index, argument in enumerate(argv):
         if argument == "--":
             return
@@ -158,15 +219,20 @@ def _scan(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 def _define(run: config.Run) -> dict[str, SettingFlag]:
     """A flag for each setting and each family that can be swapped."""
-    table: dict[str, SettingFlag] = {setting.name: SettingFlag(setting) for setting in settings.of_run(run)}
+    table: dict[str, SettingFlag] = {
+        setting.name: SettingFlag(setting) for setting in settings.of_run(run)
+    }
     for family in config.FAMILIES:
         if getattr(run, family) is not None:
-            table[family] = FamilyFlag(family, record.kind_of(run, family), list(run.offers.get(family, ())))
+            table[family] = FamilyFlag(
+                family, record.kind_of(run, family), list(run.offers.get(family, ()))
+            )
     return table
 
 
 def _absl_parse(table: Mapping[str, SettingFlag], argv: Sequence[str], run: config.Run) -> None:
-    """Has absl fill the flags; its own features that would let input pass unseen (`--undefok`, `--flagfile`) are off."""
+    """Has absl fill the flags; its own features that would let input pass unseen (`--undefok`,
+    `--flagfile`) are off."""
     values = absl_flags.FlagValues()
     values.set_gnu_getopt(True)
     for name, flag in table.items():
@@ -183,10 +249,14 @@ def _absl_parse(table: Mapping[str, SettingFlag], argv: Sequence[str], run: conf
         if not refused:
             raise
         bare = name.lstrip("-").partition("=")[0]
-        raise ValueError(f"--{bare}: takes no value; write --{bare}, or --{bare[2:]}=true|false") from None
+        raise ValueError(
+            f"--{bare}: takes no value; write --{bare}, or --{bare[2:]}=true|false"
+        ) from None
     except absl_flags.Error as error:
         name = str(error).rpartition(" ")[2].lstrip("-")
-        raise ValueError(f"--{name}: needs a value, e.g. --{name}={table[name]._example()}") from None
+        raise ValueError(
+            f"--{name}: needs a value, e.g. --{name}={table[name]._example()}"
+        ) from None
     if left:
         raise ValueError(_left_over(left[0], argv, table))
 
@@ -196,23 +266,38 @@ def _left_over(argument: str, argv: Sequence[str], table: Mapping[str, SettingFl
     before = argv[argv.index(argument) - 1].lstrip("-") if argument in argv[1:] else ""
     if before in table and table[before].boolean:
         return f"unexpected argument {shown}; write --{before}={argument} or --no{before}"
-    hint = f"; did you mean --{argument}?" if name in table and name != argument else "; flags are written --name=value"
+    hint = (
+        f"; did you mean --{argument}?"
+        if name in table and name != argument
+        else "; flags are written --name=value"
+    )
     return f"unexpected argument {shown}{hint}"
 
 
 def _unknown(name: str, run: config.Run) -> str:
-    """The message for a flag that does not exist: what its component has, who has it, or the nearest name."""
+    """The message for a flag that does not exist: what its component has, who has it, or the
+    nearest name."""
     known = [setting.name for setting in settings.of_run(run)]
     known += [family for family in config.FAMILIES if getattr(run, family) is not None]
     shown = f"unknown flag --{messages.one_line(name)}"
     family, dot, rest = name.partition(".")
     if dot and family in config.FAMILIES and getattr(run, family) is not None:
-        owners = [f"--{family}={other}" for other, offered in run.offers.get(family, {}).items() if _has(offered, rest)]
-        own = [setting.removeprefix(f"{family}.") for setting in known if setting.startswith(f"{family}.")]
+        owners = [
+            f"--{family}={other}"
+            for other, offered in run.offers.get(family, {}).items()
+            if _has(offered, rest)
+        ]
+        own = [
+            setting.removeprefix(f"{family}.")
+            for setting in known
+            if setting.startswith(f"{family}.")
+        ]
         if not owners and (match := messages.nearest(_ALIASES.get(rest, rest), own)):
             return f"{shown}; did you mean --{family}.{match}?"
         has = f"{family} {record.kind_of(run, family)!r} has {', '.join(own) or 'no flags'}"
-        return f"{shown}: {has}" + (f"; {rest} comes with {', '.join(owners[:4])}" if owners else "")
+        return f"{shown}: {has}" + (
+            f"; {rest} comes with {', '.join(owners[:4])}" if owners else ""
+        )
     if match := _nearest_flag(name, known):
         return f"{shown}; did you mean {match}?"
     return f"{shown}; --help lists them all"
@@ -223,7 +308,8 @@ def _has(component: Any, name: str) -> bool:
 
 
 def _nearest_flag(name: str, known: Sequence[str]) -> str | None:
-    """The flag most like `name`, by its whole name or, for a bare name, by the last part; several if that is the same word."""
+    """The flag most like `name`, by its whole name or, for a bare name, by the last part; several
+    if that is the same word."""
     negated = name.startswith("no") and messages.nearest(name, known) is None
     word = _ALIASES.get(name, name[2:] if negated else name)
     by_last: dict[str, list[str]] = {}
@@ -234,16 +320,25 @@ def _nearest_flag(name: str, known: Sequence[str]) -> str | None:
     return None if match is None else " or ".join(f"--{flag}" for flag in names[match][:3])
 
 
-def _from_environment(table: Mapping[str, SettingFlag], typed: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+def _from_environment(
+    table: Mapping[str, SettingFlag], typed: Mapping[str, Any], environ: Mapping[str, str]
+) -> dict[str, Any]:
     """Secrets that were left in the environment, where `ps` does not show them."""
-    secret = [name for name in table if secrets.is_secret(name) and name not in typed and secrets.variable(name) in environ]
+    secret = [
+        name
+        for name in table
+        if secrets.is_secret(name) and name not in typed and secrets.variable(name) in environ
+    ]
     return {name: table[name].read(environ[secrets.variable(name)]) for name in secret}
 
 
 def _warn_of_secrets(typed: Mapping[str, str | None]) -> None:
     for name, text in typed.items():
         if text and secrets.is_secret(name):
-            warn(f"--{name} holds a secret on the command line, seen by `ps`; use {secrets.variable(name)}")
+            warn(
+                f"--{name} holds a secret on the command line, seen by `ps`; use"
+                f" {secrets.variable(name)}"
+            )
 
 
 def _finish(run: config.Run, values: dict[str, Any], typed: Mapping[str, str | None]) -> config.Run:
@@ -255,8 +350,15 @@ def _finish(run: config.Run, values: dict[str, Any], typed: Mapping[str, str | N
             values[other] = None
     run = _apply(run, values, "")
     config.check(run)
-    if "eval_every" in typed and run.eval_every.value and getattr(run.data, "validation", None) == "":
-        raise ValueError(f"--eval_every={typed['eval_every']}: dataset has no eval split; set --data.validation or --eval_every=0")
+    if (
+        "eval_every" in typed
+        and run.eval_every.value
+        and getattr(run.data, "validation", None) == ""
+    ):
+        raise ValueError(
+            f"--eval_every={typed['eval_every']}: dataset has no eval split; set --data.validation"
+            " or --eval_every=0"
+        )
     config.check_paths(run)
     return run
 
@@ -273,4 +375,6 @@ def _apply(component: Any, values: Mapping[str, Any], prefix: str) -> Any:
     try:
         return config.replaced(component, changes)
     except ValueError as problem:  # a component's own rule between its fields
-        raise ValueError(f"--{prefix}{problem}" if prefix and not str(problem).startswith("--") else str(problem)) from None
+        raise ValueError(
+            f"--{prefix}{problem}" if prefix and not str(problem).startswith("--") else str(problem)
+        ) from None

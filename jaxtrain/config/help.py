@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from jaxtrain import config
-from jaxtrain.config import values, secrets, record, settings
+from jaxtrain.config import record, secrets, settings, values
 
 _HEADINGS = {
     "steps": "Training",
@@ -34,7 +34,16 @@ class Entry(NamedTuple):
 def help_text(run: config.Run, *, full: bool = False, width: int = 0, about: str = "") -> str:
     """The flags in groups; with `full`, also those that the other offered components would bring.
 
-    >>> run = config.Run(name="toy", model=None, data=None, task=None, optimizer=None, schedule=None, augment=None, steps=100)
+    >>> run = config.Run(
+    ...     name="toy",
+    ...     model=None,
+    ...     data=None,
+    ...     task=None,
+    ...     optimizer=None,
+    ...     schedule=None,
+    ...     augment=None,
+    ...     steps=100,
+    ... )
     >>> print(help_text(run, width=80)[:115])
     toy
     <BLANKLINE>
@@ -48,25 +57,46 @@ def help_text(run: config.Run, *, full: bool = False, width: int = 0, about: str
         component, offered = getattr(run, family), run.offers.get(family, {})
         if component is None:
             continue
-        swap = Entry(family, record.kind_of(run, family), ", ".join(offered), f"Which {family}; each brings its own flags.")
+        swap = Entry(
+            family,
+            record.kind_of(run, family),
+            ", ".join(offered),
+            f"Which {family}; each brings its own flags.",
+        )
         rows = [_entry(setting) for setting in settings.of_component(component, f"{family}.")]
         words = settings.summary(type(component)) or type(component).__name__
         groups.append((f"{family.capitalize()}: {words}", [*([swap] if offered else []), *rows]))
         for name, other in offered.items() if full else ():
             heading = f"With --{family}={name}: {settings.summary(type(other))}"
-            groups.append((heading, [_entry(setting) for setting in settings.of_component(other, f"{family}.")]))
+            groups.append(
+                (
+                    heading,
+                    [_entry(setting) for setting in settings.of_component(other, f"{family}.")],
+                )
+            )
     head = about.strip() or run.name
-    tail = "" if full else "\n\n--helpfull also lists the flags of all other components that can be chosen."
-    return f"{head}\n\n  python experiments/{run.name}.py [--flag=value ...]\n\n{layout(groups, width=width)}{tail}"
+    tail = (
+        ""
+        if full
+        else "\n\n--helpfull also lists the flags of all other components that can be chosen."
+    )
+    return (
+        f"{head}\n\n  python experiments/{run.name}.py [--flag=value"
+        f" ...]\n\n{layout(groups, width=width)}{tail}"
+    )
 
 
 def layout(groups: Iterable[tuple[str, Sequence[Entry]]], *, width: int = 0) -> str:
-    """The groups as text: a heading each, then one flag a row with its default, its help and what it takes, wrapped to the terminal."""
+    """The groups as text: a heading each, then one flag a row with its default, its help and what
+    it takes, wrapped to the terminal."""
     width = min(width or shutil.get_terminal_size((120, 24)).columns, 140)
     groups = [(heading, entries) for heading, entries in groups if entries]
     longest = max((len(_flag(entry)) for _, entries in groups for entry in entries), default=0)
     column = min(longest, max(24, width // 3)) + 4
-    return "\n\n".join("\n".join([_bold(heading), *(_row(entry, column, width) for entry in entries)]) for heading, entries in groups)
+    return "\n\n".join(
+        "\n".join([_bold(heading), *(_row(entry, column, width) for entry in entries)])
+        for heading, entries in groups
+    )
 
 
 def _own_groups(run: config.Run) -> list[tuple[str, list[Entry]]]:
@@ -85,7 +115,9 @@ def _bold(heading: str) -> str:
 
 
 def _flag(entry: Entry) -> str:
-    return f"--{'[no]' if entry.boolean else ''}{entry.name}" + ("" if entry.boolean else f"={entry.default}")
+    return f"--{'[no]' if entry.boolean else ''}{entry.name}" + (
+        "" if entry.boolean else f"={entry.default}"
+    )
 
 
 def _row(entry: Entry, column: int, width: int) -> str:

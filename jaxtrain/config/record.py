@@ -1,7 +1,9 @@
-"""A run's configuration as JSON, for `run.json`: every field of every component, strictly read back.
+"""A run's configuration as JSON, for `run.json`: every field of every component, strictly read
+back.
 
-A component is `{"kind": NAME, field: value, ...}`. The kind is looked up among the components that the experiment at hand holds or offers,
-never by a path to code. What only Python can say (a function, an array) is recorded by its name, and comes from the experiment when read.
+A component is `{"kind": NAME, field: value, ...}`. The kind is looked up among the components that
+the experiment at hand holds or offers, never by a path to code. What only Python can say (a
+function, an array) is recorded by its name, and comes from the experiment when read.
 """
 
 import json
@@ -10,20 +12,43 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain import config, messages
-from jaxtrain.config import values, secrets
+from jaxtrain.config import secrets, values
 from jaxtrain.fields import Field, fields_of, is_component
 
 INVOCATION = (
-    "workdir", "resume", "from_run", "allow_config_change", "force_unlock", "eval_only", "profile_steps", "traceback", "compare_meshes", "compare_steps",
-    "processes", "process", "coordinator", "hang_seconds", "max_restarts",
-)  # fmt: skip
-"""The fields of `Run` that say how this one start behaves; repeating a run does not take them over, and they may always differ."""
+    "workdir",
+    "resume",
+    "from_run",
+    "allow_config_change",
+    "force_unlock",
+    "eval_only",
+    "profile_steps",
+    "traceback",
+    "compare_meshes",
+    "compare_steps",
+    "processes",
+    "process",
+    "coordinator",
+    "hang_seconds",
+    "max_restarts",
+)
+"""The fields of `Run` that say how this one start behaves; repeating a run does not take them over,
+and they may always differ."""
 
 
 def to_json(run: config.Run) -> dict[str, Any]:
     """Every field of the run, its secrets hidden, as plain JSON values.
 
-    >>> run = config.Run(name="toy", model=None, data=None, task=None, optimizer=None, schedule=None, augment=None, steps=100)
+    >>> run = config.Run(
+    ...     name="toy",
+    ...     model=None,
+    ...     data=None,
+    ...     task=None,
+    ...     optimizer=None,
+    ...     schedule=None,
+    ...     augment=None,
+    ...     steps=100,
+    ... )
     >>> to_json(run)["eval_every"]
     '1epochs'
     """
@@ -31,14 +56,19 @@ def to_json(run: config.Run) -> dict[str, Any]:
     for field in fields_of(run):
         value = getattr(run, field.name)
         if field.name in config.FAMILIES:
-            record[field.name] = value if value is None else _component(value, f"{field.name}.", kind_of(run, field.name))
+            record[field.name] = (
+                value
+                if value is None
+                else _component(value, f"{field.name}.", kind_of(run, field.name))
+            )
         elif field.name not in config.NOT_FLAGS:
             record[field.name] = secrets.hide(field.name, values.to_json(value))
     return record
 
 
 def kind_of(run: config.Run, family: str) -> str:
-    """The name of a family's component: the offered name most like it, of the same class, or else the name of its class."""
+    """The name of a family's component: the offered name most like it, of the same class, or else
+    the name of its class."""
     component = getattr(run, family)
     own = _component(component, "", "")
     named: dict[str, int] = {}
@@ -50,9 +80,11 @@ def kind_of(run: config.Run, family: str) -> str:
 
 
 def from_json(run: config.Run, record: Mapping[str, Any]) -> config.Run:
-    """The run that `to_json` recorded, with what JSON cannot hold taken from `run`, the same experiment's own configuration.
+    """The run that `to_json` recorded, with what JSON cannot hold taken from `run`, the same
+    experiment's own configuration.
 
-    `ValueError` if a field is missing, unknown, of another type or out of bounds, or if a kind is none of the experiment's.
+    `ValueError` if a field is missing, unknown, of another type or out of bounds, or if a kind is
+    none of the experiment's.
     """
     names = [field.name for field in fields_of(run) if field.name not in config.NOT_FLAGS]
     _same_keys(record, names, "")
@@ -61,17 +93,27 @@ def from_json(run: config.Run, record: Mapping[str, Any]) -> config.Run:
         if field.name in config.FAMILIES:
             changes[field.name] = _family(run, field.name, record[field.name])
         elif field.name in names and field.name not in INVOCATION:
-            changes[field.name] = _value(field, field.name, record[field.name], getattr(run, field.name))
+            changes[field.name] = _value(
+                field, field.name, record[field.name], getattr(run, field.name)
+            )
     return config.replaced(run, changes)
 
 
 def load(run: config.Run, workdir: str) -> config.Run:
-    """The configuration of the run in `workdir`; `ValueError` naming `--from_run` if it cannot be read or belongs to another experiment."""
+    """The configuration of the run in `workdir`; `ValueError` naming `--from_run` if it cannot be
+    read or belongs to another experiment."""
     flag, path = f"--from_run={messages.one_line(workdir)}", Path(workdir) / "run.json"
     if Path(workdir).is_file():
-        raise ValueError(f"{flag}: is a file; give the run's folder: --from_run={messages.one_line(str(Path(workdir).parent))}")
+        raise ValueError(
+            f"{flag}: is a file; give the run's folder:"
+            f" --from_run={messages.one_line(str(Path(workdir).parent))}"
+        )
     if not path.is_file():
-        missing = "holds no run.json" if path.parent.is_dir() else f"no such directory{config.siblings(workdir)}"
+        missing = (
+            "holds no run.json"
+            if path.parent.is_dir()
+            else f"no such directory{config.siblings(workdir)}"
+        )
         raise ValueError(f"{flag}: {missing}")
     try:
         whole = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
@@ -82,7 +124,10 @@ def load(run: config.Run, workdir: str) -> config.Run:
     if not (isinstance(whole, dict) and isinstance(whole.get("config"), dict)):
         raise ValueError(f"{flag}: run.json holds no configuration")
     if whole.get("name", run.name) != run.name:
-        raise ValueError(f"{flag}: holds a run of experiment {whole['name']!r}, this is {run.name!r}; start experiments/{whole['name']}.py")
+        raise ValueError(
+            f"{flag}: holds a run of experiment {whole['name']!r}, this is {run.name!r}; start"
+            f" experiments/{whole['name']}.py"
+        )
     try:
         return from_json(run, whole["config"])
     except ValueError as error:
@@ -90,23 +135,38 @@ def load(run: config.Run, workdir: str) -> config.Run:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """What two recorded configurations differ in, as (dotted name, old, new); of swapped components only the kinds are compared.
+    """What two recorded configurations differ in, as (dotted name, old, new); of swapped components
+    only the kinds are compared.
 
-    >>> differences({"seed": 0, "model": {"kind": "mlp", "depth": 2}}, {"seed": 0, "model": {"kind": "mlp", "depth": 3}})
+    >>> differences(
+    ...     {"seed": 0, "model": {"kind": "mlp", "depth": 2}},
+    ...     {"seed": 0, "model": {"kind": "mlp", "depth": 3}},
+    ... )
     [('model.depth', 2, 3)]
     """
-    return [difference for difference in _differences(old, new, "") if difference[0] not in INVOCATION]
+    return [
+        difference for difference in _differences(old, new, "") if difference[0] not in INVOCATION
+    ]
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any, Any]]:
+def _differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
+) -> Iterator[tuple[str, Any, Any]]:
     for name in dict.fromkeys((*old, *new)):
         before, after = old.get(name), new.get(name)
         if before == after:
             continue
-        if isinstance(before, dict) and isinstance(after, dict) and before.get("kind") == after.get("kind"):
+        if (
+            isinstance(before, dict)
+            and isinstance(after, dict)
+            and before.get("kind") == after.get("kind")
+        ):
             yield from _differences(before, after, f"{prefix}{name}.")
         else:
-            kinds = [value.get("kind", value) if isinstance(value, dict) else value for value in (before, after)]
+            kinds = [
+                value.get("kind", value) if isinstance(value, dict) else value
+                for value in (before, after)
+            ]
             yield f"{prefix}{name}", *kinds
 
 
@@ -138,7 +198,9 @@ def _family(run: config.Run, family: str, record: Any) -> Any:
         return None
     if not (isinstance(record, dict) and isinstance(record.get("kind"), str)):
         raise ValueError(f"{family} is not a component; expected an object with a kind")
-    kinds = {type(offered).__name__: offered for offered in run.offers.get(family, {}).values()} | dict(run.offers.get(family, {}))
+    kinds = {
+        type(offered).__name__: offered for offered in run.offers.get(family, {}).values()
+    } | dict(run.offers.get(family, {}))
     if own is not None:
         kinds = {type(own).__name__: own} | kinds | {kind_of(run, family): own}
     if record["kind"] not in kinds:
@@ -154,7 +216,11 @@ def _rebuilt(template: Any, record: Mapping[str, Any], prefix: str) -> Any:
     changes = {}
     for field in fields_of(template):
         value, own = record[field.name], getattr(template, field.name)
-        if is_component(own) and isinstance(value, dict) and value.get("kind") == type(own).__name__:
+        if (
+            is_component(own)
+            and isinstance(value, dict)
+            and value.get("kind") == type(own).__name__
+        ):
             changes[field.name] = _rebuilt(own, value, f"{prefix}{field.name}.")
         else:
             changes[field.name] = _value(field, f"{prefix}{field.name}", value, own)
@@ -166,7 +232,10 @@ def _value(field: Field, name: str, value: Any, own: Any) -> Any:
     if not values.readable(field.type):
         expected = None if own is None else {"python": _python_name(own)}
         if value != expected:
-            raise ValueError(f"{name}={json.dumps(value)}: only the experiment's Python can set it, and it says {json.dumps(expected)}")
+            raise ValueError(
+                f"{name}={json.dumps(value)}: only the experiment's Python can set it, and it says"
+                f" {json.dumps(expected)}"
+            )
         return own
     if secrets.HIDDEN in json.dumps(value):
         return own
@@ -174,7 +243,9 @@ def _value(field: Field, name: str, value: Any, own: Any) -> Any:
         return values.from_json(value, field.type, field.marks)
     except ValueError as problem:
         text = repr(value) if isinstance(value, str) else json.dumps(value)
-        raise ValueError(f"{name}={text}{' ' if str(problem).startswith(('is ', 'has ')) else ': '}{problem}") from None
+        raise ValueError(
+            f"{name}={text}{' ' if str(problem).startswith(('is ', 'has ')) else ': '}{problem}"
+        ) from None
 
 
 def _same_keys(record: Mapping[str, Any], names: list[str], prefix: str) -> None:
@@ -183,7 +254,9 @@ def _same_keys(record: Mapping[str, Any], names: list[str], prefix: str) -> None
             raise ValueError(f"unknown field {prefix}{name}{messages.did_you_mean(name, names)}")
     for name in names:
         if name not in record:
-            raise ValueError(f"lacks {prefix}{name}; it was written by another version of this experiment")
+            raise ValueError(
+                f"lacks {prefix}{name}; it was written by another version of this experiment"
+            )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""What must never be written down: values of flags that hold a secret, and user names and passwords within addresses."""
+"""What must never be written down: values of flags that hold a secret, and user names and passwords
+within addresses."""
 
 import re
 from collections.abc import Sequence
@@ -29,7 +30,11 @@ def is_secret(name: str) -> bool:
     """
     last = name.rpartition(".")[2]
     # Keys of a data source name its arrays: `data.train_key`.
-    return bool(_SECRET.search(name)) and last not in _HARMLESS and not (name.startswith("data.") and last.endswith("key"))
+    return (
+        bool(_SECRET.search(name))
+        and last not in _HARMLESS
+        and not (name.startswith("data.") and last.endswith("key"))
+    )
 
 
 def variable(name: str) -> str:

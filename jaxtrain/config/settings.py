@@ -1,7 +1,8 @@
-"""Settings: every field of a run and of its components that a flag can set, with the words that document it.
+"""Settings: every field of a run and of its components that a flag can set, with the words that
+document it.
 
-A field's documentation is the string literal right under it. Python drops such strings, so they are read from the source with `ast`; classes
-without a source file simply have none.
+A field's documentation is the string literal right under it. Python drops such strings, so they are
+read from the source with `ast`; classes without a source file simply have none.
 """
 
 import ast
@@ -32,16 +33,34 @@ class Setting:
 def of_run(run: config.Run) -> list[Setting]:
     """Every field of the run and of its components that can be a flag, the run's own first.
 
-    >>> run = config.Run(name="toy", model=None, data=None, task=None, optimizer=None, schedule=None, augment=None, steps=100)
+    >>> run = config.Run(
+    ...     name="toy",
+    ...     model=None,
+    ...     data=None,
+    ...     task=None,
+    ...     optimizer=None,
+    ...     schedule=None,
+    ...     augment=None,
+    ...     steps=100,
+    ... )
     >>> [setting.name for setting in of_run(run)][:3]
     ['steps', 'epochs', 'batch_size']
     """
-    own = [setting for setting in of_component(run, "") if setting.name not in config.NOT_FLAGS and "." not in setting.name]
-    return own + [setting for family in config.FAMILIES for setting in of_component(getattr(run, family), f"{family}.")]
+    own = [
+        setting
+        for setting in of_component(run, "")
+        if setting.name not in config.NOT_FLAGS and "." not in setting.name
+    ]
+    return own + [
+        setting
+        for family in config.FAMILIES
+        for setting in of_component(getattr(run, family), f"{family}.")
+    ]
 
 
 def of_component(component: Any, prefix: str = "") -> Iterator[Setting]:
-    """The settings of one component and of those nested in it, their names starting with `prefix`."""
+    """The settings of one component and of those nested in it, their names starting with
+    `prefix`."""
     if not is_component(component):
         return
     words = field_docs(type(component))
@@ -75,7 +94,9 @@ def summary(cls: type) -> str:
     """
     definition = _definition(cls)
     doc = ast.get_docstring(definition) if definition is not None else None
-    return re.split(r"(?<!\bal)\. (?=[A-Z`])", " ".join((doc or "").split("\n\n")[0].split()))[0].rstrip(".")
+    return re.split(r"(?<!\bal)\. (?=[A-Z`])", " ".join((doc or "").split("\n\n")[0].split()))[
+        0
+    ].rstrip(".")
 
 
 def _fields_in(definition: ast.ClassDef | None) -> dict[str, str]:
@@ -101,7 +122,12 @@ def _definition(cls: type) -> ast.ClassDef | None:
 def _classes(module: str) -> dict[str, ast.ClassDef]:
     """Every class in a module's source by its qualified name."""
     file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None or not file.endswith(".py") or module.split(".")[0] in sys.stdlib_module_names or module.startswith("flax."):
+    if (
+        file is None
+        or not file.endswith(".py")
+        or module.split(".")[0] in sys.stdlib_module_names
+        or module.startswith("flax.")
+    ):
         return {}
     try:
         with open(file, "rb") as source:

@@ -1,7 +1,9 @@
-"""One setting's value as text and as JSON: strict readers, exact writers, and messages that say what would have been right.
+"""One setting's value as text and as JSON: strict readers, exact writers, and messages that say
+what would have been right.
 
-Numbers are plain ASCII decimals: an optional minus, no plus, no underscores, no hexadecimal, no blanks. Integers take no exponent and no
-point, floats must be finite, `none` is the absent value of an optional, tuples are separated by commas with no empty item.
+Numbers are plain ASCII decimals: an optional minus, no plus, no underscores, no hexadecimal, no
+blanks. Integers take no exponent and no point, floats must be finite, `none` is the absent value of
+an optional, tuples are separated by commas with no empty item.
 """
 
 import math
@@ -17,7 +19,16 @@ from jaxtrain.messages import did_you_mean, is_number, shown
 
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)")
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-_MEANT = {"yes": "true", "y": "true", "on": "true", "t": "true", "no": "false", "n": "false", "off": "false", "f": "false"}
+_MEANT = {
+    "yes": "true",
+    "y": "true",
+    "on": "true",
+    "t": "true",
+    "no": "false",
+    "n": "false",
+    "off": "false",
+    "f": "false",
+}
 _LARGEST = 2**63 - 1
 
 
@@ -30,7 +41,9 @@ def readable(kind: Any) -> bool:
     kind, _ = _marked(_base(kind)[0], ())
     if kind in (bool, int, float, str, Horizon) or typing.get_origin(kind) is Literal:
         return True
-    return typing.get_origin(kind) is tuple and all(item is Ellipsis or readable(item) for item in typing.get_args(kind))
+    return typing.get_origin(kind) is tuple and all(
+        item is Ellipsis or readable(item) for item in typing.get_args(kind)
+    )
 
 
 def read(text: str, kind: Any, marks: Sequence[Any] = ()) -> Any:
@@ -74,9 +87,14 @@ def text(value: Any) -> str:
     if isinstance(value, float):
         return _shortest(value)
     if isinstance(value, Horizon):
-        return f"{Decimal(repr(value.value)):f}".removesuffix(".0") + ("%" if value.unit == "percent" else value.unit)
+        return f"{Decimal(repr(value.value)):f}".removesuffix(".0") + (
+            "%" if value.unit == "percent" else value.unit
+        )
     if isinstance(value, tuple):
-        return ",".join(f"{item[0]}={text(item[1])}" if isinstance(item, tuple) else text(item) for item in value)
+        return ",".join(
+            f"{item[0]}={text(item[1])}" if isinstance(item, tuple) else text(item)
+            for item in value
+        )
     return str(value)
 
 
@@ -93,7 +111,8 @@ def from_json(value: Any, kind: Any, marks: Sequence[Any] = ()) -> Any:
     >>> from_json([1, 2], tuple[int, ...])
     (1, 2)
 
-    `ValueError` if the JSON has another type or is out of bounds: nothing is converted but lists, horizons and whole floats.
+    `ValueError` if the JSON has another type or is out of bounds: nothing is converted but lists,
+    horizons and whole floats.
     """
     base, optional = _base(kind)
     base, marks = _marked(base, marks)
@@ -104,11 +123,17 @@ def from_json(value: Any, kind: Any, marks: Sequence[Any] = ()) -> Any:
         if items[-1] is not Ellipsis and len(items) != len(value):
             raise ValueError(f"has {len(value)} items; expected {len(items)}")
         wanted = [items[0]] * len(value) if items[-1] is Ellipsis else items
-        return tuple(from_json(item, item_kind, marks) for item, item_kind in zip(value, wanted, strict=True))
+        return tuple(
+            from_json(item, item_kind, marks) for item, item_kind in zip(value, wanted, strict=True)
+        )
     if base is Horizon and isinstance(value, str):
         return _read_horizon(value, marks, "")
     if typing.get_origin(base) is Literal:
-        return _read_choice(value, typing.get_args(base)) if isinstance(value, str) else _one_of(value, typing.get_args(base))
+        return (
+            _read_choice(value, typing.get_args(base))
+            if isinstance(value, str)
+            else _one_of(value, typing.get_args(base))
+        )
     if base in (float, Horizon) and isinstance(value, int | float) and not isinstance(value, bool):
         return _within(float(value), marks)
     if items or type(value) is not base:
@@ -131,7 +156,9 @@ def describe(kind: Any, marks: Sequence[Any] = ()) -> str:
         names = ["..." if item is Ellipsis else _item_name(item) for item in arguments]
         words = ",".join(names)
     else:
-        words = {Horizon: "steps, epochs or %", bool: "true|false", str: "text"}.get(base, getattr(base, "__name__", str(base)))
+        words = {Horizon: "steps, epochs or %", bool: "true|false", str: "text"}.get(
+            base, getattr(base, "__name__", str(base))
+        )
         words = f"{words} {rule}" if (rule := _rule(marks)) else words
     return f"{words} or none" if optional else words
 
@@ -142,11 +169,18 @@ def _item_name(kind: Any) -> str:
 
 
 def _base(kind: Any) -> tuple[Any, bool]:
-    """The type without `None`, and whether there was one; a horizon or number reads as a horizon."""
+    """The type without `None`, and whether there was one; a horizon or number reads as a
+    horizon."""
     if typing.get_origin(kind) not in (typing.Union, types.UnionType):
         return kind, False
     arguments = [argument for argument in typing.get_args(kind) if argument is not type(None)]
-    base = arguments[0] if len(arguments) == 1 else Horizon if set(arguments) == {Horizon, float} else kind
+    base = (
+        arguments[0]
+        if len(arguments) == 1
+        else Horizon
+        if set(arguments) == {Horizon, float}
+        else kind
+    )
     base = float if set(arguments) == {int, float} else base
     return base, len(arguments) < len(typing.get_args(kind))
 
@@ -181,12 +215,15 @@ def _read_bool(text: str) -> bool:
     if text.lower() in _BOOLEANS:
         return _BOOLEANS[text.lower()]
     meant = _MEANT.get(text.lower())
-    raise ValueError("not a boolean; valid: true, false" + (f"; did you mean {meant!r}?" if meant else ""))
+    raise ValueError(
+        "not a boolean; valid: true, false" + (f"; did you mean {meant!r}?" if meant else "")
+    )
 
 
 def _read_int(text: str, marks: Sequence[Any], tail: str) -> int:
     if _INTEGER.fullmatch(text):
-        return _within(int(text[:50]), marks)  # 50 digits are out of any bounds already, and quick to convert
+        # 50 digits are out of any bounds already, and quick to convert
+        return _within(int(text[:50]), marks)
     rule = f"must be an integer {_rule(marks)}".rstrip() + tail
     raise ValueError(rule + _hint(text, int, marks))
 
@@ -196,17 +233,27 @@ def _read_float(text: str, marks: Sequence[Any], tail: str) -> float:
         return _within(float(text), marks)
     rule = _rule(marks)
     example = "1e-3" if rule == "> 0" else "0.1"
-    raise ValueError(f"not a number; expected a float {rule}".rstrip() + f", e.g. {example}{tail}" + _hint(text, float, marks))
+    raise ValueError(
+        f"not a number; expected a float {rule}".rstrip()
+        + f", e.g. {example}{tail}"
+        + _hint(text, float, marks)
+    )
 
 
 def _hint(text: str, kind: type, marks: Sequence[Any]) -> str:
-    """What was probably meant by a number written in a way that is not ours: 1_000, +5, 0x10, 1e3, 0,1."""
-    for convert in (lambda: int(text, 0), lambda: float(text), lambda: float(text.replace(",", "."))):
+    """What was probably meant by a number written in a way that is not ours: 1_000, +5, 0x10, 1e3,
+    0,1."""
+    for convert in (
+        lambda: int(text, 0),
+        lambda: float(text),
+        lambda: float(text.replace(",", ".")),
+    ):
         try:
             value = convert()
             if kind is int and value != int(value):
                 continue
-            return f"; did you mean {_shortest(float(value)) if kind is float else int(_within(kind(value), marks))}?"
+            near = _shortest(float(value)) if kind is float else int(_within(kind(value), marks))
+            return f"; did you mean {near}?"
         except (ValueError, OverflowError):
             continue
     return ""
@@ -252,9 +299,15 @@ def _read_tuple(text: str, items: Sequence[Any], marks: Sequence[Any]) -> tuple[
     values = []
     for position, (part, kind) in enumerate(zip(parts, wanted, strict=True), 1):
         if part == "":
-            raise ValueError(f"item {position} is empty; separate items by one comma, with none at the end")
+            raise ValueError(
+                f"item {position} is empty; separate items by one comma, with none at the end"
+            )
         try:
-            values.append(_read_pair(part, typing.get_args(kind)) if typing.get_origin(kind) is tuple else read(part, kind, marks))
+            values.append(
+                _read_pair(part, typing.get_args(kind))
+                if typing.get_origin(kind) is tuple
+                else read(part, kind, marks)
+            )
         except ValueError as problem:
             raise ValueError(f"item {position} ({shown(part)}): {problem}") from None
     return tuple(values)
@@ -264,7 +317,10 @@ def _read_pair(part: str, items: Sequence[Any]) -> tuple[str, Any]:
     """A rule, `PATTERN=VALUE`; the last `=` divides, for a pattern may hold one."""
     pattern, equals, value = part.rpartition("=")
     if not equals or not pattern:
-        raise ValueError(f"not a rule; expected PATTERN=VALUE, e.g. {'head/kernel=fsdp:-' if items[1] is str else 'bias=0'}")
+        raise ValueError(
+            "not a rule; expected PATTERN=VALUE, e.g."
+            f" {'head/kernel=fsdp:-' if items[1] is str else 'bias=0'}"
+        )
     return pattern, read(value, items[1])
 
 
@@ -283,5 +339,7 @@ def _shortest(value: float) -> str:
         return plain
     sign, digits, exponent = Decimal(plain).normalize().as_tuple()
     head = "".join(map(str, digits))
-    scientific = f"{'-' * sign}{head[0]}{'.' * (len(head) > 1)}{head[1:]}e{exponent + len(head) - 1}"
+    scientific = (
+        f"{'-' * sign}{head[0]}{'.' * (len(head) > 1)}{head[1:]}e{exponent + len(head) - 1}"
+    )
     return min(scientific, plain, key=len)

@@ -1,4 +1,5 @@
-"""Data: sources, splits, the stateless order, and the pipeline to the devices. Names load their file when first used."""
+"""Data: sources, splits, the stateless order, and the pipeline to the devices. Names load their
+file when first used."""
 
 import importlib
 from typing import Any

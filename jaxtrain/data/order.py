@@ -1,8 +1,10 @@
-"""The stateless order of examples: a counter-based shuffle of each epoch, with no table of length N and no state to save.
+"""The stateless order of examples: a counter-based shuffle of each epoch, with no table of length N
+and no state to save.
 
-Example i of the stream is element i mod N of the permutation of epoch i div N, so batches straddle epochs and every epoch holds every
-example exactly once. The permutation is a generalised Feistel network on pairs (left, right) of Z_a x Z_b, in uint32 and without a table,
-so NumPy on the host and a compiled program on a device compute the same bits.
+Example i of the stream is element i mod N of the permutation of epoch i div N, so batches straddle
+epochs and every epoch holds every example exactly once. The permutation is a generalised Feistel
+network on pairs (left, right) of Z_a x Z_b, in uint32 and without a table, so NumPy on the host and
+a compiled program on a device compute the same bits.
 """
 
 import functools
@@ -15,14 +17,17 @@ import numpy as np
 _ROUNDS = 8  # six already pass the tests of uniformity; two more cost nothing that can be measured
 
 
-def example_ids(seed: Any, epoch: Any, offset: Any, count: int, length: int, xp: ModuleType = np) -> Any:
+def example_ids(
+    seed: Any, epoch: Any, offset: Any, count: int, length: int, xp: ModuleType = np
+) -> Any:
     """The ids of the next `count` examples when `offset` examples of epoch `epoch` are consumed.
 
     >>> ids = example_ids(0, 0, 0, 10, 5)
     >>> sorted(ids[:5].tolist()), sorted(ids[5:].tolist())
     ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
 
-    `count` and `length` are static; `seed`, `epoch` and `offset` (< `length`) may be traced. int32 (count,).
+    `count` and `length` are static; `seed`, `epoch` and `offset` (< `length`) may be traced. int32
+    (count,).
     """
     position = _uint32(offset, xp) + xp.arange(count, dtype=xp.uint32)
     epochs = _uint32(epoch, xp) + position // xp.uint32(length)
@@ -45,15 +50,20 @@ def permute(seed: Any, epoch: Any, index: Any, length: int, xp: ModuleType = np)
     >>> sorted(permute(7, 0, np.arange(6), 6).tolist())
     [0, 1, 2, 3, 4, 5]
 
-    Elementwise over `index` and `epoch`; `length` (at most 2**31 - 1) is static. int32, the same bits from NumPy and jax.numpy.
+    Elementwise over `index` and `epoch`; `length` (at most 2**31 - 1) is static. int32, the same
+    bits from NumPy and jax.numpy.
     """
     rows, columns = grid(length)
     seed, epoch, value = (_uint32(part, xp) for part in (seed, epoch, index))
-    with np.errstate(over="ignore"):  # NumPy warns when scalars wrap around, which is what they are meant to do
-        key = _mix(_mix(seed, 0x9E3779B9, xp) ^ (epoch * xp.uint32(0x85EBCA6B) + xp.uint32(1)), 0, xp)
+    # NumPy warns when scalars wrap around, which is what they are meant to do
+    with np.errstate(over="ignore"):
+        key = _mix(
+            _mix(seed, 0x9E3779B9, xp) ^ (epoch * xp.uint32(0x85EBCA6B) + xp.uint32(1)), 0, xp
+        )
         value = _feistel(key, value, rows, columns, xp)
-        # Cycle walking: what falls outside 0..length-1 goes through again. The grid has rows*columns - length surplus cells, no walk meets
-        # one twice, so that many repeats always suffice; `grid` keeps them few, which spares the program a loop.
+        # Cycle walking: what falls outside 0..length-1 goes through again. The grid has
+        # rows*columns - length surplus cells, no walk meets one twice, so that many repeats always
+        # suffice; `grid` keeps them few, which spares the program a loop.
         for _ in range(rows * columns - length):
             value = xp.where(value < length, value, _feistel(key, value, rows, columns, xp))
     return value.astype(xp.int32)
@@ -61,7 +71,8 @@ def permute(seed: Any, epoch: Any, index: Any, length: int, xp: ModuleType = np)
 
 @functools.cache
 def grid(length: int) -> tuple[int, int]:
-    """Sides of the grid on which a set of `length` examples is shuffled: about square, with as few surplus cells as possible.
+    """Sides of the grid on which a set of `length` examples is shuffled: about square, with as few
+    surplus cells as possible.
 
     >>> grid(60000), grid(1437)
     ((240, 250), (36, 40))
@@ -76,11 +87,13 @@ def grid(length: int) -> tuple[int, int]:
 
 
 def _feistel(key: Any, value: Any, rows: int, columns: int, xp: ModuleType) -> Any:
-    """One pass: each round shifts one coordinate by a hash of the other, which can be undone, so the whole is a bijection."""
+    """One pass: each round shifts one coordinate by a hash of the other, which can be undone, so
+    the whole is a bijection."""
     left, right = value // xp.uint32(columns), value % xp.uint32(columns)
     for number in range(_ROUNDS):
         salt = xp.uint32((number + 1) * 0x9E3779B9 & 0xFFFFFFFF)
-        # The hash is halved so that the sum cannot wrap around, which would not be a bijection any more.
+        # The hash is halved so that the sum cannot wrap around, which would not be a bijection any
+        # more.
         if number % 2:
             left = (left + (_mix(right ^ key, salt, xp) >> xp.uint32(1))) % xp.uint32(rows)
         else:
@@ -90,7 +103,11 @@ def _feistel(key: Any, value: Any, rows: int, columns: int, xp: ModuleType) -> A
 
 def _uint32(value: Any, xp: ModuleType) -> Any:
     # A seed past 2**31 must not pass through int32, which is what jax makes of a Python integer.
-    return xp.asarray(np.uint32(value)) if isinstance(value, int | np.integer) else xp.asarray(value).astype(xp.uint32)
+    return (
+        xp.asarray(np.uint32(value))
+        if isinstance(value, int | np.integer)
+        else xp.asarray(value).astype(xp.uint32)
+    )
 
 
 def _mix(value: Any, salt: Any, xp: ModuleType) -> Any:

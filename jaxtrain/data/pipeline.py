@@ -1,6 +1,8 @@
-"""From a table to the devices: whole where it fits, otherwise in batches read and sharded ahead of the step.
+"""From a table to the devices: whole where it fits, otherwise in batches read and sharded ahead of
+the step.
 
-A batch is a dict of arrays with a leading batch dim: the table's fields and `id`, the row in its table; for evaluation also `weight`.
+A batch is a dict of arrays with a leading batch dim: the table's fields and `id`, the row in its
+table; for evaluation also `weight`.
 
 B: examples of a batch, N: of the table
 """
@@ -19,29 +21,38 @@ from jaxtrain.data.table import Table, num_bytes
 Batch = dict[str, jax.Array]
 Item = TypeVar("Item")
 
-_UNKNOWN_MEMORY = 2**30  # where the device does not say how much it has (CPU), a table of up to this half is put there whole
+# where the device does not say how much it has (CPU), a table of up to this half is put there whole
+_UNKNOWN_MEMORY = 2**30
 
 
 def fits_on_device(table: Table, free_bytes: int | None) -> bool:
-    """Whether a table should be put on each device whole: it is in host memory and takes at most half of what is free there.
+    """Whether a table should be put on each device whole: it is in host memory and takes at most
+    half of what is free there.
 
     >>> from jaxtrain.data.table import ArrayTable
     >>> fits_on_device(ArrayTable({"image": np.zeros((1000, 100), np.uint8)}), free_bytes=150_000)
     False
     """
-    return table.arrays is not None and num_bytes(table) <= (_UNKNOWN_MEMORY if free_bytes is None else free_bytes) // 2
+    return (
+        table.arrays is not None
+        and num_bytes(table) <= (_UNKNOWN_MEMORY if free_bytes is None else free_bytes) // 2
+    )
 
 
 def resident_arrays(table: Table, sharding: jax.sharding.Sharding) -> Batch:
     """The whole table on the devices (normally replicated), for `gather`."""
     assert table.arrays is not None, "only tables in host memory can be made resident"
     fields = table.fields
-    arrays = {name: np.ascontiguousarray(array, fields[name].dtype) for name, array in table.arrays.items()}
+    arrays = {
+        name: np.ascontiguousarray(array, fields[name].dtype)
+        for name, array in table.arrays.items()
+    }
     return _put(arrays, sharding, len(table), first_row=0)
 
 
 def gather(arrays: Mapping[str, jax.Array], ids_B: jax.Array) -> Batch:
-    """The batch of rows `ids_B` of a resident table; pure, for use inside the compiled step. Ids must be in range."""
+    """The batch of rows `ids_B` of a resident table; pure, for use inside the compiled step. Ids
+    must be in range."""
     rows = {name: array.at[ids_B].get(mode="promise_in_bounds") for name, array in arrays.items()}
     return rows | {"id": ids_B}
 
@@ -56,10 +67,14 @@ class Prefetch(Iterator[Item], Generic[Item]):
     What a job raises is raised by `next`, at the place of its result, and ends the iteration.
     """
 
-    def __init__(self, jobs: Iterator[Callable[[], Item]], *, depth: int = 2, threads: int = 1) -> None:
+    def __init__(
+        self, jobs: Iterator[Callable[[], Item]], *, depth: int = 2, threads: int = 1
+    ) -> None:
         self._jobs = jobs
         self._depth = depth
-        self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="jaxtrain-data")
+        self._pool = concurrent.futures.ThreadPoolExecutor(
+            threads, thread_name_prefix="jaxtrain-data"
+        )
         self._waiting: collections.deque[concurrent.futures.Future[Item]] = collections.deque()
         self._closed = False
 
@@ -78,7 +93,11 @@ class Prefetch(Iterator[Item], Generic[Item]):
         return result
 
     def _submit(self) -> None:
-        while not self._closed and len(self._waiting) < self._depth and (job := next(self._jobs, None)) is not None:
+        while (
+            not self._closed
+            and len(self._waiting) < self._depth
+            and (job := next(self._jobs, None)) is not None
+        ):
             self._waiting.append(self._pool.submit(job))
 
     def close(self) -> None:
@@ -95,10 +114,12 @@ class Prefetch(Iterator[Item], Generic[Item]):
 
 
 class Stream(Iterator[Batch]):
-    """The endless shuffled batches of a table from a position on, read and put on the devices ahead of the step.
+    """The endless shuffled batches of a table from a position on, read and put on the devices ahead
+    of the step.
 
-    `position` is the (epoch, offset) of the next batch: a stream opened there goes on as if never interrupted. In a run of several
-    processes each reads only the rows that its own devices hold. Close it, or use it as a context.
+    `position` is the (epoch, offset) of the next batch: a stream opened there goes on as if never
+    interrupted. In a run of several processes each reads only the rows that its own devices hold.
+    Close it, or use it as a context.
     """
 
     def __init__(
@@ -115,9 +136,15 @@ class Stream(Iterator[Batch]):
         self.position = (epoch, offset)
         self._batch_size = batch_size
         self._length = len(table)
-        self._batches = Prefetch(self._jobs(table, seed, epoch, offset, sharding), depth=max(1, prefetch), threads=min(2, max(1, prefetch)))
+        self._batches = Prefetch(
+            self._jobs(table, seed, epoch, offset, sharding),
+            depth=max(1, prefetch),
+            threads=min(2, max(1, prefetch)),
+        )
 
-    def _jobs(self, table: Table, seed: int, epoch: int, offset: int, sharding: jax.sharding.Sharding) -> Iterator[Callable[[], Batch]]:
+    def _jobs(
+        self, table: Table, seed: int, epoch: int, offset: int, sharding: jax.sharding.Sharding
+    ) -> Iterator[Callable[[], Batch]]:
         while True:
             ids_B = order.example_ids(seed, epoch, offset, self._batch_size, self._length)
             yield lambda ids_B=ids_B: read_batch(table, {"id": ids_B}, sharding)
@@ -140,7 +167,8 @@ class Stream(Iterator[Batch]):
 
 
 def evaluation_ids(length: int, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """`id` and `weight` of each batch of one ordered pass; the last is padded with its last row at weight 0.
+    """`id` and `weight` of each batch of one ordered pass; the last is padded with its last row at
+    weight 0.
 
     >>> [(ids["id"].tolist(), ids["weight"].tolist()) for ids in evaluation_ids(3, 2)]
     [([0, 1], [1.0, 1.0]), ([2, 2], [1.0, 0.0])]
@@ -152,18 +180,27 @@ def evaluation_ids(length: int, batch_size: int) -> Iterator[dict[str, np.ndarra
         yield {"id": np.minimum(ids_B, length - 1), "weight": (ids_B < length).astype(np.float32)}
 
 
-def evaluation_batches(table: Table, batch_size: int, sharding: jax.sharding.Sharding, prefetch: int = 2) -> Iterator[Batch]:
-    """One ordered pass over a table in batches of one size, with `weight` 0 where the last one is padded.
+def evaluation_batches(
+    table: Table, batch_size: int, sharding: jax.sharding.Sharding, prefetch: int = 2
+) -> Iterator[Batch]:
+    """One ordered pass over a table in batches of one size, with `weight` 0 where the last one is
+    padded.
 
     The reading threads end with the pass, or when the generator is closed.
     """
-    jobs = ((lambda ids=ids: read_batch(table, ids, sharding)) for ids in evaluation_ids(len(table), batch_size))
+    jobs = (
+        (lambda ids=ids: read_batch(table, ids, sharding))
+        for ids in evaluation_ids(len(table), batch_size)
+    )
     with Prefetch(jobs, depth=max(1, prefetch), threads=min(2, max(1, prefetch))) as batches:
         yield from batches
 
 
-def read_batch(table: Table, columns: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding) -> Batch:
-    """The rows `columns["id"]` of a table on the devices, together with `columns` themselves; reads only this process's rows."""
+def read_batch(
+    table: Table, columns: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding
+) -> Batch:
+    """The rows `columns["id"]` of a table on the devices, together with `columns` themselves; reads
+    only this process's rows."""
     ids_B = columns["id"]
     first, last = _local_rows(sharding, len(ids_B))
     local = {name: values[first:last] for name, values in columns.items()}
@@ -174,11 +211,16 @@ def _local_rows(sharding: jax.sharding.Sharding, count: int) -> tuple[int, int]:
     """First row and the row past the last of a batch that this process's devices hold."""
     if sharding.is_fully_addressable:
         return 0, count
-    rows = [index[0].indices(count) for index in sharding.addressable_devices_indices_map((count,)).values()]
+    rows = [
+        index[0].indices(count)
+        for index in sharding.addressable_devices_indices_map((count,)).values()
+    ]
     return min(start for start, _, _ in rows), max(stop for _, stop, _ in rows)
 
 
-def _put(arrays: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding, count: int, first_row: int) -> Batch:
+def _put(
+    arrays: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding, count: int, first_row: int
+) -> Batch:
     """Device arrays of `count` rows from this process's rows, which begin at `first_row`."""
     if sharding.is_fully_addressable:
         return jax.device_put(dict(arrays), sharding)
@@ -188,6 +230,8 @@ def _put(arrays: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding, coun
         return array[(slice(start - first_row, stop - first_row), *index[1:])]
 
     return {
-        name: jax.make_array_from_callback((count, *array.shape[1:]), sharding, lambda index, array=array: piece(array, index))
+        name: jax.make_array_from_callback(
+            (count, *array.shape[1:]), sharding, lambda index, array=array: piece(array, index)
+        )
         for name, array in arrays.items()
     }

@@ -1,6 +1,8 @@
-"""Split expressions (`train[:90%]`, `train[55000:]`, `train+test`) and the three parts of a data set that a run works with.
+"""Split expressions (`train[:90%]`, `train[55000:]`, `train+test`) and the three parts of a data
+set that a run works with.
 
-The language is TFDS's, with its rounding, but strict: a slice past the end, an empty part or an example named twice is an error.
+The language is TFDS's, with its rounding, but strict: a slice past the end, an empty part or an
+example named twice is an error.
 """
 
 import dataclasses
@@ -15,7 +17,9 @@ import numpy as np
 
 from jaxtrain.data.table import ArrayTable, Table, join, select
 
-_PART = re.compile(r"\s*(?P<name>[\w.-]+)\s*(?:\[\s*(?P<start>-?\d+%?)?\s*:\s*(?P<stop>-?\d+%?)?\s*\])?\s*")
+_PART = re.compile(
+    r"\s*(?P<name>[\w.-]+)\s*(?:\[\s*(?P<start>-?\d+%?)?\s*:\s*(?P<stop>-?\d+%?)?\s*\])?\s*"
+)
 _SMALL_BYTES = 2**28  # what can be read in a moment, when a run starts
 _SHAPE_OF_ERROR = "not a split; expected e.g. train, train[:90%], train[55000:] or train+test"
 
@@ -37,13 +41,16 @@ Piece = tuple[str, int, int]
 """A part of a split: its name, first row and the row past the last."""
 
 
-def parse(expression: str, lengths: Mapping[str, int], flag: str = "--data.train") -> tuple[Piece, ...]:
+def parse(
+    expression: str, lengths: Mapping[str, int], flag: str = "--data.train"
+) -> tuple[Piece, ...]:
     """What an expression stands for, given how many examples each split has.
 
     >>> parse("train[:90%]+test", {"train": 1000, "test": 10})
     (('train', 0, 900), ('test', 0, 10))
 
-    `ValueError` naming `flag` if it is no expression, names an unknown split, goes past an end, names an example twice or is empty.
+    `ValueError` naming `flag` if it is no expression, names an unknown split, goes past an end,
+    names an example twice or is empty.
     """
     problem = f"{flag}={expression!r}"
     pieces: list[Piece] = []
@@ -58,8 +65,12 @@ def parse(expression: str, lengths: Mapping[str, int], flag: str = "--data.train
         stop = _row(match["stop"], lengths[name], lengths[name])
         if start is None or stop is None:
             raise ValueError(f"{problem}: past the end; {name} has {lengths[name]} examples")
-        if any(other == name and max(first, start) < min(last, stop) for other, first, last in pieces):
-            raise ValueError(f"{problem}: names examples of {name} twice, so an epoch would hold them twice")
+        if any(
+            other == name and max(first, start) < min(last, stop) for other, first, last in pieces
+        ):
+            raise ValueError(
+                f"{problem}: names examples of {name} twice, so an epoch would hold them twice"
+            )
         pieces.append((name, start, max(start, stop)))
     if not sum(stop - start for _, start, stop in pieces):
         raise ValueError(f"{problem}: 0 examples")
@@ -70,7 +81,8 @@ def _row(text: str | None, length: int, default: int) -> int | None:
     """The row that one end of a slice stands for; None if it is past the end."""
     if text is None:
         return default
-    # As in TFDS: percents are rounded to the closest row, and negative ends count from the last one.
+    # As in TFDS: percents are rounded to the closest row, and negative ends count from the last
+    # one.
     row = round(int(text[:-1]) * length / 100) if text.endswith("%") else int(text)
     row = row + length if row < 0 else row
     return row if 0 <= row <= length else None
@@ -80,7 +92,9 @@ def _unknown(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     only = next(iter(known)) if len(list(known)) == 1 else None
-    remedy = f" only; cut a part off, e.g. {only}[:90%] and {only}[90%:]" if only and not near else ""
+    remedy = (
+        f" only; cut a part off, e.g. {only}[:90%] and {only}[90%:]" if only and not near else ""
+    )
     return f"unknown split {name!r}; valid: {', '.join(known)}{remedy}{hint}"
 
 
@@ -89,11 +103,26 @@ def take(pieces: Iterable[Piece], tables: Mapping[str, Table]) -> Table:
     return join(*(select(tables[name], range(start, stop)) for name, start, stop in pieces))
 
 
-def choose(tables: Mapping[str, Table], *, train: str, validation: str, test: str, fingerprint: str, notes: tuple[str, ...] = ()) -> Splits:
-    """Cuts a source's tables into the parts that its three expressions name; an empty validation or test means none.
+def choose(
+    tables: Mapping[str, Table],
+    *,
+    train: str,
+    validation: str,
+    test: str,
+    fingerprint: str,
+    notes: tuple[str, ...] = (),
+) -> Splits:
+    """Cuts a source's tables into the parts that its three expressions name; an empty validation or
+    test means none.
 
     >>> from jaxtrain.data.table import ArrayTable
-    >>> parts = choose({"all": ArrayTable({"label": np.arange(10)})}, train="all[:90%]", validation="", test="all[80%:]", fingerprint="")
+    >>> parts = choose(
+    ...     {"all": ArrayTable({"label": np.arange(10)})},
+    ...     train="all[:90%]",
+    ...     validation="",
+    ...     test="all[80%:]",
+    ...     fingerprint="",
+    ... )
     >>> len(parts.train), parts.validation, len(parts.test), parts.notes
     (9, None, 2, ('all[:90%] and all[80%:] share 10 % of examples',))
     """
@@ -101,19 +130,27 @@ def choose(tables: Mapping[str, Table], *, train: str, validation: str, test: st
     expressions = {"train": train, "validation": validation, "test": test}
     if not train.strip():
         raise ValueError(f"--data.train={train!r}: {_SHAPE_OF_ERROR}")
-    pieces = {role: parse(text, lengths, f"--data.{role}") for role, text in expressions.items() if text.strip()}
+    pieces = {
+        role: parse(text, lengths, f"--data.{role}")
+        for role, text in expressions.items()
+        if text.strip()
+    }
     parts = {role: take(chosen, tables) for role, chosen in pieces.items()}
     overlaps = tuple(
         f"{expressions[one]} and {expressions[other]} share {_percent(share)} of examples"
         for one, other in itertools.combinations(pieces, 2)
         if (share := _shared_percent(pieces[one], pieces[other]))
     )
-    return Splits(parts["train"], parts.get("validation"), parts.get("test"), fingerprint, notes + overlaps)
+    return Splits(
+        parts["train"], parts.get("validation"), parts.get("test"), fingerprint, notes + overlaps
+    )
 
 
 def _shared_percent(one: tuple[Piece, ...], other: tuple[Piece, ...]) -> float:
     """How much of all that two parts cover is covered by both."""
-    both = sum(max(0, min(a[2], b[2]) - max(a[1], b[1])) for a in one for b in other if a[0] == b[0])
+    both = sum(
+        max(0, min(a[2], b[2]) - max(a[1], b[1])) for a in one for b in other if a[0] == b[0]
+    )
     covered = sum(stop - start for _, start, stop in (*one, *other)) - both
     return 100 * both / covered
 
@@ -123,7 +160,8 @@ def _percent(share: float) -> str:
 
 
 def digest_of_arrays(arrays: Mapping[str, np.ndarray]) -> str:
-    """A fingerprint of arrays: how many bytes, and a hash over names, dtypes, shapes and contents (of a memory map: of 16 rows).
+    """A fingerprint of arrays: how many bytes, and a hash over names, dtypes, shapes and contents
+    (of a memory map: of 16 rows).
 
     >>> digest_of_arrays({"x": np.zeros(4, np.uint8)})
     '4 bytes in 1 arrays, 187ecede5138c5fb'
@@ -133,18 +171,32 @@ def digest_of_arrays(arrays: Mapping[str, np.ndarray]) -> str:
         array = arrays[name]
         digest.update(f"{name} {array.dtype.str} {array.shape};".encode())
         # Rows of a memory map are far apart on the disk, and each costs a seek.
-        part = array[:: max(1, len(array) // 16)] if isinstance(array, np.memmap) and array.ndim else array
+        part = (
+            array[:: max(1, len(array) // 16)]
+            if isinstance(array, np.memmap) and array.ndim
+            else array
+        )
         digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-    return f"{sum(array.nbytes for array in arrays.values())} bytes in {len(arrays)} arrays, {digest.hexdigest()}"
+    return (
+        f"{sum(array.nbytes for array in arrays.values())} bytes in {len(arrays)} arrays,"
+        f" {digest.hexdigest()}"
+    )
 
 
 def digest_of_tables(tables: Mapping[str, ArrayTable]) -> str:
     """A fingerprint of tables in memory, by the name of their split."""
-    return digest_of_arrays({f"{name}_{split}": array for split, table in tables.items() for name, array in table.arrays.items()})
+    return digest_of_arrays(
+        {
+            f"{name}_{split}": array
+            for split, table in tables.items()
+            for name, array in table.arrays.items()
+        }
+    )
 
 
 def digest_of_files(files: Mapping[str, pathlib.Path]) -> str:
-    """A fingerprint of files: how many bytes, and a hash over names, sizes and, if all are small, contents.
+    """A fingerprint of files: how many bytes, and a hash over names, sizes and, if all are small,
+    contents.
 
     >>> digest_of_files({})
     '0 bytes in 0 files, e4a6a0577479b2b4'

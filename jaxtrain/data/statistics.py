@@ -16,21 +16,23 @@ from jaxtrain.data.table import Table
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Mean and standard deviation of each channel, of images on the scale that `standardize` reads them on (uint8 as 0..1)."""
+    """Mean and standard deviation of each channel, of images on the scale that `standardize` reads
+    them on (uint8 as 0..1)."""
 
     mean_C: tuple[float, ...]
     std_C: tuple[float, ...]
 
 
 def measure(table: Table, max_examples: int | None = None, chunk: int = 4096) -> Statistics:
-    """The statistics of a table's `image` field, each channel (last dim) on its own, computed in float64 or exact integers.
+    """The statistics of a table's `image` field, each channel (last dim) on its own, computed in
+    float64 or exact integers.
 
     >>> from jaxtrain.data.table import ArrayTable
     >>> measure(ArrayTable({"image": np.array([[[0, 255]], [[255, 255]]], np.uint8)}))
     Statistics(mean_C=(0.5, 1.0), std_C=(0.5, 1.0))
 
-    A channel that never changes gets deviation 1. With `max_examples`, that many evenly spaced rows are read instead of all.
-    `ValueError` if an image holds a value that is not finite.
+    A channel that never changes gets deviation 1. With `max_examples`, that many evenly spaced rows
+    are read instead of all. `ValueError` if an image holds a value that is not finite.
     """
     rows = np.arange(len(table))
     if max_examples is not None and max_examples < len(rows):
@@ -38,14 +40,19 @@ def measure(table: Table, max_examples: int | None = None, chunk: int = 4096) ->
     field = table.fields["image"]
     channels = field.shape[-1] if len(field.shape) >= 2 else 1
     gather = _histogram_statistics if field.dtype == np.uint8 else _float_statistics
-    values = (table.read(rows[start : start + chunk])["image"].reshape(-1, channels) for start in range(0, len(rows), chunk))
+    values = (
+        table.read(rows[start : start + chunk])["image"].reshape(-1, channels)
+        for start in range(0, len(rows), chunk)
+    )
     mean_C, variance_C = gather(values, channels)
     if not all(map(math.isfinite, (*mean_C, *variance_C))):
         raise ValueError("image: holds values that are not finite (nan or inf); mend the data")
     return Statistics(tuple(mean_C), tuple(math.sqrt(variance) or 1.0 for variance in variance_C))
 
 
-def _histogram_statistics(chunks: Iterable[np.ndarray], channels: int) -> tuple[list[float], list[float]]:
+def _histogram_statistics(
+    chunks: Iterable[np.ndarray], channels: int
+) -> tuple[list[float], list[float]]:
     """Exact: counts of the 256 values, then integers of any size."""
     counts = np.zeros((channels, 256), np.int64)
     for values_NC in chunks:
@@ -61,14 +68,19 @@ def _histogram_statistics(chunks: Iterable[np.ndarray], channels: int) -> tuple[
     return means, variances
 
 
-def _float_statistics(chunks: Iterable[np.ndarray], channels: int) -> tuple[list[float], list[float]]:
-    """Chunks merged by the rule of Chan, Golub and LeVeque, which loses no digits however far the mean is from zero."""
+def _float_statistics(
+    chunks: Iterable[np.ndarray], channels: int
+) -> tuple[list[float], list[float]]:
+    """Chunks merged by the rule of Chan, Golub and LeVeque, which loses no digits however far the
+    mean is from zero."""
     total, mean_C, squares_C = 0, np.zeros(channels), np.zeros(channels)
     for values_NC in chunks:
         values_NC = values_NC.astype(np.float64)
         count, here_C = len(values_NC), values_NC.mean(0)
         delta_C = here_C - mean_C
-        squares_C += np.square(values_NC - here_C).sum(0) + np.square(delta_C) * (total * count / (total + count))
+        squares_C += np.square(values_NC - here_C).sum(0) + np.square(delta_C) * (
+            total * count / (total + count)
+        )
         total += count
         mean_C = mean_C + delta_C * (count / total)
     return mean_C.tolist(), (squares_C / total).tolist()
@@ -84,6 +96,9 @@ def standardize(batch: Batch, statistics: Statistics) -> Batch:
     images = batch["image"]
     scale = 255.0 if images.dtype == jnp.uint8 else 1.0
     dims = (1,) * (images.ndim - 1) + (-1,)
-    mean, std = (jnp.asarray(np.asarray(values, np.float32).reshape(dims)) for values in (statistics.mean_C, statistics.std_C))
+    mean, std = (
+        jnp.asarray(np.asarray(values, np.float32).reshape(dims))
+        for values in (statistics.mean_C, statistics.std_C)
+    )
     images = images.astype(jnp.float32)
     return batch | {"image": (images - scale * mean) * (1 / (scale * std))}

@@ -1,7 +1,8 @@
 """A table of examples: the one shape in which every data source hands out its data.
 
-A table knows its length, what one example looks like, and how to read many rows at once. Arrays in memory, memory maps, record files and
-image folders are all tables; the pipeline asks for nothing else. Fields are called `image` and `label` whatever the source called them.
+A table knows its length, what one example looks like, and how to read many rows at once. Arrays in
+memory, memory maps, record files and image folders are all tables; the pipeline asks for nothing
+else. Fields are called `image` and `label` whatever the source called them.
 """
 
 import dataclasses
@@ -32,13 +33,15 @@ class Table(Protocol):
 
     @property
     def arrays(self) -> Mapping[str, np.ndarray] | None:
-        """The whole table, where it lies in host memory or is memory-mapped; otherwise None. Its dtypes may be wider than `fields` says."""
+        """The whole table, where it lies in host memory or is memory-mapped; otherwise None. Its
+        dtypes may be wider than `fields` says."""
         ...
 
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Copies of the rows at `indices` (any order, repeats allowed), exactly of the shapes and dtypes of `fields`; thread-safe."""
+        """Copies of the rows at `indices` (any order, repeats allowed), exactly of the shapes and
+        dtypes of `fields`; thread-safe."""
         ...
 
 
@@ -46,7 +49,9 @@ class Table(Protocol):
 class ArrayTable:
     """A table over NumPy arrays or memory maps with a common first dim.
 
-    >>> table = ArrayTable({"image": np.zeros((5, 8, 8, 1), np.uint8), "label": np.arange(5)}, num_classes=5)
+    >>> table = ArrayTable(
+    ...     {"image": np.zeros((5, 8, 8, 1), np.uint8), "label": np.arange(5)}, num_classes=5
+    ... )
     >>> len(table), table.fields["label"].dtype, table.read(np.array([4, 0]))["label"]
     (5, dtype('int32'), array([4, 0], dtype=int32))
     """
@@ -58,19 +63,26 @@ class ArrayTable:
     @property
     def fields(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of each field of one example; see `device_dtype`."""
-        return {name: jax.ShapeDtypeStruct(array.shape[1:], device_dtype(array.dtype)) for name, array in self.arrays.items()}
+        return {
+            name: jax.ShapeDtypeStruct(array.shape[1:], device_dtype(array.dtype))
+            for name, array in self.arrays.items()
+        }
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Copies of the rows at `indices`; of a memory map, only these rows are read."""
-        return {name: np.asarray(array[indices], device_dtype(array.dtype)) for name, array in self.arrays.items()}
+        return {
+            name: np.asarray(array[indices], device_dtype(array.dtype))
+            for name, array in self.arrays.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)
 class SliceTable:
-    """The rows `rows` of another table, read through it (for tables that are not whole in memory)."""
+    """The rows `rows` of another table, read through it (for tables that are not whole in
+    memory)."""
 
     table: Table
     rows: np.ndarray | range
@@ -133,7 +145,10 @@ class JoinedTable:
         indices = np.asarray(indices)
         ends = np.cumsum([len(table) for table in self.tables])
         part = np.searchsorted(ends, indices, side="right")
-        rows = {name: np.empty((len(indices), *field.shape), field.dtype) for name, field in self.fields.items()}
+        rows = {
+            name: np.empty((len(indices), *field.shape), field.dtype)
+            for name, field in self.fields.items()
+        }
         for number in np.unique(part):
             here = part == number
             start = ends[number] - len(self.tables[number])
@@ -143,7 +158,8 @@ class JoinedTable:
 
 
 def select(table: Table, rows: np.ndarray | range) -> Table:
-    """The part of a table made of `rows`: views where they are contiguous, copies of small arrays, otherwise read through the table.
+    """The part of a table made of `rows`: views where they are contiguous, copies of small arrays,
+    otherwise read through the table.
 
     >>> part = select(ArrayTable({"label": np.arange(10)}), range(2, 6))
     >>> len(part), part.arrays["label"]
@@ -167,16 +183,31 @@ def select(table: Table, rows: np.ndarray | range) -> Table:
 def join(*tables: Table) -> Table:
     """The tables one after the other, as one.
 
-    >>> join(ArrayTable({"label": np.arange(2)}), ArrayTable({"label": np.arange(3)})).read(np.array([4, 1]))["label"]
+    >>> join(ArrayTable({"label": np.arange(2)}), ArrayTable({"label": np.arange(3)})).read(
+    ...     np.array([4, 1])
+    ... )["label"]
     array([2, 1], dtype=int32)
     """
     if len(tables) == 1:
         return tables[0]
-    shapes = {tuple(sorted((name, field.shape, str(field.dtype)) for name, field in table.fields.items())) for table in tables}
+    shapes = {
+        tuple(sorted((name, field.shape, str(field.dtype)) for name, field in table.fields.items()))
+        for table in tables
+    }
     if len(shapes) > 1:
-        raise ValueError(f"parts of one split differ in fields or shapes: {' and '.join(map(str, sorted(shapes)))}")
-    if all(table.arrays is not None and not any(isinstance(a, np.memmap) for a in table.arrays.values()) for table in tables):
-        arrays = {name: np.concatenate([table.arrays[name] for table in tables]) for name in tables[0].arrays}
+        raise ValueError(
+            "parts of one split differ in fields or shapes:"
+            f" {' and '.join(map(str, sorted(shapes)))}"
+        )
+    if all(
+        table.arrays is not None
+        and not any(isinstance(a, np.memmap) for a in table.arrays.values())
+        for table in tables
+    ):
+        arrays = {
+            name: np.concatenate([table.arrays[name] for table in tables])
+            for name in tables[0].arrays
+        }
         return ArrayTable(arrays, tables[0].num_classes, tables[0].class_names)
     return JoinedTable(tuple(tables))
 
@@ -187,7 +218,10 @@ def load(table: Table, chunk: int = 8192) -> ArrayTable:
     >>> load(SliceTable(ArrayTable({"label": np.arange(9)}), range(3, 6))).arrays["label"]
     array([3, 4, 5], dtype=int32)
     """
-    arrays = {name: np.empty((len(table), *field.shape), field.dtype) for name, field in table.fields.items()}
+    arrays = {
+        name: np.empty((len(table), *field.shape), field.dtype)
+        for name, field in table.fields.items()
+    }
     for start in range(0, len(table), chunk):
         for name, values in table.read(np.arange(start, min(start + chunk, len(table)))).items():
             arrays[name][start : start + chunk] = values
@@ -196,14 +230,22 @@ def load(table: Table, chunk: int = 8192) -> ArrayTable:
 
 def num_bytes(table: Table) -> int:
     """How much memory the whole table takes, on a device or in the host."""
-    return len(table) * sum(int(np.prod(field.shape)) * np.dtype(field.dtype).itemsize for field in table.fields.values())
+    return len(table) * sum(
+        int(np.prod(field.shape)) * np.dtype(field.dtype).itemsize
+        for field in table.fields.values()
+    )
 
 
 def device_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype that rows have on a device: integers and floats of 64 bits become 32 (jax has no others by default), half ones float32.
+    """The dtype that rows have on a device: integers and floats of 64 bits become 32 (jax has no
+    others by default), half ones float32.
 
     >>> device_dtype(np.dtype("int64")), device_dtype(np.dtype("uint8"))
     (dtype('int32'), dtype('uint8'))
     """
     wide = {"i": "int32", "u": "int32", "f": "float32"}
-    return np.dtype(dtype) if np.dtype(dtype) in (np.uint8, np.bool_) else np.dtype(wide[np.dtype(dtype).kind])
+    return (
+        np.dtype(dtype)
+        if np.dtype(dtype) in (np.uint8, np.bool_)
+        else np.dtype(wide[np.dtype(dtype).kind])
+    )

@@ -1,8 +1,9 @@
 """A small convolutional network for images and for 1-D signals.
 
-Each stage is a few convolutions with batch normalisation; between stages the places are halved. Pooling comes right after a
-convolution, before its norm and activation: with an increasing activation that is nearly the same function, and the elementwise work
-shrinks fourfold, which on CPU is a good part of a step.
+Each stage is a few convolutions with batch normalisation; between stages the places are halved.
+Pooling comes right after a convolution, before its norm and activation: with an increasing
+activation that is nearly the same function, and the elementwise work shrinks fourfold, which on CPU
+is a good part of a step.
 
 Dims: B batch, C channels, `spatial` all between (H and W of an image, L of a signal).
 """
@@ -31,13 +32,15 @@ class ConvNet(nn.Module):
     num_classes: Count = 10
     "outputs of the network"
     widths: tuple[int, ...] = (16, 32, 64, 128)
-    "channels of each stage; the places are halved between stages, so late stages are cheap and hold most parameters"
+    """channels of each stage; the places are halved between stages, so late stages are cheap and
+    hold most parameters"""
     depth: Count = 1
     "convolutions a stage"
     kernel: Count = 3
     "places a side that a convolution sees"
     block: Count = 1
-    "fold blocks of this many pixels a side into channels first: 2 makes a step cheaper, and cost 1% on Fashion-MNIST"
+    """fold blocks of this many pixels a side into channels first: 2 makes a step cheaper, and cost
+    1% on Fashion-MNIST"""
     norm: Literal["batch", "none"] = "batch"
     "normalisation after each convolution"
     activation: layers.Activation = "relu"
@@ -56,7 +59,8 @@ class ConvNet(nn.Module):
         x = x[..., None] if x.ndim == 2 else x
         if x.ndim not in (3, 4):
             raise ValueError(
-                f"ConvNet: input shape {inputs.shape} is neither (batch, length[, channels]) nor (batch, height, width, channels)"
+                f"ConvNet: input shape {inputs.shape} is neither (batch, length[, channels]) nor"
+                " (batch, height, width, channels)"
             )
         x = layers.spatial_to_channels(x, self.block) if self.block > 1 else x
         for stage, width in enumerate(self.widths):
@@ -72,7 +76,14 @@ class ConvNet(nn.Module):
         """One convolution with its pooling, norm and activation."""
         kernel = (self.kernel,) * (x.ndim - 2)
         circular, bias = self.padding == "circular", self.norm == "none"
-        x = layers.conv(width, kernel, bias=bias, circular=circular, initializer=layers.HE_FAN_IN, name=f"{name}_conv")(x)
+        x = layers.conv(
+            width,
+            kernel,
+            bias=bias,
+            circular=circular,
+            initializer=layers.HE_FAN_IN,
+            name=f"{name}_conv",
+        )(x)
         x = layers.halve(x, self.pool) if halve else x
         x = layers.batch_norm(train, name=f"{name}_norm")(x) if self.norm == "batch" else x
         return layers.ACTIVATIONS[self.activation](x)

@@ -1,16 +1,23 @@
 """Layers that the model families share, and the vocabulary of logical axes.
 
-Every parameter is born in a box that names its dims by meaning; a table elsewhere maps these logical axes to mesh axes. The words:
+Every parameter is born in a box that names its dims by meaning; a table elsewhere maps these
+logical axes to mesh axes. The words:
 
-    embed     width of a transformer's residual stream        heads, head_dim   attention heads, and the width of one
-    mlp       hidden width of a dense block                    mlp_in            what enters a dense block
-    conv_in   channels into a convolution                      conv_out          channels out of it (norms and biases, too)
-    position  places of a learned position embedding           patch             numbers of one image patch
-    classes   outputs of the head                            vocab             tokens that there are, into a model and out of it
+    embed     width of a transformer's residual stream        heads, head_dim   attention heads, and
+              the width of one
+    mlp       hidden width of a dense block                    mlp_in            what enters a dense
+              block
+    conv_in   channels into a convolution                      conv_out          channels out of it
+              (norms and biases, too)
+    position  places of a learned position embedding           patch             numbers of one
+              image patch
+    classes   outputs of the head                            vocab             tokens that there
+              are, into a model and out of it
     None      a dim nobody shards: kernel height and width, the three of query-key-value
 
-Dims in names: B batch, H height, W width, L length or places, C channels, D features or model width, N heads, K head width, Q the three of
-query, key and value; `spatial` dims are all between B and C.
+Dims in names: B batch, H height, W width, L length or places, C channels, D features or model
+width, N heads, K head width, Q the three of query, key and value; `spatial` dims are all between B
+and C.
 """
 
 import math
@@ -25,7 +32,11 @@ from jax.ad_checkpoint import checkpoint_name
 Initializer = Callable[..., Any]
 Activation = Literal["relu", "gelu", "silu"]
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nn.relu, "gelu": nn.gelu, "silu": nn.silu}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": nn.relu,
+    "gelu": nn.gelu,
+    "silu": nn.silu,
+}
 HE_FAN_IN = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
 HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 LECUN = nn.initializers.lecun_normal()
@@ -45,7 +56,8 @@ def boxed(initializer: Initializer, *axes: str | None) -> Initializer:
 
 
 class Dropout(nn.Module):
-    """Sets each number to zero with probability `rate`, which may be traced; a Python 0 costs nothing.
+    """Sets each number to zero with probability `rate`, which may be traced; a Python 0 costs
+    nothing.
 
     >>> Dropout(rate=0.5).apply({}, jnp.ones((2, 3)), train=False).tolist()
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
@@ -74,12 +86,16 @@ def conv(
     initializer: Initializer = HE_FAN_OUT,
     name: str | None = None,
 ) -> nn.Conv:
-    """A convolution padded by half its kernel on both sides, so that stride s turns n places into ceil(n / s) (odd kernels).
+    """A convolution padded by half its kernel on both sides, so that stride s turns n places into
+    ceil(n / s) (odd kernels).
 
-    >>> conv(4, (3, 3), stride=2).init_with_output(jax.random.key(0), jnp.ones((1, 7, 7, 2)))[0].shape
+    >>> conv(4, (3, 3), stride=2).init_with_output(jax.random.key(0), jnp.ones((1, 7, 7, 2)))[
+    ...     0
+    ... ].shape
     (1, 4, 4, 4)
 
-    XLA's "SAME" pads even sizes by less before than after; ours is what the ResNets' published weights were trained with.
+    XLA's "SAME" pads even sizes by less before than after; ours is what the ResNets' published
+    weights were trained with.
     """
     return nn.Conv(
         features,
@@ -96,27 +112,37 @@ def conv(
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     """The bias added along the last dims of `x`, in float32 and back in the dtype of `x`.
 
-    >>> gradient = jax.grad(lambda bias: add_bias(jnp.zeros((4096, 1), jnp.bfloat16), bias).sum())(jnp.zeros(1, jnp.bfloat16))
+    >>> gradient = jax.grad(lambda bias: add_bias(jnp.zeros((4096, 1), jnp.bfloat16), bias).sum())(
+    ...     jnp.zeros(1, jnp.bfloat16)
+    ... )
     >>> float(gradient[0])
     4096.0
 
-    A bias's gradient is a sum over batch and places, and XLA on CPU adds bfloat16 to bfloat16: of 4,096 equal numbers it made 40% of their sum.
+    A bias's gradient is a sum over batch and places, and XLA on CPU adds bfloat16 to bfloat16: of
+    4,096 equal numbers it made 40% of their sum.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return (x.astype(wide) + bias.astype(wide)[(None,) * (x.ndim - bias.ndim)]).astype(x.dtype)
 
 
-def product_of_rows(x: jax.Array, kernel: jax.Array, dims: Any = None, precision: Any = None, **options: Any) -> jax.Array:
-    """The product over the last dim of `x` and the first of `kernel`, as one of rows; has the arguments of `lax.dot_general`.
+def product_of_rows(
+    x: jax.Array, kernel: jax.Array, dims: Any = None, precision: Any = None, **options: Any
+) -> jax.Array:
+    """The product over the last dim of `x` and the first of `kernel`, as one of rows; has the
+    arguments of `lax.dot_general`.
 
     >>> product_of_rows(jnp.ones((2, 3, 4)), jnp.ones((4, 5, 6))).shape
     (2, 3, 5, 6)
 
-    With (B, L, D) as it is, XLA on CPU turns round a copy of what comes back for the kernel's gradient: 16 ms there and back, where rows take 7
-    (64 x 64 places, widths 64 and 256, two cores). A batch split over devices stays as it is; places that are split would have to be gathered.
+    With (B, L, D) as it is, XLA on CPU turns round a copy of what comes back for the kernel's
+    gradient: 16 ms there and back, where rows take 7 (64 x 64 places, widths 64 and 256, two
+    cores). A batch split over devices stays as it is; places that are split would have to be
+    gathered.
     """
     assert dims in (None, (((x.ndim - 1,), (0,)), ((), ()))), dims
-    y = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), precision=precision, **options)
+    y = jax.lax.dot_general(
+        x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), precision=precision, **options
+    )
     return y.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
@@ -128,7 +154,11 @@ class _Biased(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = super().__call__(x)
-        return add_bias(y, self.param("bias", self.bias_init, y.shape[-1:], self.param_dtype)) if self.bias else y
+        return (
+            add_bias(y, self.param("bias", self.bias_init, y.shape[-1:], self.param_dtype))
+            if self.bias
+            else y
+        )
 
 
 class Dense(_Biased, nn.Dense):
@@ -144,19 +174,37 @@ class DenseGeneral(_Biased, nn.DenseGeneral):
 
 
 def dense(
-    features: int, axes: tuple[str, str], *, bias: bool = True, initializer: Initializer = LECUN, name: str | None = None
+    features: int,
+    axes: tuple[str, str],
+    *,
+    bias: bool = True,
+    initializer: Initializer = LECUN,
+    name: str | None = None,
 ) -> Dense:
     """A dense layer whose kernel has these two logical axes, and whose bias the second."""
     kernel_init, bias_init = boxed(initializer, *axes), boxed(ZEROS, axes[1])
-    return Dense(features, bias=bias, dot_general=product_of_rows, kernel_init=kernel_init, bias_init=bias_init, name=name)
+    return Dense(
+        features,
+        bias=bias,
+        dot_general=product_of_rows,
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        name=name,
+    )
 
 
-def query_key_value(module: nn.Module, x_BLD: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Query, key and value (B, L, N, K) of a place, by one product, which is faster than three; `module` gets its kernel and bias."""
+def query_key_value(
+    module: nn.Module, x_BLD: jax.Array, heads: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Query, key and value (B, L, N, K) of a place, by one product, which is faster than three;
+    `module` gets its kernel and bias."""
     width = x_BLD.shape[-1]
     shape = (width, 3, heads, width // heads)
-    # Xavier's bound for each of the three on its own: the dim of three is a batch of kernels, not a wider one.
-    xavier = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=0, out_axis=(-2, -1), batch_axis=1)
+    # Xavier's bound for each of the three on its own: the dim of three is a batch of kernels, not a
+    # wider one.
+    xavier = nn.initializers.variance_scaling(
+        1.0, "fan_avg", "uniform", in_axis=0, out_axis=(-2, -1), batch_axis=1
+    )
     kernel_DQNK = module.param("kernel", boxed(xavier, "embed", None, "heads", "head_dim"), shape)
     bias_QNK = module.param("bias", boxed(ZEROS, None, "heads", "head_dim"), shape[1:])
     x_BLD, kernel_DQNK, bias_QNK = nn.dtypes.promote_dtype(x_BLD, kernel_DQNK, bias_QNK)
@@ -167,30 +215,47 @@ def query_key_value(module: nn.Module, x_BLD: jax.Array, heads: int) -> tuple[ja
 def merged_heads(width: int, *, name: str) -> DenseGeneral:
     """The product that turns what the heads found (B, L, N, K) into the stream (B, L, D)."""
     kernel_init, bias_init = boxed(XAVIER, "heads", "head_dim", "embed"), boxed(ZEROS, "embed")
-    return DenseGeneral(width, axis=(-2, -1), kernel_init=kernel_init, bias_init=bias_init, name=name)
+    return DenseGeneral(
+        width, axis=(-2, -1), kernel_init=kernel_init, bias_init=bias_init, name=name
+    )
 
 
-def batch_norm(train: bool, *, axis: str = "conv_out", scale: Initializer = ONES, name: str | None = None) -> nn.BatchNorm:
-    """Batch normalisation by the statistics of this batch in training, by the running averages otherwise.
+def batch_norm(
+    train: bool, *, axis: str = "conv_out", scale: Initializer = ONES, name: str | None = None
+) -> nn.BatchNorm:
+    """Batch normalisation by the statistics of this batch in training, by the running averages
+    otherwise.
 
-    The running averages keep 0.9 of their value at each step, as in PyTorch's default; unlike there the variance is the biased one.
+    The running averages keep 0.9 of their value at each step, as in PyTorch's default; unlike there
+    the variance is the biased one.
     """
     scale_init, bias_init = boxed(scale, axis), boxed(ZEROS, axis)
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, scale_init=scale_init, bias_init=bias_init, name=name)
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        scale_init=scale_init,
+        bias_init=bias_init,
+        name=name,
+    )
 
 
 def layer_norm(axis: str, *, name: str | None = None) -> nn.LayerNorm:
     """Layer normalisation over the last dim, whose logical axis is `axis`."""
-    return nn.LayerNorm(epsilon=1e-6, scale_init=boxed(ONES, axis), bias_init=boxed(ZEROS, axis), name=name)
+    return nn.LayerNorm(
+        epsilon=1e-6, scale_init=boxed(ONES, axis), bias_init=boxed(ZEROS, axis), name=name
+    )
 
 
 def head(num_classes: int, axis: str, *, initializer: Initializer = LECUN) -> Dense:
-    """The last dense layer, named `head` in every family so that rules and warm starts can find it."""
+    """The last dense layer, named `head` in every family so that rules and warm starts can find
+    it."""
     return dense(num_classes, (axis, "classes"), initializer=initializer, name="head")
 
 
 def block_end(x: jax.Array) -> jax.Array:
-    """The same numbers, marked as the output of a block: a rematerialisation policy keeps these by the name `block`, and no others.
+    """The same numbers, marked as the output of a block: a rematerialisation policy keeps these by
+    the name `block`, and no others.
 
     >>> block_end(jnp.arange(3)).tolist()
     [0, 1, 2]
@@ -212,11 +277,15 @@ def as_float(inputs: jax.Array) -> jax.Array:
 def check_image(inputs: jax.Array, model: str) -> None:
     """`ValueError` unless `inputs` are images (B, H, W, C)."""
     if inputs.ndim != 4:
-        raise ValueError(f"{model}: input shape {inputs.shape} is not (batch, height, width, channels); add the missing dim")
+        raise ValueError(
+            f"{model}: input shape {inputs.shape} is not (batch, height, width, channels); add the"
+            " missing dim"
+        )
 
 
 def check_counts(counts: Sequence[int], name: str, *, example: str = "") -> None:
-    """`ValueError` if a count is below 1, or, where an `example` says that one is needed, if there is none."""
+    """`ValueError` if a count is below 1, or, where an `example` says that one is needed, if there
+    is none."""
     if any(count < 1 for count in counts):
         raise ValueError(f"{name}={tuple(counts)}: every entry must be >= 1")
     if example and not counts:
@@ -224,9 +293,13 @@ def check_counts(counts: Sequence[int], name: str, *, example: str = "") -> None
 
 
 def spatial_to_channels(x: jax.Array, block: int) -> jax.Array:
-    """Moves each block of neighbouring places into the channels: (B, H, W, C) -> (B, H/b, W/b, b*b*C), likewise in 1-D.
+    """Moves each block of neighbouring places into the channels: (B, H, W, C) -> (B, H/b, W/b,
+    b*b*C), likewise in 1-D.
 
-    >>> spatial_to_channels(jnp.zeros((2, 8, 6, 3)), 2).shape, spatial_to_channels(jnp.zeros((2, 8, 3)), 4).shape
+    >>> (
+    ...     spatial_to_channels(jnp.zeros((2, 8, 6, 3)), 2).shape,
+    ...     spatial_to_channels(jnp.zeros((2, 8, 3)), 4).shape,
+    ... )
     ((2, 4, 3, 12), (2, 2, 12))
 
     `ValueError` if a spatial size is no multiple of `block`.
@@ -234,11 +307,18 @@ def spatial_to_channels(x: jax.Array, block: int) -> jax.Array:
     spatial = x.shape[1:-1]
     if any(size % block for size in spatial):
         sizes = "x".join(map(str, spatial))
-        raise ValueError(f"input of {sizes}: not divisible into blocks of {block}; resize or crop it, or choose another size")
+        raise ValueError(
+            f"input of {sizes}: not divisible into blocks of {block}; resize or crop it, or choose"
+            " another size"
+        )
     rank = len(spatial)
-    split = x.reshape(x.shape[0], *(part for size in spatial for part in (size // block, block)), x.shape[-1])
+    split = x.reshape(
+        x.shape[0], *(part for size in spatial for part in (size // block, block)), x.shape[-1]
+    )
     order = (0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
-    return split.transpose(order).reshape(x.shape[0], *(size // block for size in spatial), block**rank * x.shape[-1])
+    return split.transpose(order).reshape(
+        x.shape[0], *(size // block for size in spatial), block**rank * x.shape[-1]
+    )
 
 
 def halve(x: jax.Array, kind: Literal["max", "mean"] = "max") -> jax.Array:
@@ -247,14 +327,19 @@ def halve(x: jax.Array, kind: Literal["max", "mean"] = "max") -> jax.Array:
     >>> halve(jnp.arange(6.0).reshape(1, 6, 1)).ravel().tolist()
     [1.0, 3.0, 5.0]
 
-    Windows do not overlap, so a reshape does it: the gradient of XLA's own pooling is several times slower on CPU.
+    Windows do not overlap, so a reshape does it: the gradient of XLA's own pooling is several times
+    slower on CPU.
     """
     for dim in range(1, x.ndim - 1):
         size = x.shape[dim] // 2
         if size == 0:
             continue
-        pairs = jax.lax.slice_in_dim(x, 0, 2 * size, axis=dim).reshape(*x.shape[:dim], size, 2, *x.shape[dim + 1 :])
-        first, second = (jax.lax.index_in_dim(pairs, place, axis=dim + 1, keepdims=False) for place in (0, 1))
+        pairs = jax.lax.slice_in_dim(x, 0, 2 * size, axis=dim).reshape(
+            *x.shape[:dim], size, 2, *x.shape[dim + 1 :]
+        )
+        first, second = (
+            jax.lax.index_in_dim(pairs, place, axis=dim + 1, keepdims=False) for place in (0, 1)
+        )
         x = jnp.maximum(first, second) if kind == "max" else (first + second) * 0.5
     return x
 
@@ -265,20 +350,26 @@ def mean_places(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], places, x.shape[-1]).mean(axis=1)
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = False) -> jax.Array:
-    """Softmax attention of (B, L, N, K) arrays, each place over all places, or over itself and those before it.
+def attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = False
+) -> jax.Array:
+    """Softmax attention of (B, L, N, K) arrays, each place over all places, or over itself and
+    those before it.
 
     >>> attention(*[jnp.ones((1, 2, 1, 4))] * 3).shape
     (1, 2, 1, 4)
 
-    XLA's CPU backend has no float16 product of the kind that jax asks for here, so there float16 is computed in float32.
+    XLA's CPU backend has no float16 product of the kind that jax asks for here, so there float16 is
+    computed in float32.
     """
 
     def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(query, key, value, is_causal=causal)
 
     def widened(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return plain(*(array.astype(jnp.float32) for array in (query, key, value))).astype(query.dtype)
+        return plain(*(array.astype(jnp.float32) for array in (query, key, value))).astype(
+            query.dtype
+        )
 
     if query.dtype != jnp.float16:
         return plain(query, key, value)

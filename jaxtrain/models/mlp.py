@@ -43,7 +43,9 @@ class MLP(nn.Module):
         x_BD = layers.as_float(inputs).reshape(inputs.shape[0], -1)
         x_BD = layers.Dropout(self.input_dropout)(x_BD, train)
         for index, width in enumerate(self.widths):
-            x_BD = layers.dense(width, ("mlp_in", "mlp"), initializer=layers.HE_FAN_IN, name=f"hidden{index}")(x_BD)
+            x_BD = layers.dense(
+                width, ("mlp_in", "mlp"), initializer=layers.HE_FAN_IN, name=f"hidden{index}"
+            )(x_BD)
             x_BD = self._normalised(x_BD, train=train, name=f"norm{index}")
             x_BD = layers.ACTIVATIONS[self.activation](x_BD)
             x_BD = layers.Dropout(self.dropout)(x_BD, train)

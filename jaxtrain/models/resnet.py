@@ -1,7 +1,9 @@
-"""Residual networks: for small images (He et al. 2016, section 4.2; wide ones by Zagoruyko and Komodakis) and for ImageNet.
+"""Residual networks: for small images (He et al. 2016, section 4.2; wide ones by Zagoruyko and
+Komodakis) and for ImageNet.
 
-One class, one dial per choice: which block, how many in each stage, how the first layer looks at the image, and how a shortcut crosses
-a change of shape. ImageNet's bottleneck strides in its 3x3 convolution ("v1.5"), and norms that end a branch start at zero there.
+One class, one dial per choice: which block, how many in each stage, how the first layer looks at
+the image, and how a shortcut crosses a change of shape. ImageNet's bottleneck strides in its 3x3
+convolution ("v1.5"), and norms that end a branch start at zero there.
 
 Dims: B batch, H height, W width, C channels.
 """
@@ -26,7 +28,8 @@ class ResNet(nn.Module):
     >>> model.apply(variables, jnp.zeros((2, 8, 8, 3))).shape
     (2, 10)
 
-    Inputs are images (B, H, W, C) of any size; each stage after the first halves the places and doubles the channels.
+    Inputs are images (B, H, W, C) of any size; each stage after the first halves the places and
+    doubles the channels.
     """
 
     num_classes: Count = 10
@@ -42,11 +45,13 @@ class ResNet(nn.Module):
     stem_width: Count = 16
     "channels of the first layer"
     shortcut: Literal["pad", "project"] = "pad"
-    "across a change of shape: every second place and zero channels (He's option A), or a 1x1 convolution (B)"
+    """across a change of shape: every second place and zero channels (He's option A), or a 1x1
+    convolution (B)"""
     zero_init: bool = False
     "start the norm that ends each branch at zero, so that every block starts as the identity"
     dropout: DropRate = 0.0
-    "share of features dropped in training: inside each block if preactivation, else before the last layer"
+    """share of features dropped in training: inside each block if preactivation, else before the
+    last layer"""
 
     @nn.compact
     def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
@@ -57,7 +62,9 @@ class ResNet(nn.Module):
         for stage, blocks in enumerate(self.stages):
             for index in range(blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
-                block = self._block(self.width * 2**stage, stride, name=f"stage{stage}_block{index}")
+                block = self._block(
+                    self.width * 2**stage, stride, name=f"stage{stage}_block{index}"
+                )
                 x_BHWC = layers.block_end(block(x_BHWC, train))
         if preactivation:
             x_BHWC = nn.relu(layers.batch_norm(train, name="norm")(x_BHWC))
@@ -95,12 +102,15 @@ class BasicBlock(nn.Module):
         branch = layers.conv(self.width, (3, 3), stride=self.stride, name="conv0")(x_BHWC)
         branch = nn.relu(layers.batch_norm(train, name="norm0")(branch))
         branch = layers.conv(self.width, (3, 3), name="conv1")(branch)
-        branch = layers.batch_norm(train, scale=layers.ZEROS if self.zero_init else layers.ONES, name="norm1")(branch)
+        branch = layers.batch_norm(
+            train, scale=layers.ZEROS if self.zero_init else layers.ONES, name="norm1"
+        )(branch)
         return nn.relu(branch + cross(self, x_BHWC, branch.shape[-1], train))
 
 
 class BottleneckBlock(nn.Module):
-    """A 1x1, a 3x3 (which strides) and a 1x1 convolution to four times the width, beside the shortcut."""
+    """A 1x1, a 3x3 (which strides) and a 1x1 convolution to four times the width, beside the
+    shortcut."""
 
     width: int
     stride: int = 1
@@ -114,12 +124,15 @@ class BottleneckBlock(nn.Module):
         branch = layers.conv(self.width, (3, 3), stride=self.stride, name="conv1")(branch)
         branch = nn.relu(layers.batch_norm(train, name="norm1")(branch))
         branch = layers.conv(self.width * EXPANSION["bottleneck"], (1, 1), name="conv2")(branch)
-        branch = layers.batch_norm(train, scale=layers.ZEROS if self.zero_init else layers.ONES, name="norm2")(branch)
+        branch = layers.batch_norm(
+            train, scale=layers.ZEROS if self.zero_init else layers.ONES, name="norm2"
+        )(branch)
         return nn.relu(branch + cross(self, x_BHWC, branch.shape[-1], train))
 
 
 class PreactivationBlock(nn.Module):
-    """Norm and activation before each of two 3x3 convolutions; a change of shape is projected from the first activation."""
+    """Norm and activation before each of two 3x3 convolutions; a change of shape is projected from
+    the first activation."""
 
     width: int
     stride: int = 1
@@ -134,11 +147,16 @@ class PreactivationBlock(nn.Module):
         branch = layers.conv(self.width, (3, 3), name="conv1")(branch)
         if x_BHWC.shape == branch.shape:
             return x_BHWC + branch
-        return branch + layers.conv(self.width, (1, 1), stride=self.stride, name="shortcut_conv")(active)
+        return branch + layers.conv(self.width, (1, 1), stride=self.stride, name="shortcut_conv")(
+            active
+        )
 
 
-def cross(block: BasicBlock | BottleneckBlock, x_BHWC: jax.Array, channels: int, train: bool) -> jax.Array:
-    """The shortcut of a block: the identity where shapes agree, else zero channels added or a projection."""
+def cross(
+    block: BasicBlock | BottleneckBlock, x_BHWC: jax.Array, channels: int, train: bool
+) -> jax.Array:
+    """The shortcut of a block: the identity where shapes agree, else zero channels added or a
+    projection."""
     if block.stride == 1 and x_BHWC.shape[-1] == channels:
         return x_BHWC
     if block.shortcut == "project":
@@ -147,7 +165,8 @@ def cross(block: BasicBlock | BottleneckBlock, x_BHWC: jax.Array, channels: int,
     extra = channels - x_BHWC.shape[-1]
     if extra < 0:
         raise ValueError(
-            f"ResNet.shortcut=pad: cannot pad {x_BHWC.shape[-1]} channels to {channels}; set stem_width <= width, or shortcut=project"
+            f"ResNet.shortcut=pad: cannot pad {x_BHWC.shape[-1]} channels to {channels}; set"
+            " stem_width <= width, or shortcut=project"
         )
     kept = x_BHWC[:, :: block.stride, :: block.stride]
     return jnp.pad(kept, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
@@ -156,7 +175,14 @@ def cross(block: BasicBlock | BottleneckBlock, x_BHWC: jax.Array, channels: int,
 def imagenet(stages: tuple[int, ...], block: Literal["basic", "bottleneck"]) -> ResNet:
     """A ResNet for ImageNet with this many blocks a stage."""
     return ResNet(
-        num_classes=1000, stages=stages, width=64, block=block, stem="imagenet", stem_width=64, shortcut="project", zero_init=True
+        num_classes=1000,
+        stages=stages,
+        width=64,
+        block=block,
+        stem="imagenet",
+        stem_width=64,
+        shortcut="project",
+        zero_init=True,
     )
 
 

@@ -1,9 +1,12 @@
-"""The transformer over tokens: a causal decoder, pre-norm, with learned or rotary positions and a head that may be tied.
+"""The transformer over tokens: a causal decoder, pre-norm, with learned or rotary positions and a
+head that may be tied.
 
-GPT-2's arrangement (Radford et al. 2019), laid out so that its relatives become further fields rather than further files. It computes in the
-dtype of its parameters: tokens are integers, so the embedding decides the stream. Norms, the softmax and rotations are float32 inside.
+GPT-2's arrangement (Radford et al. 2019), laid out so that its relatives become further fields
+rather than further files. It computes in the dtype of its parameters: tokens are integers, so the
+embedding decides the stream. Norms, the softmax and rotations are float32 inside.
 
-Dims: B batch, T tokens of a sequence, V vocabulary, D model width, N heads, K head width, R half of K.
+Dims: B batch, T tokens of a sequence, V vocabulary, D model width, N heads, K head width, R half of
+K.
 """
 
 from typing import Literal
@@ -27,8 +30,9 @@ class Transformer(nn.Module):
     >>> model.apply(variables, jnp.zeros((2, 8), jnp.int32)).shape
     (2, 8, 11)
 
-    A place sees itself and what is before it. Any length will do with rotary positions, up to `max_length` with learned ones. `ValueError` if
-    the input is no (batch, length) of integers or too long, or `heads` do not fit. A token beyond the vocabulary makes its sequence nan.
+    A place sees itself and what is before it. Any length will do with rotary positions, up to
+    `max_length` with learned ones. `ValueError` if the input is no (batch, length) of integers or
+    too long, or `heads` do not fit. A token beyond the vocabulary makes its sequence nan.
     """
 
     vocabulary: Count = 64
@@ -42,7 +46,8 @@ class Transformer(nn.Module):
     mlp_ratio: Count = 4
     "hidden width of each block's dense layers, as a multiple of the width"
     positions: Literal["learned", "rotary"] = "learned"
-    "how places are told apart: a learned embedding of each, or queries and keys turned by their place (no parameters)"
+    """how places are told apart: a learned embedding of each, or queries and keys turned by their
+    place (no parameters)"""
     max_length: Count = 1024
     "how many places a learned embedding has; of no effect with rotary positions"
     tied: bool = True
@@ -53,44 +58,61 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
         self._check(inputs)
-        embed_VD = self.param("embed", layers.boxed(SMALL_NORMAL, "vocab", "embed"), (self.vocabulary, self.width))
+        embed_VD = self.param(
+            "embed", layers.boxed(SMALL_NORMAL, "vocab", "embed"), (self.vocabulary, self.width)
+        )
         x_BTD = look_up(embed_VD, inputs)
         length, angles_TR = inputs.shape[1], None
         if self.positions == "learned":
             initializer = layers.boxed(SMALL_NORMAL, "position", "embed")
-            positions_TD = self.param("positions", initializer, (self.max_length, self.width))[:length]
+            positions_TD = self.param("positions", initializer, (self.max_length, self.width))[
+                :length
+            ]
             x_BTD = layers.add_bias(x_BTD, positions_TD)
         else:
             angles_TR = rotary_angles(length, self.width // self.heads)
         x_BTD = layers.Dropout(self.dropout)(x_BTD, train)
         for index in range(self.depth):
-            block = Block(self.heads, self.mlp_ratio * self.width, self.dropout, name=f"block{index}")
+            block = Block(
+                self.heads, self.mlp_ratio * self.width, self.dropout, name=f"block{index}"
+            )
             x_BTD = layers.block_end(block(x_BTD, angles_TR, train))
         x_BTD = layers.layer_norm("embed", name="norm")(x_BTD)
         if self.tied:
             return jnp.einsum("btd,vd->btv", *nn.dtypes.promote_dtype(x_BTD, embed_VD))
-        return layers.dense(self.vocabulary, ("embed", "vocab"), bias=False, initializer=SMALL_NORMAL, name="head")(x_BTD)
+        return layers.dense(
+            self.vocabulary, ("embed", "vocab"), bias=False, initializer=SMALL_NORMAL, name="head"
+        )(x_BTD)
 
     def _check(self, inputs: jax.Array) -> None:
         """What must fit, said by name before an index or a reshape says it in numbers."""
         if inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer):
-            raise ValueError(f"Transformer: input {inputs.dtype}{list(inputs.shape)} is not (batch, length) of integers; give it tokens")
+            raise ValueError(
+                f"Transformer: input {inputs.dtype}{list(inputs.shape)} is not (batch, length) of"
+                " integers; give it tokens"
+            )
         length = inputs.shape[1]
         if self.positions == "learned" and length > self.max_length:
             raise ValueError(
-                f"Transformer.max_length={self.max_length}: the input has {length} tokens; make it {length}, or choose positions=rotary"
+                f"Transformer.max_length={self.max_length}: the input has {length} tokens; make it"
+                f" {length}, or choose positions=rotary"
             )
         if self.width % self.heads:
-            raise ValueError(f"Transformer.heads={self.heads}: does not divide width={self.width}; choose a divisor of it")
+            raise ValueError(
+                f"Transformer.heads={self.heads}: does not divide width={self.width}; choose a"
+                " divisor of it"
+            )
         if self.positions == "rotary" and self.width // self.heads % 2:
             raise ValueError(
-                f"Transformer.heads={self.heads}: heads of {self.width // self.heads} are odd, and positions=rotary turns pairs; "
-                f"choose heads so that width={self.width} / heads is even"
+                f"Transformer.heads={self.heads}: heads of {self.width // self.heads} are odd, and"
+                f" positions=rotary turns pairs; choose heads so that width={self.width} / heads is"
+                " even"
             )
 
 
 class Block(nn.Module):
-    """Attention to what came before, then two dense layers, each on a normalised copy and added to the stream."""
+    """Attention to what came before, then two dense layers, each on a normalised copy and added to
+    the stream."""
 
     heads: int
     hidden: int
@@ -98,16 +120,23 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, angles_TR: jax.Array | None, train: bool) -> jax.Array:
-        branch = Attention(self.heads, name="attention")(layers.layer_norm("embed", name="norm0")(x_BTD), angles_TR)
+        branch = Attention(self.heads, name="attention")(
+            layers.layer_norm("embed", name="norm0")(x_BTD), angles_TR
+        )
         x_BTD = x_BTD + layers.Dropout(self.dropout)(branch, train)
         branch = layers.layer_norm("embed", name="norm1")(x_BTD)
-        branch = layers.dense(self.hidden, ("embed", "mlp"), initializer=layers.XAVIER, name="mlp_in")(branch)
-        branch = layers.dense(x_BTD.shape[-1], ("mlp", "embed"), initializer=layers.XAVIER, name="mlp_out")(nn.gelu(branch))
+        branch = layers.dense(
+            self.hidden, ("embed", "mlp"), initializer=layers.XAVIER, name="mlp_in"
+        )(branch)
+        branch = layers.dense(
+            x_BTD.shape[-1], ("mlp", "embed"), initializer=layers.XAVIER, name="mlp_out"
+        )(nn.gelu(branch))
         return x_BTD + layers.Dropout(self.dropout)(branch, train)
 
 
 class Attention(nn.Module):
-    """Every place looks at itself and those before it; query, key and value come from one product, and turn if there are angles."""
+    """Every place looks at itself and those before it; query, key and value come from one product,
+    and turn if there are angles."""
 
     heads: int
 
@@ -126,16 +155,21 @@ def look_up(embed_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     >>> look_up(jnp.eye(3), jnp.array([[2, 0]])).tolist()
     [[[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]]
 
-    A gather, whose gradient is a scatter: on two CPU cores 0.2 ms, there and back, where a one-hot product took 2.1 ms (64 x 64 tokens of 16,
-    width 64; larger vocabularies are worse for the product). It is summed in float32: in bfloat16 4,096 equal numbers made a tenth of their sum.
+    A gather, whose gradient is a scatter: on two CPU cores 0.2 ms, there and back, where a one-hot
+    product took 2.1 ms (64 x 64 tokens of 16, width 64; larger vocabularies are worse for the
+    product). It is summed in float32: in bfloat16 4,096 equal numbers made a tenth of their sum.
     """
     wide = jnp.promote_types(embed_VD.dtype, jnp.float32)
-    tokens_BT = jnp.where(tokens_BT < 0, embed_VD.shape[0], tokens_BT)  # -1 is a common padding, and to `take` the last row
-    return jnp.take(embed_VD.astype(wide), tokens_BT, axis=0, mode="fill", fill_value=jnp.nan).astype(embed_VD.dtype)
+    # -1 is a common padding, and to `take` the last row
+    tokens_BT = jnp.where(tokens_BT < 0, embed_VD.shape[0], tokens_BT)
+    return jnp.take(
+        embed_VD.astype(wide), tokens_BT, axis=0, mode="fill", fill_value=jnp.nan
+    ).astype(embed_VD.dtype)
 
 
 def rotary_angles(length: int, head_dim: int) -> jax.Array:
-    """By how much each pair of numbers turns at each place (T, R), in radians: from 1 down to nearly 1/10000 a place (Su et al. 2021).
+    """By how much each pair of numbers turns at each place (T, R), in radians: from 1 down to
+    nearly 1/10000 a place (Su et al. 2021).
 
     >>> rotary_angles(3, 4).tolist()[1]
     [1.0, 0.009999999776482582]
@@ -146,17 +180,23 @@ def rotary_angles(length: int, head_dim: int) -> jax.Array:
 
 
 def turned(x_BTNK: jax.Array, angles_TR: jax.Array) -> jax.Array:
-    """Each pair (number i, number i + R) turned by its angle, so that a product of two depends on the distance of their places only.
+    """Each pair (number i, number i + R) turned by its angle, so that a product of two depends on
+    the distance of their places only.
 
-    >>> turned(jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2), jnp.array([[jnp.pi / 2]])).round(3).ravel().tolist()
+    >>> turned(jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2), jnp.array([[jnp.pi / 2]])).round(
+    ...     3
+    ... ).ravel().tolist()
     [-0.0, 1.0]
 
-    Halves are paired, as in Llama's weights at Hugging Face; the paper pairs neighbours. Computed in float32: angles reach the length.
+    Halves are paired, as in Llama's weights at Hugging Face; the paper pairs neighbours. Computed
+    in float32: angles reach the length.
     """
     wide = jnp.promote_types(x_BTNK.dtype, jnp.float32)
     cos, sin = (wave(angles_TR).astype(wide)[None, :, None, :] for wave in (jnp.cos, jnp.sin))
     first, second = jnp.split(x_BTNK.astype(wide), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNK.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x_BTNK.dtype)
 
 
 NAMES: dict[str, nn.Module] = {

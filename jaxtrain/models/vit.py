@@ -1,7 +1,8 @@
-"""The vision transformer (Dosovitskiy et al. 2021; the sizes Ti, S, B, L of that paper and of DeiT), pre-norm throughout.
+"""The vision transformer (Dosovitskiy et al. 2021; the sizes Ti, S, B, L of that paper and of
+DeiT), pre-norm throughout.
 
-Dims: B batch, H height, W width, C channels, L places (patches, and the class token if there is one), D model width, N heads, K head
-width.
+Dims: B batch, H height, W width, C channels, L places (patches, and the class token if there is
+one), D model width, N heads, K head width.
 """
 
 from typing import Literal
@@ -22,7 +23,8 @@ class ViT(nn.Module):
     >>> model.apply(variables, jnp.zeros((2, 8, 8, 1))).shape
     (2, 10)
 
-    Inputs are images (B, H, W, C). `ValueError` if a side is no multiple of `patch`, or `width` none of `heads`.
+    Inputs are images (B, H, W, C). `ValueError` if a side is no multiple of `patch`, or `width`
+    none of `heads`.
     """
 
     num_classes: Count = 10
@@ -49,18 +51,29 @@ class ViT(nn.Module):
         self._check(inputs)
         patches_BHWD = layers.spatial_to_channels(layers.as_float(inputs), self.patch)
         batch, rows, columns, _ = patches_BHWD.shape
-        x_BLD = layers.dense(self.width, ("patch", "embed"), name="embed")(patches_BHWD.reshape(batch, rows * columns, -1))
+        x_BLD = layers.dense(self.width, ("patch", "embed"), name="embed")(
+            patches_BHWD.reshape(batch, rows * columns, -1)
+        )
         if self.positions == "sincos":
             x_BLD = x_BLD + sincos_positions(rows, columns, self.width)[None].astype(x_BLD.dtype)
         if self.pool == "token":
-            token_11D = self.param("token", layers.boxed(layers.ZEROS, None, None, "embed"), (1, 1, self.width))
-            x_BLD = jnp.concatenate([jnp.broadcast_to(token_11D, (batch, 1, self.width)).astype(x_BLD.dtype), x_BLD], axis=1)
+            token_11D = self.param(
+                "token", layers.boxed(layers.ZEROS, None, None, "embed"), (1, 1, self.width)
+            )
+            x_BLD = jnp.concatenate(
+                [jnp.broadcast_to(token_11D, (batch, 1, self.width)).astype(x_BLD.dtype), x_BLD],
+                axis=1,
+            )
         if self.positions == "learned":
             initializer = layers.boxed(nn.initializers.normal(0.02), None, "position", "embed")
-            x_BLD = x_BLD + self.param("positions", initializer, (1, x_BLD.shape[1], self.width)).astype(x_BLD.dtype)
+            x_BLD = x_BLD + self.param(
+                "positions", initializer, (1, x_BLD.shape[1], self.width)
+            ).astype(x_BLD.dtype)
         x_BLD = layers.Dropout(self.dropout)(x_BLD, train)
         for index in range(self.depth):
-            x_BLD = Block(self.heads, self.mlp_ratio * self.width, self.dropout, name=f"block{index}")(x_BLD, train)
+            x_BLD = Block(
+                self.heads, self.mlp_ratio * self.width, self.dropout, name=f"block{index}"
+            )(x_BLD, train)
         x_BLD = layers.layer_norm("embed", name="norm")(x_BLD)
         x_BD = x_BLD[:, 0] if self.pool == "token" else x_BLD.mean(axis=1)
         return layers.head(self.num_classes, "embed", initializer=layers.ZEROS)(x_BD)
@@ -70,15 +83,30 @@ class ViT(nn.Module):
         layers.check_image(inputs, "ViT")
         height, width = inputs.shape[1:3]
         if height % self.patch or width % self.patch:
-            known = [side for side in (2, 4, 7, 8, 14, 16, 32) if height % side == 0 and width % side == 0 and side < max(height, width)]
-            remedy = f"choose patch {' or '.join(map(str, known))}" if known else "crop or resize the images"
+            known = [
+                side
+                for side in (2, 4, 7, 8, 14, 16, 32)
+                if height % side == 0 and width % side == 0 and side < max(height, width)
+            ]
+            remedy = (
+                f"choose patch {' or '.join(map(str, known))}"
+                if known
+                else "crop or resize the images"
+            )
             raise ValueError(
-                f"ViT.patch={self.patch}: images of {height}x{width} cannot be cut into {self.patch}x{self.patch} patches; {remedy}"
+                f"ViT.patch={self.patch}: images of {height}x{width} cannot be cut into"
+                f" {self.patch}x{self.patch} patches; {remedy}"
             )
         if self.width % self.heads:
-            raise ValueError(f"ViT.heads={self.heads}: does not divide width={self.width}; choose a divisor of it")
+            raise ValueError(
+                f"ViT.heads={self.heads}: does not divide width={self.width}; choose a divisor"
+                " of it"
+            )
         if self.positions == "sincos" and self.width % 4:
-            raise ValueError(f"ViT.width={self.width}: positions=sincos needs a multiple of 4; nearest: {4 * round(self.width / 4) or 4}")
+            raise ValueError(
+                f"ViT.width={self.width}: positions=sincos needs a multiple of 4; nearest:"
+                f" {4 * round(self.width / 4) or 4}"
+            )
 
 
 class Block(nn.Module):
@@ -90,11 +118,17 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, train: bool) -> jax.Array:
-        branch = Attention(self.heads, name="attention")(layers.layer_norm("embed", name="norm0")(x_BLD))
+        branch = Attention(self.heads, name="attention")(
+            layers.layer_norm("embed", name="norm0")(x_BLD)
+        )
         x_BLD = x_BLD + layers.Dropout(self.dropout)(branch, train)
         branch = layers.layer_norm("embed", name="norm1")(x_BLD)
-        branch = layers.dense(self.hidden, ("embed", "mlp"), initializer=layers.XAVIER, name="mlp_in")(branch)
-        branch = layers.dense(x_BLD.shape[-1], ("mlp", "embed"), initializer=layers.XAVIER, name="mlp_out")(nn.gelu(branch))
+        branch = layers.dense(
+            self.hidden, ("embed", "mlp"), initializer=layers.XAVIER, name="mlp_in"
+        )(branch)
+        branch = layers.dense(
+            x_BLD.shape[-1], ("mlp", "embed"), initializer=layers.XAVIER, name="mlp_out"
+        )(nn.gelu(branch))
         return layers.block_end(x_BLD + layers.Dropout(self.dropout)(branch, train))
 
 
@@ -111,7 +145,8 @@ class Attention(nn.Module):
 
 
 def sincos_positions(rows: int, columns: int, width: int) -> jax.Array:
-    """Fixed position embeddings (rows * columns, width): sines and cosines of the row in one half, of the column in the other.
+    """Fixed position embeddings (rows * columns, width): sines and cosines of the row in one half,
+    of the column in the other.
 
     >>> sincos_positions(2, 3, 8).shape
     (6, 8)

@@ -1,7 +1,9 @@
-"""The rarer optimizers that Optax ships, each as Optax has it; the common ones and all names are in `optimizers.py`.
+"""The rarer optimizers that Optax ships, each as Optax has it; the common ones and all names are in
+`optimizers.py`.
 
-Left out are those that ask for more than gradients: L-BFGS, Polyak's and MoMo (loss values), Sophia (curvature), SAM (further gradients).
-Those without `weight_decay` have none in Optax nor in their papers.
+Left out are those that ask for more than gradients: L-BFGS, Polyak's and MoMo (loss values), Sophia
+(curvature), SAM (further gradients). Those without `weight_decay` have none in Optax nor in their
+papers.
 """
 
 import dataclasses
@@ -39,7 +41,8 @@ def velocity(momentum: Number, nesterov: bool) -> Transformation:
 
 @dataclasses.dataclass(frozen=True)
 class Adaptive(Betas):
-    """AdamW that estimates its own rate; the learning rate is a factor of it, and the decay follows it."""
+    """AdamW that estimates its own rate; the learning rate is a factor of it, and the decay follows
+    it."""
 
     learning_rate: Positive = 1.0
     initial: Positive = 1e-6
@@ -51,13 +54,17 @@ class Adaptive(Betas):
         def update(updates: PyTree, state: Any, params: PyTree) -> tuple[PyTree, Any]:
             new_updates, new_state = adaptive.update(updates, state, params)
             if not is_off(self.weight_decay):
-                # Optax can only decay all parameters alike, so this is its own formula for those that the rules choose.
+                # Optax can only decay all parameters alike, so this is its own formula for those
+                # that the rules choose.
                 correction = (1 - self.b2**new_state.count) ** 0.5 / (1 - self.b1**new_state.count)
                 rate = state.estim_lr * learning_rate * correction
                 new_updates = add_decay(new_updates, params, -self.weight_decay * rate, factors)
             return new_updates, new_state
 
-        return optax.chain(optax.GradientTransformation(adaptive.init, update), descend(-1.0, self.rate_factors(params)))
+        return optax.chain(
+            optax.GradientTransformation(adaptive.init, update),
+            descend(-1.0, self.rate_factors(params)),
+        )
 
     def adaptive(self, learning_rate: Number) -> Transformation:
         """The optimizer without decay."""
@@ -77,9 +84,13 @@ class Prodigy(Adaptive):
 
     def adaptive(self, learning_rate: Number) -> Transformation:
         return contrib.prodigy(
-            learning_rate, (self.b1, self.b2), eps=self.eps, estim_lr0=self.initial, estim_lr_coef=self.growth,
+            learning_rate,
+            (self.b1, self.b2),
+            eps=self.eps,
+            estim_lr0=self.initial,
+            estim_lr_coef=self.growth,
             safeguard_warmup=self.safeguard_warmup,
-        )  # fmt: skip
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +98,9 @@ class DAdaptAdamW(Adaptive):
     """AdamW that finds its own rate by D-Adaptation (Defazio and Mishchenko)."""
 
     def adaptive(self, learning_rate: Number) -> Transformation:
-        return contrib.dadapt_adamw(learning_rate, (self.b1, self.b2), eps=self.eps, estim_lr0=self.initial)
+        return contrib.dadapt_adamw(
+            learning_rate, (self.b1, self.b2), eps=self.eps, estim_lr0=self.initial
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +110,8 @@ class DoG(Decaying):
     keeps_parameters: ClassVar[bool] = True
     learning_rate: Positive = 1.0
     start: Literal["heuristic", "distance", "learning_rate"] = "heuristic"
-    """What the first value means: times 1 + the norm of the parameters, the distance, or the first rate."""
+    """What the first value means: times 1 + the norm of the parameters, the distance, or the first
+    rate."""
 
     initial: Positive = 1e-6
     """The first value."""
@@ -131,7 +145,8 @@ class DoWG(Decaying):
 
 @dataclasses.dataclass(frozen=True)
 class AdaBelief(Betas):
-    """Adam scaled by how far gradients are from their average (Zhuang et al.), with decoupled decay."""
+    """Adam scaled by how far gradients are from their average (Zhuang et al.), with decoupled
+    decay."""
 
     eps: Positive = 1e-16
     eps_root: Positive = 1e-16
@@ -217,7 +232,8 @@ class AdEMAMix(Betas):
 
 @dataclasses.dataclass(frozen=True)
 class SimplifiedAdEMAMix(Betas):
-    """AdEMAMix with one accumulated momentum (Morwani et al.); takes rates about 1 - b1 of adamw's."""
+    """AdEMAMix with one accumulated momentum (Morwani et al.); takes rates about 1 - b1 of
+    adamw's."""
 
     learning_rate: Positive = 1e-5
     b1: Decay = 0.99

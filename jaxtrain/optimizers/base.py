@@ -1,11 +1,14 @@
-"""What all optimizers share: weight decay, rates and freezing by path pattern, and a state that keeps its types.
+"""What all optimizers share: weight decay, rates and freezing by path pattern, and a state that
+keeps its types.
 
-An optimizer is a frozen dataclass. `direction` says which way it goes (an Optax transformation); this file puts the rest around it:
+An optimizer is a frozen dataclass. `direction` says which way it goes (an Optax transformation);
+this file puts the rest around it:
 
-    gradients -> [coupled decay] -> direction -> [decoupled decay] -> times -rate of this step and parameter
+    gradients -> [coupled decay] -> direction -> [decoupled decay] -> times -rate of this step and
+    parameter
 
-The rate of the step, and every number that is `Traced`, may be a tracer: the chain is built inside the compiled step, and no state
-depends in its structure, shapes or dtypes on a value.
+The rate of the step, and every number that is `Traced`, may be a tracer: the chain is built inside
+the compiled step, and no state depends in its structure, shapes or dtypes on a value.
 """
 
 import dataclasses
@@ -26,7 +29,8 @@ Transformation = optax.GradientTransformation
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """The base of all optimizers; a subclass gives its `direction`, or its whole `chain` if the rate is part of its equations."""
+    """The base of all optimizers; a subclass gives its `direction`, or its whole `chain` if the
+    rate is part of its equations."""
 
     learning_rate: Positive = 1e-3
     """The peak learning rate, which the schedule multiplies."""
@@ -38,10 +42,14 @@ class Optimizer:
     """Path patterns of parameters that never change and take no optimizer memory."""
 
     keeps_parameters: ClassVar[bool] = False
-    """Whether the state holds copies of parameters, which must not be rounded as averages may be."""
+    """Whether the state holds copies of parameters, which must not be rounded as averages may
+    be."""
 
-    def transform(self, params: PyTree, learning_rate: Number) -> optax.GradientTransformationExtraArgs:
-        """The Optax transformation of one step, at this step's learning rate (a scalar, also a tracer).
+    def transform(
+        self, params: PyTree, learning_rate: Number
+    ) -> optax.GradientTransformationExtraArgs:
+        """The Optax transformation of one step, at this step's learning rate (a scalar, also a
+        tracer).
 
         >>> import jax.numpy as jnp
         >>> from jaxtrain.optimizers import SGD
@@ -51,17 +59,22 @@ class Optimizer:
         >>> updates["kernel"].tolist(), updates["bias"].tolist()
         ([-0.5, -0.5], [0.0, 0.0])
 
-        Of `params` only paths and shapes are read, so it may be abstract. State and updates keep the dtypes of the parameters; the
-        arithmetic is in float32 at least. `ValueError` if a pattern decides nothing.
+        Of `params` only paths and shapes are read, so it may be abstract. State and updates keep
+        the dtypes of the parameters; the arithmetic is in float32 at least. `ValueError` if a
+        pattern decides nothing.
         """
         chain = self.chain(params, learning_rate)
         if self.frozen:
-            chain = optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, self._labels(params))
+            chain = optax.partition(
+                {"trained": chain, "frozen": optax.set_to_zero()}, self._labels(params)
+            )
         return _typed(chain)
 
     def chain(self, params: PyTree, learning_rate: Number) -> Transformation:
         """The transformation of the parameters that are not frozen."""
-        return optax.chain(self.direction(params), descend(learning_rate, self.rate_factors(params)))
+        return optax.chain(
+            self.direction(params), descend(learning_rate, self.rate_factors(params))
+        )
 
     def direction(self, params: PyTree) -> Transformation:
         """What the gradients are turned into before the rate is applied: the way up."""
@@ -79,34 +92,46 @@ class Optimizer:
         rules = tuple((pattern, "frozen") for pattern in self.frozen)
         labels = tree.match(rules, params, name="--optimizer.frozen", default="trained")
         if "trained" not in jax.tree.leaves(labels):
-            raise ValueError(f"--optimizer.frozen={','.join(self.frozen)}: freezes every parameter; leave at least one to be trained")
+            raise ValueError(
+                f"--optimizer.frozen={','.join(self.frozen)}: freezes every parameter; leave at"
+                " least one to be trained"
+            )
         return labels
 
 
 @dataclasses.dataclass(frozen=True)
 class Decaying(Optimizer):
-    """An optimizer with weight decay. `coupled` decay joins the gradient (the L2 penalty); otherwise it joins the update, times the rate."""
+    """An optimizer with weight decay. `coupled` decay joins the gradient (the L2 penalty);
+    otherwise it joins the update, times the rate."""
 
     weight_decay: NonNegative = 0.0
     """Strength of the weight decay."""
 
     decay: Rules[float] = ()
-    """Factors of the weight decay by path pattern, first match wins; empty: 1 for arrays of 2 and more dims, otherwise 0."""
+    """Factors of the weight decay by path pattern, first match wins; empty: 1 for arrays of 2 and
+    more dims, otherwise 0."""
 
     coupled: ClassVar[bool] = False
 
     def chain(self, params: PyTree, learning_rate: Number) -> Transformation:
         stages = [self.direction(params), self.decayed(params)]
-        # Decay that is off leaves its (empty) slot, so the paths of the state, and old checkpoints, stay.
-        return optax.chain(*(reversed(stages) if self.coupled else stages), descend(learning_rate, self.rate_factors(params)))
+        # Decay that is off leaves its (empty) slot, so the paths of the state, and old checkpoints,
+        # stay.
+        return optax.chain(
+            *(reversed(stages) if self.coupled else stages),
+            descend(learning_rate, self.rate_factors(params)),
+        )
 
     def decayed(self, params: PyTree, strength: Number | None = None) -> Transformation:
         """Adds the decayed weights to what comes in; the identity where decay is off."""
-        factors = self.decay_factors(params)  # also when off, so that a bad pattern is always an error
+        # also when off, so that a bad pattern is always an error
+        factors = self.decay_factors(params)
         if is_off(self.weight_decay):
             return optax.identity()
         strength = self.weight_decay if strength is None else strength
-        return optax.stateless(lambda updates, params: add_decay(updates, params, strength, factors))
+        return optax.stateless(
+            lambda updates, params: add_decay(updates, params, strength, factors)
+        )
 
     def decay_factors(self, params: PyTree) -> PyTree:
         if self.decay:
@@ -115,32 +140,47 @@ class Decaying(Optimizer):
 
 
 def match_table(optimizer: Optimizer, params: PyTree) -> list[tuple[str, ...]]:
-    """Rows (path, shape, rate factor, decay factor) that show what the rules decide for every parameter.
+    """Rows (path, shape, rate factor, decay factor) that show what the rules decide for every
+    parameter.
 
     >>> import jax.numpy as jnp
     >>> from jaxtrain.optimizers import AdamW
     >>> match_table(AdamW(frozen=("bias",)), {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))})
     [('bias', '(3,)', 'frozen', '-'), ('kernel', '(2, 3)', '1', '1')]
     """
-    labels = optimizer._labels(params) if optimizer.frozen else jax.tree.map(lambda _: "trained", params)
+    labels = (
+        optimizer._labels(params) if optimizer.frozen else jax.tree.map(lambda _: "trained", params)
+    )
     rates = optimizer.rate_factors(params) or jax.tree.map(lambda _: 1.0, params)
     show = {
-        "rate": jax.tree.map(lambda label, rate: "frozen" if label == "frozen" else f"{rate:g}", labels, rates),
-        "decay": jax.tree.map(lambda label, decay: "-" if label == "frozen" else f"{decay:g}", labels, optimizer.decay_factors(params)),
+        "rate": jax.tree.map(
+            lambda label, rate: "frozen" if label == "frozen" else f"{rate:g}", labels, rates
+        ),
+        "decay": jax.tree.map(
+            lambda label, decay: "-" if label == "frozen" else f"{decay:g}",
+            labels,
+            optimizer.decay_factors(params),
+        ),
     }
     return tree.table(show, params)
 
 
 def is_off(value: Number) -> bool:
-    """Whether a number is switched off: a plain 0, which a tracer never is (see `fields.Traced`)."""
+    """Whether a number is switched off: a plain 0, which a tracer never is (see
+    `fields.Traced`)."""
     return isinstance(value, int | float) and value == 0
 
 
 def descend(learning_rate: Number, factors: PyTree | None) -> Transformation:
-    """Turns a direction into an update: times minus the rate, and times the factor of each parameter."""
+    """Turns a direction into an update: times minus the rate, and times the factor of each
+    parameter."""
     if factors is None:
         return optax.scale_by_learning_rate(learning_rate)
-    return optax.stateless(lambda updates, _: map_present(lambda factor, update: -learning_rate * factor * update, factors, updates))
+    return optax.stateless(
+        lambda updates, _: map_present(
+            lambda factor, update: -learning_rate * factor * update, factors, updates
+        )
+    )
 
 
 def add_decay(updates: PyTree, params: PyTree, strength: Number, factors: PyTree) -> PyTree:
@@ -171,25 +211,32 @@ def _factors(rules: Rules[float], params: PyTree, name: str) -> PyTree:
 
 
 def _typed(inner: Transformation) -> optax.GradientTransformationExtraArgs:
-    """The same transformation, computing in float32 at least and keeping every type of its state and parameters.
+    """The same transformation, computing in float32 at least and keeping every type of its state
+    and parameters.
 
-    Without it a float32 rate would turn bfloat16 moments into float32, and a weak type (Python's numbers have one) would become strong
-    after a step: either compiles a second program and refuses donation. Where all is float32 already, this adds no operation.
+    Without it a float32 rate would turn bfloat16 moments into float32, and a weak type (Python's
+    numbers have one) would become strong after a step: either compiles a second program and refuses
+    donation. Where all is float32 already, this adds no operation.
     """
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> PyTree:
         return jax.tree.map(_own, inner.init(params))
 
-    def update(updates: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
-        new_updates, new_state = inner.update(_widen(updates), _widen(state), _widen(params), **extra)
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        new_updates, new_state = inner.update(
+            _widen(updates), _widen(state), _widen(params), **extra
+        )
         return jax.tree.map(_as, new_updates, params), jax.tree.map(_as, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _own(leaf: jax.Array) -> jax.Array:
-    # Several optimizers keep the first parameters themselves, or one array twice: neither could be donated along with the parameters.
+    # Several optimizers keep the first parameters themselves, or one array twice: neither could be
+    # donated along with the parameters.
     return leaf.copy() if _is_key(leaf) else jnp.array(leaf, leaf.dtype, copy=True)
 
 

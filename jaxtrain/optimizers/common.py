@@ -1,9 +1,10 @@
 """The optimizers in daily use, and the table of all names.
 
-Each is a frozen dataclass over Optax's own transformations. Weight decay is what the literature of each means by it: SGD and Adam add it
-to the gradient (an L2 penalty, as in the ResNet papers), LARS and LAMB to what the trust ratio measures, all others to the update (decoupled,
-times the learning rate as in PyTorch). Biases and norms do not decay unless the `decay` rules say so. The rarer ones: `optimizer_zoo.py` and
-`optimizer_rare.py`.
+Each is a frozen dataclass over Optax's own transformations. Weight decay is what the literature of
+each means by it: SGD and Adam add it to the gradient (an L2 penalty, as in the ResNet papers), LARS
+and LAMB to what the trust ratio measures, all others to the update (decoupled, times the learning
+rate as in PyTorch). Biases and norms do not decay unless the `decay` rules say so. The rarer ones:
+`optimizer_zoo.py` and `optimizer_rare.py`.
 """
 
 import dataclasses
@@ -12,18 +13,39 @@ from typing import Annotated, Any, ClassVar
 import jax
 import optax
 
-from jaxtrain.optimizers import rare
-from jaxtrain.optimizers import adaptive as zoo
 from jaxtrain import tree
 from jaxtrain.fields import Above, AtLeast, Between, Count, Decay, NonNegative, Positive, Traced
-from jaxtrain.optimizers.base import Decaying, Number, Optimizer, Transformation, descend, is_off, map_present, match_table
+from jaxtrain.optimizers import adaptive as zoo
+from jaxtrain.optimizers import rare
 from jaxtrain.optimizers.adaptive import Betas, Momentum, velocity
+from jaxtrain.optimizers.base import (
+    Decaying,
+    Number,
+    Optimizer,
+    Transformation,
+    descend,
+    is_off,
+    map_present,
+    match_table,
+)
 from jaxtrain.tree import PyTree
 
 __all__ = [
-    "NAMES", "SGD", "Adafactor", "Adam", "AdamW", "Lamb", "Lars", "Lion", "Muon", "Optimizer", "ScheduleFreeAdamW", "ScheduleFreeSGD",
-    "evaluation_params", "match_table",
-]  # fmt: skip
+    "NAMES",
+    "SGD",
+    "Adafactor",
+    "Adam",
+    "AdamW",
+    "Lamb",
+    "Lars",
+    "Lion",
+    "Muon",
+    "Optimizer",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
+    "evaluation_params",
+    "match_table",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +89,8 @@ class AdamW(Adam):
 
 @dataclasses.dataclass(frozen=True)
 class Lion(Decaying):
-    """The sign of an interpolated momentum (Chen et al.); takes rates 3 to 10 times smaller than adamw and decay larger by as much."""
+    """The sign of an interpolated momentum (Chen et al.); takes rates 3 to 10 times smaller than
+    adamw and decay larger by as much."""
 
     learning_rate: Positive = 1e-4
     b1: Decay = 0.9
@@ -98,7 +121,8 @@ class Lamb(Betas):
 
 @dataclasses.dataclass(frozen=True)
 class Lars(Decaying):
-    """Momentum SGD with a trust ratio for each array that decays (You et al. 2017), for large batches."""
+    """Momentum SGD with a trust ratio for each array that decays (You et al. 2017), for large
+    batches."""
 
     learning_rate: Positive = 1.0
     momentum: Decay = 0.9
@@ -119,7 +143,8 @@ class Lars(Decaying):
         return optax.chain(
             self.decayed(params),
             optax.masked(ratio, adapted),
-            # The velocity holds steps, not gradients, so a falling rate does not shrink the ones already in it.
+            # The velocity holds steps, not gradients, so a falling rate does not shrink the ones
+            # already in it.
             optax.scale(learning_rate),
             optax.trace(self.momentum, self.nesterov),
             descend(1.0, self.rate_factors(params)),
@@ -128,7 +153,8 @@ class Lars(Decaying):
 
 @dataclasses.dataclass(frozen=True)
 class Adafactor(Decaying):
-    """Second moments as row and column sums: almost no memory (Shazeer and Stern). The decay is decoupled, times the rate."""
+    """Second moments as row and column sums: almost no memory (Shazeer and Stern). The decay is
+    decoupled, times the rate."""
 
     learning_rate: Positive = 1e-2
     min_factored_dim: Count = 128
@@ -152,7 +178,11 @@ class Adafactor(Decaying):
     def chain(self, params: PyTree, learning_rate: Number) -> Transformation:
         averaged = not is_off(self.momentum)
         return optax.chain(
-            optax.scale_by_factored_rms(decay_rate=self.moment_power, min_dim_size_to_factor=self.min_factored_dim, epsilon=self.eps),
+            optax.scale_by_factored_rms(
+                decay_rate=self.moment_power,
+                min_dim_size_to_factor=self.min_factored_dim,
+                epsilon=self.eps,
+            ),
             optax.clip_by_block_rms(self.clip) if self.clip is not None else optax.identity(),
             optax.scale(learning_rate),
             optax.scale_by_param_block_rms() if self.relative else optax.identity(),
@@ -164,7 +194,8 @@ class Adafactor(Decaying):
 
 @dataclasses.dataclass(frozen=True)
 class Muon(Betas):
-    """Orthogonalised momentum for matrices and convolutions (Jordan et al.), Adam for all other arrays."""
+    """Orthogonalised momentum for matrices and convolutions (Jordan et al.), Adam for all other
+    arrays."""
 
     learning_rate: Positive = 2e-2
     beta: Decay = 0.95
@@ -180,28 +211,42 @@ class Muon(Betas):
     """Whether the momentum looks ahead."""
 
     consistent_rms: NonNegative = 0.0
-    """Size (RMS) that every matrix's update gets; 0.2 allows AdamW's rates. 0: sqrt(max(1, out / in)) of the orthogonal matrix."""
+    """Size (RMS) that every matrix's update gets; 0.2 allows AdamW's rates. 0: sqrt(max(1, out /
+    in)) of the orthogonal matrix."""
 
     def direction(self, params: PyTree) -> Transformation:
         rules = tuple((pattern, "adam") for pattern in self.adam)
         takes = tree.match(rules, params, name="--optimizer.adam", default="muon")
-        # A kernel (height, width, in, out) is a matrix from all its inputs to its outputs. Of other dims we cannot know.
-        dims = {2: optax.contrib.MuonDimensionNumbers(0, 1), 4: optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)}
+        # A kernel (height, width, in, out) is a matrix from all its inputs to its outputs. Of other
+        # dims we cannot know.
+        dims = {
+            2: optax.contrib.MuonDimensionNumbers(0, 1),
+            4: optax.contrib.MuonDimensionNumbers((0, 1, 2), 3),
+        }
 
         def matrices(leaves: PyTree) -> PyTree:
-            return map_present(lambda name, leaf: dims.get(leaf.ndim) if name == "muon" else None, takes, leaves)
+            return map_present(
+                lambda name, leaf: dims.get(leaf.ndim) if name == "muon" else None, takes, leaves
+            )
 
         # At the rate -1 Optax's update is the direction itself; decay and rate are ours.
         return optax.contrib.muon(
-            -1.0, ns_steps=self.newton_schulz_steps, beta=self.beta, eps=self.eps, nesterov=self.nesterov, adam_b1=self.b1,
-            adam_b2=self.b2, consistent_rms=None if is_off(self.consistent_rms) else self.consistent_rms,
+            -1.0,
+            ns_steps=self.newton_schulz_steps,
+            beta=self.beta,
+            eps=self.eps,
+            nesterov=self.nesterov,
+            adam_b1=self.b1,
+            adam_b2=self.b2,
+            consistent_rms=None if is_off(self.consistent_rms) else self.consistent_rms,
             muon_weight_dimension_numbers=matrices,
-        )  # fmt: skip
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleFreeSGD(Decaying):
-    """SGD that averages instead of following a schedule (Defazio et al.); use a constant schedule with warm-up."""
+    """SGD that averages instead of following a schedule (Defazio et al.); use a constant schedule
+    with warm-up."""
 
     keeps_parameters: ClassVar[bool] = True
     learning_rate: Positive = 1.0
@@ -212,7 +257,8 @@ class ScheduleFreeSGD(Decaying):
     """The average weights each step by the largest rate so far to this power."""
 
     def chain(self, params: PyTree, learning_rate: Number) -> Transformation:
-        # Rates per parameter belong inside: outside they would part the parameters from the sequences they interpolate.
+        # Rates per parameter belong inside: outside they would part the parameters from the
+        # sequences they interpolate.
         step = descend(learning_rate, self.rate_factors(params))
         base = optax.chain(self.direction(params), self.decayed(params), step)
         return optax.contrib.schedule_free(base, learning_rate, self.b1, self.weight_power)
@@ -223,7 +269,8 @@ class ScheduleFreeSGD(Decaying):
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleFreeAdamW(ScheduleFreeSGD):
-    """AdamW that averages instead of following a schedule (Defazio et al.); use a constant schedule with warm-up."""
+    """AdamW that averages instead of following a schedule (Defazio et al.); use a constant schedule
+    with warm-up."""
 
     learning_rate: Positive = 2.5e-3
     b2: Decay = 0.999
@@ -237,10 +284,13 @@ class ScheduleFreeAdamW(ScheduleFreeSGD):
 
 
 def evaluation_params(optimizer: Optimizer, opt_state: PyTree, params: PyTree) -> PyTree:
-    """The parameters to evaluate and to keep: the average for the schedule-free ones, `params` themselves for all others."""
+    """The parameters to evaluate and to keep: the average for the schedule-free ones, `params`
+    themselves for all others."""
     if not isinstance(optimizer, ScheduleFreeSGD):
         return params
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.contrib.ScheduleFreeState))
+    leaves = jax.tree.leaves(
+        opt_state, is_leaf=lambda node: isinstance(node, optax.contrib.ScheduleFreeState)
+    )
     state = next(leaf for leaf in leaves if isinstance(leaf, optax.contrib.ScheduleFreeState))
 
     def average(param: jax.Array, z: Any) -> jax.Array:

@@ -1,4 +1,5 @@
-"""More of Optax's optimizers: signs, rules of thumb and research; see `optimizer_zoo.py` for the adaptive ones and what is left out."""
+"""More of Optax's optimizers: signs, rules of thumb and research; see `optimizer_zoo.py` for the
+adaptive ones and what is left out."""
 
 import dataclasses
 from typing import Annotated, ClassVar
@@ -8,14 +9,15 @@ import optax
 from optax import contrib
 
 from jaxtrain.fields import Above, Count, Decay, NonNegative, Positive, Traced
-from jaxtrain.optimizers.base import Decaying, Number, Optimizer, Transformation, descend, is_off
 from jaxtrain.optimizers.adaptive import Betas, Momentum, velocity
+from jaxtrain.optimizers.base import Decaying, Number, Optimizer, Transformation, descend, is_off
 from jaxtrain.tree import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class Cocob(Decaying):
-    """Learns by betting on coins, without a rate (Orabona and Tommasi), with L2 decay; the schedule weights the gradients."""
+    """Learns by betting on coins, without a rate (Orabona and Tommasi), with L2 decay; the schedule
+    weights the gradients."""
 
     keeps_parameters: ClassVar[bool] = True
     learning_rate: Positive = 1.0
@@ -27,7 +29,11 @@ class Cocob(Decaying):
 
     def chain(self, params: PyTree, learning_rate: Number) -> Transformation:
         refuse_rates(self)
-        return optax.chain(self.decayed(params), optax.scale(learning_rate), contrib.scale_by_cocob(self.alpha, self.eps))
+        return optax.chain(
+            self.decayed(params),
+            optax.scale(learning_rate),
+            contrib.scale_by_cocob(self.alpha, self.eps),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,24 +50,30 @@ class Madgrad(Decaying):
 
     def chain(self, params: PyTree, learning_rate: Number) -> Transformation:
         refuse_rates(self)
-        return optax.chain(self.decayed(params), contrib.scale_by_madgrad(learning_rate, self.momentum, self.eps))
+        return optax.chain(
+            self.decayed(params), contrib.scale_by_madgrad(learning_rate, self.momentum, self.eps)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Fromage(Optimizer):
-    """Steps relative to the size of each array, which stays bounded without decay (Bernstein et al.)."""
+    """Steps relative to the size of each array, which stays bounded without decay (Bernstein et
+    al.)."""
 
     learning_rate: Positive = 1e-2
     min_norm: Positive = 1e-6
     """The least norm that an array counts as having."""
 
     def chain(self, params: PyTree, learning_rate: Number) -> Transformation:
-        return optax.chain(optax.fromage(learning_rate, self.min_norm), descend(-1.0, self.rate_factors(params)))
+        return optax.chain(
+            optax.fromage(learning_rate, self.min_norm), descend(-1.0, self.rate_factors(params))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class GaLore(Betas):
-    """Adam in a low-rank projection of the gradients of matrices (Zhao et al.), plain Adam for other arrays."""
+    """Adam in a low-rank projection of the gradients of matrices (Zhao et al.), plain Adam for
+    other arrays."""
 
     rank: Count = 128
     """Rank of the projection."""
@@ -76,7 +88,8 @@ class GaLore(Betas):
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps)
         projected = contrib.scale_by_galore(self.rank, self.refresh_every, self.scale, adam)
         labels = jax.tree.map(lambda leaf: "matrix" if leaf.ndim == 2 else "other", params)
-        # GaLore would handle the others too, but with arrays of no elements in its state, which cannot be stored.
+        # GaLore would handle the others too, but with arrays of no elements in its state, which
+        # cannot be stored.
         return optax.partition({"matrix": projected, "other": adam}, labels)
 
 
@@ -96,12 +109,15 @@ class NoisySGD(Decaying):
 
     def chain(self, params: PyTree, learning_rate: Number) -> Transformation:
         noise = optax.add_noise(self.noise, self.fading, self.noise_seed)
-        return optax.chain(self.decayed(params), noise, descend(learning_rate, self.rate_factors(params)))
+        return optax.chain(
+            self.decayed(params), noise, descend(learning_rate, self.rate_factors(params))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class NovoGrad(Betas):
-    """Momentum of gradients scaled by the norm of each array (Ginsburg et al.); the decay joins the momentum, as in the paper."""
+    """Momentum of gradients scaled by the norm of each array (Ginsburg et al.); the decay joins the
+    momentum, as in the paper."""
 
     b2: Decay = 0.25
     eps: Positive = 1e-6
@@ -110,11 +126,19 @@ class NovoGrad(Betas):
         factors = self.decay_factors(params)
 
         def with_decay(factor: float) -> Transformation:
-            return optax.scale_by_novograd(self.b1, self.b2, self.eps, weight_decay=self.weight_decay * factor)
+            return optax.scale_by_novograd(
+                self.b1, self.b2, self.eps, weight_decay=self.weight_decay * factor
+            )
 
-        # Optax decays all arrays alike; each array's moments are its own, so the rules become one transformation for each factor.
-        groups = {str(factor): with_decay(factor) for factor in sorted(set(jax.tree.leaves(factors)))}
-        return optax.chain(optax.partition(groups, jax.tree.map(str, factors)), descend(learning_rate, self.rate_factors(params)))
+        # Optax decays all arrays alike; each array's moments are its own, so the rules become one
+        # transformation for each factor.
+        groups = {
+            str(factor): with_decay(factor) for factor in sorted(set(jax.tree.leaves(factors)))
+        }
+        return optax.chain(
+            optax.partition(groups, jax.tree.map(str, factors)),
+            descend(learning_rate, self.rate_factors(params)),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +176,8 @@ class OptimisticAdam(Betas):
 
 @dataclasses.dataclass(frozen=True)
 class RAdam(Betas):
-    """Adam that starts as momentum until its scale is trustworthy (Liu et al.), with decoupled decay."""
+    """Adam that starts as momentum until its scale is trustworthy (Liu et al.), with decoupled
+    decay."""
 
     threshold: Positive = 5.0
     """Degrees of freedom from which the scale is used."""
@@ -184,12 +209,15 @@ class RMSProp(Decaying):
         scale = (optax.scale_by_stddev if self.centered else optax.scale_by_rms)(self.rho, self.eps)
         velocity_of_steps = velocity(self.momentum, self.nesterov)
         last = descend(1.0, self.rate_factors(params))
-        return optax.chain(self.decayed(params), scale, optax.scale(learning_rate), velocity_of_steps, last)
+        return optax.chain(
+            self.decayed(params), scale, optax.scale(learning_rate), velocity_of_steps, last
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Rprop(Optimizer):
-    """A step for each number, which grows while the gradient keeps its sign (Riedmiller and Braun); for whole-set gradients."""
+    """A step for each number, which grows while the gradient keeps its sign (Riedmiller and Braun);
+    for whole-set gradients."""
 
     shrink: Decay = 0.5
     """Factor of the step when the sign changes."""
@@ -204,27 +232,35 @@ class Rprop(Optimizer):
     """Largest step."""
 
     def chain(self, params: PyTree, learning_rate: Number) -> Transformation:
-        rprop = optax.scale_by_rprop(self.learning_rate, self.shrink, self.grow, self.min_step, self.max_step)
+        rprop = optax.scale_by_rprop(
+            self.learning_rate, self.shrink, self.grow, self.min_step, self.max_step
+        )
         # The rate is only where the steps begin; the schedule is applied as a factor of them.
-        return optax.chain(rprop, descend(learning_rate / self.learning_rate, self.rate_factors(params)))
+        return optax.chain(
+            rprop, descend(learning_rate / self.learning_rate, self.rate_factors(params))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Signum(Decaying):
-    """The sign of the averaged gradient (Bernstein et al.), with decoupled decay; without momentum sign SGD."""
+    """The sign of the averaged gradient (Bernstein et al.), with decoupled decay; without momentum
+    sign SGD."""
 
     learning_rate: Positive = 1e-4
     momentum: Momentum = 0.9
     """Decay of the average; 0 keeps none."""
 
     def direction(self, params: PyTree) -> Transformation:
-        average = optax.identity() if is_off(self.momentum) else optax.ema(self.momentum, debias=False)
+        average = (
+            optax.identity() if is_off(self.momentum) else optax.ema(self.momentum, debias=False)
+        )
         return optax.chain(average, optax.scale_by_sign())
 
 
 @dataclasses.dataclass(frozen=True)
 class SM3(Optimizer):
-    """AdaGrad with one number for each row, column and so on: almost no memory but momentum (Anil et al.)."""
+    """AdaGrad with one number for each row, column and so on: almost no memory but momentum (Anil
+    et al.)."""
 
     learning_rate: Positive = 0.1
     momentum: Decay = 0.9
@@ -257,4 +293,7 @@ def refuse_rates(optimizer: Optimizer) -> None:
     if optimizer.rates:
         text = ",".join(f"{pattern}={factor:g}" for pattern, factor in optimizer.rates)
         name = type(optimizer).__name__.lower()
-        raise ValueError(f"--optimizer.rates={text}: {name} has no rate for each parameter; remove the rules or choose another optimizer")
+        raise ValueError(
+            f"--optimizer.rates={text}: {name} has no rate for each parameter; remove the rules or"
+            " choose another optimizer"
+        )

@@ -1,7 +1,9 @@
-"""Sharding: one table from the models' logical axes to mesh axes, rules by path before it, and from both a sharding for each array.
+"""Sharding: one table from the models' logical axes to mesh axes, rules by path before it, and from
+both a sharding for each array.
 
-A parameter's place is decided by the first of these that has a word to say: a rule of `--shard`, the logical axes that its model gave it
-(the table `LOGICAL`), and for `fsdp`, where neither named it, the automatic rule: over it goes the largest dim left that divides.
+A parameter's place is decided by the first of these that has a word to say: a rule of `--shard`,
+the logical axes that its model gave it (the table `LOGICAL`), and for `fsdp`, where neither named
+it, the automatic rule: over it goes the largest dim left that divides.
 """
 
 import math
@@ -11,13 +13,15 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain import tree, messages
+from jaxtrain import messages, tree
 from jaxtrain.parallel.mesh import BATCH_AXES, OFFERED
 
 LOGICAL = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor"}
-"""Which mesh axis a logical axis is split over; dims with other names, or none, are left to the automatic rule."""
+"""Which mesh axis a logical axis is split over; dims with other names, or none, are left to the
+automatic rule."""
 AUTO = "auto"
-"""The rule that leaves a parameter to its model and the automatic rule, as if no rule had taken it."""
+"""The rule that leaves a parameter to its model and the automatic rule, as if no rule had taken
+it."""
 
 
 class Row(NamedTuple):
@@ -42,55 +46,103 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def parameter(path: str, shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Mesh, rule: str | None = None) -> PartitionSpec:
+def parameter(
+    path: str,
+    shape: Sequence[int],
+    axes: Sequence[str | None] | None,
+    mesh: Mesh,
+    rule: str | None = None,
+) -> PartitionSpec:
     """The spec of one parameter.
 
     >>> from jaxtrain import mesh
     >>> len(parameter("params/head/kernel", (64, 10), None, mesh.make("data:1"), rule="-:tensor"))
     0
 
-    `rule` has one entry a dim, with colons: the mesh axis that the dim is split over, or `-`; a single `-` is a whole copy for any number
-    of dims, and `auto` is no rule. Axes of size 1 split nothing and are left out. `ValueError` if a rule does not fit, or if a dim that a
-    rule or the table sends to an axis does not divide by it.
+    `rule` has one entry a dim, with colons: the mesh axis that the dim is split over, or `-`; a
+    single `-` is a whole copy for any number of dims, and `auto` is no rule. Axes of size 1 split
+    nothing and are left out. `ValueError` if a rule does not fit, or if a dim that a rule or the
+    table sends to an axis does not divide by it.
     """
     return _decided(path, shape, axes, mesh, rule)[0]
 
 
-def parameters(shapes: tree.PyTree, axes: tree.PyTree, mesh: Mesh, *, rules: tree.Rules[str] = ()) -> tree.PyTree:
-    """A `NamedSharding` for each parameter; `axes` has the same structure, with a tuple of names or None for each.
+def parameters(
+    shapes: tree.PyTree, axes: tree.PyTree, mesh: Mesh, *, rules: tree.Rules[str] = ()
+) -> tree.PyTree:
+    """A `NamedSharding` for each parameter; `axes` has the same structure, with a tuple of names or
+    None for each.
 
-    `rules` are (pattern, rule) pairs over the paths within `shapes`, first match wins (see `parameter`). `ValueError` if a pattern decides
-    nothing.
+    `rules` are (pattern, rule) pairs over the paths within `shapes`, first match wins (see
+    `parameter`). `ValueError` if a pattern decides nothing.
     """
     flat_axes = {tree.path_text(path): names for path, names in _flatten_axes(axes)}
 
     def place(path: Sequence[Any], leaf: jax.ShapeDtypeStruct, rule: str) -> NamedSharding:
         text = tree.path_text(path)
-        return NamedSharding(mesh, parameter(f"params/{text}", leaf.shape, flat_axes.get(text), mesh, rule))
+        return NamedSharding(
+            mesh, parameter(f"params/{text}", leaf.shape, flat_axes.get(text), mesh, rule)
+        )
 
-    return jax.tree_util.tree_map_with_path(place, shapes, tree.match(rules, shapes, name="--shard", default=AUTO))
+    return jax.tree_util.tree_map_with_path(
+        place, shapes, tree.match(rules, shapes, name="--shard", default=AUTO)
+    )
 
 
-def table(params: tree.PyTree, axes: tree.PyTree, placed: tree.PyTree, mesh: Mesh, rules: tree.Rules[str] = ()) -> list[Row]:
-    """A row for each parameter: where `placed` has put it, how many bytes of it a device holds, and what decided that."""
+def table(
+    params: tree.PyTree,
+    axes: tree.PyTree,
+    placed: tree.PyTree,
+    mesh: Mesh,
+    rules: tree.Rules[str] = (),
+) -> list[Row]:
+    """A row for each parameter: where `placed` has put it, how many bytes of it a device holds, and
+    what decided that."""
     flat_axes = {tree.path_text(path): names for path, names in _flatten_axes(axes)}
-    taken = tree.match(tuple((pattern, index) for index, (pattern, _) in enumerate(rules)), params, name="--shard", default=-1)
+    taken = tree.match(
+        tuple((pattern, index) for index, (pattern, _) in enumerate(rules)),
+        params,
+        name="--shard",
+        default=-1,
+    )
     rows = []
-    for (path, leaf), place, index in zip(tree.flatten(params).items(), jax.tree.leaves(placed), jax.tree.leaves(taken), strict=True):
+    for (path, leaf), place, index in zip(
+        tree.flatten(params).items(), jax.tree.leaves(placed), jax.tree.leaves(taken), strict=True
+    ):
         pattern, rule = rules[index] if index >= 0 else ("", AUTO)
         entries = [*place.spec, *(None,) * (len(leaf.shape) - len(place.spec))]
         spec = ":".join(_entry_text(entry) for entry in entries) if any(entries) else "-"
-        why = _decided(f"params/{path}", leaf.shape, flat_axes.get(path), mesh, AUTO)[1] if rule == AUTO else f"rule {pattern}"
-        rows.append(Row(path, tuple(leaf.shape), spec, math.prod(place.shard_shape(leaf.shape)) * _itemsize(leaf), why))
+        why = (
+            _decided(f"params/{path}", leaf.shape, flat_axes.get(path), mesh, AUTO)[1]
+            if rule == AUTO
+            else f"rule {pattern}"
+        )
+        rows.append(
+            Row(
+                path,
+                tuple(leaf.shape),
+                spec,
+                math.prod(place.shard_shape(leaf.shape)) * _itemsize(leaf),
+                why,
+            )
+        )
     return rows
 
 
-def like_parameters(shapes: tree.PyTree, params: tree.PyTree, placed: tree.PyTree, mesh: Mesh) -> tree.PyTree:
-    """Shardings for a tree that holds copies of parameters (optimizer state, EMA): those of the parameter of the same shape and path's end.
+def like_parameters(
+    shapes: tree.PyTree, params: tree.PyTree, placed: tree.PyTree, mesh: Mesh
+) -> tree.PyTree:
+    """Shardings for a tree that holds copies of parameters (optimizer state, EMA): those of the
+    parameter of the same shape and path's end.
 
     What belongs to no parameter (counts, scalars) is replicated.
     """
-    known = {path: (leaf.shape, place) for (path, leaf), place in zip(tree.flatten(params).items(), jax.tree.leaves(placed), strict=True)}
+    known = {
+        path: (leaf.shape, place)
+        for (path, leaf), place in zip(
+            tree.flatten(params).items(), jax.tree.leaves(placed), strict=True
+        )
+    }
 
     def place(path: Sequence[Any], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         parts = tree.path_text(path).split("/")
@@ -117,7 +169,9 @@ def _itemsize(leaf: Any) -> int:
 
 
 def _flatten_axes(axes: tree.PyTree) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_flatten_with_path(axes, is_leaf=lambda leaf: leaf is None or isinstance(leaf, tuple))[0]
+    return jax.tree_util.tree_flatten_with_path(
+        axes, is_leaf=lambda leaf: leaf is None or isinstance(leaf, tuple)
+    )[0]
 
 
 def _entry_text(entry: Any) -> str:
@@ -134,7 +188,9 @@ def _decided(
         entries, reasons = _by_table(path, shape, axes, mesh)
         reasons += _automatic(shape, entries, mesh)
     while entries and entries[-1] is None:
-        entries.pop()  # jax drops them too, and a spec that differs in writing alone would compile a second program
+        # jax drops them too, and a spec that differs in writing alone would compile a second
+        # program
+        entries.pop()
     return PartitionSpec(*entries), ", ".join(reasons)
 
 
@@ -145,11 +201,19 @@ def _by_rule(path: str, shape: Sequence[int], mesh: Mesh, rule: str) -> list[str
     for entry in entries:
         if entry != "-" and entry not in OFFERED:
             near = messages.did_you_mean(entry, OFFERED)
-            raise ValueError(f"{said} has the unknown axis {entry!r}; give {', '.join(OFFERED)} or - for each dim{near}")
+            raise ValueError(
+                f"{said} has the unknown axis {entry!r}; give {', '.join(OFFERED)} or - for each"
+                f" dim{near}"
+            )
         if entry != "-" and entries.count(entry) > 1:
-            raise ValueError(f"{said} has axis {entry} twice; an axis splits one dim of an array, give - for the other")
+            raise ValueError(
+                f"{said} has axis {entry} twice; an axis splits one dim of an array, give - for the"
+                " other"
+            )
     if len(entries) != len(shape):
-        unfit = f"has {len(entries)} of {len(shape)} entries, one for each of its dims {list(shape)}"
+        unfit = (
+            f"has {len(entries)} of {len(shape)} entries, one for each of its dims {list(shape)}"
+        )
         raise ValueError(f"{said} {unfit}; a single - is a whole copy")
     for dim, (length, axis) in enumerate(zip(shape, entries, strict=True)):
         if axis != "-" and length % mesh.shape[axis]:
@@ -159,9 +223,14 @@ def _by_rule(path: str, shape: Sequence[int], mesh: Mesh, rule: str) -> list[str
     return [axis if axis != "-" and mesh.shape[axis] > 1 else None for axis in entries]
 
 
-def _by_table(path: str, shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Mesh) -> tuple[list[str | None], list[str]]:
+def _by_table(
+    path: str, shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Mesh
+) -> tuple[list[str | None], list[str]]:
     if axes is not None and len(axes) != len(shape):
-        raise ValueError(f"{path}: has logical axes {tuple(axes)} for dims {list(shape)}; its model must name each dim, or none")
+        raise ValueError(
+            f"{path}: has logical axes {tuple(axes)} for dims {list(shape)}; its model must name"
+            " each dim, or none"
+        )
     entries: list[str | None] = [None] * len(shape)
     reasons = []
     for dim, (length, name) in enumerate(zip(shape, axes or entries, strict=True)):
@@ -171,20 +240,38 @@ def _by_table(path: str, shape: Sequence[int], axes: Sequence[str | None] | None
             continue
         if length % size:
             near = messages.nearest_multiples(size, length)
-            raise ValueError(f"{path} dim {dim} (={length}, {name!r}) not divisible by axis {axis}={size}; change --mesh or make it {near}")
+            raise ValueError(
+                f"{path} dim {dim} (={length}, {name!r}) not divisible by axis {axis}={size};"
+                f" change --mesh or make it {near}"
+            )
         entries[dim] = axis
         reasons.append(f"{name}->{axis}")
     return entries, reasons
 
 
 def _automatic(shape: Sequence[int], entries: list[str | None], mesh: Mesh) -> list[str]:
-    """Puts `fsdp` where nothing has put it yet, on the largest dim left that divides; says what it did, if there is something to say."""
+    """Puts `fsdp` where nothing has put it yet, on the largest dim left that divides; says what it
+    did, if there is something to say."""
     size = mesh.shape["fsdp"]
     whole = not any(entries)
     if size == 1 or "fsdp" in entries:
         unused = [axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1]
-        return [f"whole: no dim of it goes to {' or '.join(unused)}" if unused else "whole: the mesh splits batches only"] if whole else []
-    free = [(length, -dim) for dim, length in enumerate(shape) if entries[dim] is None and length % size == 0 and length > 0]
+        return (
+            [
+                (
+                    f"whole: no dim of it goes to {' or '.join(unused)}"
+                    if unused
+                    else "whole: the mesh splits batches only"
+                )
+            ]
+            if whole
+            else []
+        )
+    free = [
+        (length, -dim)
+        for dim, length in enumerate(shape)
+        if entries[dim] is None and length % size == 0 and length > 0
+    ]
     if not free and None not in entries and not whole:
         return []
     if not free:

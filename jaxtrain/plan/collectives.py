@@ -1,11 +1,13 @@
-"""Collectives: what a compiled program sends between its devices in one run, read from its text (`compiled.as_text()`).
+"""Collectives: what a compiled program sends between its devices in one run, read from its text
+(`compiled.as_text()`).
 
-The text is XLA's HLO: computations of one instruction a line. Sizes are taken from the operands of a collective, never from its own type:
-an asynchronous `-start` has operands and results in its type, and would count twice. A computation counts once for each call, and the body of a
-loop once for each trip, which XLA writes down where it knows it.
+The text is XLA's HLO: computations of one instruction a line. Sizes are taken from the operands of
+a collective, never from its own type: an asynchronous `-start` has operands and results in its
+type, and would count twice. A computation counts once for each call, and the body of a loop once
+for each trip, which XLA writes down where it knows it.
 
-Bytes on the wire are those that each device sends, by the ring algorithm: every device passes on (n - 1) / n of the whole array to
-gather or to scatter it, and twice that to reduce it everywhere.
+Bytes on the wire are those that each device sends, by the ring algorithm: every device passes on (n
+- 1) / n of the whole array to gather or to scatter it, and twice that to reduce it everywhere.
 """
 
 import dataclasses
@@ -17,15 +19,29 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
 """Of a number, where the name of its type does not say it."""
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
 _NAME = re.compile(r"%?([\w.-]+)")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
-_CALLS = re.compile(r"\b(?:calls|to_apply|body|called_computations|async_execution_thread_calls)=(?:\{([^}]*)\}|%?([\w.-]+))")
-_BRANCHES = re.compile(r"\b(?:branch_computations=\{([^}]*)\}|true_computation=%?([\w.-]+), false_computation=%?([\w.-]+))")
+_CALLS = re.compile(
+    r"\b(?:calls|to_apply|body|called_computations|async_execution_thread_calls)"
+    r"=(?:\{([^}]*)\}|%?([\w.-]+))"
+)
+_BRANCHES = re.compile(
+    r"\b(?:branch_computations=\{([^}]*)\}|true_computation=%?([\w.-]+),"
+    r" false_computation=%?([\w.-]+))"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
 _IOTA = re.compile(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)")
@@ -41,7 +57,8 @@ class Collective:
 
     kind: str
     bytes: int
-    """Of the whole array on one device's side: before a reduction, after a gathering; of all arrays if several go together."""
+    """Of the whole array on one device's side: before a reduction, after a gathering; of all arrays
+    if several go together."""
     groups: tuple[tuple[int, ...], ...]
     """Which devices take part with one another; for a permutation each pair (from, to)."""
     count: int
@@ -59,7 +76,11 @@ class Collective:
     def wire_bytes(self) -> float:
         """What each device sends, over all `count` times."""
         size = self.group_size
-        share = {"all-reduce": 2 * (size - 1) / size, "collective-permute": 1.0, "collective-broadcast": 1.0}.get(self.kind, (size - 1) / size)
+        share = {
+            "all-reduce": 2 * (size - 1) / size,
+            "collective-permute": 1.0,
+            "collective-broadcast": 1.0,
+        }.get(self.kind, (size - 1) / size)
         return share * self.bytes * self.count
 
     def crosses(self, per_host: int) -> bool:
@@ -77,22 +98,33 @@ class _Instruction:
 
 
 def read(text: str, *, unknown_trips: int | None = None) -> list[Collective]:
-    """All collectives of a compiled program, those that differ in nothing but their place counted together.
+    """All collectives of a compiled program, those that differ in nothing but their place counted
+    together.
 
     >>> add = "%add (a: f32[], b: f32[]) -> f32[] {\\n}\\n"
     >>> entry = "ENTRY %main (x: f32[4]) -> f32[4] {\\n  %x = f32[4]{0} parameter(0)\\n"
-    >>> reduce = "  ROOT %r = f32[4]{0} all-reduce(%x), replica_groups=[1,8]<=[8], to_apply=%add\\n}\\n"
-    >>> [(found.kind, found.bytes, found.group_size, found.wire_bytes) for found in read(add + entry + reduce)]
+    >>> reduce = (
+    ...     "  ROOT %r = f32[4]{0} all-reduce(%x), replica_groups=[1,8]<=[8], to_apply=%add\\n}\\n"
+    ... )
+    >>> [
+    ...     (found.kind, found.bytes, found.group_size, found.wire_bytes)
+    ...     for found in read(add + entry + reduce)
+    ... ]
     [('all-reduce', 16, 8, 28.0)]
 
-    A loop with collectives whose number of trips XLA does not know is a `ValueError` unless `unknown_trips` says it. Of the branches of a condition
-    the one that sends most is counted.
+    A loop with collectives whose number of trips XLA does not know is a `ValueError` unless
+    `unknown_trips` says it. Of the branches of a condition the one that sends most is counted.
     """
     computations, entry = _computations(text)
-    devices = math.prod(int(found.group(1)) for found in (_PARTITIONS.search(text), _REPLICAS.search(text)) if found)
+    devices = math.prod(
+        int(found.group(1)) for found in (_PARTITIONS.search(text), _REPLICAS.search(text)) if found
+    )
     if entry is None:
         raise ValueError("HLO text: no ENTRY computation; give the whole of compiled.as_text()")
-    return [dataclasses.replace(found, count=count) for found, count in _walk(computations, entry, devices, unknown_trips, {}).items()]
+    return [
+        dataclasses.replace(found, count=count)
+        for found, count in _walk(computations, entry, devices, unknown_trips, {}).items()
+    ]
 
 
 def wire_bytes(found: Sequence[Collective], *kinds: str) -> float:
@@ -101,7 +133,8 @@ def wire_bytes(found: Sequence[Collective], *kinds: str) -> float:
 
 
 def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
-    """The instructions of each computation, and the name of the one that the program begins with."""
+    """The instructions of each computation, and the name of the one that the program begins
+    with."""
     found: dict[str, list[_Instruction]] = {}
     entry, current = None, ""
     for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
@@ -148,7 +181,11 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _walk(
-    computations: dict[str, list[_Instruction]], name: str, devices: int, unknown_trips: int | None, known: dict[str, Counter[Collective]]
+    computations: dict[str, list[_Instruction]],
+    name: str,
+    devices: int,
+    unknown_trips: int | None,
+    known: dict[str, Counter[Collective]],
 ) -> Counter[Collective]:
     """How often each collective runs in one call of a computation."""
     if name in known:
@@ -162,10 +199,23 @@ def _walk(
         if kind in KINDS:
             total[_collective(each, kind, types, devices)] += 1
             continue
-        branches = [names for found in _BRANCHES.finditer(each.line) for group in found.groups() if group for names in _names(group)]
+        branches = [
+            names
+            for found in _BRANCHES.finditer(each.line)
+            for group in found.groups()
+            if group
+            for names in _names(group)
+        ]
         if branches:
-            parts = [_walk(computations, branch, devices, unknown_trips, known) for branch in branches]
-            total.update(max(parts, key=lambda part: sum(found.wire_bytes * count for found, count in part.items())))
+            parts = [
+                _walk(computations, branch, devices, unknown_trips, known) for branch in branches
+            ]
+            total.update(
+                max(
+                    parts,
+                    key=lambda part: sum(found.wire_bytes * count for found, count in part.items()),
+                )
+            )
         for found in _CALLS.finditer(each.line):
             for called in _names(found.group(1) or found.group(2)):
                 inner = _walk(computations, called, devices, unknown_trips, known)
@@ -184,17 +234,33 @@ def _trips(loop: _Instruction, unknown_trips: int | None) -> int:
     if found:
         return int(found.group(1))
     if unknown_trips is None:
-        raise ValueError(f"HLO text: loop {loop.name} sends data but has no known number of trips; say it by unknown_trips=")
+        raise ValueError(
+            f"HLO text: loop {loop.name} sends data but has no known number of trips; say it by"
+            " unknown_trips="
+        )
     return unknown_trips
 
 
 def _collective(each: _Instruction, kind: str, types: dict[str, str], devices: int) -> Collective:
     groups = _groups(each.line, kind, devices)
     arrays = [array for operand in each.operands for array in _ARRAY.findall(types[operand])]
-    size = sum(math.prod(int(part.lstrip("<=")) for part in dims.split(",") if part) * _bits(dtype) for dtype, dims in arrays) // 8
+    size = (
+        sum(
+            math.prod(int(part.lstrip("<=")) for part in dims.split(",") if part) * _bits(dtype)
+            for dtype, dims in arrays
+        )
+        // 8
+    )
     whole = size * max(len(group) for group in groups) if kind == "all-gather" else size
     named = re.search(r'op_name="([^"]*)"', each.line)
-    return Collective(kind, whole, groups, 1, tuple(sorted({dtype for dtype, _ in arrays})), named.group(1) if named else "")
+    return Collective(
+        kind,
+        whole,
+        groups,
+        1,
+        tuple(sorted({dtype for dtype, _ in arrays})),
+        named.group(1) if named else "",
+    )
 
 
 def _bits(dtype: str) -> int:
@@ -208,7 +274,8 @@ def _bits(dtype: str) -> int:
 
 
 def _groups(line: str, kind: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """The groups of a collective, in each of the forms that XLA writes; none given means all devices."""
+    """The groups of a collective, in each of the forms that XLA writes; none given means all
+    devices."""
     if kind == "collective-permute":
         found = _PAIRS.search(line)
         assert found is not None, line
@@ -223,21 +290,28 @@ def _groups(line: str, kind: str, devices: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _listed(text: str) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(int(number) for number in group.split(",")) for group in re.findall(r"\{([\d, ]+)\}", text))
+    return tuple(
+        tuple(int(number) for number in group.split(","))
+        for group in re.findall(r"\{([\d, ]+)\}", text)
+    )
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[4,2]<=[2,4]T(1,0)`: the numbers from 0 on in the shape behind the arrow, transposed, in the shape before it."""
+    """`[4,2]<=[2,4]T(1,0)`: the numbers from 0 on in the shape behind the arrow, transposed, in the
+    shape before it."""
     found = re.match(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?$", text)
     assert found is not None, text
-    shape, source, order = (tuple(map(int, part.split(","))) if part else None for part in found.groups())
+    shape, source, order = (
+        tuple(map(int, part.split(","))) if part else None for part in found.groups()
+    )
     assert shape is not None
     source = source or shape
     return np.arange(math.prod(source)).reshape(source).transpose(order).reshape(shape)
 
 
 def _over_mesh(axes: str, ids: str | None, used: str) -> tuple[tuple[int, ...], ...]:
-    """`mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}`: groups along the axes named last; `'a':(1)2` is a part of an axis."""
+    """`mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}`: groups along the axes named last;
+    `'a':(1)2` is a part of an axis."""
     sizes = {name: int(size) for name, size in re.findall(r"'?([\w.-]+)'?=(\d+)", axes)}
     if ids is None:
         order = np.arange(math.prod(sizes.values()))
@@ -245,12 +319,19 @@ def _over_mesh(axes: str, ids: str | None, used: str) -> tuple[tuple[int, ...], 
         order = _iota(ids).reshape(-1)
     else:
         order = np.array([int(number) for number in re.findall(r"\d+", ids)])
-    chosen = [(name, int(before or 1), int(size or sizes[name])) for name, before, size in re.findall(r"'?([\w.-]+)'?(?::\((\d+)\)(\d+))?", used)]
+    chosen = [
+        (name, int(before or 1), int(size or sizes[name]))
+        for name, before, size in re.findall(r"'?([\w.-]+)'?(?::\((\d+)\)(\d+))?", used)
+    ]
     # Each axis is cut wherever one of the chosen parts begins or ends.
     cuts = {name: {1, size} for name, size in sizes.items()}
     for name, before, size in chosen:
         cuts[name] |= {before, before * size}
-    places = [(name, start, end) for name, ends in cuts.items() for start, end in itertools.pairwise(sorted(ends))]
+    places = [
+        (name, start, end)
+        for name, ends in cuts.items()
+        for start, end in itertools.pairwise(sorted(ends))
+    ]
     grid = order.reshape([end // start for _, start, end in places])
     inner = [
         place

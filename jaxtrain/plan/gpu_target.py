@@ -1,10 +1,12 @@
 """GPU targets: devices that a program can be compiled for on a machine without them.
 
-The extra `plan` brings NVIDIA's compiler as jax uses it: the CUDA plugin of jax's own version, `ptxas`, and the small runtime library
-whose absence the plugin would report in four lines on stderr in every process. It brings none of the large libraries, so nothing can run.
+The extra `plan` brings NVIDIA's compiler as jax uses it: the CUDA plugin of jax's own version,
+`ptxas`, and the small runtime library whose absence the plugin would report in four lines on stderr
+in every process. It brings none of the large libraries, so nothing can run.
 
-jax learns of its plugins at its first use of a device, once. The plugin then looks for those libraries, and its complaint that they are
-missing is a traceback on stderr; the plugin is not there afterwards. `JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1` (or `JAX_PLATFORMS=cpu`), set before that first use,
+jax learns of its plugins at its first use of a device, once. The plugin then looks for those
+libraries, and its complaint that they are missing is a traceback on stderr; the plugin is not there
+afterwards. `JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1` (or `JAX_PLATFORMS=cpu`), set before that first use,
 leaves the question out. `prepare` sets it where the machine has no NVIDIA device.
 """
 
@@ -19,12 +21,18 @@ from jaxtrain import hardware, messages
 SKIP_CHECK = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
 DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg")
 """One of them is there if the machine, or its Windows host, has an NVIDIA card and a driver."""
-WHEELS = ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-runtime-cu12")
+WHEELS = (
+    "jax-cuda12-plugin",
+    "jax-cuda12-pjrt",
+    "nvidia-cuda-nvcc-cu12",
+    "nvidia-cuda-runtime-cu12",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What all cards of one compute capability share (CUDA programming guide, technical specifications per compute capability)."""
+    """What all cards of one compute capability share (CUDA programming guide, technical
+    specifications per compute capability)."""
 
     threads_per_core: int
     shared_per_core: int
@@ -73,8 +81,9 @@ class Target:
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
-# V100, A100, RTX A6000, H100, H200 and B200 are as in XLA's own tree (xla/backends/gpu/target_config/specs), where memory is what CUDA reports;
-# the others are from NVIDIA's data sheets, where it is what is sold, of which the driver keeps 1 to 8%.
+# V100, A100, RTX A6000, H100, H200 and B200 are as in XLA's own tree
+# (xla/backends/gpu/target_config/specs), where memory is what CUDA reports; the others are from
+# NVIDIA's data sheets, where it is what is sold, of which the driver keeps 1 to 8%.
 TARGETS = {
     "v100": Target("V100 SXM", 80, 1.53, 16935682048, 898.048e9, 6 * MIB),
     "v100_32gb": Target("V100 SXM", 80, 1.53, 32 * GIB, 898.048e9, 6 * MIB),
@@ -108,7 +117,9 @@ def find(card: str) -> Target:
     """
     if card not in TARGETS:
         near = messages.did_you_mean(card, TARGETS)
-        raise ValueError(f"card {card!r}: not known to the compiler; known: {', '.join(TARGETS)}{near}")
+        raise ValueError(
+            f"card {card!r}: not known to the compiler; known: {', '.join(TARGETS)}{near}"
+        )
     return TARGETS[card]
 
 
@@ -120,24 +131,46 @@ def text(target: Target) -> str:
     """
     major, minor = target.capability
     shape = ARCHITECTURES[target.capability]
-    # From Hopper on some instructions belong to one architecture only ("sm_90a"), and fast matrix products are among them.
+    # From Hopper on some instructions belong to one architecture only ("sm_90a"), and fast matrix
+    # products are among them.
     extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
     fields = {
-        "threads_per_block_limit": 1024, "threads_per_warp": 32, "threads_per_core_limit": shape.threads_per_core,
-        "shared_memory_per_block": 48 * KIB, "shared_memory_per_core": shape.shared_per_core, "shared_memory_per_block_optin": shape.shared_per_block,
-        "registers_per_core_limit": 65536, "registers_per_block_limit": 65536, "core_count": target.cores, "fpus_per_core": shape.fpus_per_core,
-        "block_dim_limit_x": 2**31 - 1, "block_dim_limit_y": 65535, "block_dim_limit_z": 65535, "memory_bandwidth": round(target.bandwidth),
-        "l2_cache_size": target.l2, "clock_rate_ghz": target.clock, "device_memory_size": target.memory,
-    }  # fmt: skip
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "threads_per_core_limit": shape.threads_per_core,
+        "shared_memory_per_block": 48 * KIB,
+        "shared_memory_per_core": shape.shared_per_core,
+        "shared_memory_per_block_optin": shape.shared_per_block,
+        "registers_per_core_limit": 65536,
+        "registers_per_block_limit": 65536,
+        "core_count": target.cores,
+        "fpus_per_core": shape.fpus_per_core,
+        "block_dim_limit_x": 2**31 - 1,
+        "block_dim_limit_y": 65535,
+        "block_dim_limit_z": 65535,
+        "memory_bandwidth": round(target.bandwidth),
+        "l2_cache_size": target.l2,
+        "clock_rate_ghz": target.clock,
+        "device_memory_size": target.memory,
+    }
     info = " ".join(f"{name}: {value}" for name, value in fields.items())
-    capability = f"cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {extension} }}"
-    versions = "dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 9 patch: 0 }"
-    return f'gpu_device_info {{ {info} {capability} }} platform_name: "CUDA" {versions} device_description_str: "NVIDIA {target.card}"'
+    capability = (
+        f"cuda_compute_capability {{ major: {major} minor: {minor} feature_extension:"
+        f" {extension} }}"
+    )
+    versions = (
+        "dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 9 patch: 0 }"
+    )
+    return (
+        f'gpu_device_info {{ {info} {capability} }} platform_name: "CUDA" {versions}'
+        f' device_description_str: "NVIDIA {target.card}"'
+    )
 
 
 def available() -> str | None:
     """Why nothing can be compiled for GPUs here, or None if it can."""
-    from importlib import metadata  # not above: this file is imported in every process, and needs it in few
+    # not above: this file is imported in every process, and needs it in few
+    from importlib import metadata
 
     versions = {}
     for wheel in ("jax", *WHEELS):
@@ -147,35 +180,52 @@ def available() -> str | None:
             return f"{wheel} is not installed; pip install 'jaxtrain[plan]'"
     for wheel in WHEELS[:2]:
         if versions[wheel] != versions["jax"]:
-            return f"{wheel} is {versions[wheel]} but jax is {versions['jax']}; pip install '{wheel}=={versions['jax']}'"
+            return (
+                f"{wheel} is {versions[wheel]} but jax is {versions['jax']}; pip install"
+                f" '{wheel}=={versions['jax']}'"
+            )
     return None
 
 
 def prepare(exists: Callable[[str], bool] = os.path.exists) -> None:
-    """Keeps jax silent about the libraries that the extra `plan` doesn't bring; call it before jax's first use of a device.
+    """Keeps jax silent about the libraries that the extra `plan` doesn't bring; call it before
+    jax's first use of a device.
 
     Where there is an NVIDIA device nothing is changed: there the check is worth having.
     """
-    if util.find_spec("jax_cuda12_plugin") is not None and not any(exists(file) for file in DEVICE_FILES):
+    if util.find_spec("jax_cuda12_plugin") is not None and not any(
+        exists(file) for file in DEVICE_FILES
+    ):
         os.environ.setdefault(SKIP_CHECK, "1")
 
 
 def devices(card: str, count: int, *, hosts: int = 1) -> list[Any]:
-    """Devices to compile for: `count` cards in `hosts` hosts, in order of hosts. Nothing runs on them.
+    """Devices to compile for: `count` cards in `hosts` hosts, in order of hosts. Nothing runs on
+    them.
 
-    `ValueError` if the card is not known, the cards do not divide among the hosts, or `available` says why not.
+    `ValueError` if the card is not known, the cards do not divide among the hosts, or `available`
+    says why not.
     """
     target = find(card)
     if count < 1 or hosts < 1 or count % hosts:
-        raise ValueError(f"{count} {card} in {hosts} hosts: every host has the same number of cards; choose a multiple of {max(hosts, 1)}")
+        raise ValueError(
+            f"{count} {card} in {hosts} hosts: every host has the same number of cards; choose a"
+            f" multiple of {max(hosts, 1)}"
+        )
     reason = available()
     if reason is not None:
         raise ValueError(f"compiling for {card}: {reason}")
     prepare()
-    from jax.experimental import topologies  # here, so that the variable above is set before jax looks at it
+    # here, so that the variable above is set before jax looks at it
+    from jax.experimental import topologies
 
     try:
-        found = topologies.get_topology_desc(platform="cuda", target_config=text(target), topology=f"1x{hosts}x{count // hosts}")
+        found = topologies.get_topology_desc(
+            platform="cuda", target_config=text(target), topology=f"1x{hosts}x{count // hosts}"
+        )
     except NotImplementedError as error:
-        raise ValueError(f"compiling for {card}: jax began without its CUDA plugin; set {SKIP_CHECK}=1 in the environment") from error
+        raise ValueError(
+            f"compiling for {card}: jax began without its CUDA plugin; set {SKIP_CHECK}=1 in the"
+            " environment"
+        ) from error
     return list(found.devices)

@@ -1,11 +1,22 @@
-"""What the model computes in, by card: policies, fp8 products, loss scaling, stochastic rounding."""
+"""What the model computes in, by card: policies, fp8 products, loss scaling, stochastic
+rounding."""
 
 from jaxtrain.precision.policy import (
     POLICIES as POLICIES,
+)
+from jaxtrain.precision.policy import (
     Policy as Policy,
+)
+from jaxtrain.precision.policy import (
     apply_in as apply_in,
+)
+from jaxtrain.precision.policy import (
     check as check,
+)
+from jaxtrain.precision.policy import (
     choose as choose,
+)
+from jaxtrain.precision.policy import (
     version as version,
 )
 

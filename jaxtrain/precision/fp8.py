@@ -1,12 +1,15 @@
-"""Products in fp8: a function's dense products, and their gradients, with operands of eight bits and one scale a tensor.
+"""Products in fp8: a function's dense products, and their gradients, with operands of eight bits
+and one scale a tensor.
 
-Each operand is multiplied by what brings its largest magnitude to the largest number of its format, is rounded, and the float32 result of
-the product is scaled back. Operands of the forward pass are float8_e4m3fn (448 at most, 3 bits of mantissa), incoming gradients float8_e5m2
-(57,344 at most, 2 bits): Micikevicius et al. 2022, arXiv 2209.05433. The scales come from the tensor as it is now ("current scaling"), not
-from its past ("delayed scaling"), so there is no state; the price is one pass over each operand, and one number reduced over the devices
-where it is sharded.
+Each operand is multiplied by what brings its largest magnitude to the largest number of its format,
+is rounded, and the float32 result of the product is scaled back. Operands of the forward pass are
+float8_e4m3fn (448 at most, 3 bits of mantissa), incoming gradients float8_e5m2 (57,344 at most, 2
+bits): Micikevicius et al. 2022, arXiv 2209.05433. The scales come from the tensor as it is now
+("current scaling"), not from its past ("delayed scaling"), so there is no state; the price is one
+pass over each operand, and one number reduced over the devices where it is sharded.
 
-The function is traced to a jaxpr, which is then run with other products: any model will do, for none has to know.
+The function is traced to a jaxpr, which is then run with other products: any model will do, for
+none has to know.
 """
 
 import functools
@@ -23,7 +26,8 @@ Dims = tuple[tuple[int, ...], tuple[int, ...]]
 
 FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
 SMALLEST_SCALED = 1e-30
-"""A tensor with no number as large as this keeps scale 1: the inverse of its scale would overflow float32."""
+"""A tensor with no number as large as this keeps scale 1: the inverse of its scale would overflow
+float32."""
 
 
 def with_fp8_products(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,10 +37,12 @@ def with_fp8_products(function: Callable[..., Any]) -> Callable[..., Any]:
     >>> product(jnp.full((2, 4), 3.0), jnp.ones((4, 2))).round(5).tolist()
     [[12.0, 12.0], [12.0, 12.0]]
 
-    A dense product is a `dot_general` of two floating-point operands without batch dims; its result keeps its dtype. Products of attention,
-    which have batch dims, and convolutions stay as they are. Products are also found inside `jit`, `jax.checkpoint`, `lax.scan` and
-    `lax.cond`; those inside `lax.while_loop`, `shard_map`, a kernel, or a function with derivatives of its own (`custom_jvp`, `custom_vjp`)
-    stay as they are. It can be differentiated once, backwards; arguments are positional.
+    A dense product is a `dot_general` of two floating-point operands without batch dims; its result
+    keeps its dtype. Products of attention, which have batch dims, and convolutions stay as they
+    are. Products are also found inside `jit`, `jax.checkpoint`, `lax.scan` and `lax.cond`; those
+    inside `lax.while_loop`, `shard_map`, a kernel, or a function with derivatives of its own
+    (`custom_jvp`, `custom_vjp`) stay as they are. It can be differentiated once, backwards;
+    arguments are positional.
     """
 
     @functools.wraps(function)
@@ -47,7 +53,9 @@ def with_fp8_products(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*structure.unflatten(leaves))
 
         traced, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)
-        return jax.tree.unflatten(jax.tree.structure(shapes), core.jaxpr_as_fun(_rewritten(traced))(*leaves))
+        return jax.tree.unflatten(
+            jax.tree.structure(shapes), core.jaxpr_as_fun(_rewritten(traced))(*leaves)
+        )
 
     return in_fp8
 
@@ -61,32 +69,43 @@ WITHIN: dict[str, tuple[str, ...]] = {
     "scan": ("jaxpr",),
     "cond": ("branches",),
 }
-"""The parameters of primitives in which products are looked for: those that stay as they were when only what they compute changes."""
+"""The parameters of primitives in which products are looked for: those that stay as they were when
+only what they compute changes."""
 
 
 def _is_dense(equation: core.JaxprEqn) -> bool:
     if equation.primitive.name != "dot_general":
         return False
     (over_left, _), (batch, _) = equation.params["dimension_numbers"]
-    return bool(over_left) and not batch and all(jnp.issubdtype(operand.aval.dtype, jnp.floating) for operand in equation.invars)
+    return (
+        bool(over_left)
+        and not batch
+        and all(jnp.issubdtype(operand.aval.dtype, jnp.floating) for operand in equation.invars)
+    )
 
 
 def _holds_dense(jaxpr: Any) -> bool:
-    """Whether there is a dense product anywhere inside a jaxpr, closed or not, or inside one of several."""
+    """Whether there is a dense product anywhere inside a jaxpr, closed or not, or inside one of
+    several."""
     if isinstance(jaxpr, tuple | list):
         return any(map(_holds_dense, jaxpr))
     return any(
-        _is_dense(equation) or any(_holds_dense(equation.params[name]) for name in WITHIN.get(equation.primitive.name, ()))
+        _is_dense(equation)
+        or any(
+            _holds_dense(equation.params[name]) for name in WITHIN.get(equation.primitive.name, ())
+        )
         for equation in jaxpr.eqns
     )
 
 
 def _rewritten(jaxpr: Any) -> Any:
-    """The jaxpr (closed or not, or several) with other products; its inputs, outputs, constants, names and sources are as they were."""
+    """The jaxpr (closed or not, or several) with other products; its inputs, outputs, constants,
+    names and sources are as they were."""
     if isinstance(jaxpr, tuple | list):
         return type(jaxpr)(map(_rewritten, jaxpr))
     inner = getattr(jaxpr, "jaxpr", jaxpr)
-    if type(inner) is not type(jaxpr):  # from jax 0.12 on open and closed are one type, which keeps its constants
+    # from jax 0.12 on open and closed are one type, which keeps its constants
+    if type(inner) is not type(jaxpr):
         return jaxpr.replace(jaxpr=_rewritten(inner))
     return jaxpr.replace(eqns=[_replaced(equation) for equation in jaxpr.eqns])
 
@@ -95,13 +114,23 @@ def _replaced(equation: core.JaxprEqn) -> core.JaxprEqn:
     """One equation with other products."""
     if not _is_dense(equation):
         names = WITHIN.get(equation.primitive.name, ())
-        inner = {name: _rewritten(equation.params[name]) for name in names if _holds_dense(equation.params[name])}
+        inner = {
+            name: _rewritten(equation.params[name])
+            for name in names
+            if _holds_dense(equation.params[name])
+        }
         return equation.replace(params=equation.params | inner) if inner else equation
     contracting, _ = equation.params["dimension_numbers"]
     dtype = equation.outvars[0].aval.dtype
-    shapes = [jax.ShapeDtypeStruct(operand.aval.shape, operand.aval.dtype) for operand in equation.invars]
-    (call,) = jax.make_jaxpr(lambda left, right: _dense(left, right, contracting, dtype))(*shapes).eqns
-    return call.replace(invars=equation.invars, outvars=equation.outvars, source_info=equation.source_info)
+    shapes = [
+        jax.ShapeDtypeStruct(operand.aval.shape, operand.aval.dtype) for operand in equation.invars
+    ]
+    (call,) = jax.make_jaxpr(lambda left, right: _dense(left, right, contracting, dtype))(
+        *shapes
+    ).eqns
+    return call.replace(
+        invars=equation.invars, outvars=equation.outvars, source_info=equation.source_info
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -110,8 +139,11 @@ def _dense(left: jax.Array, right: jax.Array, contracting: Dims, dtype: Any) -> 
     return _forward(left, right, contracting, dtype)[0]
 
 
-def _forward(left: jax.Array, right: jax.Array, contracting: Dims, dtype: Any) -> tuple[jax.Array, Any]:
-    """The product, and what the backward pass needs: the operands in eight bits, which is also a quarter of the memory of float32.
+def _forward(
+    left: jax.Array, right: jax.Array, contracting: Dims, dtype: Any
+) -> tuple[jax.Array, Any]:
+    """The product, and what the backward pass needs: the operands in eight bits, which is also a
+    quarter of the memory of float32.
 
     The empty arrays carry the dtypes of the operands, for what is kept must be arrays.
     """
@@ -120,8 +152,11 @@ def _forward(left: jax.Array, right: jax.Array, contracting: Dims, dtype: Any) -
     return _product(few_left, few_right, contracting, lax.Precision.DEFAULT).astype(dtype), kept
 
 
-def _backward(contracting: Dims, dtype: Any, kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The gradients of both operands: products of the incoming gradient, in e5m2, with the other operand, in e4m3."""
+def _backward(
+    contracting: Dims, dtype: Any, kept: Any, gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of both operands: products of the incoming gradient, in e5m2, with the other
+    operand, in e4m3."""
     del dtype
     left, right, like_left, like_right = kept
     few = quantised(gradient, BACKWARD)
@@ -129,8 +164,12 @@ def _backward(contracting: Dims, dtype: Any, kept: Any, gradient: jax.Array) -> 
     free_left = tuple(dim for dim in range(left[0].ndim) if dim not in over_left)
     free_right = tuple(dim for dim in range(right[0].ndim) if dim not in over_right)
     rows, columns = tuple(range(len(free_left))), tuple(range(len(free_left), gradient.ndim))
-    # A product lists the free dims of its left operand, then those of its right one, each in their order: they are put back.
-    pairs_right, pairs_left = sorted(zip(over_right, over_left, strict=True)), sorted(zip(over_left, over_right, strict=True))
+    # A product lists the free dims of its left operand, then those of its right one, each in their
+    # order: they are put back.
+    pairs_right, pairs_left = (
+        sorted(zip(over_right, over_left, strict=True)),
+        sorted(zip(over_left, over_right, strict=True)),
+    )
     to_left = _product(few, right, (columns, free_right), lax.Precision.HIGHEST)
     to_left = _placed(to_left, (*free_left, *(dim for _, dim in pairs_right)))
     to_right = _product(left, few, (free_left, rows), lax.Precision.HIGHEST)
@@ -148,29 +187,40 @@ def quantised(values: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     >>> few.tolist(), round(448 * float(scale), 5)
     ([112.0, -224.0, 448.0], 2.0)
 
-    The scale is 1 where the largest magnitude is below 1e-30 or not finite. Infinities become NaN, which every format has, so that an
-    overflow is seen downstream and never saturates.
+    The scale is 1 where the largest magnitude is below 1e-30 or not finite. Infinities become NaN,
+    which every format has, so that an overflow is seen downstream and never saturates.
     """
     largest = jnp.max(jnp.abs(values), initial=0.0).astype(jnp.float32)
     top = float(jnp.finfo(dtype).max)
     usable = jnp.isfinite(largest) & (largest >= SMALLEST_SCALED)
     safe = jnp.where(usable, largest, top)
-    # A product with the inverse: XLA makes one of a division on some layouts only, and layouts should agree in every bit.
+    # A product with the inverse: XLA makes one of a division on some layouts only, and layouts
+    # should agree in every bit.
     scaled = values.astype(jnp.float32) * (top / safe)
     return jnp.where(jnp.isfinite(scaled), scaled, jnp.nan).astype(dtype), safe * (1.0 / top)
 
 
 def _product(
-    left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array], contracting: Dims, accumulate: lax.Precision
+    left: tuple[jax.Array, jax.Array],
+    right: tuple[jax.Array, jax.Array],
+    contracting: Dims,
+    accumulate: lax.Precision,
 ) -> jax.Array:
     """The product of two scaled fp8 arrays, float32.
 
-    The operands enter as fp8: of this XLA makes an fp8 kernel for an H100 (Triton) and an RTX 4090 (cuBLASLt), while of operands that are
-    widened and scaled first, the pattern of the literature, it makes a bfloat16 kernel. At `Precision.DEFAULT` tensor cores may add up in
-    fewer bits than float32 has, which is faster and does for the forward pass; at `HIGHEST`, for gradients, cuBLASLt adds up in float32
-    (XLA's `cuda_blas_lt.cc`).
+    The operands enter as fp8: of this XLA makes an fp8 kernel for an H100 (Triton) and an RTX 4090
+    (cuBLASLt), while of operands that are widened and scaled first, the pattern of the literature,
+    it makes a bfloat16 kernel. At `Precision.DEFAULT` tensor cores may add up in fewer bits than
+    float32 has, which is faster and does for the forward pass; at `HIGHEST`, for gradients,
+    cuBLASLt adds up in float32 (XLA's `cuda_blas_lt.cc`).
     """
-    wide = lax.dot_general(left[0], right[0], (contracting, ((), ())), precision=accumulate, preferred_element_type=jnp.float32)
+    wide = lax.dot_general(
+        left[0],
+        right[0],
+        (contracting, ((), ())),
+        precision=accumulate,
+        preferred_element_type=jnp.float32,
+    )
     return wide * (left[1] * right[1])
 
 

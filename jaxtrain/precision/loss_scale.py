@@ -1,9 +1,11 @@
-"""Dynamic loss scaling: keeps the gradients of float16 inside its narrow range, and skips the step where they left it.
+"""Dynamic loss scaling: keeps the gradients of float16 inside its narrow range, and skips the step
+where they left it.
 
-float16 rounds to zero below 6e-8, where many gradients of a network lie. So the loss is multiplied by a scale before the backward pass and
-the float32 gradients are divided by it. The scale is the largest that does not overflow, found by trying: an overflow halves it and the
-step changes nothing; a long run of good steps doubles it (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2). All scales are powers
-of two.
+float16 rounds to zero below 6e-8, where many gradients of a network lie. So the loss is multiplied
+by a scale before the backward pass and the float32 gradients are divided by it. The scale is the
+largest that does not overflow, found by trying: an overflow halves it and the step changes nothing;
+a long run of good steps doubles it (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2). All
+scales are powers of two.
 """
 
 import dataclasses
@@ -46,8 +48,8 @@ class LossScale:
 def update(state: LossScale, finite: ArrayLike) -> LossScale:
     """The state after a step whose gradients were `finite`, a bool scalar, or were not.
 
-    An overflow at the smallest scale, 1, changes the scale no more and is still counted: then the network itself overflows, and a scale
-    cannot help.
+    An overflow at the smallest scale, 1, changes the scale no more and is still counted: then the
+    network itself overflows, and a scale cannot help.
     """
     good_steps = jnp.where(finite, state.good_steps + 1, 0)
     grows = good_steps >= GROWTH_STEPS
@@ -60,13 +62,18 @@ def update(state: LossScale, finite: ArrayLike) -> LossScale:
 
 
 def all_finite(tree: PyTree) -> jax.Array:
-    """Whether no number of a tree is infinite or NaN, a bool scalar; what is no floating-point array is finite.
+    """Whether no number of a tree is infinite or NaN, a bool scalar; what is no floating-point
+    array is finite.
 
     >>> bool(all_finite({"a": jnp.ones(3), "b": jnp.array([0.0, jnp.inf])})), bool(all_finite({}))
     (False, True)
     """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves])) if leaves else jnp.bool_(True)
+    return (
+        jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+        if leaves
+        else jnp.bool_(True)
+    )
 
 
 def keep(finite: ArrayLike, new: PyTree, old: PyTree) -> PyTree:

@@ -1,8 +1,8 @@
 """The precision policy: what a model computes in, which card can do it, and which one `auto` takes.
 
-Parameters, gradients and the optimizer are float32 under every policy. A policy says in what the model's own arithmetic is done: its
-parameters and inputs are cast on the way in, so gradients come back as float32 through the cast. Batch statistics stay float32, and losses
-are computed in float32.
+Parameters, gradients and the optimizer are float32 under every policy. A policy says in what the
+model's own arithmetic is done: its parameters and inputs are cast on the way in, so gradients come
+back as float32 through the cast. Batch statistics stay float32, and losses are computed in float32.
 """
 
 import dataclasses
@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.precision import fp8
 from jaxtrain.adapters import Apply, Keys, Variables
+from jaxtrain.precision import fp8
 from jaxtrain.tree import PyTree
 
 Capability = float | str | None
-"""CUDA compute capability as jax words it (`device.compute_capability`, such as "8.0"), as a number, or None where there is none."""
+"""CUDA compute capability as jax words it (`device.compute_capability`, such as "8.0"), as a
+number, or None where there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,11 @@ class Policy:
     """Whether the loss is scaled, see `loss_scale.py`."""
 
     def cast(self, tree: PyTree) -> PyTree:
-        """The tree with its float32 arrays in the policy's dtype; integers, bools, keys and other floats as they are."""
-        return jax.tree.map(lambda leaf: leaf.astype(self.dtype) if leaf.dtype == jnp.float32 else leaf, tree)
+        """The tree with its float32 arrays in the policy's dtype; integers, bools, keys and other
+        floats as they are."""
+        return jax.tree.map(
+            lambda leaf: leaf.astype(self.dtype) if leaf.dtype == jnp.float32 else leaf, tree
+        )
 
 
 POLICIES: dict[str, Policy] = {
@@ -52,23 +56,33 @@ POLICIES: dict[str, Policy] = {
 def apply_in(policy: Policy, apply: Apply) -> Apply:
     """A model's `apply` that computes as the policy says.
 
-    >>> apply = apply_in(POLICIES["bf16"], lambda variables, inputs, *, train, rngs=None: (variables["params"] * inputs, {}))
+    >>> apply = apply_in(
+    ...     POLICIES["bf16"],
+    ...     lambda variables, inputs, *, train, rngs=None: (variables["params"] * inputs, {}),
+    ... )
     >>> apply({"params": jnp.ones(2)}, jnp.ones(2), train=True)[0].dtype
     dtype(bfloat16)
 
-    Parameters and inputs are cast, other collections (batch statistics) are not, and come back in the dtypes they were given in. Outputs
-    are low precision; a loss that sums them has to widen them first.
+    Parameters and inputs are cast, other collections (batch statistics) are not, and come back in
+    the dtypes they were given in. Outputs are low precision; a loss that sums them has to widen
+    them first.
     """
     if policy.dtype == jnp.float32 and not policy.fp8:
         return apply
 
-    def cast_apply(variables: Variables, inputs: Any, *, train: bool, rngs: Keys | None = None) -> tuple[Any, Variables]:
+    def cast_apply(
+        variables: Variables, inputs: Any, *, train: bool, rngs: Keys | None = None
+    ) -> tuple[Any, Variables]:
         def run(variables: Variables, inputs: Any) -> tuple[Any, Variables]:
             return apply(variables, inputs, train=train, rngs=rngs)
 
         cast = variables | {"params": policy.cast(variables["params"])}
-        outputs, changed = (fp8.with_fp8_products(run) if policy.fp8 else run)(cast, policy.cast(inputs))
-        return outputs, {name: _as_stored(tree, variables.get(name)) for name, tree in changed.items()}
+        outputs, changed = (fp8.with_fp8_products(run) if policy.fp8 else run)(
+            cast, policy.cast(inputs)
+        )
+        return outputs, {
+            name: _as_stored(tree, variables.get(name)) for name, tree in changed.items()
+        }
 
     return cast_apply
 
@@ -77,17 +91,28 @@ def _as_stored(new: PyTree, old: PyTree) -> PyTree:
     """A collection in the dtypes it was stored in; one that was not stored as the model gave it."""
     if jax.tree.structure(new) != jax.tree.structure(old):
         return new
-    return jax.tree.map(lambda after, before: after if after.dtype == before.dtype else after.astype(before.dtype), new, old)
+    return jax.tree.map(
+        lambda after, before: after if after.dtype == before.dtype else after.astype(before.dtype),
+        new,
+        old,
+    )
 
 
 def choose(platform: str, capability: Capability) -> str:
     """What `--precision=auto` takes: the fastest policy that trains as float32 does on this device.
 
-    >>> choose("cpu", None), choose("gpu", "6.1"), choose("gpu", "7.0"), choose("gpu", "7.5"), choose("gpu", "8.0")
+    >>> (
+    ...     choose("cpu", None),
+    ...     choose("gpu", "6.1"),
+    ...     choose("gpu", "7.0"),
+    ...     choose("gpu", "7.5"),
+    ...     choose("gpu", "8.0"),
+    ... )
     ('fp32', 'fp32', 'fp16', 'fp16', 'bf16')
 
-    `platform` is jax's (`device.platform`). fp8 is never chosen: it is a rounding that a user should know of. A TPU takes bf16. A GPU that
-    tells no CUDA compute capability takes fp32, which all can do.
+    `platform` is jax's (`device.platform`). fp8 is never chosen: it is a rounding that a user
+    should know of. A TPU takes bf16. A GPU that tells no CUDA compute capability takes fp32, which
+    all can do.
     """
     if platform == "tpu":
         return "bf16"
@@ -102,10 +127,12 @@ def check(name: str, platform: str, capability: Capability, device_kind: str) ->
 
     >>> check("bf16", "gpu", "7.0", "Tesla V100-SXM2-16GB")
     Traceback (most recent call last):
-    ValueError: --precision=bf16: Tesla V100-SXM2-16GB (compute capability 7.0) has no bfloat16; use --precision=fp16, which scales its loss
+    ValueError: --precision=bf16: Tesla V100-SXM2-16GB (compute capability 7.0) has no bfloat16; use
+    --precision=fp16, which scales its loss
 
-    `device_kind` is what messages call the card. On CPU every policy is allowed, as a rehearsal. fp16 is allowed on every GPU: below 7.0 it
-    has no tensor cores and saves memory only. A GPU that tells no CUDA compute capability is not judged: its compiler will say.
+    `device_kind` is what messages call the card. On CPU every policy is allowed, as a rehearsal.
+    fp16 is allowed on every GPU: below 7.0 it has no tensor cores and saves memory only. A GPU that
+    tells no CUDA compute capability is not judged: its compiler will say.
     """
     if name not in POLICIES:
         raise ValueError(f"--precision={name}: not a precision; choose auto, {', '.join(POLICIES)}")
@@ -118,11 +145,15 @@ def check(name: str, platform: str, capability: Capability, device_kind: str) ->
     other = choose(platform, capability)
     remedy = f"--precision={other}" + (", which scales its loss" if POLICIES[other].scaled else "")
     said = ".".join(map(str, found))
-    raise ValueError(f"--precision={name}: {device_kind} (compute capability {said}) has no {lacks[0]}; use {remedy}")
+    raise ValueError(
+        f"--precision={name}: {device_kind} (compute capability {said}) has no {lacks[0]}; use"
+        f" {remedy}"
+    )
 
 
 def version(capability: Capability) -> tuple[int, int] | None:
-    """Major and minor compute capability, or None where it is none of CUDA's (an AMD card says `gfx942`).
+    """Major and minor compute capability, or None where it is none of CUDA's (an AMD card says
+    `gfx942`).
 
     >>> version("8.6"), version("gfx942"), version(None)
     ((8, 6), None, None)

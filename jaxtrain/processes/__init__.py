@@ -3,7 +3,6 @@
 Nothing here imports jax before it is used: the supervisor runs without it.
 """
 
-
 __all__ = [
     "arguments",
     "cluster",

@@ -1,4 +1,5 @@
-"""What the supervisor's command line asks for: which experiment, with which flags, in how many processes."""
+"""What the supervisor's command line asks for: which experiment, with which flags, in how many
+processes."""
 
 import contextlib
 import dataclasses
@@ -18,20 +19,24 @@ class Plan:
 
     @property
     def hang_seconds(self) -> float | None:
-        """The value of --hang_seconds; None if it is not there, or no number, of which the worker will complain."""
+        """The value of --hang_seconds; None if it is not there, or no number, of which the worker
+        will complain."""
         with contextlib.suppress(ValueError, TypeError):
-            return float(value_of(self.flags, "hang_seconds"))  # type: ignore[arg-type]  # None raises TypeError
+            # None raises TypeError.
+            return float(value_of(self.flags, "hang_seconds"))  # type: ignore[arg-type]
         return None
 
     @property
     def max_restarts(self) -> int:
-        """The value of --max_restarts; 0 if it is not there, or no number, of which the worker will complain."""
+        """The value of --max_restarts; 0 if it is not there, or no number, of which the worker will
+        complain."""
         with contextlib.suppress(ValueError, TypeError):
             return int(value_of(self.flags, "max_restarts"))  # type: ignore[arg-type]
         return 0
 
     def command(self, workdir: str) -> list[str]:
-        """What a worker runs; into `workdir` at a restart, where it goes on instead of beginning anew."""
+        """What a worker runs; into `workdir` at a restart, where it goes on instead of beginning
+        anew."""
         flags = list(self.flags)
         if workdir:
             flags = without(flags, "resume") if value_of(flags, "resume") == "never" else flags
@@ -52,21 +57,35 @@ def parse(argv: Sequence[str]) -> Plan:
     while left and left[0].startswith("-"):
         name, equals, value = left.pop(0).lstrip("-").partition("=")
         if name not in ("processes", "devices", "hang_seconds", "max_restarts"):
-            raise ValueError(f"--{name}: not a flag of the supervisor; flags of the experiment come after its FILE.py")
+            raise ValueError(
+                f"--{name}: not a flag of the supervisor; flags of the experiment come after its"
+                " FILE.py"
+            )
         if not equals and not left:
             raise ValueError(f"--{name}: needs a value, e.g. --{name}=2")
         own[name] = value if equals else left.pop(0)
     if not left:
-        raise ValueError("no FILE.py given; python -m jaxtrain.processes.supervisor --processes=2 experiments/digits.py [flags]")
+        raise ValueError(
+            "no FILE.py given; python -m jaxtrain.processes.supervisor --processes=2"
+            " experiments/digits.py [flags]"
+        )
     script, *flags = left
     if not os.path.isfile(script):
         raise ValueError(f"{script}: no such experiment")
     flags += [f"--{name}={own[name]}" for name in ("hang_seconds", "max_restarts") if name in own]
     counts = {name: _count(name, own[name]) for name in ("processes", "devices") if name in own}
-    if counts.get("processes", 1) > 1 and (name := next((name for name in ("process", "coordinator") if value_of(flags, name)), None)):
-        raise ValueError(f"--processes={counts['processes']}: starts all processes here, so --{name} has no meaning; drop one of them")
+    if counts.get("processes", 1) > 1 and (
+        name := next((name for name in ("process", "coordinator") if value_of(flags, name)), None)
+    ):
+        raise ValueError(
+            f"--processes={counts['processes']}: starts all processes here, so --{name} has no"
+            " meaning; drop one of them"
+        )
     if "devices" in counts and value_of(flags, "platform") == "gpu":
-        raise ValueError(f"--devices={counts['devices']}: makes devices of the CPU, so --platform=gpu has no meaning; drop one of them")
+        raise ValueError(
+            f"--devices={counts['devices']}: makes devices of the CPU, so --platform=gpu has no"
+            " meaning; drop one of them"
+        )
     return Plan(script, tuple(flags), **counts)
 
 
@@ -93,7 +112,9 @@ def without(argv: Sequence[str], name: str) -> list[str]:
     alone = [place for place, argument in enumerate(argv) if argument in (f"--{name}", f"-{name}")]
     gone = {*alone, *(place + 1 for place in alone)}
     return [
-        argument for place, argument in enumerate(argv) if place not in gone and not argument.startswith((f"--{name}=", f"-{name}="))
+        argument
+        for place, argument in enumerate(argv)
+        if place not in gone and not argument.startswith((f"--{name}=", f"-{name}="))
     ]
 
 

@@ -1,4 +1,5 @@
-"""The group: what the processes of one run tell each other. Alone, a process is a group of one, and none of this costs anything."""
+"""The group: what the processes of one run tell each other. Alone, a process is a group of one, and
+none of this costs anything."""
 
 import json
 from typing import Any
@@ -34,11 +35,15 @@ def from_main(value: Any) -> Any:
 
 
 def place(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array that every process holds alike, laid out on devices of all of them; each puts only its part there."""
+    """An array that every process holds alike, laid out on devices of all of them; each puts only
+    its part there."""
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding, may_alias=False)
-    with jax.transfer_guard_host_to_device("allow"):  # to jax this one is implicit, though it is asked for by name
-        return jax.make_array_from_callback(value.shape, sharding, lambda index: np.array(value[index]))
+    # to jax this one is implicit, though it is asked for by name
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_callback(
+            value.shape, sharding, lambda index: np.array(value[index])
+        )
 
 
 def fetch(array: jax.Array) -> np.ndarray:
@@ -59,8 +64,8 @@ class Agreement:
     ...     agreement.status is None
     True
 
-    In a group the signals travel like the metrics do, one dispatch behind: `tick` says what this process has heard, and reads what all had
-    said at the tick before.
+    In a group the signals travel like the metrics do, one dispatch behind: `tick` says what this
+    process has heard, and reads what all had said at the tick before.
     """
 
     def __init__(self, stop: Stop) -> None:
@@ -97,4 +102,6 @@ class Agreement:
             self._agreed = max(self._agreed, int(jax.device_get(self._said)))
         mine = np.full(1, self._stop.number, np.int32)
         with jax.transfer_guard("allow"):
-            self._said = self._max(jax.make_array_from_callback((self._count,), self._place, lambda index: mine))
+            self._said = self._max(
+                jax.make_array_from_callback((self._count,), self._place, lambda index: mine)
+            )

@@ -1,7 +1,7 @@
 """The pulse: how far a worker has come, in a small file that its supervisor reads.
 
-Only the main thread beats, and only when something was really done: a thread that beat by itself would go on through any hang. In a process
-that nobody supervises every call returns at once.
+Only the main thread beats, and only when something was really done: a thread that beat by itself
+would go on through any hang. In a process that nobody supervises every call returns at once.
 """
 
 import contextlib
@@ -18,12 +18,14 @@ from typing import NoReturn
 from jaxtrain.errors import TRY_AGAIN
 
 PULSE, STACKS, SUPERVISED = "JAXTRAIN_PULSE", "JAXTRAIN_STACKS", "JAXTRAIN_SUPERVISED"
-"""What a supervisor tells its worker in the environment: the file to beat into, the one to dump stacks into, and the supervisor's own pid."""
+"""What a supervisor tells its worker in the environment: the file to beat into, the one to dump
+stacks into, and the supervisor's own pid."""
 PHASES = ("starting", "joining", "data", "compiling", "training", "evaluating", "saving", "ending")
 """What a worker can be at, in the order in which it mostly comes to them."""
 
 _LINE = 64
-"""Bytes of the first line; those after it hold the run's wishes and its workdir. Fixed, so that a beat overwrites the last one in one call."""
+"""Bytes of the first line; those after it hold the run's wishes and its workdir. Fixed, so that a
+beat overwrites the last one in one call."""
 _LONGEST = 2 * _LINE + 4096
 
 
@@ -50,12 +52,18 @@ class Pulse:
         self.beat(PHASES[0])
 
     def beat(self, phase: str, step: int | None = None) -> None:
-        """Says that the worker has got on, at `step` or where it was; costs a few microseconds, and a full disk is not worth a run."""
+        """Says that the worker has got on, at `step` or where it was; costs a few microseconds, and
+        a full disk is not worth a run."""
         assert phase in PHASES, phase
-        assert threading.current_thread() is threading.main_thread(), "another thread's beats say nothing of the main one"
+        assert threading.current_thread() is threading.main_thread(), (
+            "another thread's beats say nothing of the main one"
+        )
         self._counter += 1
         self._step = self._step if step is None else step
-        line = f"{self._counter} {phase} {'-' if self._step < 0 else self._step}".ljust(_LINE - 1) + "\n"
+        line = (
+            f"{self._counter} {phase} {'-' if self._step < 0 else self._step}".ljust(_LINE - 1)
+            + "\n"
+        )
         with contextlib.suppress(OSError):
             os.pwrite(self._descriptor, line.encode(), 0)
 
@@ -75,7 +83,8 @@ class Pulse:
 
 
 def read(path: str | Path) -> Beat | None:
-    """What the pulse file at `path` says; None if there is none yet, or if it was read at the wrong moment.
+    """What the pulse file at `path` says; None if there is none yet, or if it was read at the wrong
+    moment.
 
     >>> read("/no/such/pulse") is None
     True
@@ -87,17 +96,20 @@ def read(path: str | Path) -> Beat | None:
         told = text[_LINE:].split(b"\n")  # empty, or whole lines and what follows the last
         wishes = told[0].decode("ascii").split() if len(told) > 1 else []
         return Beat(
-            int(counter), phase, None if step == "-" else int(step),
+            int(counter),
+            phase,
+            None if step == "-" else int(step),
             workdir=os.fsdecode(told[1]) if len(told) > 2 else "",
             max_restarts=int(wishes[0]) if wishes else None,
             hang_seconds=float(wishes[1]) if wishes and wishes[1] != "-" else None,
-        )  # fmt: skip
+        )
     except (OSError, ValueError):
         return None
 
 
 def beat(phase: str, step: int | None = None) -> None:
-    """Tells the supervisor, if there is one, that the main thread has got on: what it is at now, and at which step if that is another.
+    """Tells the supervisor, if there is one, that the main thread has got on: what it is at now,
+    and at which step if that is another.
 
     >>> beat("training", 12)
     """
@@ -107,7 +119,8 @@ def beat(phase: str, step: int | None = None) -> None:
 
 
 def wishes(max_restarts: int, hang_seconds: float | None) -> None:
-    """Tells the supervisor, if there is one, how often the run may be restarted, and after how many seconds of silence it counts as hung."""
+    """Tells the supervisor, if there is one, how often the run may be restarted, and after how many
+    seconds of silence it counts as hung."""
     own = _own()
     if own is not None:
         own.wishes(max_restarts, hang_seconds)
@@ -122,7 +135,8 @@ def workdir(path: str | Path) -> None:
 
 @functools.cache
 def _own() -> Pulse | None:
-    """This process's pulse, if a supervisor started it; a child of a worker has none, though it inherits the environment."""
+    """This process's pulse, if a supervisor started it; a child of a worker has none, though it
+    inherits the environment."""
     path, supervisor = os.environ.get(PULSE), int(os.environ.get(SUPERVISED) or 0)
     if not path:
         return None
@@ -132,14 +146,19 @@ def _own() -> Pulse | None:
         return None
     own = Pulse(path)
     if stacks := os.environ.get(STACKS):
-        # Written by a C handler, so a thread that holds the interpreter for ever is seen too. The file stays open for good.
-        faulthandler.register(signal.SIGUSR2, file=open(stacks, "ab", buffering=0), all_threads=True)  # noqa: SIM115
-    threading.Thread(target=_watch_supervisor, args=(supervisor,), name="supervisor watch", daemon=True).start()
+        # Written by a C handler, so a thread that holds the interpreter for ever is seen too. The
+        # file stays open for good.
+        file = open(stacks, "ab", buffering=0)  # noqa: SIM115
+        faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
+    threading.Thread(
+        target=_watch_supervisor, args=(supervisor,), name="supervisor watch", daemon=True
+    ).start()
     return own
 
 
 def _watch_supervisor(supervisor: int) -> None:
-    """Ends the worker when its supervisor was killed: nobody would notice any more if it hung, holding a GPU."""
+    """Ends the worker when its supervisor was killed: nobody would notice any more if it hung,
+    holding a GPU."""
     while os.getppid() == supervisor:
         time.sleep(1)
     _end_orphan()
@@ -147,9 +166,14 @@ def _watch_supervisor(supervisor: int) -> None:
 
 def _end_orphan() -> NoReturn:
     with contextlib.suppress(OSError):
-        os.write(2, b"jaxtrain: error: the supervisor is gone; this process ends, what is committed stays\n")
+        os.write(
+            2,
+            b"jaxtrain: error: the supervisor is gone; this process ends, what is committed"
+            b" stays\n",
+        )
     if os.getpgrp() == os.getpid():
-        # The supervisor gave each worker a group of its own, so this takes its children along, such as those that load data.
+        # The supervisor gave each worker a group of its own, so this takes its children along, such
+        # as those that load data.
         os.killpg(os.getpid(), signal.SIGKILL)
     os._exit(TRY_AGAIN)  # nothing is wrong with the run
 

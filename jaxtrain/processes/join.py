@@ -1,7 +1,9 @@
-"""The roll call: all processes of a run meet at the coordinator's address before jax does, so that whoever is missing can be named.
+"""The roll call: all processes of a run meet at the coordinator's address before jax does, so that
+whoever is missing can be named.
 
-Process 0 listens, the others knock until somebody opens, and each says who it is and how many it expects. When all have come they are let go,
-and jax takes over the port. Nothing but two short lines of text passes, and a stranger who knocks is sent away.
+Process 0 listens, the others knock until somebody opens, and each says who it is and how many it
+expects. When all have come they are let go, and jax takes over the port. Nothing but two short
+lines of text passes, and a stranger who knocks is sent away.
 """
 
 import contextlib
@@ -17,8 +19,9 @@ _LONGEST = 256
 _TURN_SECONDS = 0.5
 _ANSWER_SECONDS = 10.0
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
-"""After five silent seconds the system asks whether the other side is still there, thrice: a host without power is known as gone after 20 s.
-Without, its place stays taken for hours, and its successor is refused. Where a system has not all of these, its own times hold."""
+"""After five silent seconds the system asks whether the other side is still there, thrice: a host
+without power is known as gone after 20 s. Without, its place stays taken for hours, and its
+successor is refused. Where a system has not all of these, its own times hold."""
 
 
 class PeerLost(Exception):
@@ -48,8 +51,9 @@ def roll_call(
 ) -> None:
     """Returns when all `count` processes have come to `coordinator`.
 
-    `arrived` is called as they come, `waiting` about twice a second; either may raise to give up. `PeerLost` if some have not come after
-    `timeout` seconds, and `ValueError` if two are the same one or do not agree how many they are; all say so alike.
+    `arrived` is called as they come, `waiting` about twice a second; either may raise to give up.
+    `PeerLost` if some have not come after `timeout` seconds, and `ValueError` if two are the same
+    one or do not agree how many they are; all say so alike.
     """
     until = time.monotonic() + timeout
     if index == 0:
@@ -68,7 +72,8 @@ class _Host:
         self._unnamed: dict[socket.socket, bytes] = {}
 
     def wait(self, until: float, timeout: float, waiting: Callable[[], None]) -> None:
-        """Returns when all guests are there, and sends them on; or tells them why not, and raises."""
+        """Returns when all guests are there, and sends them on; or tells them why not, and
+        raises."""
         selector = selectors.DefaultSelector()
         with contextlib.ExitStack() as stack:
             stack.callback(self._close)
@@ -80,7 +85,9 @@ class _Host:
                 if time.monotonic() > until:
                     self._give_up(timeout)
                 waiting()
-                for key, _ in selector.select(min(_TURN_SECONDS, max(0.0, until - time.monotonic()))):
+                for key, _ in selector.select(
+                    min(_TURN_SECONDS, max(0.0, until - time.monotonic()))
+                ):
                     if key.fileobj is listener:
                         with contextlib.suppress(OSError):
                             guest, _ = listener.accept()
@@ -95,14 +102,17 @@ class _Host:
             self._tell_all("go")
 
     def _hear(self, guest: socket.socket, selector: selectors.BaseSelector) -> None:
-        """Reads on from one connection, until it has said its line, is closed, or turns out to be a stranger."""
+        """Reads on from one connection, until it has said its line, is closed, or turns out to be a
+        stranger."""
         try:
             more = guest.recv(_LONGEST)
         except OSError:
             more = b""
         if guest not in self._unnamed:  # one that had come: it says no more, so it has gone
             selector.unregister(guest)
-            self._guests = {index: each for index, each in self._guests.items() if each is not guest}
+            self._guests = {
+                index: each for index, each in self._guests.items() if each is not guest
+            }
             guest.close()
             return
         self._unnamed[guest] += more
@@ -119,9 +129,15 @@ class _Host:
 
     def _admit(self, guest: socket.socket, index: int, count: int) -> None:
         if count != self._count:
-            problem = f"--processes={count}: said process {index}, and process 0 said {self._count}; start all with the same"
+            problem = (
+                f"--processes={count}: said process {index}, and process 0 said {self._count};"
+                " start all with the same"
+            )
         elif not 0 < index < count or (index in self._guests and _is_open(self._guests[index])):
-            problem = f"--process={index}: two processes say they are this one; give each its own, from 0 to {count - 1}"
+            problem = (
+                f"--process={index}: two processes say they are this one; give each its own, from 0"
+                f" to {count - 1}"
+            )
         else:
             self._guests[index] = guest
             self._arrived()
@@ -132,9 +148,14 @@ class _Host:
 
     def _give_up(self, timeout: float) -> None:
         missing = [str(index) for index in range(1, self._count) if index not in self._guests]
-        shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        shown = ", ".join(missing[:8]) + (
+            f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        )
         come = self._count - len(missing)
-        problem = f"{come} of {self._count} processes came to {self._coordinator} within {timeout:.0f} s; missing: {shown}"
+        problem = (
+            f"{come} of {self._count} processes came to {self._coordinator} within {timeout:.0f} s;"
+            f" missing: {shown}"
+        )
         self._tell_all(f"late {problem}")
         raise PeerLost(problem)
 
@@ -150,7 +171,14 @@ class _Host:
             guest.close()
 
 
-def _knock(count: int, index: int, coordinator: str, until: float, timeout: float, waiting: Callable[[], None]) -> None:
+def _knock(
+    count: int,
+    index: int,
+    coordinator: str,
+    until: float,
+    timeout: float,
+    waiting: Callable[[], None],
+) -> None:
     """Any other process: tries until process 0 opens, and waits to be sent on."""
     problem: OSError | None = None
     while time.monotonic() < until:
@@ -166,17 +194,20 @@ def _knock(count: int, index: int, coordinator: str, until: float, timeout: floa
             raise ValueError(words)
         if verb == "late":
             raise PeerLost(words)
-        time.sleep(min(_TURN_SECONDS, max(0.0, until - time.monotonic())))  # not there yet, or gone again
+        # not there yet, or gone again
+        time.sleep(min(_TURN_SECONDS, max(0.0, until - time.monotonic())))
     reason = f" ({problem.strerror or problem})" if problem is not None else ""
     raise PeerLost(
-        f"process {index} of {count} did not find process 0 at {coordinator} within {timeout:.0f} s{reason}; "
-        f"is it running there, and does the network let it through?"
+        f"process {index} of {count} did not find process 0 at {coordinator} within {timeout:.0f}"
+        f" s{reason}; is it running there, and does the network let it through?"
     )
 
 
 def _ask(words: str, coordinator: str, until: float, waiting: Callable[[], None]) -> str:
     """The answer of process 0; empty if it went away without one. `OSError` if nobody opens."""
-    with socket.create_connection(split(coordinator), timeout=max(0.1, min(5.0, until - time.monotonic()))) as door:
+    with socket.create_connection(
+        split(coordinator), timeout=max(0.1, min(5.0, until - time.monotonic()))
+    ) as door:
         _keep_alive(door)
         door.sendall(words.encode())
         door.settimeout(_TURN_SECONDS)
@@ -192,7 +223,10 @@ def _ask(words: str, coordinator: str, until: float, waiting: Callable[[], None]
                 return ""
             answer += more
         if b"\n" not in answer:
-            raise PeerLost(f"process 0 answers at {coordinator}, but not all processes came in time; their logs say why")
+            raise PeerLost(
+                f"process 0 answers at {coordinator}, but not all processes came in time; their"
+                " logs say why"
+            )
         return answer.decode("utf-8", "replace").strip()
 
 
@@ -202,14 +236,25 @@ def _listen(coordinator: str) -> socket.socket:
     alone = host in ("localhost", "::1") or host.startswith("127.")
     try:
         if alone:
-            return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+            return socket.create_server(
+                (host, port),
+                family=socket.AF_INET6 if ":" in host else socket.AF_INET,
+                backlog=1024,
+            )
         if socket.has_dualstack_ipv6():
-            with contextlib.suppress(OSError):  # compiled in, but perhaps switched off; or taken, as the next line finds too
-                return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+            # compiled in, but perhaps switched off; or taken, as the next line finds too
+            with contextlib.suppress(OSError):
+                return socket.create_server(
+                    ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
+                )
         return socket.create_server(("", port), backlog=1024)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)  # its own text names the address again
-        raise PeerLost(f"--coordinator={coordinator}: process 0 cannot listen there ({reason}); name a free port") from None
+        # its own text names the address again
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise PeerLost(
+            f"--coordinator={coordinator}: process 0 cannot listen there ({reason}); name a free"
+            " port"
+        ) from None
 
 
 def _keep_alive(connection: socket.socket) -> None:

@@ -14,7 +14,8 @@ STATUS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TRY_AGAIN, signal.SIGHUP: 
 
 
 class Stop:
-    """Remembers the first signal that asks the run to end; Ctrl-C after it ends the run at once. Signals that are ignored (nohup) stay so.
+    """Remembers the first signal that asks the run to end; Ctrl-C after it ends the run at once.
+    Signals that are ignored (nohup) stay so.
 
     >>> with Stop() as stop:
     ...     os.kill(os.getpid(), signal.SIGTERM)
@@ -50,19 +51,26 @@ class Stop:
         for number in STATUS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._receive)
-        # Python runs handlers between two of the main thread's own instructions, so not while XLA compiles, and takes two signals that came
-        # meanwhile for one. The pipe hears of each as it comes.
+        # Python runs handlers between two of the main thread's own instructions, so not while XLA
+        # compiles, and takes two signals that came meanwhile for one. The pipe hears of each as it
+        # comes.
         reader, self._pipe = os.pipe()
         os.set_blocking(self._pipe, False)
         self._previous_wakeup = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         signal.set_wakeup_fd(self._previous_wakeup)
         os.close(self._pipe)  # ends the thread
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself gave
+            # What signal.signal itself gave.
+            signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received is None:
@@ -73,7 +81,8 @@ class Stop:
         while numbers := os.read(reader, 64):
             for number in numbers:
                 if asked and number == signal.SIGINT:
-                    # At once means at once: no handlers, no threads to wait for. What is committed stays committed.
+                    # At once means at once: no handlers, no threads to wait for. What is committed
+                    # stays committed.
                     _say_at_once()
                     os._exit(STATUS[signal.SIGINT])
                 asked = asked or number in self._previous

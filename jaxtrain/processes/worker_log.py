@@ -1,4 +1,5 @@
-"""A worker's log: what a process prints that has no terminal to print to, kept in the run's folder once that is known."""
+"""A worker's log: what a process prints that has no terminal to print to, kept in the run's folder
+once that is known."""
 
 import contextlib
 import os
@@ -12,7 +13,8 @@ _TAIL = 65536
 class WorkerLog:
     """A file that a worker writes into, copied behind it to WORKDIR/logs/PROCESS.txt as it grows.
 
-    Copied, not moved: the worker is writing before anybody knows the workdir, which may lie on another disk.
+    Copied, not moved: the worker is writing before anybody knows the workdir, which may lie on
+    another disk.
     """
 
     def __init__(self, folder: Path, index: int) -> None:
@@ -21,12 +23,14 @@ class WorkerLog:
         self._copied = 0
 
     def begin(self) -> None:
-        """Empties the file for another attempt; what earlier ones said stays in the run's folder."""
+        """Empties the file for another attempt; what earlier ones said stays in the run's
+        folder."""
         self.path.write_bytes(b"")
         self._copied = 0
 
     def follow(self, workdir: str) -> bool:
-        """Appends what is new to the log in the run's folder, if that is there; whether all of it now lies there."""
+        """Appends what is new to the log in the run's folder, if that is there; whether all of it
+        now lies there."""
         folder = Path(workdir, "logs")
         with contextlib.suppress(OSError):  # a full disk is the run's trouble, not its log's
             if workdir and Path(workdir).is_dir():
@@ -39,7 +43,8 @@ class WorkerLog:
         return False
 
     def last_words(self, lines: int = 20) -> list[str]:
-        """Its end, as far as that says why the process failed: its own line of error, else its traceback, at most `lines` lines."""
+        """Its end, as far as that says why the process failed: its own line of error, else its
+        traceback, at most `lines` lines."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
@@ -47,7 +52,11 @@ class WorkerLog:
         except OSError:
             return []
         ours = [line for line in tail if line.startswith("jaxtrain: error: ")]
-        begins = [number for number, line in enumerate(tail) if line.startswith("Traceback (most recent call last)")]
+        begins = [
+            number
+            for number, line in enumerate(tail)
+            if line.startswith("Traceback (most recent call last)")
+        ]
         return ours[-1:] or tail[begins[-1] if begins else 0 :][-lines:]
 
 

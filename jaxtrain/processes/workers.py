@@ -1,4 +1,5 @@
-"""The workers of one supervisor: processes that are started, looked at, asked, and ended together."""
+"""The workers of one supervisor: processes that are started, looked at, asked, and ended
+together."""
 
 import contextlib
 import dataclasses
@@ -9,28 +10,49 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jaxtrain.processes import heartbeat, failure
+from jaxtrain.processes import failure, heartbeat
 
 _REAP_SECONDS = 10.0
-"""How long a killed process may take to be gone; one that waits for a dead disk in the kernel takes for ever."""
+"""How long a killed process may take to be gone; one that waits for a dead disk in the kernel takes
+for ever."""
 _DUMP_SECONDS = 1.0
 
 
 class Worker:
-    """One process, in a session of its own, so that a signal to its group also reaches its children and Ctrl-C reaches it only through us."""
+    """One process, in a session of its own, so that a signal to its group also reaches its children
+    and Ctrl-C reaches it only through us."""
 
-    def __init__(self, index: int, command: Sequence[str], environ: Mapping[str, str], folder: Path, log: Path | None, now: float) -> None:
+    def __init__(
+        self,
+        index: int,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        folder: Path,
+        log: Path | None,
+        now: float,
+    ) -> None:
         self.index = index
         self._pulse, self._stacks = folder / f"pulse-{index}", folder / f"stacks-{index}"
-        paths = {heartbeat.PULSE: str(self._pulse), heartbeat.STACKS: str(self._stacks), heartbeat.SUPERVISED: str(os.getpid())}
+        paths = {
+            heartbeat.PULSE: str(self._pulse),
+            heartbeat.STACKS: str(self._stacks),
+            heartbeat.SUPERVISED: str(os.getpid()),
+        }
         self.forget()
         with contextlib.ExitStack() as stack:
             output = None if log is None else stack.enter_context(open(log, "ab"))
             if output is not None:
-                paths["PYTHONUNBUFFERED"] = "1"  # the last words of a killed process are those one wants
-            # Not only a group: a background group may be stopped for writing to the terminal (TOSTOP), another session may not.
+                # the last words of a killed process are those one wants
+                paths["PYTHONUNBUFFERED"] = "1"
+            # Not only a group: a background group may be stopped for writing to the terminal
+            # (TOSTOP), another session may not.
             self._process = subprocess.Popen(
-                command, env={**environ, **paths}, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                command,
+                env={**environ, **paths},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
         self._beat = heartbeat.Beat()
         self._seen = failure.Observation(index, now)
@@ -43,8 +65,13 @@ class Worker:
 
     @property
     def wishes(self) -> tuple[int, float | None] | None:
-        """How often the run may be restarted, and after how many seconds it counts as hung, if the worker has told it."""
-        return None if self._beat.max_restarts is None else (self._beat.max_restarts, self._beat.hang_seconds)
+        """How often the run may be restarted, and after how many seconds it counts as hung, if the
+        worker has told it."""
+        return (
+            None
+            if self._beat.max_restarts is None
+            else (self._beat.max_restarts, self._beat.hang_seconds)
+        )
 
     @property
     def alive(self) -> bool:
@@ -61,15 +88,31 @@ class Worker:
         if self.alive:
             status = self._status()  # before the pulse, so that a last beat is not missed
             beat = heartbeat.read(self._pulse)
-            if beat is not None and beat.counter != self._beat.counter and beat.phase in heartbeat.PHASES:
-                self._seen = dataclasses.replace(self._seen, beat_at=now, phase=beat.phase, step=beat.step)
+            if (
+                beat is not None
+                and beat.counter != self._beat.counter
+                and beat.phase in heartbeat.PHASES
+            ):
+                self._seen = dataclasses.replace(
+                    self._seen, beat_at=now, phase=beat.phase, step=beat.step
+                )
             self._beat = beat or self._beat
-            since = None if status is not None or not _is_stopped(self._process.pid) else self._seen.stopped_since or now
-            self._seen = dataclasses.replace(self._seen, stopped_since=since, status=status, ended_at=None if status is None else now)
+            since = (
+                None
+                if status is not None or not _is_stopped(self._process.pid)
+                else self._seen.stopped_since or now
+            )
+            self._seen = dataclasses.replace(
+                self._seen,
+                stopped_since=since,
+                status=status,
+                ended_at=None if status is None else now,
+            )
         return self._seen
 
     def _status(self) -> int | None:
-        """How the process ended, as `subprocess` has it, or None. It is not reaped: as a zombie it keeps its number, which no stranger can get."""
+        """How the process ended, as `subprocess` has it, or None. It is not reaped: as a zombie it
+        keeps its number, which no stranger can get."""
         found = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if found is None:
             return None
@@ -79,7 +122,9 @@ class Worker:
         """Leaves out of account a time in which nobody looked."""
         since = self._seen.stopped_since
         self._seen = dataclasses.replace(
-            self._seen, beat_at=self._seen.beat_at + seconds, stopped_since=None if since is None else since + seconds
+            self._seen,
+            beat_at=self._seen.beat_at + seconds,
+            stopped_since=None if since is None else since + seconds,
         )
 
     def send(self, number: int) -> None:
@@ -89,14 +134,16 @@ class Worker:
             os.kill(self._process.pid, number)  # Popen's own way would reap it first
 
     def kill(self) -> None:
-        """Kills the process and its children, until it is reaped; no other signal is sure to end one that waits in a collective."""
+        """Kills the process and its children, until it is reaped; no other signal is sure to end
+        one that waits in a collective."""
         if self._process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def ask_for_stack(self) -> bool:
-        """Asks the process to write its stacks; it must have a pulse, for without its handler the signal would end it, and not be stopped."""
+        """Asks the process to write its stacks; it must have a pulse, for without its handler the
+        signal would end it, and not be stopped."""
         asked = self.alive and self._beat.counter > 0 and self._seen.stopped_since is None
         if asked:
             os.kill(self._process.pid, signal.SIGUSR2)
@@ -110,7 +157,8 @@ class Worker:
             return ""
 
     def wait(self, until: float) -> bool:
-        """Whether the process is gone by the time `until`; it is reaped then, and its number may be given to another."""
+        """Whether the process is gone by the time `until`; it is reaped then, and its number may be
+        given to another."""
         try:
             self._process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -118,22 +166,31 @@ class Worker:
         return True
 
 
-def dump_stacks(workers: Sequence[Worker], seen: Sequence[failure.Observation], headline: str, *, first: int = 0) -> str:
-    """The stacks of all workers that live, each under a line that says how it is; takes a second at most.
+def dump_stacks(
+    workers: Sequence[Worker], seen: Sequence[failure.Observation], headline: str, *, first: int = 0
+) -> str:
+    """The stacks of all workers that live, each under a line that says how it is; takes a second at
+    most.
 
     `first` is the index that the first of them has in the whole group.
     """
     asked = [worker for worker in workers if worker.ask_for_stack()]
     until, sizes = time.monotonic() + _DUMP_SECONDS, [-1]
     # A dump is whole when it has begun and no longer grows.
-    while time.monotonic() < until and not (all(sizes) and sizes == [len(worker.stacks()) for worker in asked]):
+    while time.monotonic() < until and not (
+        all(sizes) and sizes == [len(worker.stacks()) for worker in asked]
+    ):
         sizes = [len(worker.stacks()) for worker in asked]
         time.sleep(0.1)
     parts = [headline, ""]
     for worker, each in zip(workers, seen, strict=True):
         state = "alive" if each.status is None else failure.cause(each.status)
         state = "stopped" if each.stopped_since is not None else state
-        parts += [f"--- process {first + worker.index}: {state}, {each.doing}", worker.stacks() or "(no stacks)", ""]
+        parts += [
+            f"--- process {first + worker.index}: {state}, {each.doing}",
+            worker.stacks() or "(no stacks)",
+            "",
+        ]
     return "\n".join(parts)
 
 
@@ -146,7 +203,8 @@ def end(workers: Sequence[Worker]) -> list[int]:
 
 
 def _is_stopped(process: int) -> bool:
-    """Whether a process is stopped by a signal; a debugger's stop is none. Unknown where there is no /proc."""
+    """Whether a process is stopped by a signal; a debugger's stop is none. Unknown where there is
+    no /proc."""
     try:
         with open(f"/proc/{process}/stat", "rb") as file:
             return file.read().rpartition(b")")[2].split()[0] == b"T"

@@ -1,7 +1,8 @@
 """Writers: where the numbers of a run go.
 
-`metrics.jsonl` is the truth: it is written durably before a step is committed, and cut back to the committed offset when a run resumes, so
-that no line is lost or repeated. Trackers (`trackers.py`) are copies for the eye; `Writers` lets them fail without ending a run.
+`metrics.jsonl` is the truth: it is written durably before a step is committed, and cut back to the
+committed offset when a run resumes, so that no line is lost or repeated. Trackers (`trackers.py`)
+are copies for the eye; `Writers` lets them fail without ending a run.
 """
 
 import io
@@ -46,8 +47,9 @@ class JsonlWriter:
     {"step": 50, "split": "train", "loss": 0.25, "examples_per_second": 9.5}
     >>> writer.close()
 
-    Floats keep every bit; non-finite ones become the strings "NaN", "Infinity" and "-Infinity", which Python's `float` and JavaScript's
-    `Number` read back. Clock keys come last. `OSError` (a full disk) is for the caller: this writer is never silently incomplete.
+    Floats keep every bit; non-finite ones become the strings "NaN", "Infinity" and "-Infinity",
+    which Python's `float` and JavaScript's `Number` read back. Clock keys come last. `OSError` (a
+    full disk) is for the caller: this writer is never silently incomplete.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -58,16 +60,22 @@ class JsonlWriter:
         self._last_step = -1
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Appends one line; the reader of `tail -f` sees it at once. `ValueError` if `step` is smaller than the one before."""
+        """Appends one line; the reader of `tail -f` sees it at once. `ValueError` if `step` is
+        smaller than the one before."""
         if step < self._last_step:
-            raise ValueError(f"{self.path}: step {step} after step {self._last_step}: steps must ascend")
-        line = {"step": int(step), "split": split} | {key: _json_number(values[key]) for key in sorted(values, key=_key_order)}
+            raise ValueError(
+                f"{self.path}: step {step} after step {self._last_step}: steps must ascend"
+            )
+        line = {"step": int(step), "split": split} | {
+            key: _json_number(values[key]) for key in sorted(values, key=_key_order)
+        }
         self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         self._file.flush()
         self._last_step = step
 
     def sync(self) -> int:
-        """Makes every line so far durable; returns the byte offset to store in the commit of this step."""
+        """Makes every line so far durable; returns the byte offset to store in the commit of this
+        step."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
@@ -75,17 +83,22 @@ class JsonlWriter:
     def truncate(self, offset: int) -> None:
         """Cuts the file to the offset of the commit that the run resumes from.
 
-        `ValueError` if the file is shorter than that or the offset isn't the end of a line: then it isn't the file that was committed.
+        `ValueError` if the file is shorter than that or the offset isn't the end of a line: then it
+        isn't the file that was committed.
         """
         size = self.sync()
         if offset > size:
             raise ValueError(
-                f"{self.path}: {size} bytes, but the checkpoint was committed at {offset}; restore the file, or use a new --workdir"
+                f"{self.path}: {size} bytes, but the checkpoint was committed at {offset}; restore"
+                " the file, or use a new --workdir"
             )
         with open(self.path, "rb") as file:
             file.seek(max(offset - 1, 0))
             if offset and file.read(1) != b"\n":
-                raise ValueError(f"{self.path}: byte {offset} is not the end of a line; restore the file, or use a new --workdir")
+                raise ValueError(
+                    f"{self.path}: byte {offset} is not the end of a line; restore the file, or use"
+                    " a new --workdir"
+                )
         self._file.truncate(offset)
         self._last_step = -1
         self.sync()
@@ -112,10 +125,17 @@ class Writers:
     43
     >>> writers.close()
 
-    Another writer that raises is counted in `failures` (by class name) and told to `note` once; it stays in use, as it may recover.
+    Another writer that raises is counted in `failures` (by class name) and told to `note` once; it
+    stays in use, as it may recover.
     """
 
-    def __init__(self, metrics: JsonlWriter, others: Sequence[Writer] = (), *, note: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        metrics: JsonlWriter,
+        others: Sequence[Writer] = (),
+        *,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
         self.metrics = metrics
         self.others = tuple(others)
         self.failures: dict[str, int] = {}
@@ -131,7 +151,8 @@ class Writers:
         return self.metrics.sync()
 
     def resume(self, step: int, offset: int) -> None:
-        """The run goes on after `step`, whose commit stores `offset`: what was written later is taken back everywhere."""
+        """The run goes on after `step`, whose commit stores `offset`: what was written later is
+        taken back everywhere."""
         self.metrics.truncate(offset)
         self._each("rewind", step)
 
@@ -150,11 +171,15 @@ class Writers:
                 name = type(writer).__name__
                 self.failures[name] = self.failures.get(name, 0) + 1
                 if self.failures[name] == 1:
-                    self._note(f"{name}: {one_line(f'{type(error).__name__}: {error}')}; training goes on without it")
+                    self._note(
+                        f"{name}: {one_line(f'{type(error).__name__}: {error}')}; training goes on"
+                        " without it"
+                    )
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a metrics file, non-finite numbers restored; a missing file has none, a torn last line is left out.
+    """The lines of a metrics file, non-finite numbers restored; a missing file has none, a torn
+    last line is left out.
 
     >>> read_metrics("/nonexistent/metrics.jsonl")
     []
@@ -169,7 +194,8 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def is_clock(key: str) -> bool:
-    """Whether a value comes from a clock, so that it differs between two runs that are otherwise equal in every bit.
+    """Whether a value comes from a clock, so that it differs between two runs that are otherwise
+    equal in every bit.
 
     >>> is_clock("step_seconds"), is_clock("loss")
     (True, False)
@@ -182,8 +208,13 @@ def _parse(content: bytes, path: str) -> Iterator[dict[str, Any]]:
         try:
             values = dict(json.loads(line).items())
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path}: line {number} is not a JSON object; remove it or restore the file") from error
-        yield {key: float(value) if key != "split" and value in NON_FINITE else value for key, value in values.items()}
+            raise ValueError(
+                f"{path}: line {number} is not a JSON object; remove it or restore the file"
+            ) from error
+        yield {
+            key: float(value) if key != "split" and value in NON_FINITE else value
+            for key, value in values.items()
+        }
 
 
 def _json_number(value: Any) -> int | float | str:

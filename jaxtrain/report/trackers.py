@@ -1,4 +1,5 @@
-"""Trackers: copies of a run's numbers for TensorBoard and for Weights & Biases. Neither is imported before it is used."""
+"""Trackers: copies of a run's numbers for TensorBoard and for Weights & Biases. Neither is imported
+before it is used."""
 
 import io
 import os
@@ -14,9 +15,11 @@ from jaxtrain.report.metrics_file import note_on_stderr, one_line
 
 
 class TensorBoardWriter:
-    """Scalars as TensorBoard's event files in `folder`, tagged `loss/train`, `loss/validation`; TensorFlow is never imported.
+    """Scalars as TensorBoard's event files in `folder`, tagged `loss/train`, `loss/validation`;
+    TensorFlow is never imported.
 
-    The file is opened at the first write, so a start costs nothing. Each write is flushed: TensorBoard is at most one log line behind.
+    The file is opened at the first write, so a start costs nothing. Each write is flushed:
+    TensorBoard is at most one log line behind.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -28,11 +31,15 @@ class TensorBoardWriter:
         """Writes one event with a scalar for each value."""
         from tensorboard.compat.proto import summary_pb2
 
-        scalars = [summary_pb2.Summary.Value(tag=f"{key}/{split}", simple_value=float(value)) for key, value in values.items()]
+        scalars = [
+            summary_pb2.Summary.Value(tag=f"{key}/{split}", simple_value=float(value))
+            for key, value in values.items()
+        ]
         self._event(step, summary=summary_pb2.Summary(value=scalars))
 
     def rewind(self, step: int) -> None:
-        """Makes TensorBoard drop what it has of steps after `step`, from this or earlier processes."""
+        """Makes TensorBoard drop what it has of steps after `step`, from this or earlier
+        processes."""
         from tensorboard.compat.proto import event_pb2
 
         self._event(step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
@@ -48,21 +55,31 @@ class TensorBoardWriter:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         if self._file is None:
-            # tensorboard's own EventFileWriter opens files through TensorFlow if that is installed, which then takes the GPU's memory.
+            # tensorboard's own EventFileWriter opens files through TensorFlow if that is installed,
+            # which then takes the GPU's memory.
             self.folder.mkdir(parents=True, exist_ok=True)
-            name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+            seconds, unique = time.time_ns() // 10**9, f"{os.getpid()}.{time.monotonic_ns()}"
+            name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{unique}"
             self._file = io.BufferedWriter(io.FileIO(self.folder / name, "ab"))
             self._records = RecordWriter(self._file)
-            self._records.write(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-        self._records.write(event_pb2.Event(wall_time=time.time(), step=step, **content).SerializeToString())
+            self._records.write(
+                event_pb2.Event(
+                    wall_time=time.time(), file_version="brain.Event:2"
+                ).SerializeToString()
+            )
+        self._records.write(
+            event_pb2.Event(wall_time=time.time(), step=step, **content).SerializeToString()
+        )
         self._records.flush()
 
 
 class WandbWriter:
-    """Weights & Biases, at arm's length: a thread of its own talks to it, so that no exception and no hanging network reaches the run.
+    """Weights & Biases, at arm's length: a thread of its own talks to it, so that no exception and
+    no hanging network reaches the run.
 
-    The key comes from WANDB_API_KEY only; without it the run is kept offline in `folder`, where `wandb sync` finds it. Failures are counted
-    in `failures`, and the first one is told to `note`. Lines that find the queue full are dropped, and counted too.
+    The key comes from WANDB_API_KEY only; without it the run is kept offline in `folder`, where
+    `wandb sync` finds it. Failures are counted in `failures`, and the first one is told to `note`.
+    Lines that find the queue full are dropped, and counted too.
     """
 
     def __init__(
@@ -80,7 +97,9 @@ class WandbWriter:
         self._note = note or note_on_stderr
         self._patience_seconds = patience_seconds
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(maxsize=1000)
-        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        mode = os.environ.get("WANDB_MODE") or (
+            "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        )
         settings = {
             "project": project,
             "name": name,
@@ -90,13 +109,17 @@ class WandbWriter:
             "mode": mode,
             "resume": "allow",
         }
-        self._thread = threading.Thread(target=self._work, args=(settings,), name="wandb-writer", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, args=(settings,), name="wandb-writer", daemon=True
+        )
         self._thread.start()
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Queues one line; never waits."""
         try:
-            self._queue.put_nowait({"step": step} | {f"{split}/{key}": float(value) for key, value in values.items()})
+            self._queue.put_nowait(
+                {"step": step} | {f"{split}/{key}": float(value) for key, value in values.items()}
+            )
         except queue.Full:
             self._failed("it does not keep up; lines are dropped")
 
@@ -132,7 +155,8 @@ class WandbWriter:
     def _attempt(self, action: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return action(*arguments)
-        except BaseException as error:  # noqa: BLE001 - wandb has been seen to call sys.exit; it ends here
+        # wandb has been seen to call sys.exit; it ends here.
+        except BaseException as error:  # noqa: BLE001
             self._failed(f"{type(error).__name__}: {error}")
             return None
 

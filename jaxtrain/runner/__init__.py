@@ -1,6 +1,5 @@
 """From the command line to the end of a run: parse, open, compile, train, finish."""
 
-
 __all__ = [
     "build",
     "compile",

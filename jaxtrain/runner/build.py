@@ -11,15 +11,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import adapters, config, precision
-from jaxtrain.train import evaluate as evaluation, loop, reproducible, steps
-from jaxtrain.processes import group
-from jaxtrain.parallel import sharding
-from jaxtrain.parallel import mesh as meshes
 from jaxtrain.data import order, pipeline, statistics
 from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import Table
-from jaxtrain.train.recipe import Batch, Options, Recipe
+from jaxtrain.parallel import mesh as meshes
+from jaxtrain.parallel import sharding
+from jaxtrain.processes import group
 from jaxtrain.schedules import resolve
+from jaxtrain.train import evaluate as evaluation
+from jaxtrain.train import loop, reproducible, steps
+from jaxtrain.train.recipe import Batch, Options, Recipe
 from jaxtrain.train.state import TrainState
 
 MOST_MEASURED = 10_000
@@ -43,26 +44,40 @@ def lengths(run: config.Run, num_examples: int) -> Lengths:
     `ValueError` if the batch is larger than the train split: it would hold an example twice.
     """
     if run.batch_size > num_examples:
-        raise ValueError(f"--batch_size={run.batch_size}: train split has {num_examples} examples, so a batch would repeat some; use <= {num_examples}")
+        raise ValueError(
+            f"--batch_size={run.batch_size}: train split has {num_examples} examples, so a batch"
+            f" would repeat some; use <= {num_examples}"
+        )
     per_epoch = num_examples / run.batch_size
     total = run.steps if run.steps is not None else max(1, round((run.epochs or 0) * per_epoch))
 
     def every(horizon: Any) -> int:
-        return max(1, round(horizon.steps(total_steps=total, steps_per_epoch=per_epoch))) if horizon.value else 0
+        return (
+            max(1, round(horizon.steps(total_steps=total, steps_per_epoch=per_epoch)))
+            if horizon.value
+            else 0
+        )
 
     keep_every = None if run.keep_every is None else every(run.keep_every)
     return Lengths(total, per_epoch, every(run.eval_every), every(run.checkpoint_every), keep_every)
 
 
 def scaled(batch: Batch) -> Batch:
-    """The batch with its image as float32, bytes as 0..1: what is done where images are not standardized."""
+    """The batch with its image as float32, bytes as 0..1: what is done where images are not
+    standardized."""
     image = batch["image"]
-    return dict(batch) | {"image": image.astype(jnp.float32) * np.float32(1 / 255 if image.dtype == jnp.uint8 else 1)}
+    return dict(batch) | {
+        "image": image.astype(jnp.float32) * np.float32(1 / 255 if image.dtype == jnp.uint8 else 1)
+    }
 
 
 def chosen_precision(run: config.Run, mesh: Mesh) -> str:
-    """The precision of the run on the devices of the mesh, with `auto` decided by the card; `ValueError` if the card does not have it."""
-    devices = [(device, getattr(device, "compute_capability", None) if device.platform == "gpu" else None) for device in mesh.devices.flat]
+    """The precision of the run on the devices of the mesh, with `auto` decided by the card;
+    `ValueError` if the card does not have it."""
+    devices = [
+        (device, getattr(device, "compute_capability", None) if device.platform == "gpu" else None)
+        for device in mesh.devices.flat
+    ]
     # Of all cards, also those of other processes: they run one program.
     device, capability = min(devices, key=lambda each: precision.version(each[1]) or (0, 0))
     if run.precision == "auto":
@@ -78,7 +93,9 @@ def options(run: config.Run, train: Table, length: Lengths) -> Options:
         prepare = scaled
         if run.normalize:
             limit = None if train.arrays is not None else MOST_MEASURED
-            prepare = functools.partial(statistics.standardize, statistics=statistics.measure(train, max_examples=limit))
+            prepare = functools.partial(
+                statistics.standardize, statistics=statistics.measure(train, max_examples=limit)
+            )
     return Options(
         schedule=resolve(run.schedule, total_steps=length.total, steps_per_epoch=length.per_epoch),
         total_steps=float(length.total),
@@ -103,85 +120,134 @@ def check_mesh(run: config.Run, mesh: Mesh) -> None:
     meshes.check_batch("batch_size", run.batch_size, mesh)
 
 
-def check_model(run: config.Run, train: Table, recipe: Options, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Runs model and task on shapes alone; returns the abstract batch. Whatever does not fit is an error here, before anything is compiled."""
-    if run.offload != "none" and "pinned_host" not in {memory.kind for memory in mesh.local_devices[0].addressable_memories()}:
-        raise ValueError(f"--offload={run.offload}: programs on {mesh.local_devices[0].device_kind} cannot reach the host's memory; drop it")
+def check_model(
+    run: config.Run, train: Table, recipe: Options, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Runs model and task on shapes alone; returns the abstract batch. Whatever does not fit is an
+    error here, before anything is compiled."""
+    if run.offload != "none" and "pinned_host" not in {
+        memory.kind for memory in mesh.local_devices[0].addressable_memories()
+    }:
+        raise ValueError(
+            f"--offload={run.offload}: programs on {mesh.local_devices[0].device_kind} cannot reach"
+            " the host's memory; drop it"
+        )
     if run.microbatches > 1:
         shards = run.logical_shards if run.reproducible else meshes.batch_shards(mesh)
         if (run.batch_size // run.microbatches) % shards:
-            part, what = run.batch_size // run.microbatches, "logical shards" if run.reproducible else "devices"
-            raise ValueError(f"--microbatches={run.microbatches}: a part of {part} examples is not divisible by {shards} {what}; use fewer parts")
-    batch = {name: jax.ShapeDtypeStruct((run.batch_size, *field.shape), field.dtype) for name, field in train.fields.items()}
+            part, what = (
+                run.batch_size // run.microbatches,
+                ("logical shards" if run.reproducible else "devices"),
+            )
+            raise ValueError(
+                f"--microbatches={run.microbatches}: a part of {part} examples is not divisible by"
+                f" {shards} {what}; use fewer parts"
+            )
+    batch = {
+        name: jax.ShapeDtypeStruct((run.batch_size, *field.shape), field.dtype)
+        for name, field in train.fields.items()
+    }
 
     def forward(batch: Batch) -> Any:
         key = jax.random.key(0)
         batch = batch if recipe["prepare"] is None else recipe["prepare"](dict(batch))
         inputs, functions = run.task.inputs(batch), adapters.functions(run.model)
         variables = functions.init(key, inputs)
-        run.optimizer.transform(variables["params"], 1.0).init(variables["params"])  # a rule that decides no parameter is an error
+        # a rule that decides no parameter is an error
+        run.optimizer.transform(variables["params"], 1.0).init(variables["params"])
         outputs, _ = functions.apply(variables, inputs, train=False)
         sums = run.task.loss(outputs, batch)
         if run.augment is not None:
-            sums = run.task.loss(outputs, run.augment(batch, jax.random.split(key, run.batch_size), key))
+            sums = run.task.loss(
+                outputs, run.augment(batch, jax.random.split(key, run.batch_size), key)
+            )
         return outputs, sums
 
     outputs, _ = jax.eval_shape(forward, batch)
     classes = num_classes(train)
     field, what = ("num_classes", "classes") if "label" in batch else ("vocabulary", "tokens")
-    if hasattr(outputs, "shape") and classes is not None and {"label", "tokens"} & set(batch) and outputs.shape[-1] < classes:
-        raise ValueError(f"--model.{field}={outputs.shape[-1]}: the data has {classes} {what}; set --model.{field}={classes}")
+    if (
+        hasattr(outputs, "shape")
+        and classes is not None
+        and {"label", "tokens"} & set(batch)
+        and outputs.shape[-1] < classes
+    ):
+        raise ValueError(
+            f"--model.{field}={outputs.shape[-1]}: the data has {classes} {what}; set"
+            f" --model.{field}={classes}"
+        )
     return batch
 
 
 def check_held_out(run: config.Run, splits: Splits, recipe: Options, batch: Batch) -> None:
-    """Runs model and task on the shapes of the held-out splits; a test split without labels must not be found out after the training."""
+    """Runs model and task on the shapes of the held-out splits; a test split without labels must
+    not be found out after the training."""
 
     def forward(batch: Batch, other: Batch) -> Any:
-        batch, other = (each if recipe["prepare"] is None else recipe["prepare"](dict(each)) for each in (batch, other))
+        batch, other = (
+            each if recipe["prepare"] is None else recipe["prepare"](dict(each))
+            for each in (batch, other)
+        )
         functions = adapters.functions(run.model)
         variables = functions.init(jax.random.key(0), run.task.inputs(batch))
-        return run.task.loss(functions.apply(variables, run.task.inputs(other), train=False)[0], other, train=False)
+        return run.task.loss(
+            functions.apply(variables, run.task.inputs(other), train=False)[0], other, train=False
+        )
 
     for name, table in (("validation", splits.validation), ("test", splits.test)):
         if table is None or dict(table.fields) == dict(splits.train.fields):
             continue
-        other = {field: jax.ShapeDtypeStruct((run.eval_batch_size, *spec.shape), spec.dtype) for field, spec in table.fields.items()}
+        other = {
+            field: jax.ShapeDtypeStruct((run.eval_batch_size, *spec.shape), spec.dtype)
+            for field, spec in table.fields.items()
+        }
         try:
             jax.eval_shape(forward, batch, other)
         except Exception as error:  # whatever the model says of a shape that is not its own
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"--data.{name}={getattr(run.data, name, '')}: does not fit what is trained on ({reason})") from error
+            raise ValueError(
+                f"--data.{name}={getattr(run.data, name, '')}: does not fit what is trained on"
+                f" ({reason})"
+            ) from error
 
 
 def num_classes(table: Table) -> int | None:
-    """How many classes a table's labels need: what it says, or one more than its greatest label if it is in memory."""
+    """How many classes a table's labels need: what it says, or one more than its greatest label if
+    it is in memory."""
     if table.num_classes is not None or table.arrays is None or "label" not in table.arrays:
         return table.num_classes
     return int(table.arrays["label"].max()) + 1
 
 
 def place_data(run: config.Run, train: Table, mesh: Mesh) -> Batch | None:
-    """The train split in device memory, or None if it is to be streamed; `ValueError` if it was asked for and cannot be."""
+    """The train split in device memory, or None if it is to be streamed; `ValueError` if it was
+    asked for and cannot be."""
     if run.device_data == "no":
         return None
     stats = mesh.local_devices[0].memory_stats() or {}
     free = stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
-    # What process 0 decides holds for all: a program over resident data and one over batches do not meet.
+    # What process 0 decides holds for all: a program over resident data and one over batches do not
+    # meet.
     if not group.from_main(pipeline.fits_on_device(train, free)):
         if run.device_data == "yes":
-            raise ValueError("--device_data=yes: the train split is not in host memory, or larger than half of what is free on the device; use auto")
+            raise ValueError(
+                "--device_data=yes: the train split is not in host memory, or larger than half of"
+                " what is free on the device; use auto"
+            )
         return None
     return pipeline.resident_arrays(train, sharding.replicated(mesh))
 
 
 def evaluation_size(run: config.Run, table: Table, mesh: Mesh) -> int:
-    """The batch size of evaluation: as asked for, but no larger than the set needs, and rounded up so that each device has its share."""
+    """The batch size of evaluation: as asked for, but no larger than the set needs, and rounded up
+    so that each device has its share."""
     shards = run.logical_shards if run.reproducible else meshes.batch_shards(mesh)
     return -(-min(run.eval_batch_size, len(table)) // shards) * shards
 
 
-def evaluators(run: config.Run, splits: Splits, recipe: Options, mesh: Mesh) -> dict[str, loop.Evaluate]:
+def evaluators(
+    run: config.Run, splits: Splits, recipe: Options, mesh: Mesh
+) -> dict[str, loop.Evaluate]:
     """What evaluates each held-out split that there is; one program for both."""
     parts = (run.model, run.task, run.optimizer)
     if run.reproducible:
@@ -192,9 +258,16 @@ def evaluators(run: config.Run, splits: Splits, recipe: Options, mesh: Mesh) -> 
 
     def means(state: TrainState, table: Table) -> dict[str, float]:
         if not run.reproducible:
-            return evaluation.evaluate(eval_step, state, batches(run, table, mesh), compiled=compiled)
+            return evaluation.evaluate(
+                eval_step, state, batches(run, table, mesh), compiled=compiled
+            )
         copies = trainer.copies(state)  # once a pass, and freed after it
-        return evaluation.evaluate(lambda _, batch: trainer.evaluate(copies, trainer.cut(batch)), state, batches(run, table, mesh), compiled=compiled)
+        return evaluation.evaluate(
+            lambda _, batch: trainer.evaluate(copies, trainer.cut(batch)),
+            state,
+            batches(run, table, mesh),
+            compiled=compiled,
+        )
 
     def evaluator(table: Table) -> loop.Evaluate:
         return lambda state: means(state, table)
@@ -214,4 +287,6 @@ def host_batches(run: config.Run, train: Table) -> Iterator[dict[str, Any]]:
 
 def batches(run: config.Run, table: Table, mesh: Mesh) -> Iterator[Batch]:
     """One pass over a table for evaluation."""
-    return pipeline.evaluation_batches(table, evaluation_size(run, table, mesh), sharding.batch(mesh))
+    return pipeline.evaluation_batches(
+        table, evaluation_size(run, table, mesh), sharding.batch(mesh)
+    )

@@ -1,4 +1,5 @@
-"""The facts of a run: what it is, as the terminal shows it at the start and as run.json keeps it."""
+"""The facts of a run: what it is, as the terminal shows it at the start and as run.json keeps
+it."""
 
 import os
 from collections.abc import Sequence
@@ -8,41 +9,62 @@ import jax
 from jax.sharding import Mesh
 
 from jaxtrain import config, optimizers, precision, tree
-from jaxtrain.train import hyper
 from jaxtrain.config import record as run_record
-from jaxtrain.runner import compile as programs, workdir
-from jaxtrain.parallel import mesh as meshes
 from jaxtrain.data.splits import Splits
+from jaxtrain.parallel import mesh as meshes
+from jaxtrain.runner import compile as programs
+from jaxtrain.runner import workdir
 from jaxtrain.runner.build import Lengths
+from jaxtrain.train import hyper
 from jaxtrain.train.recipe import Options, Recipe
 from jaxtrain.train.state import TrainState
 
 
-def welcome(run: config.Run, splits: Splits, length: Lengths, mesh: Mesh, folder: str, *, asked: str) -> dict[str, str]:
+def welcome(
+    run: config.Run, splits: Splits, length: Lengths, mesh: Mesh, folder: str, *, asked: str
+) -> dict[str, str]:
     """What a run is, a row each; `asked` is the precision of the command line."""
     device, train = mesh.devices.flat[0], splits.train
-    others = [f"{len(table):,} {name}" for name, table in (("validation", splits.validation), ("test", splits.test)) if table is not None]
+    others = [
+        f"{len(table):,} {name}"
+        for name, table in (("validation", splits.validation), ("test", splits.test))
+        if table is not None
+    ]
     there = jax.device_count(device.platform)
     count = f"{mesh.size}{f' of {there}' if there > mesh.size else ''}"
     hosts = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     rows = {
         "model": run_record.kind_of(run, "model"),
-        "data": f"{run_record.kind_of(run, 'data')}: {', '.join([f'{len(train):,} train', *others])}",
-        "optimizer": f"{run_record.kind_of(run, 'optimizer')}, {run_record.kind_of(run, 'schedule')} schedule, peak rate {run.optimizer.learning_rate:g}",
-        "length": f"{length.total:,} steps of {run.batch_size} ({length.total / length.per_epoch:.1f} epochs)",
+        "data": (
+            f"{run_record.kind_of(run, 'data')}: {', '.join([f'{len(train):,} train', *others])}"
+        ),
+        "optimizer": (
+            f"{run_record.kind_of(run, 'optimizer')}, {run_record.kind_of(run, 'schedule')}"
+            f" schedule, peak rate {run.optimizer.learning_rate:g}"
+        ),
+        "length": (
+            f"{length.total:,} steps of {run.batch_size} ({length.total / length.per_epoch:.1f}"
+            " epochs)"
+        ),
         "devices": f"{count} x {device.device_kind}, mesh {meshes.describe(mesh)}{hosts}",
         "precision": precision_words(run, device, asked=asked),
         "workdir": folder,
     }
     if run.reproducible:
-        rows["reproducible"] = f"the same bits on 1 to {run.logical_shards} devices, by {run.logical_shards} logical shards"
+        rows["reproducible"] = (
+            f"the same bits on 1 to {run.logical_shards} devices, by {run.logical_shards} logical"
+            " shards"
+        )
     return rows
 
 
 def precision_words(run: config.Run, device: jax.Device, *, asked: str) -> str:
-    """What is computed in what, TF32 included, which jax uses for float32 unless it is told not to."""
+    """What is computed in what, TF32 included, which jax uses for float32 unless it is told not
+    to."""
     words = [f"{run.precision} (auto)" if asked == "auto" else run.precision]
-    tf32 = device.platform == "gpu" and (precision.version(getattr(device, "compute_capability", None)) or (0, 0)) >= (8, 0)
+    tf32 = device.platform == "gpu" and (
+        precision.version(getattr(device, "compute_capability", None)) or (0, 0)
+    ) >= (8, 0)
     if run.matmul_precision == "fp32":
         words.append("float32 products in full")
     elif tf32:
@@ -53,32 +75,58 @@ def precision_words(run: config.Run, device: jax.Device, *, asked: str) -> str:
 
 
 def record(
-    run: config.Run, argv: Sequence[str], splits: Splits, length: Lengths, recipe: Options, mesh: Mesh, state: TrainState,
-    trained: programs.Training, earlier: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """run.json: enough to repeat the run; on a resume the `earlier` start's facts stay, and the configuration is today's."""
+    run: config.Run,
+    argv: Sequence[str],
+    splits: Splits,
+    length: Lengths,
+    recipe: Options,
+    mesh: Mesh,
+    state: TrainState,
+    trained: programs.Training,
+    earlier: dict[str, Any],
+) -> dict[str, Any]:
+    """run.json: enough to repeat the run; on a resume the `earlier` start's facts stay, and the
+    configuration is today's."""
     device = mesh.devices.flat[0]
     now = workdir.describe(run, argv) | {
         "run_id": earlier["run_id"],
         "hyper": hyper.collect(Recipe(run.model, run.task, run.optimizer, **recipe)),
         "data": {
-            "fingerprint": splits.fingerprint, "train": len(splits.train),
-            "validation": len(splits.validation or ()), "test": len(splits.test or ()),
+            "fingerprint": splits.fingerprint,
+            "train": len(splits.train),
+            "validation": len(splits.validation or ()),
+            "test": len(splits.test or ()),
             "class_names": list(splits.train.class_names or ()),
         },
-        "hardware": {"platform": device.platform, "device_kind": device.device_kind, "host_cpus": os.cpu_count()},
-        "mesh": meshes.describe(mesh), "devices": mesh.size, "processes": jax.process_count(), "precision": run.precision,
-        "total_steps": length.total, "steps_per_epoch": length.per_epoch, "steps_per_call": trained.per_call,
-        "parameters": tree.size(state.params), "state_bytes_per_device": programs.state_bytes(state), "memory_estimate": trained.memory,
-    }  # fmt: skip
+        "hardware": {
+            "platform": device.platform,
+            "device_kind": device.device_kind,
+            "host_cpus": os.cpu_count(),
+        },
+        "mesh": meshes.describe(mesh),
+        "devices": mesh.size,
+        "processes": jax.process_count(),
+        "precision": run.precision,
+        "total_steps": length.total,
+        "steps_per_epoch": length.per_epoch,
+        "steps_per_call": trained.per_call,
+        "parameters": tree.size(state.params),
+        "state_bytes_per_device": programs.state_bytes(state),
+        "memory_estimate": trained.memory,
+    }
     if "config" in earlier:
         this = {name: now[name] for name in ("started", "command", "devices", "processes")}
-        now |= {"started": earlier["started"], "command": earlier["command"], "resumed": [*earlier.get("resumed", []), this]}
+        now |= {
+            "started": earlier["started"],
+            "command": earlier["command"],
+            "resumed": [*earlier.get("resumed", []), this],
+        }
     return now
 
 
 def earlier_steps_per_call(record: dict[str, Any], run: config.Run, mesh: Mesh) -> int | None:
-    """How many steps a dispatch had when the run started, so that it goes on with the same bits; None if it ran under other conditions."""
+    """How many steps a dispatch had when the run started, so that it goes on with the same bits;
+    None if it ran under other conditions."""
     before = record.get("config", {})
     same = all(before.get(name) == getattr(run, name) for name in ("device_data", "debug_nans"))
     same = same and record.get("hardware", {}).get("platform") == mesh.devices.flat[0].platform
@@ -88,6 +136,13 @@ def earlier_steps_per_call(record: dict[str, Any], run: config.Run, mesh: Mesh) 
 def rule_table(run: config.Run, state: TrainState) -> list[str]:
     """Which rule decides which parameter, if the optimizer has rules at all."""
     optimizer = run.optimizer
-    if not (getattr(optimizer, "rates", ()) or getattr(optimizer, "decay", ()) or getattr(optimizer, "frozen", ())):
+    if not (
+        getattr(optimizer, "rates", ())
+        or getattr(optimizer, "decay", ())
+        or getattr(optimizer, "frozen", ())
+    ):
         return []
-    return ["parameter, shape, rate, decay", *("  ".join(row) for row in optimizers.match_table(optimizer, state.params))]
+    return [
+        "parameter, shape, rate, decay",
+        *("  ".join(row) for row in optimizers.match_table(optimizer, state.params)),
+    ]

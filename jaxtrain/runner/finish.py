@@ -1,4 +1,5 @@
-"""The end of a run: predictions on the held-out split, the report, the summary. The run is committed, so nothing here may fail it."""
+"""The end of a run: predictions on the held-out split, the report, the summary. The run is
+committed, so nothing here may fail it."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,15 +10,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import config
-from jaxtrain.train import evaluate
 from jaxtrain.config import flags
-from jaxtrain.processes import group, heartbeat
-from jaxtrain.runner import build
 from jaxtrain.data.splits import Splits
-from jaxtrain.train.recipe import Batch
+from jaxtrain.processes import group, heartbeat
 from jaxtrain.report.page import history
 from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
+from jaxtrain.runner import build
+from jaxtrain.train import evaluate
+from jaxtrain.train.recipe import Batch
 from jaxtrain.train.state import TrainState
 
 WORST = 24
@@ -26,9 +27,18 @@ Predict = Callable[[TrainState, Batch], dict[str, jax.Array]]
 
 
 def finish(
-    run: config.Run, folder: Path, splits: Splits, mesh: Mesh, predict: Predict | None, state: TrainState, progress: Progress, *, seconds: float
+    run: config.Run,
+    folder: Path,
+    splits: Splits,
+    mesh: Mesh,
+    predict: Predict | None,
+    state: TrainState,
+    progress: Progress,
+    *,
+    seconds: float,
 ) -> None:
-    """Writes predictions.npz and the report, and shows the summary; `predict` is None if the task cannot say what a prediction is."""
+    """Writes predictions.npz and the report, and shows the summary; `predict` is None if the task
+    cannot say what a prediction is."""
     heartbeat.beat("ending")
     if predict is not None:
         with _harmless("predictions"):
@@ -38,10 +48,20 @@ def finish(
     page = report(run, folder)
     with _harmless("summary"):
         done = history.load(folder)
-        values = {(split, name): done.last(name, split) for split in ("validation", "test") for name in ("loss", "accuracy")}
-        rows = {f"{split} {name}": tables.value_text(name, value) for (split, name), value in values.items() if value is not None}
+        values = {
+            (split, name): done.last(name, split)
+            for split in ("validation", "test")
+            for name in ("loss", "accuracy")
+        }
+        rows = {
+            f"{split} {name}": tables.value_text(name, value)
+            for (split, name), value in values.items()
+            if value is not None
+        }
         rows |= {"time": tables.duration_text(seconds), "workdir": str(folder)}
-        progress.show(tables.facts(f"{run.name}: done", rows | ({"report": str(page)} if page else {})))
+        progress.show(
+            tables.facts(f"{run.name}: done", rows | ({"report": str(page)} if page else {}))
+        )
 
 
 def report(run: config.Run, folder: Path) -> Path | None:
@@ -55,19 +75,27 @@ def report(run: config.Run, folder: Path) -> Path | None:
     return None
 
 
-def write_predictions(run: config.Run, folder: Path, splits: Splits, mesh: Mesh, predict: Predict, state: TrainState) -> None:
-    """What the model says of the held-out split, with the images of its worst mistakes, for the report."""
+def write_predictions(
+    run: config.Run, folder: Path, splits: Splits, mesh: Mesh, predict: Predict, state: TrainState
+) -> None:
+    """What the model says of the held-out split, with the images of its worst mistakes, for the
+    report."""
     table = splits.test if splits.test is not None else splits.validation
     if table is None or "label" not in table.fields:
         return
-    found = evaluate.predictions(predict, state, build.batches(run, table, mesh))  # all processes take part
+    # all processes take part
+    found = evaluate.predictions(predict, state, build.batches(run, table, mesh))
     if not group.is_main():
         return
     wrong = np.flatnonzero(found["label"] != found["prediction"])
     worst = wrong[np.argsort(-found["loss"][wrong], kind="stable")][:WORST]
     ids = found.pop("id")[worst]
-    images = {"worst_image": table.read(ids)["image"]} if "image" in table.fields and len(ids) else {}
-    names = np.array(table.class_names or [str(label) for label in range(int(found["label"].max()) + 1)])
+    images = (
+        {"worst_image": table.read(ids)["image"]} if "image" in table.fields and len(ids) else {}
+    )
+    names = np.array(
+        table.class_names or [str(label) for label in range(int(found["label"].max()) + 1)]
+    )
     np.savez(folder / "predictions.npz", **found, worst_id=ids, class_names=names, **images)
 
 
@@ -75,5 +103,8 @@ def write_predictions(run: config.Run, folder: Path, splits: Splits, mesh: Mesh,
 def _harmless(what: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - the training is done and committed; a picture of it may fail
-        flags.warn(f"{what} not written: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    # The training is done and committed; a picture of it may fail.
+    except Exception as error:  # noqa: BLE001
+        flags.warn(
+            f"{what} not written: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        )

@@ -1,4 +1,5 @@
-"""Witnesses: what the processes other than the first do where the first one writes. They take part in what all must do, and leave no trace."""
+"""Witnesses: what the processes other than the first do where the first one writes. They take part
+in what all must do, and leave no trace."""
 
 import io
 from collections.abc import Mapping
@@ -7,15 +8,23 @@ from typing import Any, Self
 
 from jaxtrain.checkpoints import arrays
 from jaxtrain.checkpoints.checkpoints import Checkpoints
-from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.report.metrics_file import Writers
+from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.tree import PyTree
 
 
 class WitnessCheckpoints(Checkpoints):
     """Checkpoints that this process helps to gather and can read, but does not write."""
 
-    def save(self, step: int, state: PyTree, loop: Mapping[str, Any], *, metric: float | None = None, wait: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        loop: Mapping[str, Any],
+        *,
+        metric: float | None = None,
+        wait: bool = False,
+    ) -> None:
         """Gives process 0 this process's part of every array."""
         arrays.to_host(state)
 

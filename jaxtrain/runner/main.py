@@ -1,4 +1,5 @@
-"""The runner: flags to parts to loop, and the one place that turns what went wrong into a line and an exit status."""
+"""The runner: flags to parts to loop, and the one place that turns what went wrong into a line and
+an exit status."""
 
 import contextlib
 import os
@@ -16,47 +17,62 @@ import jax
 from jax.sharding import Mesh
 
 from jaxtrain import config
-from jaxtrain.train import compare_meshes, metrics_log
-from jaxtrain.config import flags
-from jaxtrain.processes import group, cluster, heartbeat
-from jaxtrain.runner import build, workdir
-from jaxtrain.parallel import mesh as meshes
 from jaxtrain.checkpoints.checkpoints import CheckpointError, NonFinite
-from jaxtrain.data.table import Table
 from jaxtrain.checkpoints.lock import NAME as LOCK_NAME
 from jaxtrain.checkpoints.lock import Lock
-from jaxtrain.train.recipe import Options
+from jaxtrain.config import flags
+from jaxtrain.data.table import Table
+from jaxtrain.errors import (
+    BAD_INPUT,
+    DIFFERENT,
+    DIVERGED,
+    INTERRUPTED,
+    IO_ERROR,
+    OUT_OF_MEMORY,
+    TRY_AGAIN,
+)
+from jaxtrain.parallel import mesh as meshes
+from jaxtrain.processes import cluster, group, heartbeat
 from jaxtrain.processes.join import PeerLost
+from jaxtrain.processes.signals import Stop
 from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
-from jaxtrain.runner.run import Session
-from jaxtrain.processes.signals import Stop
-from jaxtrain.errors import BAD_INPUT, DIFFERENT, DIVERGED, INTERRUPTED, IO_ERROR, OUT_OF_MEMORY, TRY_AGAIN
+from jaxtrain.runner import build, workdir
 from jaxtrain.runner.followers import WitnessLock
+from jaxtrain.runner.run import Session
+from jaxtrain.train import compare_meshes, metrics_log
+from jaxtrain.train.recipe import Options
 
 OLDEST_JAX = (0, 10, 2)
 
 SILENT_SECONDS = 10.0
 """A process that has waited so long for the others says so."""
 PEER_LOST = re.compile(
-    r"gloo [\w -]+ failed: |connection (?:closed|reset) by peer|heartbeat timeout|coordination service|barrier (?:timed out|failed)"
+    r"gloo [\w -]+ failed: |connection (?:closed|reset) by peer|heartbeat timeout|coordination"
+    r" service|barrier (?:timed out|failed)"
     r"|remote process exited|ncclremoteerror",
     re.IGNORECASE,
 )
-"""What jax's errors say when another process is gone: gloo, XLA's coordination service (libjax_common.so of 0.10.2), and NCCL (`ncclRemoteError`)."""
+"""What jax's errors say when another process is gone: gloo, XLA's coordination service
+(libjax_common.so of 0.10.2), and NCCL (`ncclRemoteError`)."""
 XLA_STATUS = re.compile(
-    r"(?:ABORTED|ALREADY_EXISTS|CANCELLED|DATA_LOSS|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|INVALID_ARGUMENT|NOT_FOUND|OUT_OF_RANGE"
+    r"(?:ABORTED|ALREADY_EXISTS|CANCELLED|DATA_LOSS|DEADLINE_EXCEEDED|FAILED_PRECONDITION"
+    r"|INTERNAL|INVALID_ARGUMENT|NOT_FOUND|OUT_OF_RANGE"
     r"|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE|UNIMPLEMENTED|UNKNOWN): "
 )
-"""How its errors begin. A jitted function that is called for the second time raises them as ValueError, and no line of Python lies between it and
-our own call; so they would pass for bad input, which is never started again."""
+"""How its errors begin. A jitted function that is called for the second time raises them as
+ValueError, and no line of Python lies between it and our own call; so they would pass for bad
+input, which is never started again."""
 
 
 def main(run: config.Run, argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs an experiment as the command line says, and exits with the status of the contract (design, section 3)."""
+    """Runs an experiment as the command line says, and exits with the status of the contract
+    (design, section 3)."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        status = guarded(lambda: _start(flags.parse(run, argv), argv), show_traceback=flags.wants_traceback(argv))
+        status = guarded(
+            lambda: _start(flags.parse(run, argv), argv), show_traceback=flags.wants_traceback(argv)
+        )
     except Exception:
         if not jax.distributed.is_initialized():
             raise
@@ -64,14 +80,16 @@ def main(run: config.Run, argv: Sequence[str] | None = None) -> NoReturn:
         status = 1
     sys.stdout.flush()
     if jax.distributed.is_initialized():
-        # The group broke: jax would wait at its exit for processes that no longer come, five minutes long.
+        # The group broke: jax would wait at its exit for processes that no longer come, five
+        # minutes long.
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
 
 def guarded(action: Callable[[], int], *, show_traceback: bool = False) -> int:
-    """The exit status of `action`; what it raises becomes one line on stderr, unless it is a fault of ours or of the user's own code.
+    """The exit status of `action`; what it raises becomes one line on stderr, unless it is a fault
+    of ours or of the user's own code.
 
     >>> guarded(lambda: 0)
     0
@@ -87,9 +105,17 @@ def guarded(action: Callable[[], int], *, show_traceback: bool = False) -> int:
     except FloatingPointError as error:  # --debug_nans: where it happened is what was asked for
         return _say(str(error).splitlines()[0], DIVERGED, show_traceback=True)
     except MemoryError as error:
-        return _say(f"out of memory in the host ({error}); lower --batch_size or raise --microbatches", OUT_OF_MEMORY, show_traceback)
+        return _say(
+            f"out of memory in the host ({error}); lower --batch_size or raise --microbatches",
+            OUT_OF_MEMORY,
+            show_traceback,
+        )
     except OSError as error:
-        return _say(f"{error.filename}: {error.strerror}" if error.filename else str(error), IO_ERROR, show_traceback)
+        return _say(
+            f"{error.filename}: {error.strerror}" if error.filename else str(error),
+            IO_ERROR,
+            show_traceback,
+        )
     except CheckpointError as error:
         return _say(str(error), IO_ERROR, show_traceback)
     except (RuntimeError, ValueError) as error:
@@ -101,22 +127,39 @@ def guarded(action: Callable[[], int], *, show_traceback: bool = False) -> int:
 
 
 def _failed_on_device(error: Exception, show_traceback: bool) -> int:
-    """The exit status of an error of XLA: out of memory, or a lost peer; what is neither is raised again."""
+    """The exit status of an error of XLA: out of memory, or a lost peer; what is neither is raised
+    again."""
     reason = str(error).splitlines()[0][:160]
     if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
-        return _say(f"out of memory on the device ({reason}); lower --batch_size or raise --microbatches", OUT_OF_MEMORY, show_traceback)
+        return _say(
+            f"out of memory on the device ({reason}); lower --batch_size or raise --microbatches",
+            OUT_OF_MEMORY,
+            show_traceback,
+        )
     if jax.distributed.is_initialized() and PEER_LOST.search(str(error)):
-        # Should it be a fault after all, the logs of the processes say where; process 0 has none but the terminal, which gets one line.
-        return _say(f"lost another process of the run ({reason})", TRY_AGAIN, show_traceback or not group.is_main())
+        # Should it be a fault after all, the logs of the processes say where; process 0 has none
+        # but the terminal, which gets one line.
+        return _say(
+            f"lost another process of the run ({reason})",
+            TRY_AGAIN,
+            show_traceback or not group.is_main(),
+        )
     raise error
 
 
 def _start(run: config.Run, argv: Sequence[str]) -> int:
     """Launches, under a supervisor if the run asks for what only one can do."""
-    if (run.max_restarts or run.hang_seconds is not None) and heartbeat.SUPERVISED not in os.environ and Path(sys.argv[0]).is_file():
+    if (
+        (run.max_restarts or run.hang_seconds is not None)
+        and heartbeat.SUPERVISED not in os.environ
+        and Path(sys.argv[0]).is_file()
+    ):
         sys.stdout.flush()
         # In this process's place, so that signals and the terminal are the supervisor's own.
-        os.execv(sys.executable, [sys.executable, "-m", "jaxtrain.processes.supervisor", sys.argv[0], *argv])
+        os.execv(
+            sys.executable,
+            [sys.executable, "-m", "jaxtrain.processes.supervisor", sys.argv[0], *argv],
+        )
     heartbeat.wishes(run.max_restarts, run.hang_seconds)
     return launch(run, argv)
 
@@ -130,15 +173,24 @@ def launch(run: config.Run, argv: Sequence[str]) -> int:
 def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
     began = time.monotonic()
     if jax.__version_info__ < OLDEST_JAX:
-        raise ValueError(f"needs jax >= {'.'.join(map(str, OLDEST_JAX))}; found {jax.__version__} (python -m pip install -U jax)")
+        raise ValueError(
+            f"needs jax >= {'.'.join(map(str, OLDEST_JAX))}; found {jax.__version__} (python -m pip"
+            " install -U jax)"
+        )
     heartbeat.beat("starting")
     _join(run, stop)
     mesh = _mesh(run)
-    asked, run = run.precision, config.replaced(run, {"precision": build.chosen_precision(run, mesh)})
+    asked, run = (
+        run.precision,
+        config.replaced(run, {"precision": build.chosen_precision(run, mesh)}),
+    )
     build.check_mesh(run, mesh)  # before the data, which may take a while
     _use_compilation_cache()
     jax.config.update("jax_debug_nans", run.debug_nans)
-    jax.config.update("jax_default_matmul_precision", {"default": None, "tf32": "tensorfloat32", "fp32": "highest"}[run.matmul_precision])
+    jax.config.update(
+        "jax_default_matmul_precision",
+        {"default": None, "tf32": "tensorfloat32", "fp32": "highest"}[run.matmul_precision],
+    )
     heartbeat.beat("data")
     splits = run.data.open()
     for note in splits.notes:
@@ -146,7 +198,10 @@ def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
     length = build.lengths(run, len(splits.train))
     if run.profile_steps is not None and run.profile_steps[0] >= length.total:
         first, last = run.profile_steps
-        raise ValueError(f"--profile_steps={first},{last}: the run ends at step {length.total}; profile earlier steps")
+        raise ValueError(
+            f"--profile_steps={first},{last}: the run ends at step {length.total}; profile earlier"
+            " steps"
+        )
     recipe = build.options(run, splits.train, length)
     batch = build.check_model(run, splits.train, recipe, mesh)
     build.check_held_out(run, splits, recipe, batch)
@@ -156,7 +211,9 @@ def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
     folder = Path(group.from_main(str(workdir.place(run)) if group.is_main() else None))
     mine = Lock(folder, force=run.force_unlock) if group.is_main() else WitnessLock(folder)
     with _no_litter(folder, made and group.is_main()), mine as lock:
-        status = Session(run, argv, mesh, splits, length, recipe, batch, folder, lock, stop, began, asked).go()
+        status = Session(
+            run, argv, mesh, splits, length, recipe, batch, folder, lock, stop, began, asked
+        ).go()
     heartbeat.beat("ending")
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()  # all of them are here
@@ -167,7 +224,9 @@ def _join(run: config.Run, stop: Stop) -> None:
     """Finds the other processes of the run, if there are any."""
     if run.platform != "auto":
         jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[run.platform])
-    found = cluster.find(os.environ, processes=run.processes, process=run.process, coordinator=run.coordinator)
+    found = cluster.find(
+        os.environ, processes=run.processes, process=run.process, coordinator=run.coordinator
+    )
     if found is None:
         return
 
@@ -178,7 +237,9 @@ def _join(run: config.Run, stop: Stop) -> None:
         if not told and time.monotonic() - began > SILENT_SECONDS:
             told = True
             who = f"all {found.count} processes" if found.index == 0 else "process 0"
-            print(f"jaxtrain: waiting for {who} at {found.coordinator}", file=sys.stderr, flush=True)
+            print(
+                f"jaxtrain: waiting for {who} at {found.coordinator}", file=sys.stderr, flush=True
+            )
         if stop.number == signal.SIGINT:
             raise KeyboardInterrupt
         if stop.status is not None:
@@ -193,8 +254,19 @@ def _compare(run: config.Run, train: Table, recipe: Options, devices: Sequence[j
     parts = (run.model, run.task, run.optimizer)
     batches = build.host_batches(run, train)
     progress, count = Progress(run.compare_steps), len(run.compare_meshes)
-    progress.line(f"{run.compare_steps} steps on one device and on {count} mesh{'es' if count > 1 else ''}; compiling {2 * count + 2} programs first")
-    report = compare_meshes.compare(*parts, batches, run.compare_meshes, seed=run.seed, steps=run.compare_steps, devices=devices, **recipe)
+    progress.line(
+        f"{run.compare_steps} steps on one device and on {count} mesh{'es' if count > 1 else ''};"
+        f" compiling {2 * count + 2} programs first"
+    )
+    report = compare_meshes.compare(
+        *parts,
+        batches,
+        run.compare_meshes,
+        seed=run.seed,
+        steps=run.compare_steps,
+        devices=devices,
+        **recipe,
+    )
     progress.show(tables.comparison_table(report.rows()))
     progress.line(report.summary())
     return 0 if report.agree else DIFFERENT
@@ -202,7 +274,8 @@ def _compare(run: config.Run, train: Table, recipe: Options, devices: Sequence[j
 
 @contextlib.contextmanager
 def _no_litter(folder: Path, made: bool) -> Iterator[None]:
-    """A run that is refused takes the folder with it that was made for it, if nothing else is there."""
+    """A run that is refused takes the folder with it that was made for it, if nothing else is
+    there."""
     try:
         yield
     except ValueError:
@@ -218,26 +291,35 @@ def _mesh(run: config.Run) -> Mesh:
     except RuntimeError as error:
         if run.platform != "gpu":
             raise
-        raise ValueError("--platform=gpu: no GPU found (jax sees: cpu); install jax[cuda12] or use --platform=cpu") from error
+        raise ValueError(
+            "--platform=gpu: no GPU found (jax sees: cpu); install jax[cuda12] or use"
+            " --platform=cpu"
+        ) from error
     return meshes.make(run.mesh, devices)
 
 
 def _use_compilation_cache() -> None:
     """Keeps compiled programs between runs, where the user has not said otherwise."""
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxtrain" / "xla"))
+        jax.config.update(
+            "jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxtrain" / "xla")
+        )
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _say(text: str, status: int, show_traceback: bool) -> int:
     if show_traceback:
         traceback.print_exc()
-    with contextlib.suppress(OSError):  # stderr may be a pipe that nobody reads any more; the status still says it
+    # stderr may be a pipe that nobody reads any more; the status still says it
+    with contextlib.suppress(OSError):
         print(f"jaxtrain: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     return status
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether an error was raised by jaxtrain's own code, whose messages are meant for the user; others need their traceback."""
+    """Whether an error was raised by jaxtrain's own code, whose messages are meant for the user;
+    others need their traceback."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(Path(__file__).resolve().parent.parent)
+    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(
+        Path(__file__).resolve().parent.parent
+    )

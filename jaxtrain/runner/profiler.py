@@ -18,7 +18,8 @@ class Profiler:
         self._running = False
 
     def __call__(self, step: int, state: PyTree) -> None:
-        """Starts or stops the trace if this is the step for it; there the host waits for the device, so that the trace holds these steps whole."""
+        """Starts or stops the trace if this is the step for it; there the host waits for the
+        device, so that the trace holds these steps whole."""
         if self._steps is None:
             return
         first, last = self._steps

@@ -1,4 +1,5 @@
-"""A run's folder: where it is, what its run.json says, and whether a run that is there may go on under this configuration."""
+"""A run's folder: where it is, what its run.json says, and whether a run that is there may go on
+under this configuration."""
 
 import contextlib
 import itertools
@@ -15,22 +16,46 @@ from typing import Any
 
 from jaxtrain import config
 from jaxtrain.checkpoints import manifest
-from jaxtrain.config import secrets, record as run_record
+from jaxtrain.config import record as run_record
+from jaxtrain.config import secrets
 
 FREE = (
-    "steps", "epochs", "mesh", "shard", "remat", "offload", "platform", "device_data", "debug_nans", "eval_every", "eval_batch_size", "checkpoint_every", "keep", "keep_every",
-    "log_every", "steps_per_call", "tensorboard", "wandb", "report", "init_from",
-)  # fmt: skip
-"""Fields that may differ from those of the run that goes on; a line says so. All others need --allow_config_change."""
+    "steps",
+    "epochs",
+    "mesh",
+    "shard",
+    "remat",
+    "offload",
+    "platform",
+    "device_data",
+    "debug_nans",
+    "eval_every",
+    "eval_batch_size",
+    "checkpoint_every",
+    "keep",
+    "keep_every",
+    "log_every",
+    "steps_per_call",
+    "tensorboard",
+    "wandb",
+    "report",
+    "init_from",
+)
+"""Fields that may differ from those of the run that goes on; a line says so. All others need
+--allow_config_change."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "jaxtrain")
 
 
 def place(run: config.Run) -> Path:
-    """The folder of a run: --workdir, or runs/NAME/TIME, made here and now so that runs started in one second have one each."""
+    """The folder of a run: --workdir, or runs/NAME/TIME, made here and now so that runs started in
+    one second have one each."""
     if run.workdir:
         return Path(run.workdir)
     if run.eval_only or run.resume == "must":
-        raise ValueError(f"{'--eval_only' if run.eval_only else '--resume=must'}: needs --workdir, the folder of a run")
+        raise ValueError(
+            f"{'--eval_only' if run.eval_only else '--resume=must'}: needs --workdir, the folder of"
+            " a run"
+        )
     folder = Path("runs") / run.name / time.strftime("%Y%m%d-%H%M%S")
     others = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
     return next(each for each in itertools.chain([folder], others) if _is_mine(each))
@@ -48,7 +73,10 @@ def read(folder: Path) -> dict[str, Any] | None:
             record[name].strip()
         record["data"]["fingerprint"].strip()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"--workdir={folder}: run.json is damaged ({type(error).__name__}); restore it, or use a new workdir") from None
+        raise ValueError(
+            f"--workdir={folder}: run.json is damaged ({type(error).__name__}); restore it, or use"
+            " a new workdir"
+        ) from None
     return record
 
 
@@ -59,36 +87,49 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
 
 def foreign_files(folder: Path) -> int:
     """How many entries of a folder that holds no run were there before; they are left alone."""
-    return sum(entry.name not in (".lock", "logs", "stacks") for entry in folder.iterdir()) if folder.is_dir() else 0
+    return (
+        sum(entry.name not in (".lock", "logs", "stacks") for entry in folder.iterdir())
+        if folder.is_dir()
+        else 0
+    )
 
 
 def check_drift(folder: Path, record: Mapping[str, Any], run: config.Run) -> list[str]:
-    """Compares the run that is there with the one that wants to go on; returns a line for each harmless or allowed difference.
+    """Compares the run that is there with the one that wants to go on; returns a line for each
+    harmless or allowed difference.
 
     `ValueError` for the first that is neither, naming old and new and what allows it.
     """
     if record.get("name") != run.name:
-        raise ValueError(f"--workdir={folder}: holds a run of {record.get('name')!r}, this is {run.name!r}; use a new workdir")
+        raise ValueError(
+            f"--workdir={folder}: holds a run of {record.get('name')!r}, this is {run.name!r}; use"
+            " a new workdir"
+        )
     lines = []
     for name, old, new in run_record.differences(record["config"], run_record.to_json(run)):
-        allowed = name in FREE or any(name == word or name.startswith(f"{word}.") for word in run.allow_config_change)
+        allowed = name in FREE or any(
+            name == word or name.startswith(f"{word}.") for word in run.allow_config_change
+        )
         if not allowed:
             raise ValueError(
-                f"--workdir={folder}: holds run {record['name']!r} with {name}={_shown(old)}, now {_shown(new)}; "
-                f"new workdir, or --allow_config_change={name}"
+                f"--workdir={folder}: holds run {record['name']!r} with {name}={_shown(old)}, now"
+                f" {_shown(new)}; new workdir, or --allow_config_change={name}"
             )
         lines.append(f"note: {name} changes from {_shown(old)} to {_shown(new)}")
     return lines
 
 
 def describe(run: config.Run, argv: Sequence[str]) -> dict[str, Any]:
-    """What is known of a run before anything is built: configuration, command, versions, code and machine."""
+    """What is known of a run before anything is built: configuration, command, versions, code and
+    machine."""
     return {
         "name": run.name,
         "config": run_record.to_json(run),
         "command": shlex.join(["python", sys.argv[0], *secrets.redact(argv)]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": (
+            {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+        ),
         "git": _git(),
     }
 
@@ -115,11 +156,24 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit and whether there are changes, of the folder that the experiment lies in; None outside a repository."""
+    """Commit and whether there are changes, of the folder that the experiment lies in; None outside
+    a repository."""
     folder = Path(sys.argv[0]).resolve().parent
     try:
-        commit = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-        status = subprocess.run(["git", "-C", folder, "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True).stdout
+        commit = subprocess.run(
+            ["git", "-C", folder, "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        ).stdout.strip()
+        status = subprocess.run(
+            ["git", "-C", folder, "status", "--porcelain"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit, "changed": bool(status.strip())}

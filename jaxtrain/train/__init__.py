@@ -1,6 +1,5 @@
 """What training is: the recipe, the state, the pure step, its compiled programs, and the loop."""
 
-
 __all__ = [
     "compare_meshes",
     "evaluate",

@@ -1,7 +1,9 @@
-"""Comparing meshes: the same steps on one device and on other layouts of devices, and the first parameter that tells them apart.
+"""Comparing meshes: the same steps on one device and on other layouts of devices, and the first
+parameter that tells them apart.
 
-A run of many steps answers nothing, for rounding grows: a network with dropout is 4e-3 away after twenty. So each mesh is asked twice: for
-a few steps of its own from its own birth (which tries the update, too), and for many single steps, each from a state of the one-device run.
+A run of many steps answers nothing, for rounding grows: a network with dropout is 4e-3 away after
+twenty. So each mesh is asked twice: for a few steps of its own from its own birth (which tries the
+update, too), and for many single steps, each from a state of the one-device run.
 """
 
 import dataclasses
@@ -13,28 +15,30 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain.parallel import mesh as meshes
 from jaxtrain import metrics, tree
-from jaxtrain.parallel import sharding
-from jaxtrain.train import steps as train_steps
 from jaxtrain.optimizers import Optimizer
+from jaxtrain.parallel import mesh as meshes
+from jaxtrain.parallel import sharding
+from jaxtrain.tasks import Task
+from jaxtrain.train import steps as train_steps
 from jaxtrain.train.recipe import Options, Recipe
 from jaxtrain.train.state import TrainState, init_state, state_shardings
-from jaxtrain.tasks import Task
 
 HostBatch = Mapping[str, np.ndarray]
 FREE_STEPS = 5
 """How many steps each mesh runs on its own."""
 TOLERANCES = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 2e-2, "fp8": 1e-1}
-"""Relative differences up to here are rounding, by what the model computes in: a few units in the last place. On small networks 1.7e-6 was
-found for fp32, 1.2e-3 for fp16 and 2.8e-3 for bf16; what a broken layout does is of order 1."""
+"""Relative differences up to here are rounding, by what the model computes in: a few units in the
+last place. On small networks 1.7e-6 was found for fp32, 1.2e-3 for fp16 and 2.8e-3 for bf16; what a
+broken layout does is of order 1."""
 TF32 = 5e-3
 """The same for float32 products in TF32, whose operands have 10 bits of mantissa as float16's."""
 FLOOR = 0.1
-"""An array is judged by its own largest gradient, or by this share of the largest of all, whichever is larger. A gradient whose true value
-is zero (a bias before a batch norm, the bias of attention's keys) is nothing but the rounding of its terms: as far from itself as can be,
-and 1.6e-7 of the largest of all in a small network. What a broken layout does to an array is of the array's own size; in float32 it is seen
-where that is more than 1e-6 of the largest."""
+"""An array is judged by its own largest gradient, or by this share of the largest of all, whichever
+is larger. A gradient whose true value is zero (a bias before a batch norm, the bias of attention's
+keys) is nothing but the rounding of its terms: as far from itself as can be, and 1.6e-7 of the
+largest of all in a small network. What a broken layout does to an array is of the array's own size;
+in float32 it is seen where that is more than 1e-6 of the largest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Compared:
     gradient: float
     """The largest of the gradients of the single steps."""
     first: Difference | None
-    """The first parameter in the tree's order, at the first step that has one, whose gradient differs beyond rounding."""
+    """The first parameter in the tree's order, at the first step that has one, whose gradient
+    differs beyond rounding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +76,9 @@ class Report:
 
     def agrees(self, found: Compared) -> bool:
         """Whether a mesh gave the numbers of one device, up to rounding."""
-        return found.first is None and max(*found.free, found.loss, found.gradient) <= self.tolerance
+        return (
+            found.first is None and max(*found.free, found.loss, found.gradient) <= self.tolerance
+        )
 
     @property
     def agree(self) -> bool:
@@ -80,27 +87,47 @@ class Report:
 
     def rows(self) -> list[tuple[str, tuple[float, ...], float, float, str]]:
         """The rows of `tables.comparison_table`."""
-        return [(found.mesh, found.free, found.loss, found.gradient, _said(found.first) or "none") for found in self.meshes]
+        return [
+            (found.mesh, found.free, found.loss, found.gradient, _said(found.first) or "none")
+            for found in self.meshes
+        ]
 
     def summary(self) -> str:
         """The last line: that all agree, or the first mesh that does not and what told it apart."""
         for found in self.meshes:
             if not self.agrees(found):
-                what = f"gradient of {_said(found.first)}" if found.first else f"losses by {max(*found.free, found.loss):.1e}"
-                return f"--compare_meshes: {found.mesh} differs from one device beyond {self.tolerance:g}: {what}"
+                what = (
+                    f"gradient of {_said(found.first)}"
+                    if found.first
+                    else f"losses by {max(*found.free, found.loss):.1e}"
+                )
+                return (
+                    f"--compare_meshes: {found.mesh} differs from one device beyond"
+                    f" {self.tolerance:g}: {what}"
+                )
         who = "1 mesh agrees" if len(self.meshes) == 1 else f"{len(self.meshes)} meshes agree"
         return f"{who} with one device within {self.tolerance:g} over {self.steps} steps"
 
 
 def compare(
-    model: Any, task: Task, optimizer: Optimizer, batches: Iterator[HostBatch], mesh_texts: Sequence[str], *, seed: int = 0,
-    steps: int = 20, tolerance: float | None = None, devices: Sequence[jax.Device] | None = None, **options: Unpack[Options],
-) -> Report:  # fmt: skip
+    model: Any,
+    task: Task,
+    optimizer: Optimizer,
+    batches: Iterator[HostBatch],
+    mesh_texts: Sequence[str],
+    *,
+    seed: int = 0,
+    steps: int = 20,
+    tolerance: float | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    **options: Unpack[Options],
+) -> Report:
     """Trains on one device and on each mesh with the same batches, and says how far they are apart.
 
-    `batches` are whole batches in host memory, at least `steps` of them; `mesh_texts` are what `--mesh` takes, with `x` or commas between
-    axes; `tolerance` None is that of the precision. Compiles two programs a mesh. `ValueError` if a mesh, the batch or a parameter does not
-    fit, before anything is compiled.
+    `batches` are whole batches in host memory, at least `steps` of them; `mesh_texts` are what
+    `--mesh` takes, with `x` or commas between axes; `tolerance` None is that of the precision.
+    Compiles two programs a mesh. `ValueError` if a mesh, the batch or a parameter does not fit,
+    before anything is compiled.
     """
     if jax.process_count() > 1:
         dry = "XLA_FLAGS=--xla_force_host_platform_device_count=8"
@@ -112,21 +139,28 @@ def compare(
         tolerance = max(TOLERANCES[options.get("precision", "fp32")], TF32 if tf32 else 0.0)
     kept = list(itertools.islice(batches, steps))
     if len(kept) < steps:
-        raise ValueError(f"--compare_steps={steps}: there are only {len(kept)} batches; give at most as many")
+        raise ValueError(
+            f"--compare_steps={steps}: there are only {len(kept)} batches; give at most as many"
+        )
     parts = (model, task, optimizer)
     layouts = [_Layout.of(parts, options, seed, text, devices, kept[0]) for text in mesh_texts]
     alone = _Layout.of(parts, options, seed, "data:1", devices[:1], kept[0])
     found = []
-    with jax.default_matmul_precision(asked or "highest"):  # TF32 would round what is to be compared, unless somebody asked for it
+    # TF32 would round what is to be compared, unless somebody asked for it
+    with jax.default_matmul_precision(asked or "highest"):
         losses, singles = _single_steps(alone, layouts, kept, tolerance)
         for layout, (loss, gradient, first) in zip(layouts, singles, strict=True):
-            free = tuple(relative(*both) for both in zip(layout.losses(kept[:FREE_STEPS]), losses, strict=False))
+            free = tuple(
+                relative(*both)
+                for both in zip(layout.losses(kept[:FREE_STEPS]), losses, strict=False)
+            )
             found.append(Compared(meshes.describe(layout.mesh), free, loss, gradient, first))
     return Report(tuple(found), steps, tolerance)
 
 
 def relative(value: float, reference: float) -> float:
-    """How far two numbers are apart, as a share of the larger one; infinite where one alone is not finite.
+    """How far two numbers are apart, as a share of the larger one; infinite where one alone is not
+    finite.
 
     >>> relative(3.0, 4.0), relative(0.0, 0.0), relative(float("nan"), 1.0)
     (0.25, 0.0, inf)
@@ -139,15 +173,25 @@ def relative(value: float, reference: float) -> float:
 
 
 def gradient_differences(gradients: tree.PyTree, reference: tree.PyTree) -> dict[str, float]:
-    """For each array, by path: the largest difference, as a share of its largest gradient or of `FLOOR` of the tree's largest.
+    """For each array, by path: the largest difference, as a share of its largest gradient or of
+    `FLOOR` of the tree's largest.
 
-    >>> gradient_differences({"a": np.array([3.0, 4.0]), "b": np.array([1e-9])}, {"a": np.array([3.0, 8.0]), "b": np.array([-1e-9])})
+    >>> gradient_differences(
+    ...     {"a": np.array([3.0, 4.0]), "b": np.array([1e-9])},
+    ...     {"a": np.array([3.0, 8.0]), "b": np.array([-1e-9])},
+    ... )
     {'a': 0.5, 'b': 2.5e-09}
     """
     flat, other = tree.flatten(reference), tree.flatten(gradients)
-    sizes = {path: np.abs(np.where(np.isfinite(array), array, 0)).max(initial=0.0) for path, array in flat.items()}
+    sizes = {
+        path: np.abs(np.where(np.isfinite(array), array, 0)).max(initial=0.0)
+        for path, array in flat.items()
+    }
     floor = FLOOR * max(sizes.values(), default=0.0)
-    return {path: _array_difference(other[path], array, max(sizes[path], floor)) for path, array in flat.items()}
+    return {
+        path: _array_difference(other[path], array, max(sizes[path], floor))
+        for path, array in flat.items()
+    }
 
 
 def _array_difference(array: np.ndarray, reference: np.ndarray, size: float) -> float:
@@ -155,7 +199,9 @@ def _array_difference(array: np.ndarray, reference: np.ndarray, size: float) -> 
     differs = ~((array == reference) | (np.isnan(array) & np.isnan(reference)))
     if not differs.any():
         return 0.0
-    if not (np.isfinite(array[differs]).all() and np.isfinite(reference[differs]).all() and size > 0):
+    if not (
+        np.isfinite(array[differs]).all() and np.isfinite(reference[differs]).all() and size > 0
+    ):
         return float("inf")
     return float(np.abs(array[differs] - reference[differs]).max() / size)
 
@@ -172,14 +218,28 @@ class _Layout:
 
     @classmethod
     def of(
-        cls, parts: tuple[Any, Task, Optimizer], options: Options, seed: int, text: str, devices: Sequence[jax.Device], batch: HostBatch
+        cls,
+        parts: tuple[Any, Task, Optimizer],
+        options: Options,
+        seed: int,
+        text: str,
+        devices: Sequence[jax.Device],
+        batch: HostBatch,
     ) -> "_Layout":
         """`ValueError` if the batch or a parameter does not fit the mesh."""
         mesh = meshes.make(text, devices, flag="--compare_meshes")
         meshes.check_batch("batch_size", len(next(iter(batch.values()))), mesh)
-        shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()}
+        shapes = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()
+        }
         state = jax.eval_shape(lambda: init_state(*parts, shapes, seed=seed, **options))
-        return cls(parts, options, seed, mesh, state_shardings(Recipe(*parts, **options), shapes, state, mesh))
+        return cls(
+            parts,
+            options,
+            seed,
+            mesh,
+            state_shardings(Recipe(*parts, **options), shapes, state, mesh),
+        )
 
     def born(self, batch: HostBatch) -> TrainState:
         """The state before the first step."""
@@ -190,11 +250,14 @@ class _Layout:
         return train_steps.make_train_step(*self.parts, mesh=self.mesh, **self.options)
 
     def gradients(self) -> Any:
-        """`(state, batch) -> (gradients, loss)` on this mesh, for a state from anywhere; gives arrays in host memory."""
+        """`(state, batch) -> (gradients, loss)` on this mesh, for a state from anywhere; gives
+        arrays in host memory."""
         function = train_steps.make_gradients(*self.parts, mesh=self.mesh, **self.options)
 
         def call(state: TrainState, batch: HostBatch) -> tuple[tree.PyTree, float]:
-            gradients, sums = jax.device_get(function(jax.device_put(state, self.places), self.put(batch)))
+            gradients, sums = jax.device_get(
+                function(jax.device_put(state, self.places), self.put(batch))
+            )
             return gradients, _mean_loss(sums)
 
         return call
@@ -215,8 +278,8 @@ class _Layout:
 def _single_steps(
     alone: _Layout, layouts: Sequence[_Layout], batches: Sequence[HostBatch], tolerance: float
 ) -> tuple[list[float], list[tuple[float, float, Difference | None]]]:
-    """The losses of the one-device run; and for each mesh, over single steps from the states of that run, the largest difference of loss
-    and of gradient, and the first parameter to differ."""
+    """The losses of the one-device run; and for each mesh, over single steps from the states of
+    that run, the largest difference of loss and of gradient, and the first parameter to differ."""
     update, state, losses = alone.step(), alone.born(batches[0]), []
     reference, others = alone.gradients(), [layout.gradients() for layout in layouts]
     found: list[tuple[float, float, Difference | None]] = [(0.0, 0.0, None)] * len(layouts)
@@ -225,9 +288,20 @@ def _single_steps(
         for place, gradients in enumerate(others):
             given, given_loss = gradients(state, batch)
             differences = gradient_differences(given, wanted)
-            beyond = next((Difference(index, path, size) for path, size in differences.items() if size > tolerance), None)
+            beyond = next(
+                (
+                    Difference(index, path, size)
+                    for path, size in differences.items()
+                    if size > tolerance
+                ),
+                None,
+            )
             loss, gradient, first = found[place]
-            found[place] = (max(loss, relative(given_loss, wanted_loss)), max(gradient, *differences.values()), first or beyond)
+            found[place] = (
+                max(loss, relative(given_loss, wanted_loss)),
+                max(gradient, *differences.values()),
+                first or beyond,
+            )
         state, sums = update(state, alone.put(batch))
         losses.append(_mean_loss(jax.device_get(sums)))
     return losses, found
@@ -239,4 +313,8 @@ def _mean_loss(sums: metrics.Sums) -> float:
 
 
 def _said(difference: Difference | None) -> str:
-    return "" if difference is None else f"{difference.path} by {difference.size:.1e} at step {difference.step}"
+    return (
+        ""
+        if difference is None
+        else f"{difference.path} by {difference.size:.1e} at step {difference.step}"
+    )

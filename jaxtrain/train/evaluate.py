@@ -1,4 +1,5 @@
-"""Evaluation of a finite set, exact: every example once, whatever the batch size and the number of devices."""
+"""Evaluation of a finite set, exact: every example once, whatever the batch size and the number of
+devices."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,17 +16,28 @@ Shapes = tuple[tuple[Any, ...], ...]
 
 
 def evaluate(
-    eval_step: Callable[[TrainState, Batch], metrics.Sums], state: TrainState, batches: Iterable[Batch], *, compiled: set[Shapes] | None = None,
+    eval_step: Callable[[TrainState, Batch], metrics.Sums],
+    state: TrainState,
+    batches: Iterable[Batch],
+    *,
+    compiled: set[Shapes] | None = None,
     fetch: Callable[[Any], Any] = jax.device_get,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """The means of a task's metrics over all batches, summed in float64.
 
-    >>> evaluate(lambda state, batch: {"loss": (batch["image"].sum(), batch["weight"].sum())}, None,
-    ...          [{"image": np.ones(2), "weight": np.ones(2)}, {"image": np.full(2, 4.0), "weight": np.array([1.0, 0.0])}])
+    >>> evaluate(
+    ...     lambda state, batch: {"loss": (batch["image"].sum(), batch["weight"].sum())},
+    ...     None,
+    ...     [
+    ...         {"image": np.ones(2), "weight": np.ones(2)},
+    ...         {"image": np.full(2, 4.0), "weight": np.array([1.0, 0.0])},
+    ...     ],
+    ... )
     {'loss': 3.3333333333333335}
 
-    Padding has `weight` 0 (see `pipeline.evaluation_batches`); `eval_step` comes from `step.make_eval_step`. `compiled` holds the shapes of the
-    batches that it has been called with, and is added to: a batch of other shapes may take as long as a compilation.
+    Padding has `weight` 0 (see `pipeline.evaluation_batches`); `eval_step` comes from
+    `step.make_eval_step`. `compiled` holds the shapes of the batches that it has been called with,
+    and is added to: a batch of other shapes may take as long as a compilation.
     """
     totals = metrics.Totals()
     pending = None
@@ -47,11 +59,19 @@ def evaluate(
     return totals.means()
 
 
-def predictions(predict_step: Callable[[TrainState, Batch], dict[str, jax.Array]], state: TrainState, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
-    """What the model says of every example, padding left out: each array of the task's `examine`, and `id`, over the whole set."""
+def predictions(
+    predict_step: Callable[[TrainState, Batch], dict[str, jax.Array]],
+    state: TrainState,
+    batches: Iterable[Batch],
+) -> dict[str, np.ndarray]:
+    """What the model says of every example, padding left out: each array of the task's `examine`,
+    and `id`, over the whole set."""
     parts: list[dict[str, np.ndarray]] = []
     for batch in batches:
-        values = {name: np.asarray(value) for name, value in jax.device_get(predict_step(state, batch)).items()}
+        values = {
+            name: np.asarray(value)
+            for name, value in jax.device_get(predict_step(state, batch)).items()
+        }
         kept = values.pop("weight") > 0
         parts.append({name: value[kept] for name, value in values.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

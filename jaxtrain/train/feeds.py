@@ -1,6 +1,7 @@
 """Feeds: how the next steps get their data, from the device's memory or from a stream of batches.
 
-A feed is called with the state and a number of steps, dispatches them, and returns without waiting for the device.
+A feed is called with the state and a number of steps, dispatches them, and returns without waiting
+for the device.
 """
 
 import dataclasses
@@ -10,13 +11,14 @@ import jax
 import numpy as np
 
 from jaxtrain import metrics
-from jaxtrain.processes import group
 from jaxtrain.data.pipeline import Batch, Stream
+from jaxtrain.processes import group
 from jaxtrain.train.reproducible import Trainer
 from jaxtrain.train.state import TrainState
 
 CALL_FLOPS = {"cpu": 1e8, "gpu": 2e11}
-"""How much work a dispatch should hold, so that starting it (about 0.1 ms) costs nothing that can be seen."""
+"""How much work a dispatch should hold, so that starting it (about 0.1 ms) costs nothing that can
+be seen."""
 MOST_STEPS = 128
 
 
@@ -42,16 +44,19 @@ class ResidentFeed:
     compiles_late: ClassVar[bool] = False
     single: Any
     several: Any
-    """Compiled programs of one step and of many; the second may be None if no call has more than one."""
+    """Compiled programs of one step and of many; the second may be None if no call has more than
+    one."""
     data: Batch
     counts: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
-    """The few numbers of steps that occur, as device scalars: an implicit transfer would be refused by the guard."""
+    """The few numbers of steps that occur, as device scalars: an implicit transfer would be refused
+    by the guard."""
 
     def advance(self, state: TrainState, count: int) -> tuple[TrainState, metrics.Sums]:
         """Dispatches `count` steps."""
         if count not in self.counts:
             self.counts[count] = device_count(count, self.data)
-        # Which program runs hangs on whether calls may be long at all, not on this one's length: a resumed run repeats the same bits.
+        # Which program runs hangs on whether calls may be long at all, not on this one's length: a
+        # resumed run repeats the same bits.
         return (self.several or self.single)(state, self.data, self.counts[count])
 
     def close(self) -> None:
@@ -65,7 +70,8 @@ def device_count(count: int, data: Batch) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class ReproducibleFeed:
-    """Steps of one-device programs (`reproducible.py`), over data in device memory or over a stream."""
+    """Steps of one-device programs (`reproducible.py`), over data in device memory or over a
+    stream."""
 
     compiles_late: ClassVar[bool] = True
     trainer: Trainer
@@ -113,9 +119,11 @@ class StreamFeed:
 
 
 def steps_per_call(lowered: Any, platform: str, log_every: int) -> int:
-    """How many steps one dispatch should run, decided by the lowered program of one step alone, so that every start decides alike.
+    """How many steps one dispatch should run, decided by the lowered program of one step alone, so
+    that every start decides alike.
 
-    A convolution inside a loop is 25 times slower on XLA's CPU backend, so there a model with one runs step by step.
+    A convolution inside a loop is 25 times slower on XLA's CPU backend, so there a model with one
+    runs step by step.
     """
     if platform == "cpu" and "stablehlo.convolution" in lowered.as_text():
         return 1
@@ -125,7 +133,8 @@ def steps_per_call(lowered: Any, platform: str, log_every: int) -> int:
 
 
 def flops_of(lowered: Any) -> float:
-    """Floating point operations of a lowered program, as XLA counts them; 0 where it does not say."""
+    """Floating point operations of a lowered program, as XLA counts them; 0 where it does not
+    say."""
     analysis = lowered.cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) and analysis else analysis
     return float(analysis.get("flops", 0.0)) if isinstance(analysis, dict) else 0.0

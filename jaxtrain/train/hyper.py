@@ -1,8 +1,10 @@
-"""Hyper-parameters as data: numbers that are inputs of the compiled step rather than constants in it.
+"""Hyper-parameters as data: numbers that are inputs of the compiled step rather than constants in
+it.
 
-`collect` reads the traced fields (see `fields.py`) of a tree of components into a flat dict; it goes into `TrainState.hyper` and is checkpointed.
-`bind` is the way back: inside the step, it rebuilds the components around the traced values. So a rate can change while a run lives, and a sweep
-is one program over stacked dicts.
+`collect` reads the traced fields (see `fields.py`) of a tree of components into a flat dict; it
+goes into `TrainState.hyper` and is checkpointed. `bind` is the way back: inside the step, it
+rebuilds the components around the traced values. So a rate can change while a run lives, and a
+sweep is one program over stacked dicts.
 """
 
 import dataclasses
@@ -34,7 +36,10 @@ def collect(component: Any, prefix: str = "") -> dict[str, float]:
             values |= collect(value, name)
         elif field.traced is not None and value is not None and value != field.traced.off:
             if isinstance(value, Horizon):
-                raise ValueError(f"{name}={value}: a horizon must be turned into steps first; give a number of steps")
+                raise ValueError(
+                    f"{name}={value}: a horizon must be turned into steps first; give a number of"
+                    " steps"
+                )
             if problem := field.problem(value):
                 raise ValueError(f"{name}={value}: {problem}")
             values[name] = float(value)
@@ -42,7 +47,8 @@ def collect(component: Any, prefix: str = "") -> dict[str, float]:
 
 
 def bind(component: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """The same component with each field named in `values` replaced; names that belong to other components are left alone.
+    """The same component with each field named in `values` replaced; names that belong to other
+    components are left alone.
 
     >>> import dataclasses
     >>> @dataclasses.dataclass(frozen=True)
@@ -61,4 +67,8 @@ def bind(component: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
             changes[field.name] = bound
     if not changes:
         return component
-    return component.clone(**changes) if hasattr(component, "clone") else dataclasses.replace(component, **changes)
+    return (
+        component.clone(**changes)
+        if hasattr(component, "clone")
+        else dataclasses.replace(component, **changes)
+    )

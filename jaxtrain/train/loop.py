@@ -1,7 +1,7 @@
 """The loop: every effect of training, in order.
 
-The step is pure; this is where time passes. The host runs one dispatch behind the device: it starts the next steps, then reads the numbers of those
-before. It waits only where it says so.
+The step is pure; this is where time passes. The host runs one dispatch behind the device: it starts
+the next steps, then reads the numbers of those before. It waits only where it says so.
 """
 
 import dataclasses
@@ -12,24 +12,26 @@ from typing import Any
 import jax
 
 from jaxtrain import tree
-from jaxtrain.processes import heartbeat
 from jaxtrain.checkpoints.checkpoints import Checkpoints
-from jaxtrain.train.feeds import Feed
+from jaxtrain.processes import heartbeat
 from jaxtrain.processes.group import Agreement
-from jaxtrain.train.metrics_log import Journal
-from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.report.metrics_file import Writers
+from jaxtrain.report.terminal.progress import Progress
+from jaxtrain.train.feeds import Feed
+from jaxtrain.train.metrics_log import Journal
 from jaxtrain.train.state import TrainState
 
 SMALL = 4_000_000
-"""Numbers in a state whose commit is waited for: some 30 ms, after which a kill costs at most one interval. What is larger is written in the
-background, and a kill may then also cost the steps done meanwhile."""
+"""Numbers in a state whose commit is waited for: some 30 ms, after which a kill costs at most one
+interval. What is larger is written in the background, and a kill may then also cost the steps done
+meanwhile."""
 Evaluate = Callable[[TrainState], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cadence:
-    """When what happens, as a function of the step alone, so that a resumed run cuts its dispatches where the first one did.
+    """When what happens, as a function of the step alone, so that a resumed run cuts its dispatches
+    where the first one did.
 
     >>> cadence = Cadence(total=100, per_call=8, log=50, evaluate=30, save=0)
     >>> [cadence.next(step) for step in (0, 24, 30, 48, 96)]
@@ -47,7 +49,11 @@ class Cadence:
 
     def next(self, step: int) -> int:
         """The step at which the dispatch after `step` ends: the next multiple of any of them."""
-        multiples = [every * (step // every + 1) for every in (self.per_call, self.log, self.evaluate, self.save) if every]
+        multiples = [
+            every * (step // every + 1)
+            for every in (self.per_call, self.log, self.evaluate, self.save)
+            if every
+        ]
         return min([*multiples, *(mark for mark in self.marks if mark > step), self.total])
 
     def evaluates(self, step: int) -> bool:
@@ -69,15 +75,30 @@ class Ending:
 
 
 def train(
-    state: TrainState, *, step: int, feed: Feed, cadence: Cadence, journal: Journal, writers: Writers, checkpoints: Checkpoints, progress: Progress,
-    stop: Agreement, validate: Evaluate | None, test: Evaluate | None, best: float | None = None, owed: bool = False,
-    at_step: Callable[[int, TrainState], None] = lambda step, state: None, fetch: Callable[[Any], Any] = jax.device_get,
-) -> Ending:  # fmt: skip
-    """Trains from `step` to the end of the cadence, or until asked to stop; the last step's state is always committed.
+    state: TrainState,
+    *,
+    step: int,
+    feed: Feed,
+    cadence: Cadence,
+    journal: Journal,
+    writers: Writers,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    stop: Agreement,
+    validate: Evaluate | None,
+    test: Evaluate | None,
+    best: float | None = None,
+    owed: bool = False,
+    at_step: Callable[[int, TrainState], None] = lambda step, state: None,
+    fetch: Callable[[Any], Any] = jax.device_get,
+) -> Ending:
+    """Trains from `step` to the end of the cadence, or until asked to stop; the last step's state
+    is always committed.
 
-    `owed` says that a signal put off the evaluation of `step`. `at_step` is called with every step at which a dispatch ends (the profiler,
-    the lock). `fetch` reads numbers from the device.
-    Raises `Diverged`, `CheckpointError`, and what the feed raises; nothing that is not finite is committed.
+    `owed` says that a signal put off the evaluation of `step`. `at_step` is called with every step
+    at which a dispatch ends (the profiler, the lock). `fetch` reads numbers from the device. Raises
+    `Diverged`, `CheckpointError`, and what the feed raises; nothing that is not finite is
+    committed.
     """
     pending: tuple[int, Any] | None = None
     saved = step if step else None
@@ -86,14 +107,16 @@ def train(
     journal.resume(late=feed.compiles_late)
     heartbeat.beat("compiling", step)  # some programs are compiled only at their first call
 
-    # --debug_nans runs a bad step again operation by operation, and each of them brings its constants along.
+    # --debug_nans runs a bad step again operation by operation, and each of them brings its
+    # constants along.
     with jax.transfer_guard("allow" if jax.config.jax_debug_nans else "disallow"):
         while step < cadence.total and stop.status is None:
             at_step(step, state)
             count = cadence.next(step) - step
             state, sums = feed.advance(state, count)  # dispatched, not awaited
             step += count
-            # 1. The numbers of the dispatch before: the host waits for those, while the device works on the new ones.
+            # 1. The numbers of the dispatch before: the host waits for those, while the device
+            # works on the new ones.
             if pending is not None:
                 journal.take(pending[0], fetch(pending[1]))
             pending = (step, sums)
@@ -103,19 +126,25 @@ def train(
             evaluates, saves = validate is not None and cadence.evaluates(step), cadence.saves(step)
             if not (evaluates or saves or stop.status is not None):
                 continue
-            # 2. Here the host waits for the device: what follows speaks of this step, so its numbers must be known (and finite) first.
+            # 2. Here the host waits for the device: what follows speaks of this step, so its
+            # numbers must be known (and finite) first.
             journal.take(step, fetch(sums))
             pending = None
             journal.pause()
             score = None
-            # Who sends a signal grants seconds, and an evaluation may take minutes: it is owed, and done first when the run goes on.
+            # Who sends a signal grants seconds, and an evaluation may take minutes: it is owed, and
+            # done first when the run goes on.
             put_off = evaluates and stop.status is not None and step < cadence.total
             if evaluates and not put_off:
-                # 3. Evaluation before the commit: the commit holds the offset of its line, and whether it is the best.
-                score, higher = _evaluate(state, step, "validation", validate, writers, progress, best)
+                # 3. Evaluation before the commit: the commit holds the offset of its line, and
+                # whether it is the best.
+                score, higher = _evaluate(
+                    state, step, "validation", validate, writers, progress, best
+                )
                 saves, best = saves or higher != best, higher
             if step == cadence.total and test is not None:
-                # 4. The last line of a finished run; also before the commit, so that a finished run is never without it.
+                # 4. The last line of a finished run; also before the commit, so that a finished run
+                # is never without it.
                 _evaluate(state, step, "test", test, writers, progress, None)
             if saves or stop.status is not None:
                 # 5. Metrics durable before the commit that refers to them.
@@ -124,7 +153,8 @@ def train(
             heartbeat.beat("training", step)
             journal.resume()
         if pending is not None:
-            journal.take(pending[0], fetch(pending[1]))  # a signal came while nothing was due: the host waits, then saves
+            # a signal came while nothing was due: the host waits, then saves
+            journal.take(pending[0], fetch(pending[1]))
         if step and saved != step:
             _commit(state, step, None, best, journal, writers, checkpoints)
     at_step(step, state)
@@ -136,7 +166,8 @@ def train(
 
 
 def score_of(values: Mapping[str, float]) -> float:
-    """What the best checkpoint is chosen by, greater is better: the accuracy, or the loss where there is none.
+    """What the best checkpoint is chosen by, greater is better: the accuracy, or the loss where
+    there is none.
 
     >>> score_of({"loss": 0.25}), score_of({"loss": 0.25, "accuracy": 0.9})
     (-0.25, 0.9)
@@ -145,22 +176,43 @@ def score_of(values: Mapping[str, float]) -> float:
 
 
 def _evaluate(
-    state: TrainState, step: int, split: str, evaluate: Evaluate, writers: Writers, progress: Progress, best: float | None
+    state: TrainState,
+    step: int,
+    split: str,
+    evaluate: Evaluate,
+    writers: Writers,
+    progress: Progress,
+    best: float | None,
 ) -> tuple[float, float | None]:
-    """Evaluates and writes one line; the score, and the best so far, which only a finite score can be."""
+    """Evaluates and writes one line; the score, and the best so far, which only a finite score can
+    be."""
     progress.phase("evaluating")
     values = evaluate(state)
     score = score_of(values)
     writers.write(step, split, values)
     progress.evaluation(step, split, values, best=best is not None and score > best)
     progress.phase("")
-    return score, max((each for each in (best, score) if each is not None and math.isfinite(each)), default=None)
+    return score, max(
+        (each for each in (best, score) if each is not None and math.isfinite(each)), default=None
+    )
 
 
 def _commit(
-    state: TrainState, step: int, score: float | None, best: float | None, journal: Journal, writers: Writers, checkpoints: Checkpoints, *,
+    state: TrainState,
+    step: int,
+    score: float | None,
+    best: float | None,
+    journal: Journal,
+    writers: Writers,
+    checkpoints: Checkpoints,
+    *,
     owed: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     heartbeat.beat("saving", step)
-    record = {"metrics_bytes": writers.sync(), "interval": journal.record(), "best": best, "owed": owed}
+    record = {
+        "metrics_bytes": writers.sync(),
+        "interval": journal.record(),
+        "best": best,
+        "owed": owed,
+    }
     checkpoints.save(step, state, record, metric=score, wait=tree.size(state) <= SMALL)

@@ -1,4 +1,5 @@
-"""The journal: turns the sums of each dispatch into lines of metrics, and notices a loss that is no number any more."""
+"""The journal: turns the sums of each dispatch into lines of metrics, and notices a loss that is no
+number any more."""
 
 import math
 import time
@@ -6,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtrain import metrics
-from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.report.metrics_file import Writers
+from jaxtrain.report.terminal.progress import Progress
 
 LIVE_SECONDS = 0.1
 
@@ -17,15 +18,27 @@ class Diverged(Exception):
 
 
 class Journal:
-    """Writes a train line every `every` steps, the mean since the last one; called with every dispatch, in order.
+    """Writes a train line every `every` steps, the mean since the last one; called with every
+    dispatch, in order.
 
-    What an interval has summed so far is part of each checkpoint (`record`), so that a resumed run writes the same lines.
+    What an interval has summed so far is part of each checkpoint (`record`), so that a resumed run
+    writes the same lines.
     """
 
     def __init__(
-        self, writers: Writers, progress: Progress, *, every: int, step: int, total_steps: int, batch_size: int, interval: Mapping[str, Any] | None = None,
-        flops_per_step: float = 0.0, peak_flops: float | None = None, memory_bytes: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        writers: Writers,
+        progress: Progress,
+        *,
+        every: int,
+        step: int,
+        total_steps: int,
+        batch_size: int,
+        interval: Mapping[str, Any] | None = None,
+        flops_per_step: float = 0.0,
+        peak_flops: float | None = None,
+        memory_bytes: Any = None,
+    ) -> None:
         self._writers, self._progress = writers, progress
         self._every, self._total_steps, self._batch_size = every, total_steps, batch_size
         self._flops, self._peak, self._memory = flops_per_step, peak_flops, memory_bytes
@@ -37,15 +50,36 @@ class Journal:
         """Spent on, and number of, the steps since the last line; pauses left out."""
 
     def take(self, step: int, sums: Mapping[str, tuple[float, float]]) -> None:
-        """The sums, read from the device, of the dispatch that ended at `step`. Raises `Diverged` at once if they are not finite."""
+        """The sums, read from the device, of the dispatch that ended at `step`. Raises `Diverged`
+        at once if they are not finite."""
         if step <= self._step:
-            raise ValueError(f"the journal is at step {self._step} and was given step {step}; steps must ascend")
-        bad = [name for name in ("loss", "grad_norm") if name in sums and not math.isfinite(float(sums[name][0]))]
+            raise ValueError(
+                f"the journal is at step {self._step} and was given step {step}; steps must ascend"
+            )
+        bad = [
+            name
+            for name in ("loss", "grad_norm")
+            if name in sums and not math.isfinite(float(sums[name][0]))
+        ]
         if bad:
-            between = f"step {step}" if step == self._step + 1 else f"one of steps {self._step + 1} to {step}"
-            raise Diverged(f"{between}: {' and '.join(bad)} not finite; lower --optimizer.learning_rate, set --clip_norm=1 or look with --debug_nans")
-        if "skipped" in sums and float(sums["skipped"][0]) and float(sums["loss_scale"][0]) <= float(sums["loss_scale"][1]):
-            raise Diverged(f"step {step}: gradients overflow float16 even at loss scale 1; lower --optimizer.learning_rate, or use bf16 or fp32")
+            between = (
+                f"step {step}"
+                if step == self._step + 1
+                else f"one of steps {self._step + 1} to {step}"
+            )
+            raise Diverged(
+                f"{between}: {' and '.join(bad)} not finite; lower --optimizer.learning_rate, set"
+                " --clip_norm=1 or look with --debug_nans"
+            )
+        if (
+            "skipped" in sums
+            and float(sums["skipped"][0])
+            and float(sums["loss_scale"][0]) <= float(sums["loss_scale"][1])
+        ):
+            raise Diverged(
+                f"step {step}: gradients overflow float16 even at loss scale 1; lower"
+                " --optimizer.learning_rate, or use bf16 or fp32"
+            )
         self._step = step
         self._totals.add(sums)
         if self._late:
@@ -54,7 +88,11 @@ class Journal:
             self._measure(step)
             means = self._totals.means()
             seconds = self._step_seconds()
-            speed = {} if seconds is None else {"step_seconds": seconds, "examples_per_second": self._batch_size / seconds}
+            speed = (
+                {}
+                if seconds is None
+                else {"step_seconds": seconds, "examples_per_second": self._batch_size / seconds}
+            )
             self._writers.write(step, "train", means | speed)
             self._show(step, means)
             self._totals, self._seconds, self._steps = metrics.Totals(), 0.0, 0
@@ -92,5 +130,9 @@ class Journal:
             examples_per_second=None if not seconds else self._batch_size / seconds,
             eta_seconds=None if not seconds else seconds * (self._total_steps - step),
             memory_bytes=self._memory() if self._memory else None,
-            mfu=self._flops / seconds / self._peak if seconds and self._peak and self._flops else None,
+            mfu=(
+                self._flops / seconds / self._peak
+                if seconds and self._peak and self._flops
+                else None
+            ),
         )

@@ -1,4 +1,5 @@
-"""The recipe: what one step does, as a value; its numbers are fed to the step from `TrainState.hyper` (see `hyper.py`)."""
+"""The recipe: what one step does, as a value; its numbers are fed to the step from
+`TrainState.hyper` (see `hyper.py`)."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -17,7 +18,8 @@ Prepare = Callable[[Batch], Batch]
 
 
 class Options(TypedDict, total=False):
-    """What a recipe may say besides model, task and optimizer; the same for `init_state` and the steps."""
+    """What a recipe may say besides model, task and optimizer; the same for `init_state` and the
+    steps."""
 
     schedule: Schedule
     total_steps: float
@@ -51,13 +53,15 @@ class Recipe:
     clip_norm: Annotated[float | None, Above(0), Traced()] = None
     """The largest global norm of the gradient."""
     ema_decay: Decay | None = None
-    """Decay of the moving average of the parameters, after a warm-up in which it is (1 + step) / (10 + step)."""
+    """Decay of the moving average of the parameters, after a warm-up in which it is (1 + step) /
+    (10 + step)."""
     microbatches: int = 1
     """Into how many parts a batch is cut; sums stay exact."""
     num_examples: int | None = None
     """How many examples an epoch has; None leaves `position.epoch` at 0."""
     precision: str = "fp32"
-    """What the model computes in: fp32, bf16, fp16 (with loss scaling) or fp8, see `precision.py`."""
+    """What the model computes in: fp32, bf16, fp16 (with loss scaling) or fp8, see
+    `precision.py`."""
     optimizer_state: str = "fp32"
     """What the optimizer's averages are stored in: fp32 or bf16, see `rounding.py`."""
     remat: str = "none"

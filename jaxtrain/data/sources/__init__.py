@@ -1,6 +1,5 @@
 """Data sources: each opens a data set as tables."""
 
-
 __all__ = [
     "arrays",
     "digits",

@@ -1,8 +1,9 @@
-"""Arrays as a data set: an .npz or .npy file, a folder of .npy files (memory-mapped), or a dict of NumPy arrays in Python.
+"""Arrays as a data set: an .npz or .npy file, a folder of .npy files (memory-mapped), or a dict of
+NumPy arrays in Python.
 
-Names carry the split: `x_train`, `train_images` and plain `x` are of the train split, `x_test` of the test split. The inputs are the array
-called image, images, x, inputs or data, the labels that called label, labels, y, target or targets, unless `image_key` and `label_key` say
-otherwise.
+Names carry the split: `x_train`, `train_images` and plain `x` are of the train split, `x_test` of
+the test split. The inputs are the array called image, images, x, inputs or data, the labels that
+called label, labels, y, target or targets, unless `image_key` and `label_key` say otherwise.
 """
 
 import dataclasses
@@ -18,21 +19,39 @@ import numpy as np
 from jaxtrain.data.splits import Splits, choose, digest_of_arrays
 from jaxtrain.data.table import ArrayTable
 
-_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
+_SPLITS = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
 _WORDS = "|".join(_SPLITS)
 _NAME = re.compile(rf"(?:(?P<before>{_WORDS})_)?(?P<field>.+?)(?:_(?P<after>{_WORDS}))?")
-_USUAL = {"image": ("image", "images", "x", "X", "inputs", "data"), "label": ("label", "labels", "y", "target", "targets")}
+_USUAL = {
+    "image": ("image", "images", "x", "X", "inputs", "data"),
+    "label": ("label", "labels", "y", "target", "targets"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
     """Arrays from a file, a folder or Python.
 
-    >>> splits = Arrays.of({"x": np.zeros((10, 40)), "y": np.arange(10)}, train="train[:80%]", test="train[80%:]").open()
-    >>> len(splits.train), len(splits.test), splits.train.fields["image"].dtype, splits.train.num_classes
+    >>> splits = Arrays.of(
+    ...     {"x": np.zeros((10, 40)), "y": np.arange(10)}, train="train[:80%]", test="train[80%:]"
+    ... ).open()
+    >>> (
+    ...     len(splits.train),
+    ...     len(splits.test),
+    ...     splits.train.fields["image"].dtype,
+    ...     splits.train.num_classes,
+    ... )
     (8, 2, dtype('float32'), 10)
 
-    Labels become int32 of shape (N,), 64-bit numbers 32-bit ones, uint8 images (N, H, W) gain a channel dim. A folder is never read whole.
+    Labels become int32 of shape (N,), 64-bit numbers 32-bit ones, uint8 images (N, H, W) gain a
+    channel dim. A folder is never read whole.
     """
 
     path: str = ""
@@ -44,29 +63,40 @@ class Arrays:
     test: str = "test"
     """Split to evaluate on at the end; empty for none"""
     image_key: str = ""
-    """Name of the inputs, without its split; empty for the usual names: image, images, x, inputs, data"""
+    """Name of the inputs, without its split; empty for the usual names: image, images, x, inputs,
+    data"""
     label_key: str = ""
-    """Name of the labels, without its split; empty for the usual names: label, labels, y, target, targets"""
-    _arrays: Mapping[str, np.ndarray] | None = dataclasses.field(default=None, repr=False, compare=False)
+    """Name of the labels, without its split; empty for the usual names: label, labels, y, target,
+    targets"""
+    _arrays: Mapping[str, np.ndarray] | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray], **settings: Any) -> "Arrays":
-        """A source over arrays that are in memory already; a path given later (by a flag) takes their place."""
+        """A source over arrays that are in memory already; a path given later (by a flag) takes
+        their place."""
         return cls(**settings, _arrays=dict(arrays))
 
     def open(self) -> Splits:
-        """Maps or reads the arrays and sorts them into splits and fields; `ValueError` if they do not make a data set."""
+        """Maps or reads the arrays and sorts them into splits and fields; `ValueError` if they do
+        not make a data set."""
         origin = f"--data.path={self.path!r}" if self.path else "arrays"
         raw = load_arrays(self.path) if self.path or self._arrays is None else self._arrays
         names = tuple(map(str, raw["class_names"])) if "class_names" in raw else None
         raw = {name: np.asanyarray(array) for name, array in raw.items() if name != "class_names"}
         by_split = self._sort(raw, origin)
         notes: list[str] = []
-        fields = {split: _as_fields(arrays, f"{origin}: {split}", notes) for split, arrays in by_split.items()}
+        fields = {
+            split: _as_fields(arrays, f"{origin}: {split}", notes)
+            for split, arrays in by_split.items()
+        }
         num_classes = _count_classes(fields, names, origin)
         tables = {split: ArrayTable(arrays, num_classes, names) for split, arrays in fields.items()}
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
-        return choose(tables, **parts, fingerprint=digest_of_arrays(raw), notes=tuple(dict.fromkeys(notes)))
+        return choose(
+            tables, **parts, fingerprint=digest_of_arrays(raw), notes=tuple(dict.fromkeys(notes))
+        )
 
     def _sort(self, raw: Mapping[str, np.ndarray], origin: str) -> dict[str, dict[str, np.ndarray]]:
         """Arrays by split and field."""
@@ -76,26 +106,38 @@ class Arrays:
             split = _SPLITS[match["before"] or match["after"] or "train"]
             arrays = sorted_arrays.setdefault(split, {})
             if match["field"] in arrays:
-                raise ValueError(f"{origin}: {name} is not the only {match['field']!r} of split {split}; rename one")
+                raise ValueError(
+                    f"{origin}: {name} is not the only {match['field']!r} of split {split};"
+                    " rename one"
+                )
             arrays[match["field"]] = array
         for split, arrays in list(sorted_arrays.items()):
             for field, key in (("image", self.image_key), ("label", self.label_key)):
                 if key and key not in arrays:
                     near = difflib.get_close_matches(key, arrays, 1)
                     hint = f"; did you mean {near[0]!r}?" if near else ""
-                    raise ValueError(f"--data.{field}_key={key!r}: no such array in split {split}; valid: {', '.join(arrays)}{hint}")
+                    raise ValueError(
+                        f"--data.{field}_key={key!r}: no such array in split {split}; valid:"
+                        f" {', '.join(arrays)}{hint}"
+                    )
                 found = key or next((usual for usual in _USUAL[field] if usual in arrays), None)
                 if found is not None:
                     arrays[field] = arrays.pop(found)
             if "image" not in arrays:
-                raise ValueError(f"{origin}: split {split} has no inputs among {', '.join(arrays)}; name one by --data.image_key")
+                raise ValueError(
+                    f"{origin}: split {split} has no inputs among {', '.join(arrays)}; name one by"
+                    " --data.image_key"
+                )
         return sorted_arrays
 
 
 def load_arrays(path: str) -> dict[str, np.ndarray]:
-    """The arrays of an .npz or .npy file (read) or of a folder of .npy files (memory-mapped), by name; nothing is ever unpickled."""
+    """The arrays of an .npz or .npy file (read) or of a folder of .npy files (memory-mapped), by
+    name; nothing is ever unpickled."""
     if not path:
-        raise ValueError("--data.path='': no file given; give an .npz or .npy file or a folder of .npy files")
+        raise ValueError(
+            "--data.path='': no file given; give an .npz or .npy file or a folder of .npy files"
+        )
     place = pathlib.Path(path).expanduser()
     if place.is_dir():
         files = sorted(place.glob("*.npy"))
@@ -103,12 +145,18 @@ def load_arrays(path: str) -> dict[str, np.ndarray]:
             raise ValueError(f"--data.path={path!r}: no .npy file in this folder")
         return {file.stem: _load(file, path, mmap_mode="r") for file in files}
     if not place.exists():
-        near = difflib.get_close_matches(place.name, [file.name for file in place.parent.glob("*")], 1)
+        near = difflib.get_close_matches(
+            place.name, [file.name for file in place.parent.glob("*")], 1
+        )
         hint = f"; did you mean {str(place.parent / near[0])!r}?" if near else ""
         raise ValueError(f"--data.path={path!r}: no such file or folder{hint}")
     if place.suffix == ".npy":
         array = _load(place, path, mmap_mode="r")
-        return {name: array[name] for name in array.dtype.names} if array.dtype.names else {"image": array}
+        return (
+            {name: array[name] for name in array.dtype.names}
+            if array.dtype.names
+            else {"image": array}
+        )
     return _load(place, path)
 
 
@@ -126,23 +174,40 @@ def _load(file: pathlib.Path, path: str, mmap_mode: Any = None) -> Any:
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         what = file.name + (f", array {name}" if name else "")
         if "Object arrays" in str(error):
-            raise ValueError(f"--data.path={path!r}: {what}: holds Python objects, which are not loaded; save plain arrays") from error
-        reason = "neither .npy nor .npz" if "allow_pickle" in str(error) else " ".join(str(error).split())
-        raise ValueError(f"--data.path={path!r}: {what}: not a readable NumPy file ({reason})") from error
+            raise ValueError(
+                f"--data.path={path!r}: {what}: holds Python objects, which are not loaded; save"
+                " plain arrays"
+            ) from error
+        reason = (
+            "neither .npy nor .npz"
+            if "allow_pickle" in str(error)
+            else " ".join(str(error).split())
+        )
+        raise ValueError(
+            f"--data.path={path!r}: {what}: not a readable NumPy file ({reason})"
+        ) from error
 
 
-def _as_fields(arrays: Mapping[str, np.ndarray], origin: str, notes: list[str]) -> dict[str, np.ndarray]:
-    """The arrays of one split as fields of a table: of one length, numeric, labels (N,) int32, images with a channel dim."""
+def _as_fields(
+    arrays: Mapping[str, np.ndarray], origin: str, notes: list[str]
+) -> dict[str, np.ndarray]:
+    """The arrays of one split as fields of a table: of one length, numeric, labels (N,) int32,
+    images with a channel dim."""
     length = arrays["image"].shape[0] if arrays["image"].ndim else 0
     fields: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         if array.ndim == 0 or len(array) != length:
             if name in ("image", "label"):
-                raise ValueError(f"{origin}: {name} has shape {array.shape}, image {arrays['image'].shape}; both need one row an example")
+                raise ValueError(
+                    f"{origin}: {name} has shape {array.shape}, image {arrays['image'].shape}; both"
+                    " need one row an example"
+                )
             notes.append(f"{name}: shape {array.shape} is not one row an example; left out")
             continue
         if array.dtype.kind not in "uifb":
-            raise ValueError(f"{origin}: {name} has dtype {array.dtype}; expected integers, floats or booleans")
+            raise ValueError(
+                f"{origin}: {name} has dtype {array.dtype}; expected integers, floats or booleans"
+            )
         fields[name] = array
     if "image" in fields and fields["image"].ndim == 3 and fields["image"].dtype == np.uint8:
         fields["image"] = fields["image"][..., None]
@@ -158,13 +223,19 @@ def _as_labels(labels: np.ndarray, origin: str) -> np.ndarray:
         return labels
     labels = np.asarray(labels)  # labels are small: no need to leave them on the disk
     if labels.size and (labels.min() < 0 or labels.max() >= 2**31):
-        raise ValueError(f"{origin}: label has values {labels.min()}..{labels.max()}; expected 0..2147483647")
+        raise ValueError(
+            f"{origin}: label has values {labels.min()}..{labels.max()}; expected 0..2147483647"
+        )
     return labels.astype(np.int32)
 
 
-def _count_classes(fields: Mapping[str, Mapping[str, np.ndarray]], names: tuple[str, ...] | None, origin: str) -> int | None:
+def _count_classes(
+    fields: Mapping[str, Mapping[str, np.ndarray]], names: tuple[str, ...] | None, origin: str
+) -> int | None:
     """One more than the largest label of all splits, or as many as there are names."""
-    labels = [arrays["label"] for arrays in fields.values() if "label" in arrays and len(arrays["label"])]
+    labels = [
+        arrays["label"] for arrays in fields.values() if "label" in arrays and len(arrays["label"])
+    ]
     if not labels or any(label.ndim != 1 or label.dtype.kind == "f" for label in labels):
         return None
     count = 1 + int(max(label.max() for label in labels))

@@ -3,7 +3,8 @@
     ROOT/CLASS/*.jpg                   one split, train
     ROOT/train/CLASS/*.jpg             splits by folder: train, val (or valid, validation), test
 
-Every image is cut to the centre of the wanted shape and resized, so a table has one size; random crops belong to augmentation.
+Every image is cut to the centre of the wanted shape and resized, so a table has one size; random
+crops belong to augmentation.
 """
 
 import concurrent.futures
@@ -18,7 +19,13 @@ import numpy as np
 from jaxtrain.data.splits import Splits, choose, digest_of_files
 from jaxtrain.fields import AtLeast
 
-_SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+_SPLITS = {
+    "train": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -42,24 +49,45 @@ class Images:
     """Split to evaluate on at the end; empty for none"""
 
     def open(self) -> Splits:
-        """Lists the files; nothing is decoded yet. `ValueError` if a folder or file is not what it should be."""
+        """Lists the files; nothing is decoded yet. `ValueError` if a folder or file is not what it
+        should be."""
         origin = f"--data.path={self.path!r}"
         root = pathlib.Path(self.path).expanduser()
         if not self.path or not root.is_dir():
-            raise ValueError(f"{origin}: no such folder; give one that holds a folder of images for each class")
+            raise ValueError(
+                f"{origin}: no such folder; give one that holds a folder of images for each class"
+            )
         if min(self.size) < 1:
             raise ValueError(f"--data.size={self.size[0]},{self.size[1]}: both must be >= 1")
-        folders = {_SPLITS[folder.name]: folder for folder in _folders(root) if folder.name in _SPLITS} or {"train": root}
-        names = tuple(sorted({folder.name for split in folders.values() for folder in _folders(split)}))
+        folders = {
+            _SPLITS[folder.name]: folder for folder in _folders(root) if folder.name in _SPLITS
+        } or {"train": root}
+        names = tuple(
+            sorted({folder.name for split in folders.values() for folder in _folders(split)})
+        )
         if not names:
             raise ValueError(f"{origin}: holds no class folders")
         tables = {}
         for split, folder in folders.items():
-            listed = [(file, label) for label, name in enumerate(names) for file in _files(folder / name, origin)]
+            listed = [
+                (file, label)
+                for label, name in enumerate(names)
+                for file in _files(folder / name, origin)
+            ]
             files, labels = zip(*listed, strict=True) if listed else ((), ())
-            tables[split] = ImageTable(files, np.array(labels, np.int32), names, self.size, self.color, self.threads)
-        fingerprint = digest_of_files({str(file.relative_to(root)): file for table in tables.values() for file in table.files})
-        return choose(tables, train=self.train, validation=self.validation, test=self.test, fingerprint=fingerprint)
+            tables[split] = ImageTable(
+                files, np.array(labels, np.int32), names, self.size, self.color, self.threads
+            )
+        fingerprint = digest_of_files(
+            {str(file.relative_to(root)): file for table in tables.values() for file in table.files}
+        )
+        return choose(
+            tables,
+            train=self.train,
+            validation=self.validation,
+            test=self.test,
+            fingerprint=fingerprint,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +112,10 @@ class ImageTable:
     def fields(self) -> dict[str, jax.ShapeDtypeStruct]:
         """`image` uint8 (H, W, C) and `label` int32."""
         shape = (*self.size, 3 if self.color == "rgb" else 1)
-        return {"image": jax.ShapeDtypeStruct(shape, np.dtype(np.uint8)), "label": jax.ShapeDtypeStruct((), np.dtype(np.int32))}
+        return {
+            "image": jax.ShapeDtypeStruct(shape, np.dtype(np.uint8)),
+            "label": jax.ShapeDtypeStruct((), np.dtype(np.int32)),
+        }
 
     def __len__(self) -> int:
         return len(self.files)
@@ -97,7 +128,9 @@ class ImageTable:
             images[place] = read_image(self.files[indices[place]], self.size, self.color)
 
         # Pillow frees the interpreter while it decodes and resizes, so threads do use the cores.
-        with concurrent.futures.ThreadPoolExecutor(self.threads or os.cpu_count(), thread_name_prefix="jaxtrain-images") as pool:
+        with concurrent.futures.ThreadPoolExecutor(
+            self.threads or os.cpu_count(), thread_name_prefix="jaxtrain-images"
+        ) as pool:
             for _ in pool.map(decode, range(len(indices))):
                 pass
         return {"image": images, "label": self.labels_N[indices]}
@@ -109,14 +142,19 @@ def read_image(file: pathlib.Path, size: tuple[int, int], color: str = "rgb") ->
 
     try:
         with Image.open(file) as image:
-            image.draft("RGB", (2 * size[1], 2 * size[0]))  # JPEG only: decodes at a fraction of the size if that is still twice the wanted
+            # JPEG only: decodes at a fraction of the size if that is still twice the wanted
+            image.draft("RGB", (2 * size[1], 2 * size[0]))
             return fit(ImageOps.exif_transpose(image), size, color)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file}: not an image that Pillow reads ({' '.join(str(error).split())}); mend or remove it") from error
+        raise ValueError(
+            f"{file}: not an image that Pillow reads ({' '.join(str(error).split())}); mend or"
+            " remove it"
+        ) from error
 
 
 def fit(image: Any, size: tuple[int, int], color: str = "rgb") -> np.ndarray:
-    """The largest centred part of a Pillow image that has the shape of `size`, resized to it: uint8 (H, W, C).
+    """The largest centred part of a Pillow image that has the shape of `size`, resized to it: uint8
+    (H, W, C).
 
     >>> from PIL import Image
     >>> fit(Image.new("RGB", (40, 20), (1, 2, 3)), (4, 4))[0, 0].tolist()
@@ -136,15 +174,20 @@ def fit(image: Any, size: tuple[int, int], color: str = "rgb") -> np.ndarray:
 
 
 def _folders(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return sorted(
+        child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
+    )
 
 
 def _files(folder: pathlib.Path, origin: str) -> list[pathlib.Path]:
-    """The image files of a class, sorted; hidden files are passed over, any other file is an error rather than a silent gap."""
+    """The image files of a class, sorted; hidden files are passed over, any other file is an error
+    rather than a silent gap."""
     if not folder.is_dir():
         return []
     files = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
     for file in files:
         if file.suffix.lower() not in _SUFFIXES or not file.is_file():
-            raise ValueError(f"{origin}: {file} is not an image file ({', '.join(_SUFFIXES)}); remove it")
+            raise ValueError(
+                f"{origin}: {file} is not an image file ({', '.join(_SUFFIXES)}); remove it"
+            )
     return files

@@ -1,10 +1,13 @@
-"""ArrayRecord files, read through Grain: for sets that are too large for memory, in an encoding that is plain bytes.
+"""ArrayRecord files, read through Grain: for sets that are too large for memory, in an encoding
+that is plain bytes.
 
-A folder holds `dataset.json` and the files that it names. A record is one example: the values of each field in the order of
-`dataset.json`, C order, little endian, nothing between them; so every record has the same length. `write_records` makes such a folder:
+A folder holds `dataset.json` and the files that it names. A record is one example: the values of
+each field in the order of `dataset.json`, C order, little endian, nothing between them; so every
+record has the same length. `write_records` makes such a folder:
 
     {"format": "jaxtrain-records-1", "num_classes": 10, "class_names": ["cat", ...] or null,
-     "fields": {"image": {"dtype": "uint8", "shape": [28, 28, 1]}, "label": {"dtype": "int32", "shape": []}},
+     "fields": {"image": {"dtype": "uint8", "shape": [28, 28, 1]}, "label": {"dtype": "int32",
+     "shape": []}},
      "splits": {"train": {"train-00000.array_record": 2500, ...}}}
 """
 
@@ -43,22 +46,38 @@ class Records:
         root = pathlib.Path(self.path).expanduser()
         origin = f"--data.path={self.path!r}"
         if not self.path or not (root / "dataset.json").is_file():
-            raise ValueError(f"{origin}: no dataset.json there; jaxtrain.data.sources.records.write_records makes such a folder")
+            raise ValueError(
+                f"{origin}: no dataset.json there; jaxtrain.data.sources.records.write_records"
+                " makes such a folder"
+            )
         try:
             index = json.loads((root / "dataset.json").read_text())
             tables = _tables(root, index)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{origin}: dataset.json is not a {_FORMAT} index ({reason}); write the folder anew") from error
-        files = {"dataset.json": root / "dataset.json"} | {name: root / name for split in index["splits"].values() for name in split}
-        return choose(tables, train=self.train, validation=self.validation, test=self.test, fingerprint=digest_of_files(files))
+            raise ValueError(
+                f"{origin}: dataset.json is not a {_FORMAT} index ({reason}); write the folder anew"
+            ) from error
+        files = {"dataset.json": root / "dataset.json"} | {
+            name: root / name for split in index["splits"].values() for name in split
+        }
+        return choose(
+            tables,
+            train=self.train,
+            validation=self.validation,
+            test=self.test,
+            fingerprint=digest_of_files(files),
+        )
 
 
 def _tables(root: pathlib.Path, index: Mapping[str, Any]) -> dict[str, "RecordTable"]:
     """The table of each split, its files checked."""
     if index["format"] != _FORMAT:
         raise KeyError(f"format {index['format']!r}")
-    layout = {name: (np.dtype(field["dtype"]).newbyteorder("<"), tuple(field["shape"])) for name, field in index["fields"].items()}
+    layout = {
+        name: (np.dtype(field["dtype"]).newbyteorder("<"), tuple(field["shape"]))
+        for name, field in index["fields"].items()
+    }
     names = None if index["class_names"] is None else tuple(index["class_names"])
     tables = {}
     for split, counts in index["splits"].items():
@@ -66,7 +85,9 @@ def _tables(root: pathlib.Path, index: Mapping[str, Any]) -> dict[str, "RecordTa
             if pathlib.PurePath(name).name != name or not (root / name).is_file():
                 raise ValueError(f"{root / name}: named by dataset.json, but no file there")
         files = tuple(str(root / name) for name in counts)
-        tables[split] = RecordTable(files, tuple(counts.values()), layout, index["num_classes"], names)
+        tables[split] = RecordTable(
+            files, tuple(counts.values()), layout, index["num_classes"], names
+        )
     return tables
 
 
@@ -86,15 +107,22 @@ class RecordTable:
         import grain
 
         self.num_classes, self.class_names = num_classes, class_names
-        self.fields = {name: jax.ShapeDtypeStruct(shape, device_dtype(dtype)) for name, (dtype, shape) in layout.items()}
+        self.fields = {
+            name: jax.ShapeDtypeStruct(shape, device_dtype(dtype))
+            for name, (dtype, shape) in layout.items()
+        }
         self._files, self._counts, self._layout = files, counts, layout
         for file, count in zip(files, counts, strict=True):
             try:
                 found = len(grain.sources.ArrayRecordDataSource(file))
             except (RuntimeError, ValueError, OSError) as error:
-                raise ValueError(f"{file}: not a readable ArrayRecord file ({_first_line(error)}); write it anew") from error
+                raise ValueError(
+                    f"{file}: not a readable ArrayRecord file ({_first_line(error)}); write it anew"
+                ) from error
             if found != count:
-                raise ValueError(f"{file}: holds {found} records, dataset.json says {count}; write it anew")
+                raise ValueError(
+                    f"{file}: holds {found} records, dataset.json says {count}; write it anew"
+                )
         self._source = grain.sources.ArrayRecordDataSource(list(files))
 
     def __len__(self) -> int:
@@ -107,17 +135,30 @@ class RecordTable:
         for index, record in zip(indices, records, strict=True):
             if len(record) != sum(sizes):
                 place = located(int(index), self._files, self._counts)
-                raise ValueError(f"{place[0]}: record {place[1]} has {len(record)} bytes, others {sum(sizes)}; write the file anew")
+                raise ValueError(
+                    f"{place[0]}: record {place[1]} has {len(record)} bytes, others {sum(sizes)};"
+                    " write the file anew"
+                )
         bytes_BX = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), sum(sizes))
         ends = itertools.accumulate(sizes)
         return {
-            name: np.ascontiguousarray(bytes_BX[:, end - size : end]).view(dtype).reshape(-1, *shape).astype(device_dtype(dtype))
-            for (name, (dtype, shape)), size, end in zip(self._layout.items(), sizes, ends, strict=True)
+            name: (
+                np.ascontiguousarray(bytes_BX[:, end - size : end])
+                .view(dtype)
+                .reshape(-1, *shape)
+                .astype(device_dtype(dtype))
+            )
+            for (name, (dtype, shape)), size, end in zip(
+                self._layout.items(), sizes, ends, strict=True
+            )
         }
 
 
-def read_located(source: Any, indices: np.ndarray, files: Sequence[str], counts: Sequence[int]) -> list[Any]:
-    """Many records of a data source at once; if that fails, `ValueError` with the file and the number of the first bad record."""
+def read_located(
+    source: Any, indices: np.ndarray, files: Sequence[str], counts: Sequence[int]
+) -> list[Any]:
+    """Many records of a data source at once; if that fails, `ValueError` with the file and the
+    number of the first bad record."""
     keys = indices.tolist()
     try:
         return source.__getitems__(keys)
@@ -127,7 +168,10 @@ def read_located(source: Any, indices: np.ndarray, files: Sequence[str], counts:
                 source[key]
             except Exception as cause:
                 file, record = located(key, files, counts)
-                raise ValueError(f"{file}: corrupt record {record} ({_first_line(cause)}); fetch or write the file anew") from cause
+                raise ValueError(
+                    f"{file}: corrupt record {record} ({_first_line(cause)}); fetch or write the"
+                    " file anew"
+                ) from cause
         raise
 
 
@@ -142,8 +186,11 @@ def located(index: int, files: Sequence[str], counts: Sequence[int]) -> tuple[st
     return files[number], index - (ends[number] - counts[number])
 
 
-def write_records(folder: str | pathlib.Path, splits: Mapping[str, Table], examples_per_file: int = 16384) -> None:
-    """Writes tables as a folder for `Records`; dataset.json comes last, so a half-written folder is not taken for a whole one."""
+def write_records(
+    folder: str | pathlib.Path, splits: Mapping[str, Table], examples_per_file: int = 16384
+) -> None:
+    """Writes tables as a folder for `Records`; dataset.json comes last, so a half-written folder is
+    not taken for a whole one."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     root = pathlib.Path(folder)
@@ -154,7 +201,10 @@ def write_records(folder: str | pathlib.Path, splits: Mapping[str, Table], examp
         "format": _FORMAT,
         "num_classes": table.num_classes,
         "class_names": None if table.class_names is None else list(table.class_names),
-        "fields": {name: {"dtype": np.dtype(field.dtype).name, "shape": list(field.shape)} for name, field in fields.items()},
+        "fields": {
+            name: {"dtype": np.dtype(field.dtype).name, "shape": list(field.shape)}
+            for name, field in fields.items()
+        },
         "splits": {split: {} for split in splits},
     }
     for split, table in splits.items():
@@ -164,7 +214,10 @@ def write_records(folder: str | pathlib.Path, splits: Mapping[str, Table], examp
             count = len(next(iter(rows.values())))
             # Groups of one: a record can then be read without its neighbours.
             writer = ArrayRecordWriter(str(root / name), "group_size:1")
-            columns = [rows[field].astype(rows[field].dtype.newbyteorder("<"), copy=False) for field in fields]
+            columns = [
+                rows[field].astype(rows[field].dtype.newbyteorder("<"), copy=False)
+                for field in fields
+            ]
             for row in range(count):
                 writer.write(b"".join(column[row].tobytes() for column in columns))
             writer.close()

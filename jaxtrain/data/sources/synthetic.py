@@ -1,4 +1,5 @@
-"""Synthetic examples: one random picture for each class under noise, for tests of speed and for models with nowhere else to learn."""
+"""Synthetic examples: one random picture for each class under noise, for tests of speed and for
+models with nowhere else to learn."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -43,20 +44,37 @@ class Synthetic:
     def open(self) -> Splits:
         """Draws the examples; `ValueError` if the shape is none."""
         if not self.shape or min(self.shape) < 1:
-            raise ValueError(f"--data.shape={','.join(map(str, self.shape))}: every dim must be >= 1")
-        # Philox is NumPy's counter-based generator: its bits are the same on every machine and version.
+            raise ValueError(
+                f"--data.shape={','.join(map(str, self.shape))}: every dim must be >= 1"
+            )
+        # Philox is NumPy's counter-based generator: its bits are the same on every machine and
+        # version.
         random = np.random.Generator(np.random.Philox(self.seed))
         templates = random.standard_normal((self.num_classes, *self.shape), np.float32)
         sizes = {"train": self.examples, "test": self.test_examples}
         names = tuple(f"class {label}" for label in range(self.num_classes))
-        tables = {split: ArrayTable(self._draw(random, templates, size), self.num_classes, names) for split, size in sizes.items()}
+        tables = {
+            split: ArrayTable(self._draw(random, templates, size), self.num_classes, names)
+            for split, size in sizes.items()
+        }
         fingerprint = digest_of_tables(tables)
-        return choose(tables, train=self.train, validation=self.validation, test=self.test, fingerprint=fingerprint)
+        return choose(
+            tables,
+            train=self.train,
+            validation=self.validation,
+            test=self.test,
+            fingerprint=fingerprint,
+        )
 
-    def _draw(self, random: np.random.Generator, templates: np.ndarray, size: int) -> dict[str, np.ndarray]:
+    def _draw(
+        self, random: np.random.Generator, templates: np.ndarray, size: int
+    ) -> dict[str, np.ndarray]:
         labels_N = random.integers(0, self.num_classes, size, np.int32)
         images = np.empty((size, *self.shape), self.dtype)
-        for row, label in enumerate(labels_N):  # one at a time: floats of a whole ImageNet-sized split would not fit
-            values = templates[label] + np.float32(self.noise) * random.standard_normal(self.shape, np.float32)
+        # one at a time: floats of a whole ImageNet-sized split would not fit
+        for row, label in enumerate(labels_N):
+            values = templates[label] + np.float32(self.noise) * random.standard_normal(
+                self.shape, np.float32
+            )
             images[row] = np.clip(128 + 48 * values, 0, 255) if self.dtype == "uint8" else values
         return {"image": images, "label": labels_N}

@@ -1,6 +1,8 @@
-"""Sets prepared by TensorFlow Datasets: read without TensorFlow where they are ArrayRecord files, and with it (on the CPU) otherwise.
+"""Sets prepared by TensorFlow Datasets: read without TensorFlow where they are ArrayRecord files,
+and with it (on the CPU) otherwise.
 
-A set that fits into memory is loaded whole when opened; a larger one is read record by record, ahead of the step.
+A set that fits into memory is loaded whole when opened; a larger one is read record by record,
+ahead of the step.
 """
 
 import dataclasses
@@ -36,7 +38,8 @@ class Tfds:
     label_key: str = "label"
     """Feature that holds the labels; empty for none"""
     size: tuple[int, int] | None = None
-    """Height and width to which images are cut (at the centre) and resized; needed where they differ in size"""
+    """Height and width to which images are cut (at the centre) and resized; needed where they
+    differ in size"""
     in_memory: Literal["auto", "yes", "no"] = "auto"
     """Whether to load the splits whole; auto does so up to 1 GiB"""
     train: str = "train"
@@ -56,20 +59,37 @@ class Tfds:
             _tensorflow(self.name, file_format)
         splits = builder.info.splits
         tables = {name: table_class(builder, name, describe) for name in splits}
-        files = {path.name: pathlib.Path(path) for split in splits.values() for path in map(pathlib.Path, split.filepaths)}
-        opened = choose(tables, train=self.train, validation=self.validation, test=self.test, fingerprint=digest_of_files(files))
-        parts = {role: part for role in ("train", "validation", "test") if (part := getattr(opened, role)) is not None}
+        files = {
+            path.name: pathlib.Path(path)
+            for split in splits.values()
+            for path in map(pathlib.Path, split.filepaths)
+        }
+        opened = choose(
+            tables,
+            train=self.train,
+            validation=self.validation,
+            test=self.test,
+            fingerprint=digest_of_files(files),
+        )
+        parts = {
+            role: part
+            for role in ("train", "validation", "test")
+            if (part := getattr(opened, role)) is not None
+        }
         if not self._loads(sum(map(num_bytes, parts.values())), table_class, file_format):
             return opened
-        return dataclasses.replace(opened, **{role: load(part, chunk=16384) for role, part in parts.items()})
+        return dataclasses.replace(
+            opened, **{role: load(part, chunk=16384) for role, part in parts.items()}
+        )
 
     def _loads(self, size: int, table_class: type, file_format: str) -> bool:
         """Whether the parts are to be loaded whole."""
         wanted = self.in_memory == "yes" or (self.in_memory == "auto" and size <= _AUTO_BYTES)
         if not wanted and table_class is TensorflowTable:
             raise ValueError(
-                f"--data.name={self.name}: prepared as {file_format}, which can only be loaded whole ({size / 2**30:.3g} GiB); "
-                "pass --data.in_memory=yes, or prepare it with --file_format=array_record"
+                f"--data.name={self.name}: prepared as {file_format}, which can only be loaded"
+                f" whole ({size / 2**30:.3g} GiB); pass --data.in_memory=yes, or prepare it with"
+                " --file_format=array_record"
             )
         return wanted
 
@@ -79,7 +99,10 @@ class Tfds:
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
-            raise ValueError(f"--data.name={self.name}: needs tensorflow-datasets ({error}); pip install tensorflow-datasets") from error
+            raise ValueError(
+                f"--data.name={self.name}: needs tensorflow-datasets ({error}); pip install"
+                " tensorflow-datasets"
+            ) from error
         data_dir = str(pathlib.Path(self.data_dir).expanduser()) if self.data_dir else None
         try:
             return tfds.core.read_only_builder.builder_from_files(self.name, data_dir=data_dir)
@@ -91,16 +114,29 @@ class Tfds:
     def _missing(self, tfds: Any) -> str:
         """What to say of a set that is not there: an unknown name, or one that is not prepared."""
         data_dir = self.data_dir or "~/tensorflow_datasets"
-        prepared = {path.parent.name for path in pathlib.Path(data_dir).expanduser().glob("[a-z]*/[0-9]*")}
+        prepared = {
+            path.parent.name for path in pathlib.Path(data_dir).expanduser().glob("[a-z]*/[0-9]*")
+        }
         base = self.name.split(":")[0].split("/")[0]
-        known = {*tfds.list_builders(with_community_datasets=False), *prepared}  # the community list would be fetched
+        # the community list would be fetched
+        known = {*tfds.list_builders(with_community_datasets=False), *prepared}
         if base not in known:
             near = difflib.get_close_matches(base, sorted(known), 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            return f"--data.name={self.name!r}: unknown; prepared in {data_dir}: {', '.join(sorted(prepared)) or 'none'}{hint}"
-        run = "scripts/prepare_fashion_mnist" if base == "fashion_mnist" else f"tfds build {base} --file_format=array_record"
+            return (
+                f"--data.name={self.name!r}: unknown; prepared in {data_dir}:"
+                f" {', '.join(sorted(prepared)) or 'none'}{hint}"
+            )
+        run = (
+            "scripts/prepare_fashion_mnist"
+            if base == "fashion_mnist"
+            else f"tfds build {base} --file_format=array_record"
+        )
         remedy = f"run {run}, or pass --data.data_dir or --data.download"
-        return f"--data.name={self.name}: not in --data.data_dir={data_dir} and downloads are off; {remedy}"
+        return (
+            f"--data.name={self.name}: not in --data.data_dir={data_dir} and downloads are off;"
+            f" {remedy}"
+        )
 
     def _prepare(self, tfds: Any, data_dir: str | None) -> Any:
         """Downloads and prepares the set as ArrayRecord files."""
@@ -109,10 +145,15 @@ class Tfds:
             builder.download_and_prepare()
         except ImportError as error:
             remedy = "pip install tensorflow-cpu and what it names"
-            raise ValueError(f"--data.name={self.name}: preparing it needs more packages ({error}); {remedy}") from error
+            raise ValueError(
+                f"--data.name={self.name}: preparing it needs more packages ({error}); {remedy}"
+            ) from error
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"--data.name={self.name}: cannot be downloaded and prepared ({type(error).__name__}: {reason})") from error
+            raise ValueError(
+                f"--data.name={self.name}: cannot be downloaded and prepared"
+                f" ({type(error).__name__}: {reason})"
+            ) from error
         return builder
 
 
@@ -122,8 +163,8 @@ def _tensorflow(name: str, file_format: str) -> Any:
         import tensorflow as tf
     except ImportError as error:
         raise ValueError(
-            f"--data.name={name}: prepared as {file_format}, which needs TensorFlow; pip install tensorflow-cpu, "
-            "or prepare it with --file_format=array_record"
+            f"--data.name={name}: prepared as {file_format}, which needs TensorFlow; pip install"
+            " tensorflow-cpu, or prepare it with --file_format=array_record"
         ) from error
     tf.config.set_visible_devices([], "GPU")
     return tf
@@ -142,20 +183,26 @@ class _Description:
     @classmethod
     def of(cls, builder: Any, source: Tfds) -> "_Description":
         features = builder.info.features
-        keys = {"image": source.image_key} | ({"label": source.label_key} if source.label_key else {})
+        keys = {"image": source.image_key} | (
+            {"label": source.label_key} if source.label_key else {}
+        )
         fields = {}
         for field, key in keys.items():
             if key not in features:
                 near = difflib.get_close_matches(key, list(features), 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
-                    f"--data.{field}_key={key!r}: {source.name} has no such feature; valid: {', '.join(sorted(features))}{hint}"
+                    f"--data.{field}_key={key!r}: {source.name} has no such feature; valid:"
+                    f" {', '.join(sorted(features))}{hint}"
                 )
             shape = tuple(features[key].shape)
             if field == "image" and source.size is not None:
                 shape = (*source.size, shape[-1] or 3)
             if None in shape:
-                raise ValueError(f"--data.name={source.name}: {key} differs in shape between examples, {shape}; set --data.size=224,224")
+                raise ValueError(
+                    f"--data.name={source.name}: {key} differs in shape between examples, {shape};"
+                    " set --data.size=224,224"
+                )
             fields[field] = jax.ShapeDtypeStruct(shape, device_dtype(features[key].np_dtype))
         label = features[source.label_key] if source.label_key else None
         names = tuple(label.names) if getattr(label, "num_classes", None) else None
@@ -163,17 +210,26 @@ class _Description:
 
     def rows(self, examples: list[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """The columns of a list of TFDS examples."""
-        rows = {name: np.empty((len(examples), *field.shape), field.dtype) for name, field in self.fields.items()}
+        rows = {
+            name: np.empty((len(examples), *field.shape), field.dtype)
+            for name, field in self.fields.items()
+        }
         for place, example in enumerate(examples):
             for name, key in self.keys.items():
-                rows[name][place] = self._resized(example[key]) if name == "image" and self.size else example[key]
+                rows[name][place] = (
+                    self._resized(example[key]) if name == "image" and self.size else example[key]
+                )
         return rows
 
     def _resized(self, pixels: np.ndarray) -> np.ndarray:
         from PIL import Image
 
         gray = pixels.shape[-1] == 1
-        return fit(Image.fromarray(pixels[..., 0] if gray else pixels), self.size, "gray" if gray else "rgb")
+        return fit(
+            Image.fromarray(pixels[..., 0] if gray else pixels),
+            self.size,
+            "gray" if gray else "rgb",
+        )
 
 
 class RandomAccessTable:
@@ -183,7 +239,11 @@ class RandomAccessTable:
 
     def __init__(self, builder: Any, split: str, describe: _Description) -> None:
         info = builder.info.splits[split]
-        self.fields, self.num_classes, self.class_names = describe.fields, describe.num_classes, describe.class_names
+        self.fields, self.num_classes, self.class_names = (
+            describe.fields,
+            describe.num_classes,
+            describe.class_names,
+        )
         self._describe = describe
         self._files, self._counts = [str(path) for path in info.filepaths], list(info.shard_lengths)
         self._source = builder.as_data_source(split) if info.num_examples else ()
@@ -193,16 +253,23 @@ class RandomAccessTable:
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """The rows at `indices`; `ValueError` naming file and record if one is damaged."""
-        return self._describe.rows(read_located(self._source, np.asarray(indices), self._files, self._counts))
+        return self._describe.rows(
+            read_located(self._source, np.asarray(indices), self._files, self._counts)
+        )
 
 
 class TensorflowTable:
-    """A split that only TensorFlow reads, and only in the order of its files: good for loading it whole."""
+    """A split that only TensorFlow reads, and only in the order of its files: good for loading it
+    whole."""
 
     arrays = None
 
     def __init__(self, builder: Any, split: str, describe: _Description) -> None:
-        self.fields, self.num_classes, self.class_names = describe.fields, describe.num_classes, describe.class_names
+        self.fields, self.num_classes, self.class_names = (
+            describe.fields,
+            describe.num_classes,
+            describe.class_names,
+        )
         self._builder, self._split, self._describe = builder, split, describe
 
     def __len__(self) -> int:
@@ -213,8 +280,12 @@ class TensorflowTable:
         import tensorflow_datasets as tfds
 
         first, last = int(indices[0]), int(indices[-1])
-        assert np.array_equal(indices, np.arange(first, last + 1)), "TensorFlow's files are read in order only"
+        assert np.array_equal(indices, np.arange(first, last + 1)), (
+            "TensorFlow's files are read in order only"
+        )
         # One file after the other: the default interleaves them.
         config = tfds.ReadConfig(interleave_cycle_length=1)
-        dataset = self._builder.as_dataset(split=f"{self._split}[{first}:{last + 1}]", read_config=config, shuffle_files=False)
+        dataset = self._builder.as_dataset(
+            split=f"{self._split}[{first}:{last + 1}]", read_config=config, shuffle_files=False
+        )
         return self._describe.rows(list(tfds.as_numpy(dataset)))

@@ -1,6 +1,8 @@
-"""Charts as small inline SVG: hairlines, labels at the ends of the curves, colours from CSS variables, so that a page can be light or dark.
+"""Charts as small inline SVG: hairlines, labels at the ends of the curves, colours from CSS
+variables, so that a page can be light or dark.
 
-The variables are --ink, --muted, --rule and --c0 to --c7 (see the style sheet in `page.py`). Geometry that the PNG plots share is here too.
+The variables are --ink, --muted, --rule and --c0 to --c7 (see the style sheet in `page.py`).
+Geometry that the PNG plots share is here too.
 """
 
 import html
@@ -22,16 +24,32 @@ MOST_POINTS = 600
 HOVER_POINTS = 120
 
 
-def chart(curves: Sequence[Curve], *, title: str, text: Callable[[float], str], log: bool = False, cut: Cut = "") -> str:
-    """One chart as an `<svg>` element; `text` words a value of the y axis, `cut` says which wild values may leave it (see `axis_range`).
+def chart(
+    curves: Sequence[Curve],
+    *,
+    title: str,
+    text: Callable[[float], str],
+    log: bool = False,
+    cut: Cut = "",
+) -> str:
+    """One chart as an `<svg>` element; `text` words a value of the y axis, `cut` says which wild
+    values may leave it (see `axis_range`).
 
-    >>> svg = chart([Curve("train", None, [1, 2, 3], [2.0, 1.0, 0.5])], title="Loss", text="{:.1f}".format)
+    >>> svg = chart(
+    ...     [Curve("train", None, [1, 2, 3], [2.0, 1.0, 0.5])], title="Loss", text="{:.1f}".format
+    ... )
     >>> svg.startswith("<svg") and ">0.5<" in svg
     True
 
-    Non-finite values are gaps in the line, marked on the upper edge. An empty string if there is nothing finite to draw.
+    Non-finite values are gaps in the line, marked on the upper edge. An empty string if there is
+    nothing finite to draw.
     """
-    finite = [(x, y) for curve in curves for x, y in zip(curve.steps, curve.values, strict=True) if math.isfinite(y) and (y > 0 or not log)]
+    finite = [
+        (x, y)
+        for curve in curves
+        for x, y in zip(curve.steps, curve.values, strict=True)
+        if math.isfinite(y) and (y > 0 or not log)
+    ]
     if not finite:
         return ""
     low_y, high_y = axis_range([y for _, y in finite], log=log, cut=cut)
@@ -45,9 +63,12 @@ def chart(curves: Sequence[Curve], *, title: str, text: Callable[[float], str], 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - low_x) / ((high_x - low_x) or 1)
         up = (scale(y) - scale(low_y)) / ((scale(high_y) - scale(low_y)) or 1)
-        return left + across * (WIDTH - left - right), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+        return left + across * (WIDTH - left - right), HEIGHT - BOTTOM - up * (
+            HEIGHT - TOP - BOTTOM
+        )
 
-    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><title>{html.escape(title)}</title>']
+    view = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
+    parts = [f'<svg class="chart" {view}><title>{html.escape(title)}</title>']
     parts += _grid(low_x, high_x, rows, place, text)
     # Faint curves first, so that they lie behind.
     for curve in sorted(curves, key=lambda curve: not curve.faint):
@@ -57,8 +78,9 @@ def chart(curves: Sequence[Curve], *, title: str, text: Callable[[float], str], 
 
 
 def axis_range(values: Sequence[float], *, log: bool, cut: Cut = "") -> tuple[float, float]:
-    """The range of an axis: never of size zero; by `cut` without a wild `upper` 2% (the spikes of a loss), without the lowest 10%
-    (`lower`: what an accuracy was before the first epoch) or always from `zero` (a speed).
+    """The range of an axis: never of size zero; by `cut` without a wild `upper` 2% (the spikes of a
+    loss), without the lowest 10% (`lower`: what an accuracy was before the first epoch) or always
+    from `zero` (a speed).
 
     >>> axis_range([1.0, 1.0], log=False), axis_range([8.0, 9.0], log=False, cut="zero")
     ((0.5, 1.5), (0.0, 9.0))
@@ -88,11 +110,16 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     unit = 10.0 ** math.floor(math.log10(raw))
     step = unit * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * unit >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
-    return [float(f"{index * step:.12g}") for index in range(first, first + 3 * count) if index * step <= high + 1e-9 * span]
+    return [
+        float(f"{index * step:.12g}")
+        for index in range(first, first + 3 * count)
+        if index * step <= high + 1e-9 * span
+    ]
 
 
 def y_ticks(low: float, high: float, *, log: bool) -> list[float]:
-    """Ticks of a value axis; on a logarithmic one 1, 2 and 5 of each decade, or the decades alone."""
+    """Ticks of a value axis; on a logarithmic one 1, 2 and 5 of each decade, or the decades
+    alone."""
     if not log:
         return ticks(low, high)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -103,7 +130,8 @@ def y_ticks(low: float, high: float, *, log: bool) -> list[float]:
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The positions moved apart, as little as need be, so that neighbours are `gap` apart and (if there is room) in [low, high].
+    """The positions moved apart, as little as need be, so that neighbours are `gap` apart and (if
+    there is room) in [low, high].
 
     >>> spread([10.0, 11.0, 50.0], 12.0, 0.0, 100.0)
     [4.5, 16.5, 50.0]
@@ -112,17 +140,27 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
     blocks: list[list[float]] = []  # [middle, number of members]
     for index in order:
         blocks.append([min(max(positions[index], low), high), 1])
-        while len(blocks) > 1 and blocks[-1][0] - blocks[-2][0] < gap * (blocks[-1][1] + blocks[-2][1]) / 2 - 1e-9:
+        while (
+            len(blocks) > 1
+            and blocks[-1][0] - blocks[-2][0] < gap * (blocks[-1][1] + blocks[-2][1]) / 2 - 1e-9
+        ):
             (middle, size), (above, more) = blocks.pop(), blocks.pop()
             half = gap * (size + more - 1) / 2
             merged = (middle * size + above * more) / (size + more)
             blocks.append([max(min(merged, high - half), low + half), size + more])
-    placed = [middle + gap * (member - (size - 1) / 2) for middle, size in blocks for member in range(int(size))]
+    placed = [
+        middle + gap * (member - (size - 1) / 2)
+        for middle, size in blocks
+        for member in range(int(size))
+    ]
     return [place for _, place in sorted(zip(order, placed, strict=True))]
 
 
-def thin(steps: Sequence[int], values: Sequence[float], most: int = MOST_POINTS) -> tuple[list[int], list[float]]:
-    """A long series with fewer points that keeps every spike: of each bucket the least and the greatest, and the very last."""
+def thin(
+    steps: Sequence[int], values: Sequence[float], most: int = MOST_POINTS
+) -> tuple[list[int], list[float]]:
+    """A long series with fewer points that keeps every spike: of each bucket the least and the
+    greatest, and the very last."""
     if len(steps) <= most:
         return list(steps), list(values)
     edges = [len(steps) * bucket // (most // 2) for bucket in range(most // 2 + 1)]
@@ -130,20 +168,30 @@ def thin(steps: Sequence[int], values: Sequence[float], most: int = MOST_POINTS)
     for start, stop in itertools.pairwise(edges):
         # A value that isn't a number compares as neither, so it is kept by name.
         kept |= {next((i for i in range(start, stop) if not math.isfinite(values[i])), start)}
-        kept |= {min(range(start, stop), key=values.__getitem__), max(range(start, stop), key=values.__getitem__)}
+        kept |= {
+            min(range(start, stop), key=values.__getitem__),
+            max(range(start, stop), key=values.__getitem__),
+        }
     return [steps[i] for i in sorted(kept)], [values[i] for i in sorted(kept)]
 
 
 def end_labels(curves: Sequence[Curve], text: Callable[[float], str]) -> list[str]:
-    """What stands at the end of each curve: its name and last value, or the value alone where there is no other curve.
+    """What stands at the end of each curve: its name and last value, or the value alone where there
+    is no other curve.
 
-    >>> end_labels([Curve("a", 0, [1], [2.0]), Curve("b", 1, [1], [3.0]), Curve("", 1, [1], [3.0])], "{:g}".format)
+    >>> end_labels(
+    ...     [Curve("a", 0, [1], [2.0]), Curve("b", 1, [1], [3.0]), Curve("", 1, [1], [3.0])],
+    ...     "{:g}".format,
+    ... )
     ['a 2', 'b 3', '']
     """
     texts = [text(last_finite(curve.values)) for curve in curves]
     if len(curves) == 1:
         return texts
-    return [f"{curve.label} {value}" if curve.label else "" for curve, value in zip(curves, texts, strict=True)]
+    return [
+        f"{curve.label} {value}" if curve.label else ""
+        for curve, value in zip(curves, texts, strict=True)
+    ]
 
 
 def last_finite(values: Sequence[float]) -> float:
@@ -160,19 +208,37 @@ def color(index: int | None) -> str:
     return "var(--muted)" if index is None else f"var(--c{index % NUM_COLORS})"
 
 
-def _grid(low_x: int, high_x: int, rows: Sequence[float], place: Callable[..., tuple[float, float]], text: Callable) -> Iterator[str]:
+def _grid(
+    low_x: int,
+    high_x: int,
+    rows: Sequence[float],
+    place: Callable[..., tuple[float, float]],
+    text: Callable,
+) -> Iterator[str]:
     start, end = place(low_x, rows[0])[0], place(high_x, rows[0])[0]
     for value in rows:
         _, y = place(low_x, value)
         yield f'<line class="rule" x1="{start:.1f}" x2="{end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text class="tick" x="{start - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{html.escape(text(value))}</text>'
+        yield (
+            f'<text class="tick" x="{start - 8:.1f}" y="{y + 4:.1f}"'
+            f' text-anchor="end">{html.escape(text(value))}</text>'
+        )
     for value in ticks(low_x, high_x):
         if value == int(value):
             x, _ = place(value, rows[0])
-            yield f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{value:,.0f}</text>'
+            yield (
+                f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}"'
+                f' text-anchor="middle">{value:,.0f}</text>'
+            )
 
 
-def _line(curve: Curve, place: Callable[..., tuple[float, float]], text: Callable[[float], str], *, log: bool) -> Iterator[str]:
+def _line(
+    curve: Curve,
+    place: Callable[..., tuple[float, float]],
+    text: Callable[[float], str],
+    *,
+    log: bool,
+) -> Iterator[str]:
     steps, values = thin(curve.steps, curve.values)
     path, pen, points = [], "M", []
     for step, value in zip(steps, values, strict=True):
@@ -186,29 +252,53 @@ def _line(curve: Curve, place: Callable[..., tuple[float, float]], text: Callabl
             pen = "M"
             if not math.isfinite(value):
                 x, note = place(step, 1.0)[0], f"step {step:,}: {value}"
-                yield f'<text class="bad" x="{x:.1f}" y="10" text-anchor="middle">×<title>{note}</title></text>'
+                yield (
+                    f'<text class="bad" x="{x:.1f}" y="10"'
+                    f' text-anchor="middle">×<title>{note}</title></text>'
+                )
     style = f'style="--c:{color(curve.color)}"'
     kind = "faint" if curve.faint else "back" if curve.color is None else ""
     if len(path) > 1:
         # An inner <svg> clips what leaves the axis, without the ids that a <clipPath> would need.
         box = f"0 {TOP - 3} {WIDTH} {HEIGHT - TOP - BOTTOM + 6}"
-        frame = f'<svg y="{TOP - 3}" width="{WIDTH}" height="{HEIGHT - TOP - BOTTOM + 6}" viewBox="{box}">'
+        frame = (
+            f'<svg y="{TOP - 3}" width="{WIDTH}" height="{HEIGHT - TOP - BOTTOM + 6}"'
+            f' viewBox="{box}">'
+        )
         yield f'{frame}<path class="curve {kind}" {style} d="{"".join(path)}"/></svg>'
     if len(path) == len(points) == 1:
-        yield f'<circle class="dot" {style} cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="3.2"/>'
+        yield (
+            f'<circle class="dot" {style} cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="3.2"/>'
+        )
     if len(points) <= HOVER_POINTS and not curve.faint:
         for x, y, step, value in points:
             note = html.escape(f"{curve.label}, step {step:,}: {text(value)}")
-            yield f'<circle class="hit" {style} cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{note}</title></circle>'
+            yield (
+                f'<circle class="hit" {style} cx="{x:.1f}" cy="{y:.1f}"'
+                f' r="5"><title>{note}</title></circle>'
+            )
 
 
-def _end_labels(curves: Sequence[Curve], labels: Sequence[str], place: Callable, x: float, *, log: bool) -> Iterator[str]:
-    named = [(curve, label, last_finite(curve.values)) for curve, label in zip(curves, labels, strict=True) if label]
-    named = [(curve, label, place(0, value)[1]) for curve, label, value in named if math.isfinite(value) and (value > 0 or not log)]
+def _end_labels(
+    curves: Sequence[Curve], labels: Sequence[str], place: Callable, x: float, *, log: bool
+) -> Iterator[str]:
+    named = [
+        (curve, label, last_finite(curve.values))
+        for curve, label in zip(curves, labels, strict=True)
+        if label
+    ]
+    named = [
+        (curve, label, place(0, value)[1])
+        for curve, label, value in named
+        if math.isfinite(value) and (value > 0 or not log)
+    ]
     named = [(curve, label, min(max(y, TOP), HEIGHT - BOTTOM)) for curve, label, y in named]
     gap = min(14.0, (HEIGHT - TOP - BOTTOM) / max(len(named), 1))
     heights = spread([y for _, _, y in named], gap, TOP, HEIGHT - BOTTOM) if named else []
     for (curve, label, _), y in zip(named, heights, strict=True):
         shown = label if len(label) <= 29 else label[:28] + "…"
         note = f"<title>{html.escape(label)}</title>" if shown != label else ""
-        yield f'<text class="name" style="--c:{color(curve.color)}" x="{x:.1f}" y="{y + 4:.1f}">{html.escape(shown)}{note}</text>'
+        yield (
+            f'<text class="name" style="--c:{color(curve.color)}" x="{x:.1f}"'
+            f' y="{y + 4:.1f}">{html.escape(shown)}{note}</text>'
+        )

@@ -1,6 +1,8 @@
-"""A run as its folder tells it: configuration, metrics and predictions read back, and the curves that can be drawn from them.
+"""A run as its folder tells it: configuration, metrics and predictions read back, and the curves
+that can be drawn from them.
 
-Reading is lenient where the picture survives it: what is missing or odd is left out; a folder that holds no run at all is an error.
+Reading is lenient where the picture survives it: what is missing or odd is left out; a folder that
+holds no run at all is an error.
 """
 
 import dataclasses
@@ -23,7 +25,8 @@ MOST_CLASSES = 5000
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """One run: `run` is its run.json, `metrics` its lines, `predictions` the arrays of predictions.npz (empty if there are none)."""
+    """One run: `run` is its run.json, `metrics` its lines, `predictions` the arrays of
+    predictions.npz (empty if there are none)."""
 
     folder: Path
     run: Mapping[str, Any]
@@ -42,14 +45,21 @@ class History:
 
     @property
     def metric(self) -> str | None:
-        """The first value besides the loss that is a measure of quality, `accuracy` if there is one."""
+        """The first value besides the loss that is a measure of quality, `accuracy` if there is
+        one."""
         keys = [key for line in self.metrics for key, value in line.items() if _is_number(value)]
         known = dict.fromkeys(key for key in keys if key not in NOT_METRICS and not is_clock(key))
         return "accuracy" if "accuracy" in known else next(iter(known), None)
 
     def series(self, key: str, split: str) -> tuple[list[int], list[float]]:
         """Steps and values of `key`; non-finite values are kept."""
-        lines = [line for line in self.metrics if line.get("split") == split and _is_number(line.get(key)) and _is_number(line.get("step"))]
+        lines = [
+            line
+            for line in self.metrics
+            if line.get("split") == split
+            and _is_number(line.get(key))
+            and _is_number(line.get("step"))
+        ]
         return [int(line["step"]) for line in lines], [float(line[key]) for line in lines]
 
     def last(self, key: str, split: str) -> float | None:
@@ -57,14 +67,22 @@ class History:
         return next(reversed(self.series(key, split)[1]), None)
 
     def best(self, key: str, split: str) -> tuple[int, float] | None:
-        """Step and value of the best: the smallest loss or error, the greatest of anything else; None if none is finite."""
-        pairs = [(step, value) for step, value in zip(*self.series(key, split), strict=True) if math.isfinite(value)]
-        return (min if smaller_is_better(key) else max)(pairs, key=lambda pair: pair[1], default=None)
+        """Step and value of the best: the smallest loss or error, the greatest of anything else;
+        None if none is finite."""
+        pairs = [
+            (step, value)
+            for step, value in zip(*self.series(key, split), strict=True)
+            if math.isfinite(value)
+        ]
+        return (min if smaller_is_better(key) else max)(
+            pairs, key=lambda pair: pair[1], default=None
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """One line of a chart: how it is called, which colour it takes (None is neutral), and whether it stands back behind another."""
+    """One line of a chart: how it is called, which colour it takes (None is neutral), and whether
+    it stands back behind another."""
 
     label: str
     color: int | None
@@ -80,16 +98,30 @@ def load(folder: str | os.PathLike[str]) -> History:
     """
     folder = Path(folder)
     if not (folder / "run.json").exists() and not (folder / "metrics.jsonl").exists():
-        raise ValueError(f"{folder}: neither run.json nor metrics.jsonl there; give the folder of a run")
+        raise ValueError(
+            f"{folder}: neither run.json nor metrics.jsonl there; give the folder of a run"
+        )
     return History(
-        folder, _read_run(folder / "run.json"), read_metrics(folder / "metrics.jsonl"), _read_predictions(folder / "predictions.npz")
+        folder,
+        _read_run(folder / "run.json"),
+        read_metrics(folder / "metrics.jsonl"),
+        _read_predictions(folder / "predictions.npz"),
     )
 
 
 def curves(histories: Sequence[History], key: str) -> list[Curve]:
-    """The curves of `key`: for one run those of its splits, for several one or two of each run in its colour.
+    """The curves of `key`: for one run those of its splits, for several one or two of each run in
+    its colour.
 
-    >>> run = History(Path("r"), {}, [{"step": 1, "split": "train", "loss": 2.0}, {"step": 1, "split": "validation", "loss": 1.5}], {})
+    >>> run = History(
+    ...     Path("r"),
+    ...     {},
+    ...     [
+    ...         {"step": 1, "split": "train", "loss": 2.0},
+    ...         {"step": 1, "split": "validation", "loss": 1.5},
+    ...     ],
+    ...     {},
+    ... )
     >>> [(curve.label, curve.values) for curve in curves([run], "loss")]
     [('train', [2.0]), ('validation', [1.5])]
     """
@@ -97,27 +129,43 @@ def curves(histories: Sequence[History], key: str) -> list[Curve]:
     labels = names(histories)
     for index, history in enumerate(histories):
         series = {split: history.series(key, split) for split in SPLITS}
-        series = {split: (steps, [_drawable(value) for value in values]) for split, (steps, values) in series.items()}
+        series = {
+            split: (steps, [_drawable(value) for value in values])
+            for split, (steps, values) in series.items()
+        }
         held_out = bool(series["validation"][0])
         for split, (steps, values) in series.items():
             if not steps:
                 continue
             if len(histories) == 1:
-                found.append(Curve(split, {"train": None, "validation": 0, "test": 1}[split], steps, values))
+                found.append(
+                    Curve(split, {"train": None, "validation": 0, "test": 1}[split], steps, values)
+                )
             elif split == "validation" or split == "train":
                 behind = split == "train" and held_out
-                found.append(Curve("" if behind else labels[index], index, steps, values, faint=behind))
+                found.append(
+                    Curve("" if behind else labels[index], index, steps, values, faint=behind)
+                )
     # Neutral is for what stands beside something else.
     return [dataclasses.replace(found[0], color=0)] if len(found) == 1 else found
 
 
 def names(histories: Sequence[History]) -> list[str]:
-    """A name for each run that no other has: its own, else its folder's if all are called the same, else both, else with a number.
+    """A name for each run that no other has: its own, else its folder's if all are called the same,
+    else both, else with a number.
 
-    >>> names([History(Path("runs/x"), {"name": "digits"}, [], {}), History(Path("runs/y"), {"name": "digits"}, [], {})])
+    >>> names(
+    ...     [
+    ...         History(Path("runs/x"), {"name": "digits"}, [], {}),
+    ...         History(Path("runs/y"), {"name": "digits"}, [], {}),
+    ...     ]
+    ... )
     ['x', 'y']
     """
-    own, folders = [history.name for history in histories], [history.folder.name for history in histories]
+    own, folders = (
+        [history.name for history in histories],
+        [history.folder.name for history in histories],
+    )
     both = [f"{name} {folder}" for name, folder in zip(own, folders, strict=True)]
     for choices in (own, folders if len(set(own)) == 1 else both):
         if len(set(choices)) == len(choices):
@@ -128,13 +176,20 @@ def names(histories: Sequence[History]) -> list[str]:
 def differing(histories: Sequence[History]) -> list[str]:
     """The settings in which the runs differ.
 
-    >>> runs = [History(Path(p), {"config": {"seed": s, "model": {"depth": 2}}}, [], {}) for p, s in (("a", 0), ("b", 1))]
+    >>> runs = [
+    ...     History(Path(p), {"config": {"seed": s, "model": {"depth": 2}}}, [], {})
+    ...     for p, s in (("a", 0), ("b", 1))
+    ... ]
     >>> differing(runs)
     ['seed']
     """
     configs = [history.config for history in histories]
     keys = dict.fromkeys(key for config in configs for key in config)
-    return [key for key in keys if key != "workdir" and any(config.get(key) != configs[0].get(key) for config in configs)]
+    return [
+        key
+        for key in keys
+        if key != "workdir" and any(config.get(key) != configs[0].get(key) for config in configs)
+    ]
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -153,14 +208,21 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def smaller_is_better(key: str) -> bool:
     """Whether a value is something to bring down.
 
-    >>> smaller_is_better("loss"), smaller_is_better("mean_absolute_error"), smaller_is_better("accuracy")
+    >>> (
+    ...     smaller_is_better("loss"),
+    ...     smaller_is_better("mean_absolute_error"),
+    ...     smaller_is_better("accuracy"),
+    ... )
     (True, True, False)
     """
-    return any(word in key for word in ("loss", "error", "perplexity", "bits", "mse", "mae", "distance"))
+    return any(
+        word in key for word in ("loss", "error", "perplexity", "bits", "mse", "mae", "distance")
+    )
 
 
 def confusion(predictions: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[str]] | None:
-    """Counts (label, prediction) and the classes' names, or None if there are no predictions or too many classes to count in pairs."""
+    """Counts (label, prediction) and the classes' names, or None if there are no predictions or too
+    many classes to count in pairs."""
     if not predictions:
         return None
     label, prediction = predictions["label"], predictions["prediction"]
@@ -174,22 +236,39 @@ def confusion(predictions: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[s
 
 
 def mistakes(predictions: Mapping[str, np.ndarray], limit: int = 24) -> list[dict[str, Any]]:
-    """The worst of the wrong predictions: id, image, names of label and prediction, and the probability the label was given."""
+    """The worst of the wrong predictions: id, image, names of label and prediction, and the
+    probability the label was given."""
     table = confusion(predictions)
     if table is None or "worst_id" not in predictions or "worst_image" not in predictions:
         return []
     names_C, found = table[1], []
-    for row, image in zip(predictions["worst_id"].tolist(), predictions["worst_image"], strict=False):
-        if not 0 <= row < len(predictions["label"]) or predictions["label"][row] == predictions["prediction"][row]:
+    for row, image in zip(
+        predictions["worst_id"].tolist(), predictions["worst_image"], strict=False
+    ):
+        if (
+            not 0 <= row < len(predictions["label"])
+            or predictions["label"][row] == predictions["prediction"][row]
+        ):
             continue
-        probability = predictions["probability"][row].item() if "probability" in predictions else math.nan
+        probability = (
+            predictions["probability"][row].item() if "probability" in predictions else math.nan
+        )
         label, prediction = (names_C[predictions[key][row]] for key in ("label", "prediction"))
-        found.append({"id": row, "image": image, "label": label, "prediction": prediction, "probability": probability})
+        found.append(
+            {
+                "id": row,
+                "image": image,
+                "label": label,
+                "prediction": prediction,
+                "probability": probability,
+            }
+        )
     return found[:limit]
 
 
 def grey(images: np.ndarray) -> np.ndarray:
-    """Pictures of any numeric type as uint8, by one scale for all of them so that they can be compared."""
+    """Pictures of any numeric type as uint8, by one scale for all of them so that they can be
+    compared."""
     images = np.nan_to_num(images.astype(np.float64), posinf=0.0, neginf=0.0)
     low, high = images.min(initial=0.0), images.max(initial=0.0)
     return np.round((images - low) * (255.0 / ((high - low) or 1.0))).astype(np.uint8)
@@ -219,7 +298,14 @@ def _read_predictions(path: Path) -> dict[str, np.ndarray]:
     except (OSError, ValueError, zipfile.BadZipFile, EOFError):
         return {}
     pair = [arrays.get("label"), arrays.get("prediction")]
-    if any(array is None or array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0 or array.min() < 0 for array in pair):
+    if any(
+        array is None
+        or array.ndim != 1
+        or array.dtype.kind not in "iu"
+        or array.size == 0
+        or array.min() < 0
+        for array in pair
+    ):
         return {}
     return arrays if len(pair[0]) == len(pair[1]) else {}
 

@@ -1,6 +1,8 @@
-"""The page: report.html, one run or several as a self-contained document, and the PNG plots beside it.
+"""The page: report.html, one run or several as a self-contained document, and the PNG plots beside
+it.
 
-Everything is inline and nothing is a script, so the file can be mailed, archived and opened offline. All text from a run is escaped.
+Everything is inline and nothing is a script, so the file can be mailed, archived and opened
+offline. All text from a run is escaped.
 """
 
 import base64
@@ -26,16 +28,22 @@ MOST_PAIRS = 15
 MOST_SETTINGS = 12
 
 
-def write_report(workdirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None) -> Path:
+def write_report(
+    workdirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None
+) -> Path:
     """Writes the page of one run or several, and plots/*.png beside it; returns the page's path.
 
-    `out` is the page's file; by default report.html in the run's folder, or in the working directory for several runs. `ValueError` if a
-    folder holds no run.
+    `out` is the page's file; by default report.html in the run's folder, or in the working
+    directory for several runs. `ValueError` if a folder holds no run.
     """
     histories = [history.load(workdir) for workdir in workdirs]
     if not histories:
         raise ValueError("report: no run given; give the folder of one run or several")
-    out = Path(out) if out is not None else (histories[0].folder if len(histories) == 1 else Path()) / "report.html"
+    out = (
+        Path(out)
+        if out is not None
+        else (histories[0].folder if len(histories) == 1 else Path()) / "report.html"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     # Whole or not at all: a reader never sees half a page.
     draft = out.with_name(f".{out.name}.{os.getpid()}")
@@ -57,13 +65,19 @@ def render(histories: Sequence[History]) -> str:
     sections = [_figures(histories[0])] if single else [_comparison(histories)]
     sections.append(_curves(histories))
     if single:
-        sections += [_confusion(histories[0]), _mistakes(histories[0]), _configuration(histories[0])]
+        sections += [
+            _confusion(histories[0]),
+            _mistakes(histories[0]),
+            _configuration(histories[0]),
+        ]
     else:
         labels = history.names(histories)
         sections += [_run_details(run, label) for run, label in zip(histories, labels, strict=True)]
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{_text(title)}</title><style>{SHEET}</style></head><body><main>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
+        ' content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light'
+        f' dark"><title>{_text(title)}</title><style>{SHEET}</style></head><body><main>'
         f"<header><h1>{_text(title)}</h1>{_subtitle(histories)}</header>{''.join(sections)}"
         "<footer>Made by jaxtrain. Hover a curve for its values.</footer></main></body></html>\n"
     )
@@ -74,8 +88,16 @@ def _subtitle(histories: Sequence[History]) -> str:
         return f"<p>{_text(', '.join(dict.fromkeys(run.name for run in histories)))}</p>"
     run = histories[0].run
     hardware = run.get("hardware")
-    device = hardware.get("device") or hardware.get("device_kind") if isinstance(hardware, dict) else hardware
-    parts = [f"{run['devices']} × {device}" if device and run.get("devices") else device, run.get("started"), histories[0].folder]
+    device = (
+        hardware.get("device") or hardware.get("device_kind")
+        if isinstance(hardware, dict)
+        else hardware
+    )
+    parts = [
+        f"{run['devices']} × {device}" if device and run.get("devices") else device,
+        run.get("started"),
+        histories[0].folder,
+    ]
     return f"<p>{' · '.join(_text(part) for part in parts if part)}</p>"
 
 
@@ -83,12 +105,21 @@ def _figures(run: History) -> str:
     """The five numbers that one looks for first."""
     shown: list[tuple[str, str, str]] = []
     for key in dict.fromkeys([run.metric, "loss"]):
-        split = next((split for split in ("test", "validation", "train") if key and run.last(key, split) is not None), None)
+        split = next(
+            (
+                split
+                for split in ("test", "validation", "train")
+                if key and run.last(key, split) is not None
+            ),
+            None,
+        )
         if key and split:
             best = run.best(key, "validation") if split == "test" else None
             note = f"best validation {value_text(key, best[1])} at step {best[0]:,}" if best else ""
             shown.append((f"{split} {_words(key)}", value_text(key, run.last(key, split)), note))
-    steps = max((line["step"] for line in run.metrics if isinstance(line.get("step"), int)), default=0)
+    steps = max(
+        (line["step"] for line in run.metrics if isinstance(line.get("step"), int)), default=0
+    )
     shown.append(("steps", f"{steps:,}", ""))
     if isinstance(run.run.get("parameters"), int):
         size = run.run.get("state_bytes_per_device")
@@ -97,12 +128,16 @@ def _figures(run: History) -> str:
         shown.append(("parameters", f"{count:,}" if count < 1e6 else count_text(count), note))
     if (rate := _rate(run)) is not None:
         shown.append(("examples a second", rate_text(rate), "median"))
-    items = (f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd><dd class=note>{_text(note)}</dd></div>" for name, value, note in shown)
+    items = (
+        f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd><dd class=note>{_text(note)}</dd></div>"
+        for name, value, note in shown
+    )
     return f"<dl class=figures>{''.join(items)}</dl>"
 
 
 def _comparison(histories: Sequence[History]) -> str:
-    """A table with a row for each run: results, and the settings in which the runs differ; the best of a column is bold."""
+    """A table with a row for each run: results, and the settings in which the runs differ; the best
+    of a column is bold."""
     metric = next((run.metric for run in histories if run.metric), None)
     columns: list[tuple[str, list[float | None], Callable[[float], str], bool]] = []
     for split in ("test", "validation"):
@@ -110,23 +145,34 @@ def _comparison(histories: Sequence[History]) -> str:
             values = [run.last(key, split) if key else None for run in histories]
             if key and any(value is not None for value in values):
                 columns.append(
-                    (f"{split} {_words(key)}", values, lambda value, key=key: value_text(key, value), history.smaller_is_better(key))
+                    (
+                        f"{split} {_words(key)}",
+                        values,
+                        lambda value, key=key: value_text(key, value),
+                        history.smaller_is_better(key),
+                    )
                 )
     rates = [_rate(run) for run in histories]
     if any(rate is not None for rate in rates):
         columns.append(("examples / s", rates, rate_text, False))
     settings = history.differing(histories)[:MOST_SETTINGS]
-    head = "".join(f"<th class=number>{_text(name)}</th>" for name, *_ in columns) + "".join(f"<th>{_text(key)}</th>" for key in settings)
+    head = "".join(f"<th class=number>{_text(name)}</th>" for name, *_ in columns) + "".join(
+        f"<th>{_text(key)}</th>" for key in settings
+    )
     rows = []
     for index, (run, label) in enumerate(zip(histories, history.names(histories), strict=True)):
         cells = f'<th scope=row><i class=chip style="--c:{color(index)}"></i>{_text(label)}</th>'
         for _, values, text, smaller in columns:
             finite = [value for value in values if value is not None and math.isfinite(value)]
             best = finite and values[index] == (min if smaller else max)(finite)
-            cells += f"<td class='number{' best' if best else ''}'>{'' if values[index] is None else _text(text(values[index]))}</td>"
-        rows.append(f"<tr>{cells}{''.join(f'<td>{_value(run.config.get(key))}</td>' for key in settings)}</tr>")
+            shown = "" if values[index] is None else _text(text(values[index]))
+            cells += f"<td class='number{' best' if best else ''}'>{shown}</td>"
+        cells += "".join(f"<td>{_value(run.config.get(key))}</td>" for key in settings)
+        rows.append(f"<tr>{cells}</tr>")
     return _section(
-        "Results", f"<div class=wide><table><thead><tr><th>run</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        "Results",
+        f"<div class=wide><table><thead><tr><th>run</th>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>",
     )
 
 
@@ -134,7 +180,9 @@ def _curves(histories: Sequence[History]) -> str:
     figures = []
     for key, title, text in plots.panels(histories):
         found = history.curves(histories, key)
-        drawn = chart(found, title=title, text=text, log=plots.wants_log(key, found), cut=plots.cut_of(key))
+        drawn = chart(
+            found, title=title, text=text, log=plots.wants_log(key, found), cut=plots.cut_of(key)
+        )
         if drawn:
             figures.append(f"<figure><figcaption>{_text(title)}</figcaption>{drawn}</figure>")
     return _section("Curves", f"<div class=charts>{''.join(figures)}</div>") if figures else ""
@@ -154,19 +202,33 @@ def _confusion(run: History) -> str:
     rows = []
     for row, name in enumerate(names):
         total = int(counts[row].sum())
-        cells = "".join(_cell(int(count), total, most_wrong, right=row == column) for column, count in enumerate(counts[row]))
+        cells = "".join(
+            _cell(int(count), total, most_wrong, right=row == column)
+            for column, count in enumerate(counts[row])
+        )
         recall = f"{100 * counts[row, row] / total:.1f}%" if total else ""
-        rows.append(f"<tr><th scope=row>{_text(name)}</th>{cells}<td class='number note'>{recall}</td></tr>")
-    table = f"<table class=confusion><thead><tr><th>label ↓ prediction →</th>{head}<th class=number>recall</th></tr></thead>"
-    return _section("Confusion", f"{lead}<div class=wide>{table}<tbody>{''.join(rows)}</tbody></table></div>")
+        rows.append(
+            f"<tr><th scope=row>{_text(name)}</th>{cells}<td class='number note'>{recall}</td></tr>"
+        )
+    table = (
+        f"<table class=confusion><thead><tr><th>label ↓ prediction →</th>{head}<th"
+        " class=number>recall</th></tr></thead>"
+    )
+    return _section(
+        "Confusion", f"{lead}<div class=wide>{table}<tbody>{''.join(rows)}</tbody></table></div>"
+    )
 
 
 def _cell(count: int, total: int, most_wrong: int, *, right: bool) -> str:
-    """A count, shaded: what is right by its share of the label, what is wrong by comparison with the commonest mistake."""
+    """A count, shaded: what is right by its share of the label, what is wrong by comparison with
+    the commonest mistake."""
     if not count:
         return "<td class='number none'>·</td>"
     heat = 0.35 * count / total if right else 0.15 + 0.5 * count / most_wrong
-    return f"<td class='number {'right' if right else 'wrong'}' style='--h:{100 * heat:.0f}%'>{count:,}</td>"
+    return (
+        f"<td class='number {'right' if right else 'wrong'}'"
+        f" style='--h:{100 * heat:.0f}%'>{count:,}</td>"
+    )
 
 
 def _pairs(counts: np.ndarray, names: Sequence[str]) -> str:
@@ -174,10 +236,18 @@ def _pairs(counts: np.ndarray, names: Sequence[str]) -> str:
     wrong = counts - np.diag(np.diag(counts))
     order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_PAIRS]
     found = [
-        (names[row], names[column], int(wrong[row, column])) for row, column in zip(*np.unravel_index(order, wrong.shape), strict=True)
+        (names[row], names[column], int(wrong[row, column]))
+        for row, column in zip(*np.unravel_index(order, wrong.shape), strict=True)
     ]
-    rows = "".join(f"<tr><td>{_text(a)}</td><td>{_text(b)}</td><td class=number>{n:,}</td></tr>" for a, b, n in found if n)
-    return f"<table><thead><tr><th>label</th><th>taken for</th><th class=number>times</th></tr></thead><tbody>{rows}</tbody></table>"
+    rows = "".join(
+        f"<tr><td>{_text(a)}</td><td>{_text(b)}</td><td class=number>{n:,}</td></tr>"
+        for a, b, n in found
+        if n
+    )
+    return (
+        "<table><thead><tr><th>label</th><th>taken for</th><th"
+        f" class=number>times</th></tr></thead><tbody>{rows}</tbody></table>"
+    )
 
 
 def _mistakes(run: History) -> str:
@@ -188,10 +258,23 @@ def _mistakes(run: History) -> str:
     items = []
     for mistake, picture in zip(found, pictures, strict=True):
         words = f"<b>{_text(mistake['prediction'])}</b> <span>is {_text(mistake['label'])}</span>"
-        note = f"example {mistake['id']}: labelled {mistake['label']}, taken for {mistake['prediction']}"
-        share = "" if math.isnan(mistake["probability"]) else f"<small>p(label) {mistake['probability']:.2g}</small>"
-        items.append(f"<figure title='{_text(note)}'>{_picture(picture, note)}<figcaption>{words}{share}</figcaption></figure>")
-    lead = "<p>Prediction in bold, then the label, and the probability that the model gave it; worst first.</p>"
+        note = (
+            f"example {mistake['id']}: labelled {mistake['label']}, taken for"
+            f" {mistake['prediction']}"
+        )
+        share = (
+            ""
+            if math.isnan(mistake["probability"])
+            else f"<small>p(label) {mistake['probability']:.2g}</small>"
+        )
+        items.append(
+            f"<figure title='{_text(note)}'>{_picture(picture, note)}"
+            f"<figcaption>{words}{share}</figcaption></figure>"
+        )
+    lead = (
+        "<p>Prediction in bold, then the label, and the probability that the model gave it; worst"
+        " first.</p>"
+    )
     return _section("Worst mistakes", f"{lead}<div class=mistakes>{''.join(items)}</div>")
 
 
@@ -199,8 +282,14 @@ def _picture(picture: np.ndarray, note: str) -> str:
     """An example as an inline PNG, or a signal (L,) or (L, C) as a small line."""
     if picture.ndim <= 2:
         signal_L = picture if picture.ndim == 1 else picture[:, 0]
-        path = " ".join(f"{100 * x / max(len(signal_L) - 1, 1):.1f},{64 - 60 * y / 255:.1f}" for x, y in enumerate(signal_L.tolist()))
-        return f'<svg viewBox="0 0 100 68" role="img"><title>{_text(note)}</title><polyline class="signal" points="{path}"/></svg>'
+        path = " ".join(
+            f"{100 * x / max(len(signal_L) - 1, 1):.1f},{64 - 60 * y / 255:.1f}"
+            for x, y in enumerate(signal_L.tolist())
+        )
+        return (
+            f'<svg viewBox="0 0 100 68" role="img"><title>{_text(note)}</title><polyline'
+            f' class="signal" points="{path}"/></svg>'
+        )
     from PIL import Image
 
     channels = picture.shape[-1]
@@ -208,15 +297,27 @@ def _picture(picture: np.ndarray, note: str) -> str:
     file = io.BytesIO()
     image.save(file, "PNG")
     pixels = " class=pixels" if max(picture.shape[:2]) < 64 else ""
-    return f'<img{pixels} alt="{_text(note)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return (
+        f'<img{pixels} alt="{_text(note)}"'
+        f' src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    )
 
 
 def _configuration(run: History) -> str:
     rows = {**run.config}
-    apart = {key: run.run[key] for key in ("git", "versions", "hardware", "mesh", "data") if isinstance(run.run.get(key), dict)}
-    blocks = [f"<details{' open' * (len(rows) <= 20)}><summary>Settings</summary>{_facts(rows)}</details>"] if rows else []
+    apart = {
+        key: run.run[key]
+        for key in ("git", "versions", "hardware", "mesh", "data")
+        if isinstance(run.run.get(key), dict)
+    }
+    shown = " open" * (len(rows) <= 20)
+    settings = f"<details{shown}><summary>Settings</summary>{_facts(rows)}</details>"
+    blocks = [settings] if rows else []
     if apart:
-        blocks.append(f"<details><summary>Versions, hardware, data</summary>{_facts(history.flat(apart))}</details>")
+        blocks.append(
+            "<details><summary>Versions, hardware,"
+            f" data</summary>{_facts(history.flat(apart))}</details>"
+        )
     command = run.run.get("command")
     if command:
         words = " ".join(map(str, command)) if isinstance(command, list) else command
@@ -230,7 +331,10 @@ def _run_details(run: History, label: str) -> str:
 
 
 def _facts(rows: Mapping[str, Any]) -> str:
-    cells = (f"<tr><th scope=row>{_text(key)}</th><td>{_value(value)}</td></tr>" for key, value in rows.items())
+    cells = (
+        f"<tr><th scope=row>{_text(key)}</th><td>{_value(value)}</td></tr>"
+        for key, value in rows.items()
+    )
     return f"<div class=wide><table class=facts><tbody>{''.join(cells)}</tbody></table></div>"
 
 
@@ -239,7 +343,9 @@ def _section(title: str, *parts: str) -> str:
 
 
 def _rate(run: History) -> float | None:
-    values: Iterable[float] = (value for value in run.series("examples_per_second", "train")[1] if math.isfinite(value))
+    values: Iterable[float] = (
+        value for value in run.series("examples_per_second", "train")[1] if math.isfinite(value)
+    )
     return statistics.median(found) if (found := list(values)) else None
 
 
@@ -248,7 +354,13 @@ def _words(key: str) -> str:
 
 
 def _value(value: Any) -> str:
-    words = ", ".join(map(str, value)) if isinstance(value, list) else "–" if value is None or value == "" else str(value)
+    words = (
+        ", ".join(map(str, value))
+        if isinstance(value, list)
+        else "–"
+        if value is None or value == ""
+        else str(value)
+    )
     return _text(words)
 
 

@@ -1,4 +1,5 @@
-"""Plots: the curves, the confusion matrix and the worst mistakes as PNG files, drawn by matplotlib without a display or global state."""
+"""Plots: the curves, the confusion matrix and the worst mistakes as PNG files, drawn by matplotlib
+without a display or global state."""
 
 import math
 import warnings
@@ -9,11 +10,20 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain.report.metrics_file import is_clock
 from jaxtrain.report.page import history
-from jaxtrain.report.page.chart import Cut, axis_range, end_labels, last_finite, spread, thin, ticks, y_ticks
+from jaxtrain.report.page.chart import (
+    Cut,
+    axis_range,
+    end_labels,
+    last_finite,
+    spread,
+    thin,
+    ticks,
+    y_ticks,
+)
 from jaxtrain.report.page.history import Curve, History
 from jaxtrain.report.terminal.tables import rate_text, value_text
-from jaxtrain.report.metrics_file import is_clock
 
 INK, MUTED, RULE = "#1c1e21", "#6a7078", "#e3e3de"
 RIGHT, WRONG = "#2f6fb0", "#d2553f"
@@ -25,16 +35,34 @@ Panel = tuple[str, str, Callable[[float], str]]
 
 
 def panels(histories: Sequence[History]) -> list[Panel]:
-    """What there is to plot: (key, title, how to word a value), the loss and the metric first, then rate, throughput and the rest.
+    """What there is to plot: (key, title, how to word a value), the loss and the metric first, then
+    rate, throughput and the rest.
 
-    >>> run = History(Path("r"), {}, [{"step": 1, "split": "train", "loss": 2.0, "examples_per_second": 9.0}], {})
+    >>> run = History(
+    ...     Path("r"),
+    ...     {},
+    ...     [{"step": 1, "split": "train", "loss": 2.0, "examples_per_second": 9.0}],
+    ...     {},
+    ... )
     >>> [title for _, title, _ in panels([run])]
     ['Loss', 'Examples per second']
     """
-    found = {key for run in histories for line in run.metrics for key in line if key not in ("step", "split", "epoch")}
-    found = {key for key in found if any(run.series(key, split)[0] for run in histories for split in history.SPLITS)}
+    found = {
+        key
+        for run in histories
+        for line in run.metrics
+        for key in line
+        if key not in ("step", "split", "epoch")
+    }
+    found = {
+        key
+        for key in found
+        if any(run.series(key, split)[0] for run in histories for split in history.SPLITS)
+    }
     metric = next((run.metric for run in histories if run.metric), None)
-    first = [key for key in ("loss", metric, "learning_rate", "examples_per_second") if key in found]
+    first = [
+        key for key in ("loss", metric, "learning_rate", "examples_per_second") if key in found
+    ]
     others = sorted(key for key in found if key not in first and not is_clock(key))
     return [(key, key.replace("_", " ").capitalize(), _wording(key)) for key in [*first, *others]]
 
@@ -42,7 +70,12 @@ def panels(histories: Sequence[History]) -> list[Panel]:
 def wants_log(key: str, curves: Sequence[Curve]) -> bool:
     """Whether a loss spans so much that only a logarithmic axis shows its end."""
     values = [value for curve in curves for value in curve.values if math.isfinite(value)]
-    return history.smaller_is_better(key) and bool(values) and min(values) > 0 and max(values) > 30 * min(values)
+    return (
+        history.smaller_is_better(key)
+        and bool(values)
+        and min(values) > 0
+        and max(values) > 30 * min(values)
+    )
 
 
 def cut_of(key: str) -> Cut:
@@ -53,19 +86,27 @@ def cut_of(key: str) -> Cut:
     """
     if is_clock(key):
         return "zero"
-    return "upper" if history.smaller_is_better(key) or key == "grad_norm" else "lower" if "accuracy" in key else ""
+    return (
+        "upper"
+        if history.smaller_is_better(key) or key == "grad_norm"
+        else "lower"
+        if "accuracy" in key
+        else ""
+    )
 
 
 def write_plots(histories: Sequence[History], folder: Path) -> list[Path]:
-    """Writes what can be drawn into `folder`: loss.png, accuracy.png, learning_rate.png, throughput.png, and of a single run
-    confusion.png and mistakes.png; returns their paths."""
+    """Writes what can be drawn into `folder`: loss.png, accuracy.png, learning_rate.png,
+    throughput.png, and of a single run confusion.png and mistakes.png; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
     with _style():
         for key, title, text in panels(histories):
             found = history.curves(histories, key)
             if any(math.isfinite(value) for curve in found for value in curve.values):
-                figures[_file_name(key)] = _curve_figure(found, title, text, log=wants_log(key, found), cut=cut_of(key))
+                figures[_file_name(key)] = _curve_figure(
+                    found, title, text, log=wants_log(key, found), cut=cut_of(key)
+                )
         if len(histories) == 1:
             found = history.confusion(histories[0].predictions)
             if found is not None:
@@ -78,28 +119,43 @@ def write_plots(histories: Sequence[History], folder: Path) -> list[Path]:
     return paths
 
 
-def _curve_figure(curves: Sequence[Curve], title: str, text: Callable[[float], str], *, log: bool, cut: Cut) -> Any:
+def _curve_figure(
+    curves: Sequence[Curve], title: str, text: Callable[[float], str], *, log: bool, cut: Cut
+) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title)
-    finite = [value for curve in curves for value in curve.values if math.isfinite(value) and (value > 0 or not log)]
+    finite = [
+        value
+        for curve in curves
+        for value in curve.values
+        if math.isfinite(value) and (value > 0 or not log)
+    ]
     low, high = axis_range(finite, log=log, cut=cut)
     margin = (high / low) ** 0.04 if log else (high - low) * 0.04
     axes.set_yscale("log" if log else "linear")
-    axes.set_ylim((low / margin, high * margin) if log else (low if low == 0 else low - margin, high + margin))
+    axes.set_ylim(
+        (low / margin, high * margin) if log else (low if low == 0 else low - margin, high + margin)
+    )
     axes.yaxis.set_major_locator(FixedLocator(y_ticks(low, high, log=log)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
     end = max(step for curve in curves for step in curve.steps)
-    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks(0, end) if tick == int(tick)]))
+    axes.xaxis.set_major_locator(
+        FixedLocator([tick for tick in ticks(0, end) if tick == int(tick)])
+    )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("step")
     for curve in sorted(curves, key=lambda curve: not curve.faint):
         steps, values = thin(
-            curve.steps, [value if math.isfinite(value) and (value > 0 or not log) else math.nan for value in curve.values]
+            curve.steps,
+            [
+                value if math.isfinite(value) and (value > 0 or not log) else math.nan
+                for value in curve.values
+            ],
         )
         shade = MUTED if curve.color is None else PALETTE[curve.color % len(PALETTE)]
         width = 0.8 if curve.faint else 1.1 if curve.color is None else 1.9
@@ -116,14 +172,28 @@ def _curve_figure(curves: Sequence[Curve], title: str, text: Callable[[float], s
     return figure
 
 
-def _label_ends(axes: Any, curves: Sequence[Curve], text: Callable[[float], str], *, log: bool) -> None:
+def _label_ends(
+    axes: Any, curves: Sequence[Curve], text: Callable[[float], str], *, log: bool
+) -> None:
     """Names at the ends of the curves instead of a legend, moved apart where they would meet."""
-    named = [(curve, label, last_finite(curve.values)) for curve, label in zip(curves, end_labels(curves, text), strict=True) if label]
-    named = [(curve, label, value) for curve, label, value in named if math.isfinite(value) and (value > 0 or not log)]
+    named = [
+        (curve, label, last_finite(curve.values))
+        for curve, label in zip(curves, end_labels(curves, text), strict=True)
+        if label
+    ]
+    named = [
+        (curve, label, value)
+        for curve, label, value in named
+        if math.isfinite(value) and (value > 0 or not log)
+    ]
     low, high = (math.log10(limit) if log else limit for limit in axes.get_ylim())
-    heights = [((math.log10(value) if log else value) - low) / ((high - low) or 1) for *_, value in named]
+    heights = [
+        ((math.log10(value) if log else value) - low) / ((high - low) or 1) for *_, value in named
+    ]
     heights = [min(max(height, 0.0), 1.0) for height in heights]
-    for (curve, label, _), height in zip(named, spread(heights, 0.065, 0.0, 1.0) if named else [], strict=True):
+    for (curve, label, _), height in zip(
+        named, spread(heights, 0.065, 0.0, 1.0) if named else [], strict=True
+    ):
         shade = MUTED if curve.color is None else PALETTE[curve.color % len(PALETTE)]
         label = label if len(label) <= 29 else label[:28] + "…"
         axes.annotate(
@@ -147,11 +217,19 @@ def _confusion_figure(counts: np.ndarray, names: Sequence[str]) -> Any:
     axes = figure.add_subplot()
     total = np.maximum(counts.sum(axis=1, keepdims=True), 1)
     right = np.eye(size, dtype=bool)
-    # What is right by its share of the label, what is wrong by comparison with the commonest mistake, as on the page.
+    # What is right by its share of the label, what is wrong by comparison with the commonest
+    # mistake, as on the page.
     worst = max(int(counts[~right].max(initial=0)), 1)
-    heat = np.where(right, 0.45 * counts / total, np.where(counts > 0, 0.15 + 0.6 * counts / worst, 0.0))[..., None]
-    axes.imshow(1 - heat + heat * np.where(right[..., None], to_rgb(RIGHT), to_rgb(WRONG)), interpolation="nearest")
-    axes.set_title(f"Confusion: {int(counts.sum() - np.trace(counts)):,} of {int(counts.sum()):,} wrong")
+    heat = np.where(
+        right, 0.45 * counts / total, np.where(counts > 0, 0.15 + 0.6 * counts / worst, 0.0)
+    )[..., None]
+    axes.imshow(
+        1 - heat + heat * np.where(right[..., None], to_rgb(RIGHT), to_rgb(WRONG)),
+        interpolation="nearest",
+    )
+    axes.set_title(
+        f"Confusion: {int(counts.sum() - np.trace(counts)):,} of {int(counts.sum()):,} wrong"
+    )
     axes.set_xlabel("prediction")
     axes.set_ylabel("label")
     if size <= MOST_ANNOTATED:
@@ -179,28 +257,58 @@ def _mistakes_figure(mistakes: Sequence[dict[str, Any]]) -> Any:
             continue
         picture = pictures[index]
         if picture.ndim <= 2:
-            axes.plot(picture if picture.ndim == 1 else picture[:, 0], color=PALETTE[0], linewidth=1.2)
+            axes.plot(
+                picture if picture.ndim == 1 else picture[:, 0], color=PALETTE[0], linewidth=1.2
+            )
         else:
             axes.imshow(
-                picture[..., :3] if picture.shape[-1] >= 3 else picture[..., 0], cmap="gray", vmin=0, vmax=255, interpolation="nearest"
+                picture[..., :3] if picture.shape[-1] >= 3 else picture[..., 0],
+                cmap="gray",
+                vmin=0,
+                vmax=255,
+                interpolation="nearest",
             )
         words = [mistakes[index][key] for key in ("prediction", "label")]
-        axes.set_title("{} ({})".format(*(word if len(word) <= 12 else word[:11] + "…" for word in words)), loc="center", color=WRONG)
+        axes.set_title(
+            "{} ({})".format(*(word if len(word) <= 12 else word[:11] + "…" for word in words)),
+            loc="center",
+            color=WRONG,
+        )
     return figure
 
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """One look for all plots, for the time of drawing only; a glyph that the font lacks is a box, not a warning."""
+    """One look for all plots, for the time of drawing only; a glyph that the font lacks is a box,
+    not a warning."""
     import matplotlib
 
     look = {
-        "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelcolor": MUTED,
-        "axes.edgecolor": RULE, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.grid": True,
-        "axes.grid.axis": "y", "grid.color": RULE, "grid.linewidth": 0.8, "axes.axisbelow": True, "text.color": INK, "xtick.color": MUTED,
-        "ytick.color": MUTED, "xtick.major.size": 0, "ytick.major.size": 0, "lines.solid_capstyle": "round",
-        "figure.facecolor": "white", "text.parse_math": False, "figure.titleweight": "bold", "figure.titlesize": 10,
-    }  # fmt: skip
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.labelcolor": MUTED,
+        "axes.edgecolor": RULE,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "grid.color": RULE,
+        "grid.linewidth": 0.8,
+        "axes.axisbelow": True,
+        "text.color": INK,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "lines.solid_capstyle": "round",
+        "figure.facecolor": "white",
+        "text.parse_math": False,
+        "figure.titleweight": "bold",
+        "figure.titlesize": 10,
+    }
     with matplotlib.rc_context(look), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
@@ -209,7 +317,11 @@ def _style() -> Iterator[None]:
 def _wording(key: str) -> Callable[[float], str]:
     if "accuracy" in key:
         # Ticks are round; the ends of curves deserve their digits.
-        return lambda value: f"{100 * value:.0f}%" if abs(value * 100 - round(value * 100)) < 1e-9 else f"{100 * value:.2f}%"
+        return lambda value: (
+            f"{100 * value:.0f}%"
+            if abs(value * 100 - round(value * 100)) < 1e-9
+            else f"{100 * value:.2f}%"
+        )
     if key.endswith("_per_second"):
         return lambda value: rate_text(value).replace(".0", "")
     return lambda value: f"{value:.3g}" if abs(value) < 1e4 else value_text(key, float(value))
@@ -217,4 +329,8 @@ def _wording(key: str) -> Callable[[float], str]:
 
 def _file_name(key: str) -> str:
     """A key as a file's name; keys are a user's, so only letters, digits and underscores pass."""
-    return "throughput" if key == "examples_per_second" else "".join(character if character.isalnum() else "_" for character in key)[:80]
+    return (
+        "throughput"
+        if key == "examples_per_second"
+        else "".join(character if character.isalnum() else "_" for character in key)[:80]
+    )

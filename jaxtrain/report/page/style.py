@@ -4,33 +4,40 @@ SHEET = """
 :root {
   --paper: #fcfcfa; --ink: #1c1e21; --muted: #6a7078; --rule: #e3e3de; --tint: #f3f3ef;
   --right: #2f6fb0; --wrong: #d2553f;
-  --c0: #2463a8; --c1: #c2571a; --c2: #1f7f5c; --c3: #8348a8; --c4: #b03052; --c5: #7a6a10; --c6: #1b7f92; --c7: #5c6470;
+  --c0: #2463a8; --c1: #c2571a; --c2: #1f7f5c; --c3: #8348a8; --c4: #b03052; --c5: #7a6a10;
+  --c6: #1b7f92; --c7: #5c6470;
 }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #15171a; --ink: #e6e6e3; --muted: #979da6; --rule: #2c3036; --tint: #1d2024;
   --right: #5b9be0; --wrong: #e8705a;
-  --c0: #74b0f0; --c1: #f0995c; --c2: #62c79d; --c3: #c294e6; --c4: #f0859f; --c5: #d4c257; --c6: #62c8da; --c7: #a9b1bd;
+  --c0: #74b0f0; --c1: #f0995c; --c2: #62c79d; --c3: #c294e6; --c4: #f0859f; --c5: #d4c257;
+  --c6: #62c8da; --c7: #a9b1bd;
 } }
 * { box-sizing: border-box; }
 body {
   margin: 0; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 ui-sans-serif, system-ui, -apple-system, "Segoe UI", "Helvetica Neue", "Liberation Sans", Arial, sans-serif;
+  font: 15px/1.5 ui-sans-serif, system-ui, -apple-system, "Segoe UI", "Helvetica Neue",
+    "Liberation Sans", Arial, sans-serif;
   font-variant-numeric: tabular-nums;
 }
 main { max-width: 1120px; margin: 0 auto; padding: 48px 32px 64px; }
 header p, footer, .note, section > p { color: var(--muted); }
-h1 { margin: 0; font-size: 32px; line-height: 1.15; font-weight: 650; letter-spacing: -0.02em; overflow-wrap: anywhere; }
+h1 { margin: 0; font-size: 32px; line-height: 1.15; font-weight: 650; letter-spacing: -0.02em;
+  overflow-wrap: anywhere; }
 header p { margin: 6px 0 0; overflow-wrap: anywhere; }
-h2 { margin: 48px 0 14px; padding-top: 14px; border-top: 1px solid var(--rule); font-size: 17px; font-weight: 650; }
+h2 { margin: 48px 0 14px; padding-top: 14px; border-top: 1px solid var(--rule); font-size: 17px;
+  font-weight: 650; }
 section > p { margin: -8px 0 14px; }
 footer { margin-top: 56px; font-size: 13px; }
 
 .figures { display: flex; flex-wrap: wrap; gap: 20px 44px; margin: 34px 0 0; }
 .figures dt { color: var(--muted); font-size: 13px; }
-.figures dd { margin: 0; font-size: 30px; line-height: 1.2; font-weight: 600; letter-spacing: -0.02em; }
+.figures dd { margin: 0; font-size: 30px; line-height: 1.2; font-weight: 600;
+  letter-spacing: -0.02em; }
 .figures dd.note { font-size: 13px; font-weight: 400; letter-spacing: 0; }
 
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 30px 40px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr));
+  gap: 30px 40px; }
 figure { margin: 0; }
 .charts figcaption { font-weight: 600; margin-bottom: 4px; }
 .chart { display: block; width: 100%; height: auto; overflow: visible; }
@@ -39,7 +46,8 @@ figure { margin: 0; }
 .chart .tick { fill: var(--muted); }
 .chart .name { fill: var(--c); font-weight: 600; }
 .chart .bad { fill: var(--wrong); font-weight: 700; }
-.chart .curve { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
+.chart .curve { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round;
+  stroke-linecap: round; }
 .chart .back { stroke-width: 1.25; }
 .chart .faint { stroke-width: 1.1; opacity: 0.32; }
 .chart .dot { fill: var(--c); }
@@ -53,7 +61,8 @@ thead th { color: var(--muted); font-size: 13px; border-bottom: 1px solid var(--
 tbody tr + tr > * { border-top: 1px solid var(--rule); }
 .number { text-align: right; white-space: nowrap; }
 .best { font-weight: 700; }
-.chip { display: inline-block; width: 14px; height: 3px; margin: 0 8px 4px 0; background: var(--c); border-radius: 2px; }
+.chip { display: inline-block; width: 14px; height: 3px; margin: 0 8px 4px 0;
+  background: var(--c); border-radius: 2px; }
 .facts th { color: var(--muted); width: 1%; white-space: nowrap; padding-right: 28px; }
 .facts td { overflow-wrap: anywhere; }
 
@@ -63,18 +72,23 @@ tbody tr + tr > * { border-top: 1px solid var(--rule); }
 .confusion td { min-width: 44px; }
 .confusion .none { color: var(--rule); }
 .confusion .right { background: color-mix(in srgb, var(--right) var(--h), transparent); }
-.confusion .wrong { background: color-mix(in srgb, var(--wrong) var(--h), transparent); font-weight: 600; }
+.confusion .wrong { background: color-mix(in srgb, var(--wrong) var(--h), transparent);
+  font-weight: 600; }
 
-.mistakes { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 20px 16px; }
-.mistakes img, .mistakes svg { display: block; width: 100%; border-radius: 3px; background: var(--tint); }
+.mistakes { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr));
+  gap: 20px 16px; }
+.mistakes img, .mistakes svg { display: block; width: 100%; border-radius: 3px;
+  background: var(--tint); }
 .mistakes .pixels { image-rendering: pixelated; }
 .mistakes .signal { fill: none; stroke: var(--c0); stroke-width: 1.6; stroke-linejoin: round; }
-.mistakes figcaption { margin-top: 5px; font-size: 13px; line-height: 1.35; overflow-wrap: anywhere; }
+.mistakes figcaption { margin-top: 5px; font-size: 13px; line-height: 1.35;
+  overflow-wrap: anywhere; }
 .mistakes b { color: var(--wrong); }
 .mistakes span, .mistakes small { color: var(--muted); }
 .mistakes small { display: block; font-size: 12px; }
 
-pre { margin: 0 0 16px; padding: 12px 14px; overflow-x: auto; background: var(--tint); border-radius: 4px; font-size: 13px; }
+pre { margin: 0 0 16px; padding: 12px 14px; overflow-x: auto; background: var(--tint);
+  border-radius: 4px; font-size: 13px; }
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 summary { cursor: pointer; font-weight: 600; padding: 6px 0; }
 details.run { margin-top: 28px; border-top: 1px solid var(--rule); padding-top: 8px; }

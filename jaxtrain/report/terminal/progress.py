@@ -1,8 +1,11 @@
-"""The live line: where a run stands, on one line that never wraps; plain lines where there is no terminal.
+"""The live line: where a run stands, on one line that never wraps; plain lines where there is no
+terminal.
 
-    ⠙ 1,240/2,000 ━━━━━━━━╸─────  loss 0.0312 ▇▅▄▃▂▁  accuracy 99.10%  48.2k ex/s  1.2 GB  MFU 41.3%  0:12 left
+    ⠙ 1,240/2,000 ━━━━━━━━╸─────  loss 0.0312 ▇▅▄▃▂▁  accuracy 99.10%  48.2k ex/s  1.2 GB  MFU 41.3%
+    0:12 left
 
-Nothing here may end a run: output that can't be written (a closed pipe, a terminal that is gone) is dropped in silence.
+Nothing here may end a run: output that can't be written (a closed pipe, a terminal that is gone) is
+dropped in silence.
 """
 
 import itertools
@@ -18,8 +21,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from jaxtrain.report.terminal.tables import bytes_text, clean, duration_text, rate_text, value_text
 from jaxtrain.report.metrics_file import is_clock
+from jaxtrain.report.terminal.tables import bytes_text, clean, duration_text, rate_text, value_text
 
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -33,22 +36,36 @@ class Progress:
 
     >>> progress = Progress(2000, live=False, plain_seconds=0)
     >>> progress.start()
-    >>> progress.update(200, {"loss": 0.3124, "accuracy": 0.912}, examples_per_second=48210.0, eta_seconds=34)
+    >>> progress.update(
+    ...     200, {"loss": 0.3124, "accuracy": 0.912}, examples_per_second=48210.0, eta_seconds=34
+    ... )
     step 200/2,000  loss 0.3124  accuracy 91.20%  48.2k examples/s  0:34 left
     >>> progress.evaluation(200, "validation", {"loss": 0.298, "accuracy": 0.93}, best=True)
     step 200  validation  loss 0.2980  accuracy 93.00%  best so far
     >>> progress.stop()
 
-    `live` is found out by default: a terminal that isn't dumb. Without it at most one line every `plain_seconds` is printed, and
-    always that of the last step. Methods take plain numbers: nothing here waits for a device.
+    `live` is found out by default: a terminal that isn't dumb. Without it at most one line every
+    `plain_seconds` is printed, and always that of the last step. Methods take plain numbers:
+    nothing here waits for a device.
     """
 
-    def __init__(self, total_steps: int, *, stream: TextIO | None = None, live: bool | None = None, plain_seconds: float = 2.0) -> None:
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        stream: TextIO | None = None,
+        live: bool | None = None,
+        plain_seconds: float = 2.0,
+    ) -> None:
         self.total_steps = total_steps
         self.plain_seconds = plain_seconds
         self.console = make_console(stream)
         # Not `console.is_terminal`: FORCE_COLOR makes that true for files as well.
-        self.live = self.console.file.isatty() and not self.console.is_dumb_terminal if live is None else live
+        self.live = (
+            self.console.file.isatty() and not self.console.is_dumb_terminal
+            if live is None
+            else live
+        )
         self._line = _Line(total_steps, self.console.encoding.startswith("utf"))
         self._display: Live | None = None
         self._printed = -float("inf")
@@ -56,13 +73,17 @@ class Progress:
         self._over = threading.Event()
 
     def start(self, step: int = 0, phase: str = "compiling") -> None:
-        """Begins at `step`; until the first `update` the live line says what is going on, such as `compiling`."""
+        """Begins at `step`; until the first `update` the live line says what is going on, such as
+        `compiling`."""
         self._line.begin(step, phase)
         if self.live and self._display is None:
-            self._display = Live(self._line, console=self.console, auto_refresh=False, vertical_overflow="crop")
+            self._display = Live(
+                self._line, console=self.console, auto_refresh=False, vertical_overflow="crop"
+            )
             self._quietly(self._display.start)
             self._over.clear()
-            # Ours instead of rich's refresh thread: that one would print a traceback when the terminal goes away.
+            # Ours instead of rich's refresh thread: that one would print a traceback when the
+            # terminal goes away.
             threading.Thread(target=self._tick, name="progress", daemon=True).start()
 
     def update(
@@ -76,25 +97,40 @@ class Progress:
         mfu: float | None = None,
     ) -> None:
         """Takes the numbers of a step; what is None isn't shown. `mfu` in 0..1."""
-        speed = {"examples_per_second": examples_per_second, "memory_bytes": memory_bytes, "mfu": mfu}
+        speed = {
+            "examples_per_second": examples_per_second,
+            "memory_bytes": memory_bytes,
+            "mfu": mfu,
+        }
         self._line.set(step, values, speed, eta_seconds)
         now = time.monotonic()
-        if self._display is None and (now - self._printed >= self.plain_seconds or step >= self.total_steps):
+        if self._display is None and (
+            now - self._printed >= self.plain_seconds or step >= self.total_steps
+        ):
             self._printed = now
             self._print(Text(self._line.plain()))
 
     def phase(self, text: str) -> None:
-        """Says what the run does besides stepping, such as `evaluating`; an empty text or the next `update` ends it."""
+        """Says what the run does besides stepping, such as `evaluating`; an empty text or the next
+        `update` ends it."""
         self._line.phase = clean(text)
 
     def line(self, text: str, *, style: str = "") -> None:
         """Prints a note above the live line; control characters in it are made visible."""
         self._print(Text(clean(text), style=style))
 
-    def evaluation(self, step: int, split: str, values: Mapping[str, float], *, best: bool = False) -> None:
+    def evaluation(
+        self, step: int, split: str, values: Mapping[str, float], *, best: bool = False
+    ) -> None:
         """Prints the result of an evaluation above the live line."""
-        shown = [f"{clean(key)} {value_text(key, value)}" for key, value in values.items() if not is_clock(key)]
-        text = Text("  ").join([Text(f"step {step:,}"), Text(clean(split), style="bold"), *map(Text, shown)])
+        shown = [
+            f"{clean(key)} {value_text(key, value)}"
+            for key, value in values.items()
+            if not is_clock(key)
+        ]
+        text = Text("  ").join(
+            [Text(f"step {step:,}"), Text(clean(split), style="bold"), *map(Text, shown)]
+        )
         self._print(text.append("  best so far", style="green") if best else text)
 
     def show(self, renderable: Any) -> None:
@@ -121,7 +157,11 @@ class Progress:
 
     def _print(self, renderable: Any) -> None:
         with self._lock:
-            self._quietly(self.console.print, renderable, soft_wrap=isinstance(renderable, Text) and not self.live)
+            self._quietly(
+                self.console.print,
+                renderable,
+                soft_wrap=isinstance(renderable, Text) and not self.live,
+            )
 
     def _quietly(self, action: Any, *arguments: Any, **options: Any) -> None:
         try:
@@ -131,10 +171,17 @@ class Progress:
 
 
 def make_console(stream: TextIO | None = None) -> Console:
-    """A rich console that survives its stream: nothing written to it raises, whatever became of the other end."""
+    """A rich console that survives its stream: nothing written to it raises, whatever became of the
+    other end."""
     stream = sys.stdout if stream is None else stream
-    width = None if stream is not None and _is_terminal(stream) else int(os.environ.get("COLUMNS") or 100)
-    return Console(file=_Unbreakable(stream), width=width, highlight=False, markup=False, emoji=False)
+    width = (
+        None
+        if stream is not None and _is_terminal(stream)
+        else int(os.environ.get("COLUMNS") or 100)
+    )
+    return Console(
+        file=_Unbreakable(stream), width=width, highlight=False, markup=False, emoji=False
+    )
 
 
 class _Unbreakable:
@@ -172,7 +219,8 @@ class _Unbreakable:
 
 
 def _discard(stream: TextIO) -> None:
-    """Points the stream's descriptor at nothing; else Python fails at exit (status 120) when it flushes what is left in the buffer."""
+    """Points the stream's descriptor at nothing; else Python fails at exit (status 120) when it
+    flushes what is left in the buffer."""
     try:
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, stream.fileno())
@@ -201,14 +249,29 @@ class _Line:
         self._step, self._parts, self._eta, self._eta_set = 0, {}, None, 0.0
 
     def begin(self, step: int, phase: str) -> None:
-        self._step, self.phase, self.still, self._began = step, clean(phase), False, time.monotonic()
+        self._step, self.phase, self.still, self._began = (
+            step,
+            clean(phase),
+            False,
+            time.monotonic(),
+        )
 
-    def set(self, step: int, values: Mapping[str, float], speed: Mapping[str, float | None], eta_seconds: float | None) -> None:
+    def set(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        speed: Mapping[str, float | None],
+        eta_seconds: float | None,
+    ) -> None:
         self._step, self.phase, self._eta, self._eta_set = step, "", eta_seconds, time.monotonic()
         if "loss" in values:
             self._losses.append(values["loss"])
         metric = next((key for key in values if key not in QUIET_KEYS and not is_clock(key)), None)
-        shown = {key: f"{clean(key)} {value_text(key, values[key])}" for key in ("loss", metric) if key is not None and key in values}
+        shown = {
+            key: f"{clean(key)} {value_text(key, values[key])}"
+            for key in ("loss", metric)
+            if key is not None and key in values
+        }
         rate, memory, mfu = speed["examples_per_second"], speed["memory_bytes"], speed["mfu"]
         shown["rate"] = "" if rate is None else f"{rate_text(rate)} examples/s"
         shown["memory"] = "" if memory is None else bytes_text(memory)
@@ -216,8 +279,14 @@ class _Line:
         self._parts = {key: text for key, text in shown.items() if text}
 
     def plain(self) -> str:
-        left = [] if self._eta is None or self._step >= self.total_steps else [f"{duration_text(self._eta)} left"]
-        return "  ".join([f"step {self._step:,}/{self.total_steps:,}", *self._parts.values(), *left])
+        left = (
+            []
+            if self._eta is None or self._step >= self.total_steps
+            else [f"{duration_text(self._eta)} left"]
+        )
+        return "  ".join(
+            [f"step {self._step:,}/{self.total_steps:,}", *self._parts.values(), *left]
+        )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.draw(options.max_width)
@@ -225,13 +294,23 @@ class _Line:
     def draw(self, width: int) -> Text:
         """One line of at most `width` columns; what matters least leaves first."""
         now = time.monotonic()
-        parts: list[tuple[str, str, str]] = [("mark", self._mark(now), "green" if self._step >= self.total_steps else "cyan")]
+        parts: list[tuple[str, str, str]] = [
+            ("mark", self._mark(now), "green" if self._step >= self.total_steps else "cyan")
+        ]
         parts.append(("step", f"{self._step:,}/{self.total_steps:,}", "bold"))
         parts += [(key, text, "bold" if key == "loss" else "") for key, text in self._parts.items()]
         parts.append(("left", self._left(now), "cyan"))
         parts = [part for part in parts if part[1]]
         # In the order in which they go when the terminal is narrow.
-        for key in ("mfu", "memory", "rate", *(key for key in self._parts if key != "loss"), "left", "loss", "mark"):
+        for key in (
+            "mfu",
+            "memory",
+            "rate",
+            *(key for key in self._parts if key != "loss"),
+            "left",
+            "loss",
+            "mark",
+        ):
             if sum(len(text) + 1 + (key != "mark") for key, text, _ in parts) - 1 > width:
                 parts = [part for part in parts if part[0] != key]
         used = sum(len(text) + 1 + (key != "mark") for key, text, _ in parts)
@@ -248,8 +327,13 @@ class _Line:
         return line
 
     def _split(self, room: int) -> tuple[int, int]:
-        """How many columns the sparkline and the bar take of `room`; neither if that is too few to say anything."""
-        spark = min(12, len(self._losses)) if self.unicode and len(self._losses) > 2 and room >= 24 else 0
+        """How many columns the sparkline and the bar take of `room`; neither if that is too few to
+        say anything."""
+        spark = (
+            min(12, len(self._losses))
+            if self.unicode and len(self._losses) > 2 and room >= 24
+            else 0
+        )
         room -= spark + 2 if spark else 0
         bar = min(24, room - 3)
         return spark, bar if bar >= 6 else 0
@@ -258,14 +342,26 @@ class _Line:
         if self._step >= self.total_steps:
             return "✓" if self.unicode else "+"
         frames = SPINNER if self.unicode else "|/-\\"
-        return ("■" if self.unicode else "*") if self.still else frames[int(now / TICK_SECONDS) % len(frames)]
+        return (
+            ("■" if self.unicode else "*")
+            if self.still
+            else frames[int(now / TICK_SECONDS) % len(frames)]
+        )
 
     def _left(self, now: float) -> str:
         if self.phase:
-            return f"{self.phase} {duration_text(now - self._began)}" if self.phase == "compiling" else self.phase
+            return (
+                f"{self.phase} {duration_text(now - self._began)}"
+                if self.phase == "compiling"
+                else self.phase
+            )
         if self._step >= self.total_steps or self.still:
             return duration_text(now - self._began)
-        return "" if self._eta is None else f"{duration_text(max(self._eta - (now - self._eta_set), 0))} left"
+        return (
+            ""
+            if self._eta is None
+            else f"{duration_text(max(self._eta - (now - self._eta_set), 0))} left"
+        )
 
     def _bar(self, width: int) -> Text:
         done = min(max(self._step / max(self.total_steps, 1), 0.0), 1.0) * width
@@ -281,5 +377,11 @@ class _Line:
         edges = [len(losses) * column // width for column in range(width + 1)]
         means = [sum(losses[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
         finite = [mean for mean in means if abs(mean) < float("inf")]
-        low, span = min(finite, default=0.0), (max(finite, default=0.0) - min(finite, default=0.0)) or 1.0
-        return "".join(SPARKS[int((mean - low) / span * 7.99)] if abs(mean) < float("inf") else "×" for mean in means)
+        low, span = (
+            min(finite, default=0.0),
+            (max(finite, default=0.0) - min(finite, default=0.0)) or 1.0,
+        )
+        return "".join(
+            SPARKS[int((mean - low) / span * 7.99)] if abs(mean) < float("inf") else "×"
+            for mean in means
+        )

@@ -1,4 +1,5 @@
-"""Tables for the terminal: what a run is made of before its first step, and what came out at its end; and numbers as people read them."""
+"""Tables for the terminal: what a run is made of before its first step, and what came out at its
+end; and numbers as people read them."""
 
 import math
 import re
@@ -29,9 +30,13 @@ def parameter_rows(parameters: Mapping[str, Any], *, limit: int = 30) -> list[Pa
     >>> parameter_rows(layers, limit=2)
     [ParameterRow(path='block_*/kernel', shape='8×8', arrays=4, count=256, bytes=1024)]
 
-    Too many rows are first merged where paths differ by a number only and shapes agree, then where paths begin alike.
+    Too many rows are first merged where paths differ by a number only and shapes agree, then where
+    paths begin alike.
     """
-    rows = [_row(path, "×".join(map(str, array.shape)) or "scalar", [array]) for path, array in parameters.items()]
+    rows = [
+        _row(path, "×".join(map(str, array.shape)) or "scalar", [array])
+        for path, array in parameters.items()
+    ]
     if len(rows) <= limit:
         return rows
     rows = _merge(rows, [(re.sub(r"\d+", "*", row.path), row.shape) for row in rows])
@@ -47,15 +52,22 @@ def parameter_table(parameters: Mapping[str, Any], *, limit: int = 30) -> Table:
     rows = parameter_rows(parameters, limit=limit)
     table = _table("parameters", "shape", "arrays", "count", "size")
     for row in rows:
-        table.add_row(clean(row.path), row.shape, f"{row.arrays:,}", f"{row.count:,}", bytes_text(row.bytes))
-    total = (sum(row.arrays for row in rows), sum(row.count for row in rows), sum(row.bytes for row in rows))
+        table.add_row(
+            clean(row.path), row.shape, f"{row.arrays:,}", f"{row.count:,}", bytes_text(row.bytes)
+        )
+    total = (
+        sum(row.arrays for row in rows),
+        sum(row.count for row in rows),
+        sum(row.bytes for row in rows),
+    )
     table.add_section()
     table.add_row("all", "", f"{total[0]:,}", f"{total[1]:,}", bytes_text(total[2]), style="bold")
     return table
 
 
 def sharding_table(rows: Sequence[tuple[str, Sequence[int], str, int, str]]) -> Table:
-    """Where each parameter lies: path, shape, spec, bytes a device, reason (see `sharding.Row`), and the sum; equal layers share a row."""
+    """Where each parameter lies: path, shape, spec, bytes a device, reason (see `sharding.Row`),
+    and the sum; equal layers share a row."""
     groups: dict[tuple[Any, ...], list[tuple[str, int]]] = {}
     for path, shape, spec, size, why in rows:
         key = (re.sub(r"\d+", "#", path), tuple(shape), spec, why)
@@ -65,16 +77,28 @@ def sharding_table(rows: Sequence[tuple[str, Sequence[int], str, int, str]]) -> 
     for (_, shape, spec, why), group in groups.items():
         shown = "×".join(map(str, shape)) or "scalar"
         size = sum(size for _, size in group)
-        table.add_row(clean(merged_path([path for path, _ in group])), shown, f"{len(group):,}", spec, bytes_text(size), clean(why))
+        table.add_row(
+            clean(merged_path([path for path, _ in group])),
+            shown,
+            f"{len(group):,}",
+            spec,
+            bytes_text(size),
+            clean(why),
+        )
     table.add_section()
-    table.add_row("all", "", f"{len(rows):,}", "", bytes_text(sum(row[3] for row in rows)), "", style="bold")
+    table.add_row(
+        "all", "", f"{len(rows):,}", "", bytes_text(sum(row[3] for row in rows)), "", style="bold"
+    )
     return table
 
 
 def merged_path(paths: Sequence[str]) -> str:
     """Paths that differ in numbers only as one.
 
-    >>> merged_path([f"block{i}/mlp_in/kernel" for i in range(12)]), merged_path(["stage0_0/bias", "stage2_0/bias"])
+    >>> (
+    ...     merged_path([f"block{i}/mlp_in/kernel" for i in range(12)]),
+    ...     merged_path(["stage0_0/bias", "stage2_0/bias"]),
+    ... )
     ('block{0..11}/mlp_in/kernel', 'stage{0,2}_0/bias')
 
     Of two numbers in a path each is said for itself: not every pair of them need be there.
@@ -85,16 +109,28 @@ def merged_path(paths: Sequence[str]) -> str:
 
 
 def comparison_table(rows: Sequence[tuple[str, Sequence[float], float, float, str]]) -> Table:
-    """What `--compare_meshes` found, a row a mesh: differences of a free run's losses and of single steps' losses and gradients."""
-    table = _table("mesh", "loss, free run", "loss, single steps", "gradient, single steps", "first to differ")
+    """What `--compare_meshes` found, a row a mesh: differences of a free run's losses and of single
+    steps' losses and gradients."""
+    table = _table(
+        "mesh", "loss, free run", "loss, single steps", "gradient, single steps", "first to differ"
+    )
     table.columns[-1].justify = "left"
     for mesh, free, loss, gradient, first in rows:
-        table.add_row(clean(mesh), f"{max(free, default=0.0):.1e}", f"{loss:.1e}", f"{gradient:.1e}", clean(first))
+        table.add_row(
+            clean(mesh),
+            f"{max(free, default=0.0):.1e}",
+            f"{loss:.1e}",
+            f"{gradient:.1e}",
+            clean(first),
+        )
     return table
 
 
-def memory_table(parts: Mapping[str, float], *, device_bytes: float | None = None, title: str = "memory a device") -> Table:
-    """The memory estimate: bytes of each part on one device, their sum, and the share of `device_bytes` where it is known."""
+def memory_table(
+    parts: Mapping[str, float], *, device_bytes: float | None = None, title: str = "memory a device"
+) -> Table:
+    """The memory estimate: bytes of each part on one device, their sum, and the share of
+    `device_bytes` where it is known."""
     table = _table(title, "size", "share")
     total = sum(parts.values())
     whole = device_bytes or total or 1.0
@@ -118,14 +154,25 @@ def facts(title: str, rows: Mapping[str, str], *, width: int | None = None) -> P
     for name, value in rows.items():
         grid.add_row(clean(name), clean(value))
     return Panel(
-        grid, title=Text(clean(title), style="bold"), title_align="left", border_style="dim", expand=False, padding=(0, 1), width=width
+        grid,
+        title=Text(clean(title), style="bold"),
+        title_align="left",
+        border_style="dim",
+        expand=False,
+        padding=(0, 1),
+        width=width,
     )
 
 
 def value_text(name: str, value: float) -> str:
     """A value as people read it: accuracies in percent, others with about five digits.
 
-    >>> value_text("accuracy", 0.9722), value_text("loss", 0.123456), value_text("learning_rate", 3e-5), value_text("loss", float("nan"))
+    >>> (
+    ...     value_text("accuracy", 0.9722),
+    ...     value_text("loss", 0.123456),
+    ...     value_text("learning_rate", 3e-5),
+    ...     value_text("loss", float("nan")),
+    ... )
     ('97.22%', '0.1235', '3.00e-05', 'nan')
     """
     if not isinstance(value, int | float):
@@ -191,7 +238,10 @@ def clean(text: str) -> str:
     >>> clean("a\\x1b[31mb")
     'a\\\\x1b[31mb'
     """
-    return "".join(character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in str(text))
+    return "".join(
+        character if character.isprintable() or character == "\n" else repr(character)[1:-1]
+        for character in str(text)
+    )
 
 
 def _scaled(number: float, units: Sequence[str]) -> str:
@@ -200,7 +250,11 @@ def _scaled(number: float, units: Sequence[str]) -> str:
     index = 0
     while abs(number) >= 999.5 and index < len(units) - 1:
         number, index = number / 1000, index + 1
-    digits = f"{number:.0f}" if (index == 0 and number == int(number)) or abs(number) >= 99.95 else f"{number:.1f}"
+    digits = (
+        f"{number:.0f}"
+        if (index == 0 and number == int(number)) or abs(number) >= 99.95
+        else f"{number:.1f}"
+    )
     return f"{digits} {units[index]}"
 
 
@@ -208,7 +262,10 @@ def _table(*columns: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="dim", show_edge=False)
     for index, column in enumerate(columns):
         table.add_column(
-            clean(column), justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold" if index == 0 else "ellipsis"
+            clean(column),
+            justify="left" if index == 0 else "right",
+            no_wrap=index > 0,
+            overflow="fold" if index == 0 else "ellipsis",
         )
     return table
 
@@ -231,6 +288,10 @@ def _merge(rows: Sequence[ParameterRow], keys: Sequence[tuple[str, str]]) -> lis
     for row, key in zip(rows, keys, strict=True):
         groups.setdefault(key, []).append(row)
     return [
-        group[0] if len(group) == 1 else ParameterRow(*key, *(sum(row[column] for row in group) for column in (2, 3, 4)))
+        (
+            group[0]
+            if len(group) == 1
+            else ParameterRow(*key, *(sum(row[column] for row in group) for column in (2, 3, 4)))
+        )
         for key, group in groups.items()
     ]
