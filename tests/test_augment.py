@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import augment as augmentation
 from jaxtrain import fields
 from jaxtrain.augment import ImageAugment, NoAugment, SignalAugment, mixup
+from jaxtrain.augment import image as augmentation
 from jaxtrain.train import hyper
 
 BATCH, SIDES, LENGTH = 16, (6, 5), 20

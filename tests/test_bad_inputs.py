@@ -12,6 +12,7 @@ import pytest
 
 from jaxtrain import config
 from jaxtrain.config import flags
+from jaxtrain.config import run as config_run
 from jaxtrain.fields import Between, Count, DropRate, Length, NonNegative, Positive, Probability
 from jaxtrain.horizon import Horizon
 
@@ -511,7 +512,7 @@ def test_a_workdir_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(30, os.strerror(30))
 
     # the superuser, who runs tests in containers, may write anywhere
-    monkeypatch.setattr(config.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(config_run.tempfile, "TemporaryFile", refuse)
     with pytest.raises(ValueError) as caught:
         flags.parse(toy_run(), [f"--workdir={tmp_path}/run"])
     assert str(caught.value) == f"--workdir={tmp_path}/run: cannot write (Read-only file system)"

@@ -797,8 +797,8 @@ import sys
 from pathlib import Path
 import jax
 import numpy as np
-from jaxtrain.checkpoint import Checkpoints
-from jaxtrain.lock import Lock
+from jaxtrain.checkpoints.checkpoints import Checkpoints
+from jaxtrain.checkpoints.lock import Lock
 
 workdir, total = Path(sys.argv[1]), int(sys.argv[2])
 state = {"step": np.int32(0), "params": np.linspace(0, 1, 5000, dtype=np.float32)}

@@ -20,7 +20,7 @@ from jaxtrain.checkpoints.lock import NAME, Lock
 HOLD = """
 import sys, time
 from pathlib import Path
-from jaxtrain.lock import Lock
+from jaxtrain.checkpoints.lock import Lock
 try:
     with Lock(Path(sys.argv[1])):
         print("held", flush=True)

@@ -480,9 +480,9 @@ def test_waiting_may_be_given_up() -> None:
 
 JOIN = """
 import os, signal, sys, time
-from jaxtrain import processes
-found = processes.find(os.environ)
-processes.join(found, init_timeout=60)
+from jaxtrain.processes import cluster
+found = cluster.find(os.environ)
+cluster.join(found, init_timeout=60)
 import jax
 import numpy as np
 from jax.experimental import multihost_utils

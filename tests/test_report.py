@@ -87,7 +87,7 @@ def test_a_line_without_numbers_and_a_run_of_no_steps():
 
 SCRIPT = """
 import time
-from jaxtrain.report.progress import Progress
+from jaxtrain.report.terminal.progress import Progress
 progress = Progress(30, plain_seconds=0)
 progress.start()
 for step in range(1, 31):

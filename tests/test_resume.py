@@ -144,7 +144,7 @@ def test_ignored_signals_stay_ignored() -> None:
 
 STUCK = """
 import hashlib, signal
-from jaxtrain.signals import Stop
+from jaxtrain.processes.signals import Stop
 # It is ignored in the background of a script.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with Stop():
@@ -178,7 +178,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, "tests")
 from test_run import start
-from jaxtrain import feed
+from jaxtrain.train import feeds as feed
 advance = feed.ResidentFeed.advance
 def deadly(self, state, count):
     if int(__import__("jax").device_get(state.step)) >= 14:

@@ -39,7 +39,7 @@ WORKER = '''
 """A stand-in for an experiment: beats as one, and at a step of one process does what flags say."""
 import os, signal, sys, time
 from pathlib import Path
-from jaxtrain import pulse
+from jaxtrain.processes import heartbeat as pulse
 
 flags = dict(argument.lstrip("-").split("=", 1) for argument in sys.argv[1:])
 index, steps = int(os.environ.get("JAXTRAIN_PROCESS", 0)), int(flags.get("steps", 8))
@@ -338,8 +338,8 @@ def test_a_beat_without_a_supervisor_is_nothing(tmp_path: Path) -> None:
     """Also in a child that inherited the environment of a worker: its beats would hide that the
     worker hangs."""
     code = (
-        "import os; from jaxtrain import pulse; pulse.beat('training', 3); pulse.workdir('/x');"
-        " assert pulse._own() is None"
+        "import os; from jaxtrain.processes import heartbeat; heartbeat.beat('training', 3);"
+        " heartbeat.workdir('/x'); assert heartbeat._own() is None"
     )
     for inherited in (
         {},

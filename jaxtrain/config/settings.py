@@ -88,7 +88,7 @@ def field_docs(cls: type) -> dict[str, str]:
 def summary(cls: type) -> str:
     """The first sentence of a class's own docstring, or nothing.
 
-    >>> from jaxtrain.config import WholeAtLeast
+    >>> from jaxtrain.config.run import WholeAtLeast
     >>> summary(WholeAtLeast)
     'The value must be a whole number of at least `limit`'
     """

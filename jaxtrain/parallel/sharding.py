@@ -55,7 +55,7 @@ def parameter(
 ) -> PartitionSpec:
     """The spec of one parameter.
 
-    >>> from jaxtrain import mesh
+    >>> from jaxtrain.parallel import mesh
     >>> len(parameter("params/head/kernel", (64, 10), None, mesh.make("data:1"), rule="-:tensor"))
     0
 
