@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain import messages
+from jaxtrain.errors import RunError, UserError
 
 HELP = """jaxtrain: train JAX models from one command
 
@@ -34,11 +35,11 @@ def main(argv: Sequence[str]) -> int:
         status = _run(arguments)
         sys.stdout.flush()
         return status
-    except ValueError as error:
+    except RunError as error:
         if len(arguments) < len(argv):
             raise
         print(f"jaxtrain: error: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except BrokenPipeError:
         # `| head` has read enough. What is still buffered must not raise again when Python closes
         # the stream.
@@ -54,12 +55,12 @@ def _run(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     command, *rest = arguments
     if command not in COMMANDS:
-        raise ValueError(
+        raise UserError(
             f"unknown command {messages.shown(command)}; valid:"
             f" {', '.join(COMMANDS)}{messages.did_you_mean(command, COMMANDS)}"
         )
     if flag := next((argument for argument in rest if argument.startswith("-")), None):
-        raise ValueError(f"{command}: unknown flag {messages.one_line(flag)}; it takes none")
+        raise UserError(f"{command}: unknown flag {messages.one_line(flag)}; it takes none")
     return COMMANDS[command](rest)
 
 
@@ -68,7 +69,7 @@ def list_names(families: Sequence[str]) -> int:
     for family in families:
         if family not in FAMILIES:
             near = messages.did_you_mean(family, FAMILIES)
-            raise ValueError(
+            raise UserError(
                 f"list {messages.one_line(family)}: unknown; valid: {', '.join(FAMILIES)}{near}"
             )
     for family in dict.fromkeys(families or FAMILIES):
@@ -99,7 +100,7 @@ def _line(component: Any) -> str:
 def verify(arguments: Sequence[str]) -> int:
     """Checks a workdir's checkpoints; 74 if a numbered step does not verify."""
     if len(arguments) != 1:
-        raise ValueError(
+        raise UserError(
             f"verify: takes one WORKDIR, got {len(arguments)}; e.g. python -m jaxtrain verify"
             " runs/digits/today"
         )
@@ -112,14 +113,14 @@ def verify(arguments: Sequence[str]) -> int:
 def report(arguments: Sequence[str]) -> int:
     """Writes the report of one run into its folder, or of several into the working directory."""
     if not arguments:
-        raise ValueError(
+        raise UserError(
             "report: takes at least one WORKDIR, got 0; e.g. python -m jaxtrain report"
             " runs/digits/today"
         )
     workdirs = [_workdir("report", argument) for argument in arguments]
     for workdir in workdirs:
         if not (workdir / "metrics.jsonl").is_file():
-            raise ValueError(
+            raise UserError(
                 f"report {messages.one_line(str(workdir))}: holds no metrics.jsonl; is it the"
                 " folder of a run?"
             )
@@ -136,7 +137,7 @@ def _workdir(command: str, text: str) -> Path:
             if path.parent.is_dir()
             else []
         )
-        raise ValueError(
+        raise UserError(
             f"{command} {messages.one_line(text)}: {what}{messages.did_you_mean(path.name, names)}"
         )
     return path

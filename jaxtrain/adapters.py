@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import jax
 from flax import linen as nn
 
+from jaxtrain.errors import UserError
+
 PyTree = Any
 Variables = dict[str, PyTree]
 Keys = Mapping[str, jax.Array]
@@ -70,7 +72,7 @@ def functions(model: Any) -> Functions:
     kinds = (
         "a Linen module, an NNX module, a function of rngs that makes one, or a pair (init, apply)"
     )
-    raise ValueError(f"model={type(model).__name__}: not a model; expected {kinds}")
+    raise UserError(f"model={type(model).__name__}: not a model; expected {kinds}")
 
 
 def logical_axes(model: Any, inputs: Any) -> Variables:
@@ -145,7 +147,7 @@ def _nnx(model: Any) -> Functions:
     made = isinstance(model, nnx.Module)
     example = model if made else nnx.eval_shape(lambda: model(rngs=nnx.Rngs(0)))
     if not isinstance(example, nnx.Module):
-        raise ValueError(
+        raise UserError(
             f"model={model!r}: called with rngs it gave {type(example).__name__}; expected an NNX"
             " module"
         )
@@ -204,7 +206,7 @@ def _seeded(streams: Any, rngs: Keys, *, needed: bool) -> PyTree:
             return jax.numpy.zeros(variable.get_value().shape, "uint32")
         key = rngs.get(variable.tag, rngs.get("dropout"))
         if key is None and needed:
-            raise ValueError(
+            raise UserError(
                 f"{'.'.join(map(str, path))}: draws random numbers in training; give"
                 f" rngs={{{variable.tag!r}: key}}"
             )

@@ -1,5 +1,5 @@
-"""Exit statuses: what a run says by its last word, to the shell, the supervisor and the
-scheduler."""
+"""Errors that end a run with one line, and the exit statuses that they carry to the shell, the
+supervisor and the scheduler."""
 
 BAD_INPUT = 2
 """A flag, a file or the data is not what it must be; one line says which."""
@@ -25,3 +25,44 @@ FINAL = {
 }
 """Those that a restart would only bring again, in words; scripts/slurm/train.sbatch and
 scripts/kubernetes/job.yaml list them too."""
+
+
+class RunError(Exception):
+    """What ends a run with one line on stderr and an exit status of its own, without a traceback.
+
+    >>> UserError("--steps=-1: needs a whole number >= 0").status
+    2
+    """
+
+    status: int
+
+
+class UserError(RunError, ValueError):
+    """Something that a user can mend: the message names the thing, its value, the rule and the
+    remedy. Any other `ValueError` is a fault in code, and keeps its traceback."""
+
+    status = BAD_INPUT
+
+
+class Diverged(RunError):
+    """The loss or the gradient is not finite any more."""
+
+    status = DIVERGED
+
+
+class CheckpointError(RunError):
+    """The disk or a checkpoint on it fails."""
+
+    status = IO_ERROR
+
+
+class NonFinite(CheckpointError):
+    """A state that holds NaN or infinity and was therefore not committed."""
+
+    status = DIVERGED
+
+
+class PeerLost(RunError):
+    """Another process of the run did not come, or is gone; the run may be started again."""
+
+    status = TRY_AGAIN

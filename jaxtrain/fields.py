@@ -17,6 +17,7 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any
 
+from jaxtrain.errors import UserError
 from jaxtrain.horizon import Horizon
 
 
@@ -158,7 +159,7 @@ def check(component: Any, name: str = "") -> None:
         if is_component(value):
             check(value, f"{name}.{field.name}")
         elif problem := field.problem(value):
-            raise ValueError(f"{name}.{field.name}={value}: {problem}")
+            raise UserError(f"{name}.{field.name}={value}: {problem}")
 
 
 def _unwrap(annotation: Any) -> tuple[Any, tuple[Any, ...]]:

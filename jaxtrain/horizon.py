@@ -4,6 +4,8 @@ import dataclasses
 import re
 from typing import Literal
 
+from jaxtrain.errors import UserError
+
 _TEXT = re.compile(r"(\d+(?:\.\d+)?(?:[eE]\d+)?)(steps?|epochs?|%)?")
 _UNITS = {
     None: "steps",
@@ -33,14 +35,14 @@ class Horizon:
         """Reads `200`, `200steps`, `2epochs` or `5%`; `ValueError` for anything else."""
         match = _TEXT.fullmatch(text.strip())
         if match is None:
-            raise ValueError(f"{text!r}: not a horizon; expected e.g. 200, 200steps, 2epochs or 5%")
+            raise UserError(f"{text!r}: not a horizon; expected e.g. 200, 200steps, 2epochs or 5%")
         horizon = cls(float(match[1]), _UNITS[match[2]])
         if horizon.unit == "steps" and horizon.value != int(horizon.value):
-            raise ValueError(
+            raise UserError(
                 f"{text!r}: steps must be a whole number; for a part of the run write e.g. 5%"
             )
         if horizon.unit == "percent" and horizon.value > 100:
-            raise ValueError(f"{text!r}: must be at most 100%")
+            raise UserError(f"{text!r}: must be at most 100%")
         return horizon
 
     def steps(self, *, total_steps: float, steps_per_epoch: float) -> float:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.errors import UserError
 from jaxtrain.fields import Between, Length, Probability, Traced
 from jaxtrain.horizon import Horizon
 
@@ -159,11 +160,11 @@ def resolve(schedule: AnySchedule, *, total_steps: float, steps_per_epoch: float
     lengths = [name for name in ("warmup", "decay", "cooldown") if name in given]
     for name in [*lengths, "timescale", "first", "every"]:
         if name in given and getattr(resolved, name) < 0:
-            raise ValueError(
+            raise UserError(
                 f"--schedule.{name}={given[name]}: must be >= 0; e.g. 200, 2epochs or 5%"
             )
     if isinstance(resolved, Step) and resolved.every == 0:
-        raise ValueError(
+        raise UserError(
             f"--schedule.every={given['every']}: must be > 0; to drop only once, write 100%"
         )
     needed = sum(getattr(resolved, name) for name in lengths)
@@ -172,7 +173,7 @@ def resolve(schedule: AnySchedule, *, total_steps: float, steps_per_epoch: float
         text = " and ".join(
             f"--schedule.{name}={given[name]}" for name in lengths if getattr(resolved, name) > 0
         )
-        raise ValueError(
+        raise UserError(
             f"{text}: {needed:g} steps do not fit into a run of {total_steps:g}; shorten them or"
             " write e.g. 5%"
         )

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain import fields, losses, metrics
+from jaxtrain.errors import UserError
 
 Batch = Mapping[str, jax.Array]
 
@@ -108,7 +109,7 @@ class Regression:
         del train  # the same in both
         target = _field(batch, self.target, "; set --task.target")
         if outputs.shape != target.shape:
-            raise ValueError(
+            raise UserError(
                 f"outputs have shape {outputs.shape}, targets {target.shape}; they must be equal,"
                 " so change the model's last layer or --task.target"
             )
@@ -140,7 +141,7 @@ class NextToken:
         predict."""
         tokens = _field(batch, self.input, "; set --task.input")
         if tokens.ndim != 2 or tokens.shape[1] < 2:
-            raise ValueError(
+            raise UserError(
                 f"{self.input!r} has shape {tokens.shape}; the task wants (batch, length) with a"
                 " length of 2 or more; give it such tokens, or set --task.input"
             )
@@ -151,7 +152,7 @@ class NextToken:
         del train  # the same in both
         targets_BT = _field(batch, self.input, "; set --task.input")[:, 1:]
         if outputs.ndim != 3 or outputs.shape[:2] != targets_BT.shape:
-            raise ValueError(
+            raise UserError(
                 f"outputs have shape {outputs.shape}; the task wants {targets_BT.shape} and the"
                 " vocabulary; the model must answer at every place"
             )
@@ -171,7 +172,7 @@ class NextToken:
 
 def _field(batch: Batch, name: str, remedy: str = "") -> jax.Array:
     if name not in batch:
-        raise ValueError(
+        raise UserError(
             f"batch has keys {', '.join(sorted(batch))}; the task wants {name!r}{remedy}"
         )
     return batch[name]

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import jax
 
+from jaxtrain.errors import UserError
+
 PyTree = Any
 Value = TypeVar("Value")
 Rules = tuple[tuple[str, Value], ...]
@@ -47,14 +49,14 @@ def match(rules: Rules[Value], tree: PyTree, *, name: str, default: Value | None
                 idle.discard(index)
                 return value
         if default is None:
-            raise ValueError(f"{name}: no pattern matches {text}; add a last rule '.*=...'")
+            raise UserError(f"{name}: no pattern matches {text}; add a last rule '.*=...'")
         return default
 
     values = jax.tree_util.tree_map_with_path(value_at, tree)
     if idle:
         first = rules[min(idle)][0]
         known = ", ".join(list(flatten(tree))[:6])
-        raise ValueError(
+        raise UserError(
             f"{name}: pattern {first!r} decides no parameter (paths: {known}, ...); remove it or"
             " mend it"
         )
@@ -89,4 +91,4 @@ def _compile(pattern: str, name: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{name}: {pattern!r} is not a regular expression ({error})") from error
+        raise UserError(f"{name}: {pattern!r} is not a regular expression ({error})") from error

@@ -187,7 +187,7 @@ def test_models_know_nothing_of_the_house() -> None:
                 for name in imports(path)
                 if name.startswith("jaxtrain") and not name.startswith("jaxtrain.models")
             }
-            assert ours <= {"jaxtrain.fields", "jaxtrain.horizon"}, module
+            assert ours <= {"jaxtrain.errors", "jaxtrain.fields", "jaxtrain.horizon"}, module
 
 
 def test_the_step_knows_no_file_clock_or_logger() -> None:

@@ -25,6 +25,7 @@ def test_sizes(text, sizes):
     assert tuple(made.axis_names) == mesh.AXES
 
 
+TWELVE = "data:2,fsdp:3 or data:4,fsdp:2"
 DRY_RUN = "for a dry run set XLA_FLAGS=--xla_force_host_platform_device_count="
 
 
@@ -40,8 +41,7 @@ DRY_RUN = "for a dry run set XLA_FLAGS=--xla_force_host_platform_device_count="
         ("data:16", f"needs 16 devices, there are only 8; nearest: data:8; {DRY_RUN}16"),
         (
             "data:4,fsdp:3",
-            "needs 12 devices, there are only 8; nearest: data:2,fsdp:3 or data:4,fsdp:2;"
-            f" {DRY_RUN}12",
+            f"needs 12 devices, there are only 8; nearest: {TWELVE}; {DRY_RUN}12",
         ),
         (
             "data:16,fsdp:-1",

@@ -870,12 +870,8 @@ JITTED_TWICE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 10995
     [(JITTED_TWICE, 71), ("INVALID_ARGUMENT: Executable expected parameter 0 of size 8", None)],
 )
 def test_an_error_of_xla_is_no_bad_input_though_a_jitted_function_raises_it_as_value_error(
-    text: str, status: int | None, monkeypatch: pytest.MonkeyPatch
+    text: str, status: int | None
 ) -> None:
-    """As if one of our own lines had called the function: no line of jax's Python is in the
-    traceback."""
-    monkeypatch.setattr(runner_main, "_is_ours", lambda error: True)
-
     def step() -> int:
         raise ValueError(text)
 
@@ -884,6 +880,13 @@ def test_an_error_of_xla_is_no_bad_input_though_a_jitted_function_raises_it_as_v
             runner_main.guarded(step)
     else:
         assert runner_main.guarded(step) == status
+
+
+def test_a_value_error_that_is_no_user_error_is_a_fault_and_no_bad_input() -> None:
+    """Raised inside C code called by ours, it had the status of bad input: no traceback, and no
+    restart ever."""
+    with pytest.raises(ValueError, match="invalid literal"):
+        runner_main.guarded(lambda: int("x"))
 
 
 def test_meshes_that_differ_have_a_status_of_their_own(

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.augment import mixup as mixtures
+from jaxtrain.errors import UserError
 from jaxtrain.fields import Between, NonNegative, Probability, Traced
 
 Batch = dict[str, jax.Array]
@@ -300,9 +301,9 @@ NAMES: dict[str, Augment] = {
 
 def _check(image: jax.Array, *, ranks: Sequence[int], name: str, expected: str) -> None:
     if image.ndim not in ranks:
-        raise ValueError(f"{name}: image of shape {image.shape}; expected {expected}")
+        raise UserError(f"{name}: image of shape {image.shape}; expected {expected}")
     if not jnp.issubdtype(image.dtype, jnp.floating):
-        raise ValueError(
+        raise UserError(
             f"{name}: image of type {image.dtype}; expected standardized floats: standardize the"
             " batch first"
         )

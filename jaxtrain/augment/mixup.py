@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.errors import UserError
+
 Batch = dict[str, jax.Array]
 
 
@@ -29,7 +31,7 @@ def mix(batch: Batch, mixup: Any, cutmix: Any, draws_BA: jax.Array, key: jax.Arr
     if off(mixup) and off(cutmix):
         return batch
     if "label" not in batch:
-        raise ValueError(
+        raise UserError(
             "--augment.mixup, --augment.cutmix: the batch has no label to mix (it has"
             f" {', '.join(batch)}); set both to 0"
         )

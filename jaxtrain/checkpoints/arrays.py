@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain import tree
+from jaxtrain.errors import UserError
 from jaxtrain.processes import group
 from jaxtrain.tree import PyTree
 
@@ -40,10 +41,10 @@ def to_host(state: PyTree) -> HostState:
     """
     leaves = tree.flatten(state)
     if len(leaves) != len(jax.tree.leaves(state)):
-        raise ValueError("state: two of its leaves have the same path; rename one")
+        raise UserError("state: two of its leaves have the same path; rename one")
     for path in leaves:
         if not path or path.startswith("/") or "\0" in path or ".." in path.split("/"):
-            raise ValueError(f"state: path {path!r} cannot be stored; rename it")
+            raise UserError(f"state: path {path!r} cannot be stored; rename it")
     plain = {
         path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves.items()
     }
@@ -123,11 +124,11 @@ def misfit(stored: Specs, wanted: Specs) -> str:
 def check_fit(step: int, stored: Specs, wanted: Specs) -> None:
     """`ValueError` if the paths, shapes or dtypes of a checkpoint are not the wanted ones."""
     if problem := misfit(stored, wanted):
-        raise ValueError(f"checkpoint step {step} does not fit the model: {problem}")
+        raise UserError(f"checkpoint step {step} does not fit the model: {problem}")
     for path, (dtype, _) in wanted.items():
         if stored[path][0] != dtype:
             # Orbax would cast without a word.
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {path} is {stored[path][0]}, model wants {dtype}; use the model of"
                 " that run, or a new workdir"
             )
@@ -179,7 +180,7 @@ def read(folder: Path, stored: Specs) -> HostState:
     }
     need = sum(dtype.itemsize * math.prod(stored[path][1]) for path, dtype in dtypes.items())
     if need > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
-        raise ValueError(
+        raise UserError(
             f"declares {need} bytes of arrays, this machine has {memory} bytes of memory; refused"
         )
     empty = {path for path, (_, shape) in stored.items() if 0 in shape}
@@ -194,7 +195,7 @@ def read(folder: Path, stored: Specs) -> HostState:
             for name, dtype in dtypes.items()
             if name not in empty
         }:
-            raise ValueError("its arrays are not those of its manifest; refused")
+            raise UserError("its arrays are not those of its manifest; refused")
         options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in found}
         arrays = dict(
             handler.restore(path(folder), args=ocp.args.PyTreeRestore(restore_args=options))

@@ -24,8 +24,8 @@ import jax
 from jaxtrain import tree
 from jaxtrain.checkpoints import arrays, committed, manifest
 from jaxtrain.checkpoints.arrays import HostState
-from jaxtrain.checkpoints.committed import CheckpointError
 from jaxtrain.checkpoints.manifest import Record
+from jaxtrain.errors import CheckpointError, NonFinite, UserError
 from jaxtrain.tree import PyTree
 
 FOLDER = "checkpoints"
@@ -36,10 +36,6 @@ start are of dead processes."""
 FINITE = ("params", "opt_state", "collections", "ema")
 """The parts of a state in which everything must be finite; a hyper-parameter may be infinite."""
 SPARE_BYTES = 1 << 20  # for manifest, metadata and directories
-
-
-class NonFinite(CheckpointError):
-    """A state that holds NaN or infinity and was therefore not committed. Exit status 70."""
 
 
 class Checkpoints:
@@ -140,7 +136,7 @@ class Checkpoints:
         if free < count * each:
             checkpoints = f"{count} checkpoint{'s' if count > 1 else ''} of {_size(each)}"
             workdir = self.folder.parent
-            raise ValueError(
+            raise UserError(
                 f"--workdir={workdir}: {_size(free)} free, needs {_size(count * each)}"
                 f" ({checkpoints}); lower --keep or free space"
             )
@@ -174,7 +170,7 @@ class Checkpoints:
         `newest_verified`."""
         step = None if resume == "never" else self.newest_verified(on_problem)
         if step is None and resume == "must":
-            raise ValueError(f"--resume=must: no committed checkpoint in {self.folder}")
+            raise UserError(f"--resume=must: no committed checkpoint in {self.folder}")
         return step
 
     def parts(self, step: int) -> set[str]:

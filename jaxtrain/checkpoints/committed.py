@@ -8,10 +8,7 @@ from pathlib import Path
 
 from jaxtrain.checkpoints import manifest
 from jaxtrain.checkpoints.manifest import Damaged, Record
-
-
-class CheckpointError(Exception):
-    """The disk or a checkpoint on it fails; one line. Exit status 74."""
+from jaxtrain.errors import CheckpointError
 
 
 def numbered(folder: Path) -> list[int]:

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from jaxtrain.errors import UserError
+
 NAME = ".lock"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -45,7 +47,7 @@ class Lock:
             _write_holder(self._descriptor)
         except OSError as error:
             self._release()
-            raise ValueError(
+            raise UserError(
                 f"--workdir={self._path.parent}: {_cause(error, self._path.parent)}"
             ) from error
         return self
@@ -95,7 +97,7 @@ class Lock:
                 else "use another, or --force_unlock if it is dead"
             )
             os.close(descriptor)
-            raise ValueError(
+            raise UserError(
                 f"--workdir={self._path.parent}: in use by {_described(holder)}; {remedy}"
             )
         # The holder keeps its lock on the old file, which no longer has a name; `held` tells it so.

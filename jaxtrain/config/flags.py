@@ -19,6 +19,7 @@ from jaxtrain import config, messages
 from jaxtrain.config import help as flag_help
 from jaxtrain.config import record, secrets, settings
 from jaxtrain.config import values as flag_values
+from jaxtrain.errors import UserError
 from jaxtrain.fields import Field
 
 HELP = ("help", "helpfull", "helpshort", "h", "?")
@@ -87,13 +88,13 @@ class SettingFlag(absl_flags.Flag):
         """Reads one value from the command line; `ValueError` with the whole line that the user
         sees."""
         if argument.startswith("--"):
-            raise ValueError(
+            raise UserError(
                 f"--{self.name}: needs a value before {argument.partition('=')[0]}, e.g."
                 f" --{self.name}={self._example()}"
             )
         value = self.read(argument)
         if self.present and value != self.value:
-            raise ValueError(
+            raise UserError(
                 f"--{self.name} is given twice, as {self._shown(self.typed)} and"
                 f" {self._shown(argument)}; give it once"
             )
@@ -105,7 +106,7 @@ class SettingFlag(absl_flags.Flag):
         try:
             return flag_values.read(argument, self.setting.field.type, self.setting.field.marks)
         except ValueError as problem:
-            raise ValueError(f"--{self.name}={self._shown(argument)}: {problem}") from None
+            raise UserError(f"--{self.name}={self._shown(argument)}: {problem}") from None
 
     def _shown(self, argument: str | None) -> str:
         return secrets.HIDDEN if secrets.is_secret(self.name) else messages.shown(argument or "")
@@ -127,11 +128,11 @@ class FamilyFlag(SettingFlag):
             return argument
         shown, near = messages.shown(argument), messages.did_you_mean(argument, self.names)
         if not self.names:
-            raise ValueError(f"--{self.name}={shown}: this experiment offers no other {self.name}")
+            raise UserError(f"--{self.name}={shown}: this experiment offers no other {self.name}")
         if self.name == "data":  # names of data sets are often looked for here
             valid = near or f"; valid: {', '.join(self.names)}"
-            raise ValueError(f"--data={shown}: unknown{valid} (list: python -m jaxtrain list data)")
-        raise ValueError(f"--{self.name}={shown}: unknown; valid: {', '.join(self.names)}{near}")
+            raise UserError(f"--data={shown}: unknown{valid} (list: python -m jaxtrain list data)")
+        raise UserError(f"--{self.name}={shown}: unknown; valid: {', '.join(self.names)}{near}")
 
 
 def parse(
@@ -239,26 +240,26 @@ def _absl_parse(table: Mapping[str, SettingFlag], argv: Sequence[str], run: conf
         values[name] = flag
     for name, _ in _scan(argv):
         if name in ("undefok", "flagfile"):
-            raise ValueError(_unknown(name, run))
+            raise UserError(_unknown(name, run))
     try:
         left = values(["jaxtrain", *argv])[1:]
     except absl_flags.UnrecognizedFlagError as error:
-        raise ValueError(_unknown(error.flagname, run)) from None
+        raise UserError(_unknown(error.flagname, run)) from None
     except ValueError as error:
         name, refused, _ = str(error).partition(" does not take an argument")
         if not refused:
             raise
         bare = name.lstrip("-").partition("=")[0]
-        raise ValueError(
+        raise UserError(
             f"--{bare}: takes no value; write --{bare}, or --{bare[2:]}=true|false"
         ) from None
     except absl_flags.Error as error:
         name = str(error).rpartition(" ")[2].lstrip("-")
-        raise ValueError(
+        raise UserError(
             f"--{name}: needs a value, e.g. --{name}={table[name]._example()}"
         ) from None
     if left:
-        raise ValueError(_left_over(left[0], argv, table))
+        raise UserError(_left_over(left[0], argv, table))
 
 
 def _left_over(argument: str, argv: Sequence[str], table: Mapping[str, SettingFlag]) -> str:
@@ -344,7 +345,7 @@ def _warn_of_secrets(typed: Mapping[str, str | None]) -> None:
 def _finish(run: config.Run, values: dict[str, Any], typed: Mapping[str, str | None]) -> config.Run:
     """Applies the values and checks what they say together."""
     if "steps" in typed and "epochs" in typed:
-        raise ValueError("--epochs and --steps are both set; give one")
+        raise UserError("--epochs and --steps are both set; give one")
     for given, other in (("steps", "epochs"), ("epochs", "steps")):
         if given in typed and values[given] is not None:
             values[other] = None
@@ -355,7 +356,7 @@ def _finish(run: config.Run, values: dict[str, Any], typed: Mapping[str, str | N
         and run.eval_every.value
         and getattr(run.data, "validation", None) == ""
     ):
-        raise ValueError(
+        raise UserError(
             f"--eval_every={typed['eval_every']}: dataset has no eval split; set --data.validation"
             " or --eval_every=0"
         )
@@ -375,6 +376,6 @@ def _apply(component: Any, values: Mapping[str, Any], prefix: str) -> Any:
     try:
         return config.replaced(component, changes)
     except ValueError as problem:  # a component's own rule between its fields
-        raise ValueError(
+        raise UserError(
             f"--{prefix}{problem}" if prefix and not str(problem).startswith("--") else str(problem)
         ) from None

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxtrain import config, messages
 from jaxtrain.config import secrets, values
+from jaxtrain.errors import UserError
 from jaxtrain.fields import Field, fields_of, is_component
 
 INVOCATION = (
@@ -104,7 +105,7 @@ def load(run: config.Run, workdir: str) -> config.Run:
     read or belongs to another experiment."""
     flag, path = f"--from_run={messages.one_line(workdir)}", Path(workdir) / "run.json"
     if Path(workdir).is_file():
-        raise ValueError(
+        raise UserError(
             f"{flag}: is a file; give the run's folder:"
             f" --from_run={messages.one_line(str(Path(workdir).parent))}"
         )
@@ -114,24 +115,24 @@ def load(run: config.Run, workdir: str) -> config.Run:
             if path.parent.is_dir()
             else f"no such directory{config.siblings(workdir)}"
         )
-        raise ValueError(f"{flag}: {missing}")
+        raise UserError(f"{flag}: {missing}")
     try:
         whole = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
     except OSError as error:
-        raise ValueError(f"{flag}: cannot read run.json ({error.strerror})") from None
+        raise UserError(f"{flag}: cannot read run.json ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{flag}: run.json is not JSON ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{flag}: run.json is not JSON ({str(error).splitlines()[0]})") from None
     if not (isinstance(whole, dict) and isinstance(whole.get("config"), dict)):
-        raise ValueError(f"{flag}: run.json holds no configuration")
+        raise UserError(f"{flag}: run.json holds no configuration")
     if whole.get("name", run.name) != run.name:
-        raise ValueError(
+        raise UserError(
             f"{flag}: holds a run of experiment {whole['name']!r}, this is {run.name!r}; start"
             f" experiments/{whole['name']}.py"
         )
     try:
         return from_json(run, whole["config"])
     except ValueError as error:
-        raise ValueError(f"{flag}: run.json: {error}") from None
+        raise UserError(f"{flag}: run.json: {error}") from None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -197,14 +198,14 @@ def _family(run: config.Run, family: str, record: Any) -> Any:
     if record is None and own is None:
         return None
     if not (isinstance(record, dict) and isinstance(record.get("kind"), str)):
-        raise ValueError(f"{family} is not a component; expected an object with a kind")
+        raise UserError(f"{family} is not a component; expected an object with a kind")
     kinds = {
         type(offered).__name__: offered for offered in run.offers.get(family, {}).values()
     } | dict(run.offers.get(family, {}))
     if own is not None:
         kinds = {type(own).__name__: own} | kinds | {kind_of(run, family): own}
     if record["kind"] not in kinds:
-        raise ValueError(f"{family}.kind={record['kind']!r}: unknown; valid: {', '.join(kinds)}")
+        raise UserError(f"{family}.kind={record['kind']!r}: unknown; valid: {', '.join(kinds)}")
     return _rebuilt(kinds[record["kind"]], record, f"{family}.")
 
 
@@ -232,7 +233,7 @@ def _value(field: Field, name: str, value: Any, own: Any) -> Any:
     if not values.readable(field.type):
         expected = None if own is None else {"python": _python_name(own)}
         if value != expected:
-            raise ValueError(
+            raise UserError(
                 f"{name}={json.dumps(value)}: only the experiment's Python can set it, and it says"
                 f" {json.dumps(expected)}"
             )
@@ -243,7 +244,7 @@ def _value(field: Field, name: str, value: Any, own: Any) -> Any:
         return values.from_json(value, field.type, field.marks)
     except ValueError as problem:
         text = repr(value) if isinstance(value, str) else json.dumps(value)
-        raise ValueError(
+        raise UserError(
             f"{name}={text}{' ' if str(problem).startswith(('is ', 'has ')) else ': '}{problem}"
         ) from None
 
@@ -251,10 +252,10 @@ def _value(field: Field, name: str, value: Any, own: Any) -> Any:
 def _same_keys(record: Mapping[str, Any], names: list[str], prefix: str) -> None:
     for name in record:
         if name not in names:
-            raise ValueError(f"unknown field {prefix}{name}{messages.did_you_mean(name, names)}")
+            raise UserError(f"unknown field {prefix}{name}{messages.did_you_mean(name, names)}")
     for name in names:
         if name not in record:
-            raise ValueError(
+            raise UserError(
                 f"lacks {prefix}{name}; it was written by another version of this experiment"
             )
 
@@ -262,5 +263,5 @@ def _same_keys(record: Mapping[str, Any], names: list[str], prefix: str) -> None
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise ValueError("a key is there twice")
+        raise UserError("a key is there twice")
     return record

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from jaxtrain import fields, messages
 from jaxtrain.config import values
+from jaxtrain.errors import UserError
 from jaxtrain.fields import Above, Count, Decay, Traced
 from jaxtrain.horizon import Horizon
 from jaxtrain.tree import Rules
@@ -242,42 +243,42 @@ def check(run: Run) -> None:
     ... )
     Traceback (most recent call last):
     ...
-    ValueError: --microbatches=3: must divide --batch_size=32; nearest: 2 or 4
+    jaxtrain.errors.UserError: --microbatches=3: must divide --batch_size=32; nearest: 2 or 4
     """
     _check_bounds(run, "")
     if run.steps is not None and run.epochs is not None:
-        raise ValueError("--epochs and --steps are both set; give one")
+        raise UserError("--epochs and --steps are both set; give one")
     if run.steps is None and run.epochs is None:
-        raise ValueError("--steps and --epochs are both unset; give one")
+        raise UserError("--steps and --epochs are both unset; give one")
     if run.batch_size % run.microbatches:
         near = nearest_divisors(run.batch_size, run.microbatches)
-        raise ValueError(
+        raise UserError(
             f"--microbatches={run.microbatches}: must divide --batch_size={run.batch_size};"
             f" nearest: {near}"
         )
     if run.profile_steps is not None and not 0 <= run.profile_steps[0] < run.profile_steps[1]:
-        raise ValueError(
+        raise UserError(
             f"--profile_steps={values.text(run.profile_steps)}: must be FIRST,LAST with 0 <= FIRST"
             " < LAST"
         )
     if run.keep_every is not None and run.keep_every.value == 0:
-        raise ValueError("--keep_every=0steps: must be > 0; to keep none for ever, give none")
+        raise UserError("--keep_every=0steps: must be > 0; to keep none for ever, give none")
     if run.reproducible and run.compare_meshes:
-        raise ValueError(
+        raise UserError(
             "--compare_meshes: compares plain steps, which layouts change by rounding; drop"
             " --reproducible, whose digests `verify` compares"
         )
     if run.reproducible and run.batch_size % run.logical_shards:
         near = nearest_divisors(run.batch_size, run.logical_shards)
-        raise ValueError(
+        raise UserError(
             f"--logical_shards={run.logical_shards}: must divide --batch_size={run.batch_size};"
             f" nearest: {near}"
         )
     for other, clash in (("--debug_nans", run.debug_nans), ("--offload", run.offload != "none")):
         if run.reproducible and clash:
-            raise ValueError(f"--reproducible and {other}: cannot go together; drop one of them")
+            raise UserError(f"--reproducible and {other}: cannot go together; drop one of them")
     if run.eval_only and run.resume == "never":
-        raise ValueError(
+        raise UserError(
             "--eval_only and --resume=never: evaluating needs a checkpoint; drop one of them"
         )
 
@@ -290,7 +291,7 @@ def _check_bounds(component: Any, prefix: str) -> None:
         if fields.is_component(value):
             _check_bounds(value, f"{prefix}{field.name}.")
         elif problem := field.problem(value):
-            raise ValueError(f"--{prefix}{field.name}={values.text(value)}: {problem}")
+            raise UserError(f"--{prefix}{field.name}={values.text(value)}: {problem}")
 
 
 def nearest_divisors(whole: int, value: int) -> str:
@@ -316,7 +317,7 @@ def check_paths(run: Run) -> None:
     if run.workdir:
         _check_workdir(run.workdir)
     if run.init_from and not os.path.exists(run.init_from):
-        raise ValueError(
+        raise UserError(
             f"--init_from={messages.one_line(run.init_from)}: no such file or"
             f" directory{siblings(run.init_from)}"
         )
@@ -346,12 +347,12 @@ def _check_workdir(workdir: str) -> None:
             place.stat() if len(place.name) > 255 else None  # raises `File name too long`
             place = place.parent
         if place.exists() and not place.is_dir():
-            raise ValueError(
+            raise UserError(
                 f"{flag}: {'' if place == Path(workdir) else f'{messages.one_line(str(place))} '}is"
                 " a file, not a directory"
             )
         if not place.exists():
-            raise ValueError(
+            raise UserError(
                 f"{flag}: {messages.one_line(str(place))} is a link to nothing; remove it or make"
                 " its target"
             )
@@ -359,4 +360,4 @@ def _check_workdir(workdir: str) -> None:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise ValueError(f"{flag}: cannot write ({error.strerror})") from None
+        raise UserError(f"{flag}: cannot write ({error.strerror})") from None

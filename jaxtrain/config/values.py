@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
+from jaxtrain.errors import UserError
 from jaxtrain.horizon import Horizon
 from jaxtrain.messages import did_you_mean, is_number, shown
 
@@ -121,7 +122,7 @@ def from_json(value: Any, kind: Any, marks: Sequence[Any] = ()) -> Any:
     items = typing.get_args(base) if typing.get_origin(base) is tuple else ()
     if items and isinstance(value, list):
         if items[-1] is not Ellipsis and len(items) != len(value):
-            raise ValueError(f"has {len(value)} items; expected {len(items)}")
+            raise UserError(f"has {len(value)} items; expected {len(items)}")
         wanted = [items[0]] * len(value) if items[-1] is Ellipsis else items
         return tuple(
             from_json(item, item_kind, marks) for item, item_kind in zip(value, wanted, strict=True)
@@ -137,7 +138,7 @@ def from_json(value: Any, kind: Any, marks: Sequence[Any] = ()) -> Any:
     if base in (float, Horizon) and isinstance(value, int | float) and not isinstance(value, bool):
         return _within(float(value), marks)
     if items or type(value) is not base:
-        raise ValueError(f"is a {type(value).__name__}; expected {describe(kind, marks)}")
+        raise UserError(f"is a {type(value).__name__}; expected {describe(kind, marks)}")
     return _within(value, marks) if base is int else value
 
 
@@ -202,12 +203,12 @@ def _rule(marks: Sequence[Any]) -> str:
 
 def _within(value: Any, marks: Sequence[Any]) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("must be finite")
+        raise UserError("must be finite")
     for mark in marks:
         if hasattr(mark, "problem") and (problem := mark.problem(value)):
-            raise ValueError(problem)
+            raise UserError(problem)
     if isinstance(value, int) and abs(value) > _LARGEST:
-        raise ValueError(f"must be at most {_LARGEST}")
+        raise UserError(f"must be at most {_LARGEST}")
     return value
 
 
@@ -215,7 +216,7 @@ def _read_bool(text: str) -> bool:
     if text.lower() in _BOOLEANS:
         return _BOOLEANS[text.lower()]
     meant = _MEANT.get(text.lower())
-    raise ValueError(
+    raise UserError(
         "not a boolean; valid: true, false" + (f"; did you mean {meant!r}?" if meant else "")
     )
 
@@ -225,7 +226,7 @@ def _read_int(text: str, marks: Sequence[Any], tail: str) -> int:
         # 50 digits are out of any bounds already, and quick to convert
         return _within(int(text[:50]), marks)
     rule = f"must be an integer {_rule(marks)}".rstrip() + tail
-    raise ValueError(rule + _hint(text, int, marks))
+    raise UserError(rule + _hint(text, int, marks))
 
 
 def _read_float(text: str, marks: Sequence[Any], tail: str) -> float:
@@ -233,7 +234,7 @@ def _read_float(text: str, marks: Sequence[Any], tail: str) -> float:
         return _within(float(text), marks)
     rule = _rule(marks)
     example = "1e-3" if rule == "> 0" else "0.1"
-    raise ValueError(
+    raise UserError(
         f"not a number; expected a float {rule}".rstrip()
         + f", e.g. {example}{tail}"
         + _hint(text, float, marks)
@@ -262,16 +263,16 @@ def _hint(text: str, kind: type, marks: Sequence[Any]) -> str:
 def _read_horizon(text: str, marks: Sequence[Any], tail: str) -> Horizon:
     expected = f"not a horizon; expected e.g. 200, 200steps, 2epochs or 5%{tail}"
     if re.match(r"-[0-9.]", text):
-        raise ValueError("must be >= 0")
+        raise UserError("must be >= 0")
     if not text.isascii() or text != text.strip():
-        raise ValueError(expected)
+        raise UserError(expected)
     try:
         horizon = Horizon.parse(text)
     except OverflowError:
-        raise ValueError("must be finite") from None
+        raise UserError("must be finite") from None
     except ValueError as error:
         problem = str(error).removeprefix(f"{text!r}: ")
-        raise ValueError(expected if problem.startswith("not a horizon") else problem) from None
+        raise UserError(expected if problem.startswith("not a horizon") else problem) from None
     _within(horizon.value, marks)
     return horizon
 
@@ -280,13 +281,13 @@ def _read_choice(text: str, choices: Sequence[Any]) -> Any:
     by_text = {str(choice): choice for choice in choices}
     if text in by_text:
         return by_text[text]
-    raise ValueError(f"unknown; valid: {', '.join(by_text)}{did_you_mean(text, by_text)}")
+    raise UserError(f"unknown; valid: {', '.join(by_text)}{did_you_mean(text, by_text)}")
 
 
 def _one_of(value: Any, choices: Sequence[Any]) -> Any:
     if any(type(value) is type(choice) and value == choice for choice in choices):
         return value
-    raise ValueError(f"unknown; valid: {', '.join(str(choice) for choice in choices)}")
+    raise UserError(f"unknown; valid: {', '.join(str(choice) for choice in choices)}")
 
 
 def _read_tuple(text: str, items: Sequence[Any], marks: Sequence[Any]) -> tuple[Any, ...]:
@@ -294,12 +295,12 @@ def _read_tuple(text: str, items: Sequence[Any], marks: Sequence[Any]) -> tuple[
         return ()
     parts = text.split(",")
     if items[-1] is not Ellipsis and len(parts) != len(items):
-        raise ValueError(f"has {len(parts)} items; expected {len(items)}, separated by a comma")
+        raise UserError(f"has {len(parts)} items; expected {len(items)}, separated by a comma")
     wanted = [items[0]] * len(parts) if items[-1] is Ellipsis else items
     values = []
     for position, (part, kind) in enumerate(zip(parts, wanted, strict=True), 1):
         if part == "":
-            raise ValueError(
+            raise UserError(
                 f"item {position} is empty; separate items by one comma, with none at the end"
             )
         try:
@@ -309,7 +310,7 @@ def _read_tuple(text: str, items: Sequence[Any], marks: Sequence[Any]) -> tuple[
                 else read(part, kind, marks)
             )
         except ValueError as problem:
-            raise ValueError(f"item {position} ({shown(part)}): {problem}") from None
+            raise UserError(f"item {position} ({shown(part)}): {problem}") from None
     return tuple(values)
 
 
@@ -317,7 +318,7 @@ def _read_pair(part: str, items: Sequence[Any]) -> tuple[str, Any]:
     """A rule, `PATTERN=VALUE`; the last `=` divides, for a pattern may hold one."""
     pattern, equals, value = part.rpartition("=")
     if not equals or not pattern:
-        raise ValueError(
+        raise UserError(
             "not a rule; expected PATTERN=VALUE, e.g."
             f" {'head/kernel=fsdp:-' if items[1] is str else 'bias=0'}"
         )
@@ -326,9 +327,9 @@ def _read_pair(part: str, items: Sequence[Any]) -> tuple[str, Any]:
 
 def _read_string(text: str) -> str:
     if "\0" in text:
-        raise ValueError("must not hold a NUL character")
+        raise UserError("must not hold a NUL character")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("not valid UTF-8")
+        raise UserError("not valid UTF-8")
     return text
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain.errors import UserError
+
 _ROUNDS = 8  # six already pass the tests of uniformity; two more cost nothing that can be measured
 
 
@@ -78,7 +80,7 @@ def grid(length: int) -> tuple[int, int]:
     ((240, 250), (36, 40))
     """
     if not 1 <= length < 2**31:
-        raise ValueError(f"a table of {length} examples: must be 1..2147483647")
+        raise UserError(f"a table of {length} examples: must be 1..2147483647")
     if length <= 2:
         return 1, length
     root = math.isqrt(length - 1) + 1

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from jaxtrain.data.table import ArrayTable, Table, join, select
+from jaxtrain.errors import UserError
 
 _PART = re.compile(
     r"\s*(?P<name>[\w.-]+)\s*(?:\[\s*(?P<start>-?\d+%?)?\s*:\s*(?P<stop>-?\d+%?)?\s*\])?\s*"
@@ -57,23 +58,23 @@ def parse(
     for text in expression.split("+"):
         match = _PART.fullmatch(text)
         if match is None:
-            raise ValueError(f"{problem}: {_SHAPE_OF_ERROR}")
+            raise UserError(f"{problem}: {_SHAPE_OF_ERROR}")
         name = match["name"]
         if name not in lengths:
-            raise ValueError(f"{problem}: {_unknown(name, lengths)}")
+            raise UserError(f"{problem}: {_unknown(name, lengths)}")
         start = _row(match["start"], lengths[name], 0)
         stop = _row(match["stop"], lengths[name], lengths[name])
         if start is None or stop is None:
-            raise ValueError(f"{problem}: past the end; {name} has {lengths[name]} examples")
+            raise UserError(f"{problem}: past the end; {name} has {lengths[name]} examples")
         if any(
             other == name and max(first, start) < min(last, stop) for other, first, last in pieces
         ):
-            raise ValueError(
+            raise UserError(
                 f"{problem}: names examples of {name} twice, so an epoch would hold them twice"
             )
         pieces.append((name, start, max(start, stop)))
     if not sum(stop - start for _, start, stop in pieces):
-        raise ValueError(f"{problem}: 0 examples")
+        raise UserError(f"{problem}: 0 examples")
     return tuple(piece for piece in pieces if piece[1] < piece[2])
 
 
@@ -129,7 +130,7 @@ def choose(
     lengths = {name: len(table) for name, table in tables.items()}
     expressions = {"train": train, "validation": validation, "test": test}
     if not train.strip():
-        raise ValueError(f"--data.train={train!r}: {_SHAPE_OF_ERROR}")
+        raise UserError(f"--data.train={train!r}: {_SHAPE_OF_ERROR}")
     pieces = {
         role: parse(text, lengths, f"--data.{role}")
         for role, text in expressions.items()

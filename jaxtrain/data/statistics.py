@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxtrain.data.pipeline import Batch
 from jaxtrain.data.table import Table
+from jaxtrain.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ def measure(table: Table, max_examples: int | None = None, chunk: int = 4096) ->
     )
     mean_C, variance_C = gather(values, channels)
     if not all(map(math.isfinite, (*mean_C, *variance_C))):
-        raise ValueError("image: holds values that are not finite (nan or inf); mend the data")
+        raise UserError("image: holds values that are not finite (nan or inf); mend the data")
     return Statistics(tuple(mean_C), tuple(math.sqrt(variance) or 1.0 for variance in variance_C))
 
 

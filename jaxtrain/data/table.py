@@ -12,6 +12,8 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from jaxtrain.errors import UserError
+
 
 class Table(Protocol):
     """What the pipeline needs from a set of examples."""
@@ -195,7 +197,7 @@ def join(*tables: Table) -> Table:
         for table in tables
     }
     if len(shapes) > 1:
-        raise ValueError(
+        raise UserError(
             "parts of one split differ in fields or shapes:"
             f" {' and '.join(map(str, sorted(shapes)))}"
         )

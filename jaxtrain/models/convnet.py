@@ -13,6 +13,7 @@ from typing import Literal
 import jax
 from flax import linen as nn
 
+from jaxtrain.errors import UserError
 from jaxtrain.fields import Count, DropRate
 from jaxtrain.models import layers
 
@@ -58,7 +59,7 @@ class ConvNet(nn.Module):
         x = layers.as_float(inputs)
         x = x[..., None] if x.ndim == 2 else x
         if x.ndim not in (3, 4):
-            raise ValueError(
+            raise UserError(
                 f"ConvNet: input shape {inputs.shape} is neither (batch, length[, channels]) nor"
                 " (batch, height, width, channels)"
             )

@@ -29,6 +29,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtrain.errors import UserError
+
 Initializer = Callable[..., Any]
 Activation = Literal["relu", "gelu", "silu"]
 
@@ -277,7 +279,7 @@ def as_float(inputs: jax.Array) -> jax.Array:
 def check_image(inputs: jax.Array, model: str) -> None:
     """`ValueError` unless `inputs` are images (B, H, W, C)."""
     if inputs.ndim != 4:
-        raise ValueError(
+        raise UserError(
             f"{model}: input shape {inputs.shape} is not (batch, height, width, channels); add the"
             " missing dim"
         )
@@ -287,9 +289,9 @@ def check_counts(counts: Sequence[int], name: str, *, example: str = "") -> None
     """`ValueError` if a count is below 1, or, where an `example` says that one is needed, if there
     is none."""
     if any(count < 1 for count in counts):
-        raise ValueError(f"{name}={tuple(counts)}: every entry must be >= 1")
+        raise UserError(f"{name}={tuple(counts)}: every entry must be >= 1")
     if example and not counts:
-        raise ValueError(f"{name}=(): needs at least one entry, e.g. {example}")
+        raise UserError(f"{name}=(): needs at least one entry, e.g. {example}")
 
 
 def spatial_to_channels(x: jax.Array, block: int) -> jax.Array:
@@ -307,7 +309,7 @@ def spatial_to_channels(x: jax.Array, block: int) -> jax.Array:
     spatial = x.shape[1:-1]
     if any(size % block for size in spatial):
         sizes = "x".join(map(str, spatial))
-        raise ValueError(
+        raise UserError(
             f"input of {sizes}: not divisible into blocks of {block}; resize or crop it, or choose"
             " another size"
         )

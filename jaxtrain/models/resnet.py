@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxtrain.errors import UserError
 from jaxtrain.fields import Count, DropRate
 from jaxtrain.models import layers
 
@@ -164,7 +165,7 @@ def cross(
         return layers.batch_norm(train, name="shortcut_norm")(projected)
     extra = channels - x_BHWC.shape[-1]
     if extra < 0:
-        raise ValueError(
+        raise UserError(
             f"ResNet.shortcut=pad: cannot pad {x_BHWC.shape[-1]} channels to {channels}; set"
             " stem_width <= width, or shortcut=project"
         )

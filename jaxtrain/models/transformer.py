@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxtrain.errors import UserError
 from jaxtrain.fields import Count, DropRate
 from jaxtrain.models import layers
 
@@ -87,23 +88,23 @@ class Transformer(nn.Module):
     def _check(self, inputs: jax.Array) -> None:
         """What must fit, said by name before an index or a reshape says it in numbers."""
         if inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer):
-            raise ValueError(
+            raise UserError(
                 f"Transformer: input {inputs.dtype}{list(inputs.shape)} is not (batch, length) of"
                 " integers; give it tokens"
             )
         length = inputs.shape[1]
         if self.positions == "learned" and length > self.max_length:
-            raise ValueError(
+            raise UserError(
                 f"Transformer.max_length={self.max_length}: the input has {length} tokens; make it"
                 f" {length}, or choose positions=rotary"
             )
         if self.width % self.heads:
-            raise ValueError(
+            raise UserError(
                 f"Transformer.heads={self.heads}: does not divide width={self.width}; choose a"
                 " divisor of it"
             )
         if self.positions == "rotary" and self.width // self.heads % 2:
-            raise ValueError(
+            raise UserError(
                 f"Transformer.heads={self.heads}: heads of {self.width // self.heads} are odd, and"
                 f" positions=rotary turns pairs; choose heads so that width={self.width} / heads is"
                 " even"

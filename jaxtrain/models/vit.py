@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxtrain.errors import UserError
 from jaxtrain.fields import Count, DropRate
 from jaxtrain.models import layers
 
@@ -93,17 +94,17 @@ class ViT(nn.Module):
                 if known
                 else "crop or resize the images"
             )
-            raise ValueError(
+            raise UserError(
                 f"ViT.patch={self.patch}: images of {height}x{width} cannot be cut into"
                 f" {self.patch}x{self.patch} patches; {remedy}"
             )
         if self.width % self.heads:
-            raise ValueError(
+            raise UserError(
                 f"ViT.heads={self.heads}: does not divide width={self.width}; choose a divisor"
                 " of it"
             )
         if self.positions == "sincos" and self.width % 4:
-            raise ValueError(
+            raise UserError(
                 f"ViT.width={self.width}: positions=sincos needs a multiple of 4; nearest:"
                 f" {4 * round(self.width / 4) or 4}"
             )

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtrain import tree
+from jaxtrain.errors import UserError
 from jaxtrain.fields import NonNegative, Positive
 from jaxtrain.tree import PyTree, Rules
 
@@ -92,7 +93,7 @@ class Optimizer:
         rules = tuple((pattern, "frozen") for pattern in self.frozen)
         labels = tree.match(rules, params, name="--optimizer.frozen", default="trained")
         if "trained" not in jax.tree.leaves(labels):
-            raise ValueError(
+            raise UserError(
                 f"--optimizer.frozen={','.join(self.frozen)}: freezes every parameter; leave at"
                 " least one to be trained"
             )
@@ -206,7 +207,7 @@ def map_present(function: Callable[..., Any], factors: PyTree, *trees: PyTree) -
 def _factors(rules: Rules[float], params: PyTree, name: str) -> PyTree:
     for pattern, factor in rules:
         if not factor >= 0:
-            raise ValueError(f"{name}: {pattern}={factor}: must be >= 0")
+            raise UserError(f"{name}: {pattern}={factor}: must be >= 0")
     return tree.match(rules, params, name=name)
 
 

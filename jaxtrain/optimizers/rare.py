@@ -8,6 +8,7 @@ import jax
 import optax
 from optax import contrib
 
+from jaxtrain.errors import UserError
 from jaxtrain.fields import Above, Count, Decay, NonNegative, Positive, Traced
 from jaxtrain.optimizers.adaptive import Betas, Momentum, velocity
 from jaxtrain.optimizers.base import Decaying, Number, Optimizer, Transformation, descend, is_off
@@ -293,7 +294,7 @@ def refuse_rates(optimizer: Optimizer) -> None:
     if optimizer.rates:
         text = ",".join(f"{pattern}={factor:g}" for pattern, factor in optimizer.rates)
         name = type(optimizer).__name__.lower()
-        raise ValueError(
+        raise UserError(
             f"--optimizer.rates={text}: {name} has no rate for each parameter; remove the rules or"
             " choose another optimizer"
         )

@@ -11,6 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxtrain import messages
+from jaxtrain.errors import UserError
 
 AXES = ("sweep", "pipeline", "data", "fsdp", "expert", "sequence", "tensor")
 """Every mesh has all of them, in this order; those not asked for have size 1. The last ones talk
@@ -36,12 +37,12 @@ def parse(text: str, *, flag: str = "--mesh") -> dict[str, int]:
         axis, colon, number = part.strip().partition(":")
         if axis not in OFFERED:
             near = messages.did_you_mean(axis, OFFERED)
-            raise ValueError(
+            raise UserError(
                 f"{flag}: unknown axis {axis!r}; axes used by this model:"
                 f" {', '.join(OFFERED)}{near}"
             )
         if axis in sizes:
-            raise ValueError(f"{flag}={text}: axis {axis!r} is given twice")
+            raise UserError(f"{flag}={text}: axis {axis!r} is given twice")
         if (
             not colon
             or not number.lstrip("-").isdecimal()
@@ -49,13 +50,13 @@ def parse(text: str, *, flag: str = "--mesh") -> dict[str, int]:
             or (size := int(number)) == 0
             or size < -1
         ):
-            raise ValueError(
+            raise UserError(
                 f"{flag}={text}: {part.strip()!r} needs a size >= 1, or -1 for all that is left,"
                 f" e.g. {axis}:2"
             )
         sizes[axis] = size
     if list(sizes.values()).count(-1) > 1:
-        raise ValueError(f"{flag}={text}: only one size may be -1")
+        raise UserError(f"{flag}={text}: only one size may be -1")
     return sizes
 
 
@@ -77,11 +78,11 @@ def make(
     if known > len(devices):
         count = f"there {'is' if len(devices) == 1 else 'are'} only {len(devices)}"
         dry = f"for a dry run set XLA_FLAGS=--xla_force_host_platform_device_count={known}"
-        raise ValueError(
+        raise UserError(
             f"{flag}={text}: needs {known} devices, {count}{_nearest(sizes, len(devices))}; {dry}"
         )
     if -1 in sizes.values() and len(devices) % known:
-        raise ValueError(
+        raise UserError(
             f"{flag}={text}: {len(devices)} devices are not a multiple of"
             f" {known}{_nearest(sizes, len(devices))}"
         )
@@ -141,7 +142,7 @@ def check_batch(name: str, size: int, mesh: Mesh) -> None:
     shards = batch_shards(mesh)
     if size % shards:
         what = f"{shards} devices" if shards == mesh.size else f"data x fsdp = {shards}"
-        raise ValueError(
+        raise UserError(
             f"--{name}={size}: not divisible by {what}; nearest:"
             f" {messages.nearest_multiples(shards, size)}"
         )
@@ -160,7 +161,7 @@ def _shared(devices: list[Any], count: int, said: str) -> list[Any]:
             str(each * len(processes)) for each in (share, share + 1) if 0 < each <= fewest
         )
         near = f"; nearest: {near}" if near else f"; use all {len(devices)}"
-        raise ValueError(
+        raise UserError(
             f"{said}: {count} device{'s' * (count > 1)} cannot be shared evenly by {len(processes)}"
             f" processes{near}"
         )

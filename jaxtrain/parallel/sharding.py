@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain import messages, tree
+from jaxtrain.errors import UserError
 from jaxtrain.parallel.mesh import BATCH_AXES, OFFERED
 
 LOGICAL = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor"}
@@ -201,12 +202,12 @@ def _by_rule(path: str, shape: Sequence[int], mesh: Mesh, rule: str) -> list[str
     for entry in entries:
         if entry != "-" and entry not in OFFERED:
             near = messages.did_you_mean(entry, OFFERED)
-            raise ValueError(
+            raise UserError(
                 f"{said} has the unknown axis {entry!r}; give {', '.join(OFFERED)} or - for each"
                 f" dim{near}"
             )
         if entry != "-" and entries.count(entry) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{said} has axis {entry} twice; an axis splits one dim of an array, give - for the"
                 " other"
             )
@@ -214,12 +215,12 @@ def _by_rule(path: str, shape: Sequence[int], mesh: Mesh, rule: str) -> list[str
         unfit = (
             f"has {len(entries)} of {len(shape)} entries, one for each of its dims {list(shape)}"
         )
-        raise ValueError(f"{said} {unfit}; a single - is a whole copy")
+        raise UserError(f"{said} {unfit}; a single - is a whole copy")
     for dim, (length, axis) in enumerate(zip(shape, entries, strict=True)):
         if axis != "-" and length % mesh.shape[axis]:
             near = messages.nearest_multiples(mesh.shape[axis], length)
             unfit = f"dim {dim} (={length}) not divisible by axis {axis}={mesh.shape[axis]}"
-            raise ValueError(f"{said}: {unfit}; give - for it, or make it {near}")
+            raise UserError(f"{said}: {unfit}; give - for it, or make it {near}")
     return [axis if axis != "-" and mesh.shape[axis] > 1 else None for axis in entries]
 
 
@@ -227,7 +228,7 @@ def _by_table(
     path: str, shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Mesh
 ) -> tuple[list[str | None], list[str]]:
     if axes is not None and len(axes) != len(shape):
-        raise ValueError(
+        raise UserError(
             f"{path}: has logical axes {tuple(axes)} for dims {list(shape)}; its model must name"
             " each dim, or none"
         )
@@ -240,7 +241,7 @@ def _by_table(
             continue
         if length % size:
             near = messages.nearest_multiples(size, length)
-            raise ValueError(
+            raise UserError(
                 f"{path} dim {dim} (={length}, {name!r}) not divisible by axis {axis}={size};"
                 f" change --mesh or make it {near}"
             )

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from jaxtrain.errors import UserError
+
 KINDS = (
     "all-reduce",
     "all-gather",
@@ -120,7 +122,7 @@ def read(text: str, *, unknown_trips: int | None = None) -> list[Collective]:
         int(found.group(1)) for found in (_PARTITIONS.search(text), _REPLICAS.search(text)) if found
     )
     if entry is None:
-        raise ValueError("HLO text: no ENTRY computation; give the whole of compiled.as_text()")
+        raise UserError("HLO text: no ENTRY computation; give the whole of compiled.as_text()")
     return [
         dataclasses.replace(found, count=count)
         for found, count in _walk(computations, entry, devices, unknown_trips, {}).items()
@@ -234,7 +236,7 @@ def _trips(loop: _Instruction, unknown_trips: int | None) -> int:
     if found:
         return int(found.group(1))
     if unknown_trips is None:
-        raise ValueError(
+        raise UserError(
             f"HLO text: loop {loop.name} sends data but has no known number of trips; say it by"
             " unknown_trips="
         )
@@ -269,7 +271,7 @@ def _bits(dtype: str) -> int:
         return BITS[dtype]
     number = re.match(r"[a-z](\d+)", dtype)
     if number is None:
-        raise ValueError(f"HLO text: type {dtype!r} is not known")
+        raise UserError(f"HLO text: type {dtype!r} is not known")
     return int(number.group(1))
 
 

@@ -17,6 +17,7 @@ from importlib import util
 from typing import Any
 
 from jaxtrain import hardware, messages
+from jaxtrain.errors import UserError
 
 SKIP_CHECK = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
 DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg")
@@ -117,7 +118,7 @@ def find(card: str) -> Target:
     """
     if card not in TARGETS:
         near = messages.did_you_mean(card, TARGETS)
-        raise ValueError(
+        raise UserError(
             f"card {card!r}: not known to the compiler; known: {', '.join(TARGETS)}{near}"
         )
     return TARGETS[card]
@@ -208,13 +209,13 @@ def devices(card: str, count: int, *, hosts: int = 1) -> list[Any]:
     """
     target = find(card)
     if count < 1 or hosts < 1 or count % hosts:
-        raise ValueError(
+        raise UserError(
             f"{count} {card} in {hosts} hosts: every host has the same number of cards; choose a"
             f" multiple of {max(hosts, 1)}"
         )
     reason = available()
     if reason is not None:
-        raise ValueError(f"compiling for {card}: {reason}")
+        raise UserError(f"compiling for {card}: {reason}")
     prepare()
     # here, so that the variable above is set before jax looks at it
     from jax.experimental import topologies
@@ -224,7 +225,7 @@ def devices(card: str, count: int, *, hosts: int = 1) -> list[Any]:
             platform="cuda", target_config=text(target), topology=f"1x{hosts}x{count // hosts}"
         )
     except NotImplementedError as error:
-        raise ValueError(
+        raise UserError(
             f"compiling for {card}: jax began without its CUDA plugin; set {SKIP_CHECK}=1 in the"
             " environment"
         ) from error

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.adapters import Apply, Keys, Variables
+from jaxtrain.errors import UserError
 from jaxtrain.precision import fp8
 from jaxtrain.tree import PyTree
 
@@ -127,15 +128,15 @@ def check(name: str, platform: str, capability: Capability, device_kind: str) ->
 
     >>> check("bf16", "gpu", "7.0", "Tesla V100-SXM2-16GB")
     Traceback (most recent call last):
-    ValueError: --precision=bf16: Tesla V100-SXM2-16GB (compute capability 7.0) has no bfloat16; use
-    --precision=fp16, which scales its loss
+    jaxtrain.errors.UserError: --precision=bf16: Tesla V100-SXM2-16GB (compute
+    capability 7.0) has no bfloat16; use --precision=fp16, which scales its loss
 
     `device_kind` is what messages call the card. On CPU every policy is allowed, as a rehearsal.
     fp16 is allowed on every GPU: below 7.0 it has no tensor cores and saves memory only. A GPU that
     tells no CUDA compute capability is not judged: its compiler will say.
     """
     if name not in POLICIES:
-        raise ValueError(f"--precision={name}: not a precision; choose auto, {', '.join(POLICIES)}")
+        raise UserError(f"--precision={name}: not a precision; choose auto, {', '.join(POLICIES)}")
     found = None if platform in ("cpu", "tpu") else version(capability)
     if found is None:
         return
@@ -145,7 +146,7 @@ def check(name: str, platform: str, capability: Capability, device_kind: str) ->
     other = choose(platform, capability)
     remedy = f"--precision={other}" + (", which scales its loss" if POLICIES[other].scaled else "")
     said = ".".join(map(str, found))
-    raise ValueError(
+    raise UserError(
         f"--precision={name}: {device_kind} (compute capability {said}) has no {lacks[0]}; use"
         f" {remedy}"
     )

@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from jaxtrain.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -57,32 +59,32 @@ def parse(argv: Sequence[str]) -> Plan:
     while left and left[0].startswith("-"):
         name, equals, value = left.pop(0).lstrip("-").partition("=")
         if name not in ("processes", "devices", "hang_seconds", "max_restarts"):
-            raise ValueError(
+            raise UserError(
                 f"--{name}: not a flag of the supervisor; flags of the experiment come after its"
                 " FILE.py"
             )
         if not equals and not left:
-            raise ValueError(f"--{name}: needs a value, e.g. --{name}=2")
+            raise UserError(f"--{name}: needs a value, e.g. --{name}=2")
         own[name] = value if equals else left.pop(0)
     if not left:
-        raise ValueError(
+        raise UserError(
             "no FILE.py given; python -m jaxtrain.processes.supervisor --processes=2"
             " experiments/digits.py [flags]"
         )
     script, *flags = left
     if not os.path.isfile(script):
-        raise ValueError(f"{script}: no such experiment")
+        raise UserError(f"{script}: no such experiment")
     flags += [f"--{name}={own[name]}" for name in ("hang_seconds", "max_restarts") if name in own]
     counts = {name: _count(name, own[name]) for name in ("processes", "devices") if name in own}
     if counts.get("processes", 1) > 1 and (
         name := next((name for name in ("process", "coordinator") if value_of(flags, name)), None)
     ):
-        raise ValueError(
+        raise UserError(
             f"--processes={counts['processes']}: starts all processes here, so --{name} has no"
             " meaning; drop one of them"
         )
     if "devices" in counts and value_of(flags, "platform") == "gpu":
-        raise ValueError(
+        raise UserError(
             f"--devices={counts['devices']}: makes devices of the CPU, so --platform=gpu has no"
             " meaning; drop one of them"
         )
@@ -120,5 +122,5 @@ def without(argv: Sequence[str], name: str) -> list[str]:
 
 def _count(name: str, text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) >= 1):
-        raise ValueError(f"--{name}={text}: must be an integer >= 1")
+        raise UserError(f"--{name}={text}: must be an integer >= 1")
     return int(text)

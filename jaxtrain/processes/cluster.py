@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from jaxtrain import messages
+from jaxtrain.errors import PeerLost, UserError
 from jaxtrain.processes import join as rendezvous
-from jaxtrain.processes.join import PeerLost
 
 PROCESSES, PROCESS, COORDINATOR = "JAXTRAIN_PROCESSES", "JAXTRAIN_PROCESS", "JAXTRAIN_COORDINATOR"
 """The environment's words for --processes, --process and --coordinator; scripts/launch_local sets
@@ -94,7 +94,7 @@ def find(
         missing = [name for name, value in given.items() if value is None]
         if len(missing) < len(given):
             have = " ".join(f"{name}={value}" for name, value in given.items() if value is not None)
-            raise ValueError(
+            raise UserError(
                 f"{have}: needs {' and '.join(missing)} too; or let scripts/launch_local or a"
                 " scheduler start all processes"
             )
@@ -104,7 +104,7 @@ def find(
         ("--process", process, found.index),
     ):
         if value is not None and value != theirs:
-            raise ValueError(f"{name}={value}: {found.source} says {theirs}; drop the flag")
+            raise UserError(f"{name}={value}: {found.source} says {theirs}; drop the flag")
     if coordinator:
         found = dataclasses.replace(found, coordinator=coordinator)
     return _checked(
@@ -182,12 +182,12 @@ def share_of_cards(found: Processes, cards: int) -> list[int] | None:
     if found.local_count == 1 or cards == 0 or (cards == 1 and found.source != "environment"):
         return None
     if cards == 1:
-        raise ValueError(
+        raise UserError(
             f"--processes={found.count}: cannot share 1 GPU; add --platform=cpu to rehearse on"
             " the CPU"
         )
     if cards % found.local_count:
-        raise ValueError(
+        raise UserError(
             f"--processes={found.count}: {found.local_count} processes on this host cannot share"
             f" {cards} GPUs evenly; start one a host, one a GPU, or hide some with"
             " CUDA_VISIBLE_DEVICES"
@@ -229,9 +229,7 @@ def first_host(nodes: str) -> str:
     """
     first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes)
     if first is None:
-        raise ValueError(
-            f"SLURM_STEP_NODELIST={nodes}: names no host; give --coordinator=HOST:PORT"
-        )
+        raise UserError(f"SLURM_STEP_NODELIST={nodes}: names no host; give --coordinator=HOST:PORT")
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
@@ -241,18 +239,18 @@ def _checked(found: Processes, names: tuple[str, str, str]) -> Processes | None:
         return None
     count_name, index_name, coordinator_name = names
     if not 0 <= found.index < found.count:
-        raise ValueError(
+        raise UserError(
             f"{index_name}={found.index}: must be 0..{found.count - 1}, for"
             f" {count_name}={found.count}"
         )
     if not found.coordinator:
-        raise ValueError(
+        raise UserError(
             f"{found.source} does not say on which host process 0 is; give --coordinator=HOST:PORT"
         )
     try:
         rendezvous.split(found.coordinator)
     except ValueError as problem:
-        raise ValueError(
+        raise UserError(
             f"{coordinator_name}={messages.one_line(found.coordinator)}: {problem}"
         ) from None
     if (
@@ -260,7 +258,7 @@ def _checked(found: Processes, names: tuple[str, str, str]) -> Processes | None:
         and found.source not in ("flags", "environment")
         and found.local_count < found.count
     ):
-        raise ValueError(
+        raise UserError(
             f"{coordinator_name}={found.coordinator}: {found.source} runs {found.count} processes"
             " on several hosts, and this address leads each to itself; name the host of process 0"
         )
@@ -271,13 +269,13 @@ def _environment(environ: Mapping[str, str]) -> Processes | None:
     texts = {name: environ.get(name, "") for name in (PROCESSES, PROCESS, COORDINATOR)}
     if not texts[PROCESS]:  # a count and a coordinator alone are the words of Kubernetes
         if any(texts.values()) and "JOB_COMPLETION_INDEX" not in environ:
-            raise ValueError(
+            raise UserError(
                 f"{' and '.join(name for name in texts if texts[name])} set without {PROCESS}; set"
                 " all three or none"
             )
         return None
     if missing := [name for name, text in texts.items() if not text]:
-        raise ValueError(f"{PROCESS} is set without {' and '.join(missing)}; set all three or none")
+        raise UserError(f"{PROCESS} is set without {' and '.join(missing)}; set all three or none")
     local, local_count = _number(environ, LOCAL_PROCESS, 0), _number(environ, LOCAL_PROCESSES, 1)
     return Processes(
         _number(environ, PROCESSES),
@@ -356,7 +354,7 @@ def _kubernetes(environ: Mapping[str, str]) -> Processes | None:
     ):
         return None
     if missing := [name for name in (PROCESSES, COORDINATOR) if not environ.get(name)]:
-        raise ValueError(
+        raise UserError(
             f"JOB_COMPLETION_INDEX is set without {missing[0]}; name it in the manifest, see"
             " scripts/kubernetes/job.yaml"
         )
@@ -378,7 +376,7 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
     if not text and default is not None:
         return default
     if not (text.isascii() and text.isdecimal()):
-        raise ValueError(
+        raise UserError(
             f"{name}={text}: must be a whole number; start one process without it, or mend what"
             " sets it"
         )

@@ -14,6 +14,8 @@ import socket
 import time
 from collections.abc import Callable
 
+from jaxtrain.errors import PeerLost, UserError
+
 _LONGEST = 256
 """Bytes of the longest line that passes."""
 _TURN_SECONDS = 0.5
@@ -24,10 +26,6 @@ without power is known as gone after 20 s. Without, its place stays taken for ho
 successor is refused. Where a system has not all of these, its own times hold."""
 
 
-class PeerLost(Exception):
-    """Another process did not come, or is gone; the run may be started again (exit status 75)."""
-
-
 def split(coordinator: str) -> tuple[str, int]:
     """Host and port of HOST:PORT; an IPv6 address stands in brackets.
 
@@ -36,7 +34,7 @@ def split(coordinator: str) -> tuple[str, int]:
     """
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.%]+)\]|([^\s:\[\]/]+)):([0-9]{1,5})", coordinator)
     if match is None or not 0 < int(match[3]) < 65536:
-        raise ValueError("must be HOST:PORT, e.g. node1:61500")
+        raise UserError("must be HOST:PORT, e.g. node1:61500")
     return match[1] or match[2], int(match[3])
 
 
@@ -144,7 +142,7 @@ class _Host:
             return
         self._tell_all(f"no {problem}", guest)
         guest.close()
-        raise ValueError(problem)
+        raise UserError(problem)
 
     def _give_up(self, timeout: float) -> None:
         missing = [str(index) for index in range(1, self._count) if index not in self._guests]
@@ -191,7 +189,7 @@ def _knock(
         if verb == "go":
             return
         if verb == "no":
-            raise ValueError(words)
+            raise UserError(words)
         if verb == "late":
             raise PeerLost(words)
         # not there yet, or gone again

@@ -279,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         plan = parse(sys.argv[1:] if argv is None else argv)
         folder = Path(tempfile.mkdtemp(prefix="jaxtrain-"))
-    except ValueError as error:
+    except errors.UserError as error:
         say(f"jaxtrain: error: {error}")
         return errors.BAD_INPUT
     except OSError as error:

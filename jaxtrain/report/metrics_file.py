@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from jaxtrain.errors import UserError
+
 FIRST_KEYS = ("step", "split", "loss", "accuracy")
 CLOCK_SUFFIXES = ("_seconds", "_per_second")
 NON_FINITE = ("NaN", "Infinity", "-Infinity")
@@ -63,7 +65,7 @@ class JsonlWriter:
         """Appends one line; the reader of `tail -f` sees it at once. `ValueError` if `step` is
         smaller than the one before."""
         if step < self._last_step:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: step {step} after step {self._last_step}: steps must ascend"
             )
         line = {"step": int(step), "split": split} | {
@@ -88,14 +90,14 @@ class JsonlWriter:
         """
         size = self.sync()
         if offset > size:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: {size} bytes, but the checkpoint was committed at {offset}; restore"
                 " the file, or use a new --workdir"
             )
         with open(self.path, "rb") as file:
             file.seek(max(offset - 1, 0))
             if offset and file.read(1) != b"\n":
-                raise ValueError(
+                raise UserError(
                     f"{self.path}: byte {offset} is not the end of a line; restore the file, or use"
                     " a new --workdir"
                 )
@@ -208,7 +210,7 @@ def _parse(content: bytes, path: str) -> Iterator[dict[str, Any]]:
         try:
             values = dict(json.loads(line).items())
         except (ValueError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}: line {number} is not a JSON object; remove it or restore the file"
             ) from error
         yield {

@@ -14,6 +14,7 @@ from jaxtrain import adapters, config, precision
 from jaxtrain.data import order, pipeline, statistics
 from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import Table
+from jaxtrain.errors import UserError
 from jaxtrain.parallel import mesh as meshes
 from jaxtrain.parallel import sharding
 from jaxtrain.processes import group
@@ -44,7 +45,7 @@ def lengths(run: config.Run, num_examples: int) -> Lengths:
     `ValueError` if the batch is larger than the train split: it would hold an example twice.
     """
     if run.batch_size > num_examples:
-        raise ValueError(
+        raise UserError(
             f"--batch_size={run.batch_size}: train split has {num_examples} examples, so a batch"
             f" would repeat some; use <= {num_examples}"
         )
@@ -128,7 +129,7 @@ def check_model(
     if run.offload != "none" and "pinned_host" not in {
         memory.kind for memory in mesh.local_devices[0].addressable_memories()
     }:
-        raise ValueError(
+        raise UserError(
             f"--offload={run.offload}: programs on {mesh.local_devices[0].device_kind} cannot reach"
             " the host's memory; drop it"
         )
@@ -139,7 +140,7 @@ def check_model(
                 run.batch_size // run.microbatches,
                 ("logical shards" if run.reproducible else "devices"),
             )
-            raise ValueError(
+            raise UserError(
                 f"--microbatches={run.microbatches}: a part of {part} examples is not divisible by"
                 f" {shards} {what}; use fewer parts"
             )
@@ -172,7 +173,7 @@ def check_model(
         and {"label", "tokens"} & set(batch)
         and outputs.shape[-1] < classes
     ):
-        raise ValueError(
+        raise UserError(
             f"--model.{field}={outputs.shape[-1]}: the data has {classes} {what}; set"
             f" --model.{field}={classes}"
         )
@@ -205,7 +206,7 @@ def check_held_out(run: config.Run, splits: Splits, recipe: Options, batch: Batc
             jax.eval_shape(forward, batch, other)
         except Exception as error:  # whatever the model says of a shape that is not its own
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(
+            raise UserError(
                 f"--data.{name}={getattr(run.data, name, '')}: does not fit what is trained on"
                 f" ({reason})"
             ) from error
@@ -230,7 +231,7 @@ def place_data(run: config.Run, train: Table, mesh: Mesh) -> Batch | None:
     # meet.
     if not group.from_main(pipeline.fits_on_device(train, free)):
         if run.device_data == "yes":
-            raise ValueError(
+            raise UserError(
                 "--device_data=yes: the train split is not in host memory, or larger than half of"
                 " what is free on the device; use auto"
             )

@@ -17,30 +17,30 @@ import jax
 from jax.sharding import Mesh
 
 from jaxtrain import config
-from jaxtrain.checkpoints.checkpoints import CheckpointError, NonFinite
 from jaxtrain.checkpoints.lock import NAME as LOCK_NAME
 from jaxtrain.checkpoints.lock import Lock
 from jaxtrain.config import flags
 from jaxtrain.data.table import Table
 from jaxtrain.errors import (
-    BAD_INPUT,
     DIFFERENT,
     DIVERGED,
     INTERRUPTED,
     IO_ERROR,
     OUT_OF_MEMORY,
     TRY_AGAIN,
+    PeerLost,
+    RunError,
+    UserError,
 )
 from jaxtrain.parallel import mesh as meshes
 from jaxtrain.processes import cluster, group, heartbeat
-from jaxtrain.processes.join import PeerLost
 from jaxtrain.processes.signals import Stop
 from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.runner import build, workdir
 from jaxtrain.runner.followers import WitnessLock
 from jaxtrain.runner.run import Session
-from jaxtrain.train import compare_meshes, metrics_log
+from jaxtrain.train import compare_meshes
 from jaxtrain.train.recipe import Options
 
 OLDEST_JAX = (0, 10, 2)
@@ -60,9 +60,8 @@ XLA_STATUS = re.compile(
     r"|INTERNAL|INVALID_ARGUMENT|NOT_FOUND|OUT_OF_RANGE"
     r"|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE|UNIMPLEMENTED|UNKNOWN): "
 )
-"""How its errors begin. A jitted function that is called for the second time raises them as
-ValueError, and no line of Python lies between it and our own call; so they would pass for bad
-input, which is never started again."""
+"""How its errors begin: a jitted function that is called for the second time raises them as a plain
+ValueError."""
 
 
 def main(run: config.Run, argv: Sequence[str] | None = None) -> NoReturn:
@@ -96,12 +95,10 @@ def guarded(action: Callable[[], int], *, show_traceback: bool = False) -> int:
     """
     try:
         return action()
-    except PeerLost as error:
-        return _say(str(error), TRY_AGAIN, show_traceback)
+    except RunError as error:
+        return _say(str(error), error.status, show_traceback)
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED, show_traceback)
-    except (metrics_log.Diverged, NonFinite) as error:
-        return _say(str(error), DIVERGED, show_traceback)
     except FloatingPointError as error:  # --debug_nans: where it happened is what was asked for
         return _say(str(error).splitlines()[0], DIVERGED, show_traceback=True)
     except MemoryError as error:
@@ -116,14 +113,10 @@ def guarded(action: Callable[[], int], *, show_traceback: bool = False) -> int:
             IO_ERROR,
             show_traceback,
         )
-    except CheckpointError as error:
-        return _say(str(error), IO_ERROR, show_traceback)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) or XLA_STATUS.match(str(error)):
             return _failed_on_device(error, show_traceback)
-        if isinstance(error, RuntimeError) or not _is_ours(error):
-            raise
-        return _say(str(error), BAD_INPUT, show_traceback)
+        raise
 
 
 def _failed_on_device(error: Exception, show_traceback: bool) -> int:
@@ -173,7 +166,7 @@ def launch(run: config.Run, argv: Sequence[str]) -> int:
 def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
     began = time.monotonic()
     if jax.__version_info__ < OLDEST_JAX:
-        raise ValueError(
+        raise UserError(
             f"needs jax >= {'.'.join(map(str, OLDEST_JAX))}; found {jax.__version__} (python -m pip"
             " install -U jax)"
         )
@@ -198,7 +191,7 @@ def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
     length = build.lengths(run, len(splits.train))
     if run.profile_steps is not None and run.profile_steps[0] >= length.total:
         first, last = run.profile_steps
-        raise ValueError(
+        raise UserError(
             f"--profile_steps={first},{last}: the run ends at step {length.total}; profile earlier"
             " steps"
         )
@@ -278,7 +271,7 @@ def _no_litter(folder: Path, made: bool) -> Iterator[None]:
     there."""
     try:
         yield
-    except ValueError:
+    except UserError:
         if made and folder.is_dir() and os.listdir(folder) == [LOCK_NAME]:
             shutil.rmtree(folder)
         raise
@@ -291,7 +284,7 @@ def _mesh(run: config.Run) -> Mesh:
     except RuntimeError as error:
         if run.platform != "gpu":
             raise
-        raise ValueError(
+        raise UserError(
             "--platform=gpu: no GPU found (jax sees: cpu); install jax[cuda12] or use"
             " --platform=cpu"
         ) from error
@@ -314,12 +307,3 @@ def _say(text: str, status: int, show_traceback: bool) -> int:
     with contextlib.suppress(OSError):
         print(f"jaxtrain: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     return status
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether an error was raised by jaxtrain's own code, whose messages are meant for the user;
-    others need their traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(
-        Path(__file__).resolve().parent.parent
-    )

@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 
 from jaxtrain import adapters, config, hardware, tree
 from jaxtrain.checkpoints import arrays
-from jaxtrain.checkpoints.checkpoints import CheckpointError, Checkpoints
+from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.checkpoints.lock import Lock
 from jaxtrain.config import flags
 from jaxtrain.config import record as run_record
 from jaxtrain.data.splits import Splits
+from jaxtrain.errors import CheckpointError, UserError
 from jaxtrain.parallel import sharding
 from jaxtrain.precision.loss_scale import LossScale
 from jaxtrain.processes import group, heartbeat
@@ -139,7 +140,7 @@ class Session:
         """What differs from the run that is there; `ValueError` if it may not."""
         if record is None:
             if (self.folder / "metrics.jsonl").exists():
-                raise ValueError(
+                raise UserError(
                     f"--workdir={self.folder}: holds metrics.jsonl but no run.json; restore it, or"
                     " use a new workdir"
                 )
@@ -148,7 +149,7 @@ class Session:
         lines = workdir.check_drift(self.folder, record, self.run)
         old, new = record["data"]["fingerprint"], self.splits.fingerprint
         if old != new and "data" not in self.run.allow_config_change:
-            raise ValueError(
+            raise UserError(
                 f"--data: fingerprint differs from the run's ({old} -> {new}); restore the data or"
                 " --allow_config_change=data"
             )
@@ -159,16 +160,16 @@ class Session:
         place = self.folder / "checkpoints"
         if self.run.resume == "never":
             if checkpoints.steps():
-                raise ValueError(
+                raise UserError(
                     f"--resume=never: {place} holds checkpoints up to step"
                     f" {max(checkpoints.steps())}; use a new --workdir"
                 )
             return None
         newest = checkpoints.resume_step(self.run.resume, flags.warn)
         if newest is None and self.run.eval_only:
-            raise ValueError(f"--eval_only: no committed checkpoint in {place}")
+            raise UserError(f"--eval_only: no committed checkpoint in {place}")
         if newest is not None and record is None:
-            raise ValueError(
+            raise UserError(
                 f"--workdir={self.folder}: holds checkpoints but no run.json; restore it, or use a"
                 " new workdir"
             )
@@ -237,14 +238,14 @@ class Session:
         try:
             newest = int(path.name) if single else source.newest_verified(flags.warn)
             if newest is None:
-                raise ValueError(
+                raise UserError(
                     f"{flag}: no committed checkpoint there; give a workdir, or"
                     " WORKDIR/checkpoints/STEP"
                 )
             wanted = {"params": abstract.params, "collections": abstract.collections}
             restored, _ = source.restore(newest, wanted, partial=True)
         except (CheckpointError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 str(error) if str(error).startswith(flag) else f"{flag}: {error}"
             ) from error
         return restored | (
@@ -261,7 +262,7 @@ class Session:
             ).items()
         }
         if not results:
-            raise ValueError(
+            raise UserError(
                 "--eval_only: the data has neither a validation nor a test split; set"
                 " --data.validation or --data.test"
             )

@@ -18,6 +18,7 @@ from jaxtrain import config
 from jaxtrain.checkpoints import manifest
 from jaxtrain.config import record as run_record
 from jaxtrain.config import secrets
+from jaxtrain.errors import UserError
 
 FREE = (
     "steps",
@@ -52,7 +53,7 @@ def place(run: config.Run) -> Path:
     if run.workdir:
         return Path(run.workdir)
     if run.eval_only or run.resume == "must":
-        raise ValueError(
+        raise UserError(
             f"{'--eval_only' if run.eval_only else '--resume=must'}: needs --workdir, the folder of"
             " a run"
         )
@@ -73,7 +74,7 @@ def read(folder: Path) -> dict[str, Any] | None:
             record[name].strip()
         record["data"]["fingerprint"].strip()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"--workdir={folder}: run.json is damaged ({type(error).__name__}); restore it, or use"
             " a new workdir"
         ) from None
@@ -101,7 +102,7 @@ def check_drift(folder: Path, record: Mapping[str, Any], run: config.Run) -> lis
     `ValueError` for the first that is neither, naming old and new and what allows it.
     """
     if record.get("name") != run.name:
-        raise ValueError(
+        raise UserError(
             f"--workdir={folder}: holds a run of {record.get('name')!r}, this is {run.name!r}; use"
             " a new workdir"
         )
@@ -111,7 +112,7 @@ def check_drift(folder: Path, record: Mapping[str, Any], run: config.Run) -> lis
             name == word or name.startswith(f"{word}.") for word in run.allow_config_change
         )
         if not allowed:
-            raise ValueError(
+            raise UserError(
                 f"--workdir={folder}: holds run {record['name']!r} with {name}={_shown(old)}, now"
                 f" {_shown(new)}; new workdir, or --allow_config_change={name}"
             )

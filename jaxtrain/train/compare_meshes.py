@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import metrics, tree
+from jaxtrain.errors import UserError
 from jaxtrain.optimizers import Optimizer
 from jaxtrain.parallel import mesh as meshes
 from jaxtrain.parallel import sharding
@@ -131,7 +132,7 @@ def compare(
     """
     if jax.process_count() > 1:
         dry = "XLA_FLAGS=--xla_force_host_platform_device_count=8"
-        raise ValueError(f"--compare_meshes: needs all devices in one process; rehearse with {dry}")
+        raise UserError(f"--compare_meshes: needs all devices in one process; rehearse with {dry}")
     devices = jax.devices() if devices is None else devices
     asked = jax.config.jax_default_matmul_precision
     if tolerance is None:
@@ -139,7 +140,7 @@ def compare(
         tolerance = max(TOLERANCES[options.get("precision", "fp32")], TF32 if tf32 else 0.0)
     kept = list(itertools.islice(batches, steps))
     if len(kept) < steps:
-        raise ValueError(
+        raise UserError(
             f"--compare_steps={steps}: there are only {len(kept)} batches; give at most as many"
         )
     parts = (model, task, optimizer)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxtrain import metrics
+from jaxtrain.errors import UserError
 from jaxtrain.processes import heartbeat
 from jaxtrain.train.recipe import Batch
 from jaxtrain.train.state import TrainState
@@ -54,7 +55,7 @@ def evaluate(
             totals.add(fetch(pending))  # the host waits for the batch before this one
         pending = sums
     if pending is None:
-        raise ValueError("evaluation of 0 examples; give a split that holds some")
+        raise UserError("evaluation of 0 examples; give a split that holds some")
     totals.add(fetch(pending))
     return totals.means()
 

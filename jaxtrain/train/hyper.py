@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtrain import fields
+from jaxtrain.errors import UserError
 from jaxtrain.horizon import Horizon
 
 
@@ -36,12 +37,12 @@ def collect(component: Any, prefix: str = "") -> dict[str, float]:
             values |= collect(value, name)
         elif field.traced is not None and value is not None and value != field.traced.off:
             if isinstance(value, Horizon):
-                raise ValueError(
+                raise UserError(
                     f"{name}={value}: a horizon must be turned into steps first; give a number of"
                     " steps"
                 )
             if problem := field.problem(value):
-                raise ValueError(f"{name}={value}: {problem}")
+                raise UserError(f"{name}={value}: {problem}")
             values[name] = float(value)
     return values
 

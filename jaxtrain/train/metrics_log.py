@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtrain import metrics
+from jaxtrain.errors import Diverged, UserError
 from jaxtrain.report.metrics_file import Writers
 from jaxtrain.report.terminal.progress import Progress
 
 LIVE_SECONDS = 0.1
-
-
-class Diverged(Exception):
-    """The loss or the gradient is not finite any more."""
 
 
 class Journal:
@@ -53,7 +50,7 @@ class Journal:
         """The sums, read from the device, of the dispatch that ended at `step`. Raises `Diverged`
         at once if they are not finite."""
         if step <= self._step:
-            raise ValueError(
+            raise UserError(
                 f"the journal is at step {self._step} and was given step {step}; steps must ascend"
             )
         bad = [

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain import metrics, tree
 from jaxtrain.data import order, pipeline
+from jaxtrain.errors import UserError
 from jaxtrain.optimizers import Optimizer
 from jaxtrain.parallel import mesh as meshes
 from jaxtrain.parallel import sharding
@@ -50,23 +51,23 @@ def check(mesh: Mesh, shards: int, batch_size: int) -> None:
     >>> check(meshes.make("data:1"), 8, 12)
     Traceback (most recent call last):
     ...
-    ValueError: --logical_shards=8: must divide --batch_size=12; use another of both
+    jaxtrain.errors.UserError: --logical_shards=8: must divide --batch_size=12; use another of both
     """
     others = [
         axis for axis, size in mesh.shape.items() if size > 1 and axis not in meshes.BATCH_AXES
     ]
     if others:
-        raise ValueError(
+        raise UserError(
             f"--reproducible: the mesh axis {others[0]} splits single sums, whose bits then depend"
             " on it; use data and fsdp"
         )
     if shards % mesh.size:
-        raise ValueError(
+        raise UserError(
             f"--logical_shards={shards}: must be a multiple of the {mesh.size} devices; use"
             f" --logical_shards={mesh.size} or fewer devices"
         )
     if batch_size % shards:
-        raise ValueError(
+        raise UserError(
             f"--logical_shards={shards}: must divide --batch_size={batch_size}; use another of both"
         )
 

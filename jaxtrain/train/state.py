@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import adapters, precision, rng, tree
+from jaxtrain.errors import UserError
 from jaxtrain.optimizers import Optimizer
 from jaxtrain.parallel import sharding
 from jaxtrain.precision import stochastic_rounding
@@ -79,7 +80,7 @@ def init_state(
     recipe = Recipe(model, task, optimizer, **options)
     if recipe.optimizer_state == "bf16" and optimizer.keeps_parameters:
         kind = type(optimizer).__name__
-        raise ValueError(
+        raise UserError(
             f"--optimizer_state=bf16: {kind} keeps copies of the parameters in its state, and would"
             " round them; use --optimizer_state=fp32"
         )

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxtrain.data.splits import Splits, choose, digest_of_arrays
 from jaxtrain.data.table import ArrayTable
+from jaxtrain.errors import UserError
 
 _SPLITS = {
     "train": "train",
@@ -106,7 +107,7 @@ class Arrays:
             split = _SPLITS[match["before"] or match["after"] or "train"]
             arrays = sorted_arrays.setdefault(split, {})
             if match["field"] in arrays:
-                raise ValueError(
+                raise UserError(
                     f"{origin}: {name} is not the only {match['field']!r} of split {split};"
                     " rename one"
                 )
@@ -116,7 +117,7 @@ class Arrays:
                 if key and key not in arrays:
                     near = difflib.get_close_matches(key, arrays, 1)
                     hint = f"; did you mean {near[0]!r}?" if near else ""
-                    raise ValueError(
+                    raise UserError(
                         f"--data.{field}_key={key!r}: no such array in split {split}; valid:"
                         f" {', '.join(arrays)}{hint}"
                     )
@@ -124,7 +125,7 @@ class Arrays:
                 if found is not None:
                     arrays[field] = arrays.pop(found)
             if "image" not in arrays:
-                raise ValueError(
+                raise UserError(
                     f"{origin}: split {split} has no inputs among {', '.join(arrays)}; name one by"
                     " --data.image_key"
                 )
@@ -135,21 +136,21 @@ def load_arrays(path: str) -> dict[str, np.ndarray]:
     """The arrays of an .npz or .npy file (read) or of a folder of .npy files (memory-mapped), by
     name; nothing is ever unpickled."""
     if not path:
-        raise ValueError(
+        raise UserError(
             "--data.path='': no file given; give an .npz or .npy file or a folder of .npy files"
         )
     place = pathlib.Path(path).expanduser()
     if place.is_dir():
         files = sorted(place.glob("*.npy"))
         if not files:
-            raise ValueError(f"--data.path={path!r}: no .npy file in this folder")
+            raise UserError(f"--data.path={path!r}: no .npy file in this folder")
         return {file.stem: _load(file, path, mmap_mode="r") for file in files}
     if not place.exists():
         near = difflib.get_close_matches(
             place.name, [file.name for file in place.parent.glob("*")], 1
         )
         hint = f"; did you mean {str(place.parent / near[0])!r}?" if near else ""
-        raise ValueError(f"--data.path={path!r}: no such file or folder{hint}")
+        raise UserError(f"--data.path={path!r}: no such file or folder{hint}")
     if place.suffix == ".npy":
         array = _load(place, path, mmap_mode="r")
         return (
@@ -174,7 +175,7 @@ def _load(file: pathlib.Path, path: str, mmap_mode: Any = None) -> Any:
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         what = file.name + (f", array {name}" if name else "")
         if "Object arrays" in str(error):
-            raise ValueError(
+            raise UserError(
                 f"--data.path={path!r}: {what}: holds Python objects, which are not loaded; save"
                 " plain arrays"
             ) from error
@@ -183,7 +184,7 @@ def _load(file: pathlib.Path, path: str, mmap_mode: Any = None) -> Any:
             if "allow_pickle" in str(error)
             else " ".join(str(error).split())
         )
-        raise ValueError(
+        raise UserError(
             f"--data.path={path!r}: {what}: not a readable NumPy file ({reason})"
         ) from error
 
@@ -198,14 +199,14 @@ def _as_fields(
     for name, array in arrays.items():
         if array.ndim == 0 or len(array) != length:
             if name in ("image", "label"):
-                raise ValueError(
+                raise UserError(
                     f"{origin}: {name} has shape {array.shape}, image {arrays['image'].shape}; both"
                     " need one row an example"
                 )
             notes.append(f"{name}: shape {array.shape} is not one row an example; left out")
             continue
         if array.dtype.kind not in "uifb":
-            raise ValueError(
+            raise UserError(
                 f"{origin}: {name} has dtype {array.dtype}; expected integers, floats or booleans"
             )
         fields[name] = array
@@ -223,7 +224,7 @@ def _as_labels(labels: np.ndarray, origin: str) -> np.ndarray:
         return labels
     labels = np.asarray(labels)  # labels are small: no need to leave them on the disk
     if labels.size and (labels.min() < 0 or labels.max() >= 2**31):
-        raise ValueError(
+        raise UserError(
             f"{origin}: label has values {labels.min()}..{labels.max()}; expected 0..2147483647"
         )
     return labels.astype(np.int32)
@@ -240,5 +241,5 @@ def _count_classes(
         return None
     count = 1 + int(max(label.max() for label in labels))
     if names is not None and count > len(names):
-        raise ValueError(f"{origin}: label {count - 1} has no name; class_names has {len(names)}")
+        raise UserError(f"{origin}: label {count - 1} has no name; class_names has {len(names)}")
     return len(names) if names is not None else count

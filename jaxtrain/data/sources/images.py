@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxtrain.data.splits import Splits, choose, digest_of_files
+from jaxtrain.errors import UserError
 from jaxtrain.fields import AtLeast
 
 _SPLITS = {
@@ -54,11 +55,11 @@ class Images:
         origin = f"--data.path={self.path!r}"
         root = pathlib.Path(self.path).expanduser()
         if not self.path or not root.is_dir():
-            raise ValueError(
+            raise UserError(
                 f"{origin}: no such folder; give one that holds a folder of images for each class"
             )
         if min(self.size) < 1:
-            raise ValueError(f"--data.size={self.size[0]},{self.size[1]}: both must be >= 1")
+            raise UserError(f"--data.size={self.size[0]},{self.size[1]}: both must be >= 1")
         folders = {
             _SPLITS[folder.name]: folder for folder in _folders(root) if folder.name in _SPLITS
         } or {"train": root}
@@ -66,7 +67,7 @@ class Images:
             sorted({folder.name for split in folders.values() for folder in _folders(split)})
         )
         if not names:
-            raise ValueError(f"{origin}: holds no class folders")
+            raise UserError(f"{origin}: holds no class folders")
         tables = {}
         for split, folder in folders.items():
             listed = [
@@ -146,7 +147,7 @@ def read_image(file: pathlib.Path, size: tuple[int, int], color: str = "rgb") ->
             image.draft("RGB", (2 * size[1], 2 * size[0]))
             return fit(ImageOps.exif_transpose(image), size, color)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
+        raise UserError(
             f"{file}: not an image that Pillow reads ({' '.join(str(error).split())}); mend or"
             " remove it"
         ) from error
@@ -187,7 +188,7 @@ def _files(folder: pathlib.Path, origin: str) -> list[pathlib.Path]:
     files = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
     for file in files:
         if file.suffix.lower() not in _SUFFIXES or not file.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{origin}: {file} is not an image file ({', '.join(_SUFFIXES)}); remove it"
             )
     return files

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxtrain.data.splits import Splits, choose, digest_of_tables
 from jaxtrain.data.table import ArrayTable
+from jaxtrain.errors import UserError
 from jaxtrain.fields import Above, AtLeast, Count
 
 EVEN = 0.01
@@ -88,7 +89,7 @@ class SyntheticTokens:
                 if largest > 0
                 else f"use --data.vocabulary <= {math.isqrt(MOST)}"
             )
-            raise ValueError(
+            raise UserError(
                 f"--data.order={self.order}: a table of {self.vocabulary}^{self.order + 1} numbers,"
                 f" more than {MOST}; {remedy}"
             )

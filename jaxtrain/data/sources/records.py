@@ -24,6 +24,7 @@ import numpy as np
 
 from jaxtrain.data.splits import Splits, choose, digest_of_files
 from jaxtrain.data.table import Table, device_dtype
+from jaxtrain.errors import UserError
 
 _FORMAT = "jaxtrain-records-1"
 
@@ -46,7 +47,7 @@ class Records:
         root = pathlib.Path(self.path).expanduser()
         origin = f"--data.path={self.path!r}"
         if not self.path or not (root / "dataset.json").is_file():
-            raise ValueError(
+            raise UserError(
                 f"{origin}: no dataset.json there; jaxtrain.data.sources.records.write_records"
                 " makes such a folder"
             )
@@ -55,7 +56,7 @@ class Records:
             tables = _tables(root, index)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise ValueError(
+            raise UserError(
                 f"{origin}: dataset.json is not a {_FORMAT} index ({reason}); write the folder anew"
             ) from error
         files = {"dataset.json": root / "dataset.json"} | {
@@ -83,7 +84,7 @@ def _tables(root: pathlib.Path, index: Mapping[str, Any]) -> dict[str, "RecordTa
     for split, counts in index["splits"].items():
         for name in counts:
             if pathlib.PurePath(name).name != name or not (root / name).is_file():
-                raise ValueError(f"{root / name}: named by dataset.json, but no file there")
+                raise UserError(f"{root / name}: named by dataset.json, but no file there")
         files = tuple(str(root / name) for name in counts)
         tables[split] = RecordTable(
             files, tuple(counts.values()), layout, index["num_classes"], names
@@ -116,11 +117,11 @@ class RecordTable:
             try:
                 found = len(grain.sources.ArrayRecordDataSource(file))
             except (RuntimeError, ValueError, OSError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{file}: not a readable ArrayRecord file ({_first_line(error)}); write it anew"
                 ) from error
             if found != count:
-                raise ValueError(
+                raise UserError(
                     f"{file}: holds {found} records, dataset.json says {count}; write it anew"
                 )
         self._source = grain.sources.ArrayRecordDataSource(list(files))
@@ -135,7 +136,7 @@ class RecordTable:
         for index, record in zip(indices, records, strict=True):
             if len(record) != sum(sizes):
                 place = located(int(index), self._files, self._counts)
-                raise ValueError(
+                raise UserError(
                     f"{place[0]}: record {place[1]} has {len(record)} bytes, others {sum(sizes)};"
                     " write the file anew"
                 )
@@ -168,7 +169,7 @@ def read_located(
                 source[key]
             except Exception as cause:
                 file, record = located(key, files, counts)
-                raise ValueError(
+                raise UserError(
                     f"{file}: corrupt record {record} ({_first_line(cause)}); fetch or write the"
                     " file anew"
                 ) from cause

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxtrain.data.splits import Splits, choose, digest_of_tables
 from jaxtrain.data.table import ArrayTable
+from jaxtrain.errors import UserError
 from jaxtrain.fields import AtLeast, Count
 
 
@@ -44,7 +45,7 @@ class Synthetic:
     def open(self) -> Splits:
         """Draws the examples; `ValueError` if the shape is none."""
         if not self.shape or min(self.shape) < 1:
-            raise ValueError(
+            raise UserError(
                 f"--data.shape={','.join(map(str, self.shape))}: every dim must be >= 1"
             )
         # Philox is NumPy's counter-based generator: its bits are the same on every machine and

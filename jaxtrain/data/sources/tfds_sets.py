@@ -18,6 +18,7 @@ from jaxtrain.data.sources.images import fit
 from jaxtrain.data.sources.records import read_located
 from jaxtrain.data.splits import Splits, choose, digest_of_files
 from jaxtrain.data.table import device_dtype, load, num_bytes
+from jaxtrain.errors import UserError
 
 _AUTO_BYTES = 2**30
 _RANDOM_ACCESS = ("array_record",)
@@ -86,7 +87,7 @@ class Tfds:
         """Whether the parts are to be loaded whole."""
         wanted = self.in_memory == "yes" or (self.in_memory == "auto" and size <= _AUTO_BYTES)
         if not wanted and table_class is TensorflowTable:
-            raise ValueError(
+            raise UserError(
                 f"--data.name={self.name}: prepared as {file_format}, which can only be loaded"
                 f" whole ({size / 2**30:.3g} GiB); pass --data.in_memory=yes, or prepare it with"
                 " --file_format=array_record"
@@ -95,11 +96,11 @@ class Tfds:
 
     def _builder(self) -> Any:
         if not self.name:
-            raise ValueError("--data.name='': no set named; e.g. --data.name=fashion_mnist")
+            raise UserError("--data.name='': no set named; e.g. --data.name=fashion_mnist")
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 f"--data.name={self.name}: needs tensorflow-datasets ({error}); pip install"
                 " tensorflow-datasets"
             ) from error
@@ -108,7 +109,7 @@ class Tfds:
             return tfds.core.read_only_builder.builder_from_files(self.name, data_dir=data_dir)
         except (tfds.core.registered.DatasetNotFoundError, OSError) as error:
             if not self.download:
-                raise ValueError(self._missing(tfds)) from error
+                raise UserError(self._missing(tfds)) from error
         return self._prepare(tfds, data_dir)
 
     def _missing(self, tfds: Any) -> str:
@@ -145,12 +146,12 @@ class Tfds:
             builder.download_and_prepare()
         except ImportError as error:
             remedy = "pip install tensorflow-cpu and what it names"
-            raise ValueError(
+            raise UserError(
                 f"--data.name={self.name}: preparing it needs more packages ({error}); {remedy}"
             ) from error
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(
+            raise UserError(
                 f"--data.name={self.name}: cannot be downloaded and prepared"
                 f" ({type(error).__name__}: {reason})"
             ) from error
@@ -162,7 +163,7 @@ def _tensorflow(name: str, file_format: str) -> Any:
     try:
         import tensorflow as tf
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"--data.name={name}: prepared as {file_format}, which needs TensorFlow; pip install"
             " tensorflow-cpu, or prepare it with --file_format=array_record"
         ) from error
@@ -191,7 +192,7 @@ class _Description:
             if key not in features:
                 near = difflib.get_close_matches(key, list(features), 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(
+                raise UserError(
                     f"--data.{field}_key={key!r}: {source.name} has no such feature; valid:"
                     f" {', '.join(sorted(features))}{hint}"
                 )
@@ -199,7 +200,7 @@ class _Description:
             if field == "image" and source.size is not None:
                 shape = (*source.size, shape[-1] or 3)
             if None in shape:
-                raise ValueError(
+                raise UserError(
                     f"--data.name={source.name}: {key} differs in shape between examples, {shape};"
                     " set --data.size=224,224"
                 )

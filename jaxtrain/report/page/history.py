@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain.errors import UserError
 from jaxtrain.report.metrics_file import is_clock, read_metrics
 
 SPLITS = ("train", "validation", "test")
@@ -98,7 +99,7 @@ def load(folder: str | os.PathLike[str]) -> History:
     """
     folder = Path(folder)
     if not (folder / "run.json").exists() and not (folder / "metrics.jsonl").exists():
-        raise ValueError(
+        raise UserError(
             f"{folder}: neither run.json nor metrics.jsonl there; give the folder of a run"
         )
     return History(
@@ -287,7 +288,7 @@ def _read_run(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); restore the file") from error
+        raise UserError(f"{path}: not JSON ({error}); restore the file") from error
     return content if isinstance(content, dict) else {}
 
 

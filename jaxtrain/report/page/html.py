@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain.errors import UserError
 from jaxtrain.report.page import history, plots
 from jaxtrain.report.page.chart import chart, color
 from jaxtrain.report.page.history import History
@@ -38,7 +39,7 @@ def write_report(
     """
     histories = [history.load(workdir) for workdir in workdirs]
     if not histories:
-        raise ValueError("report: no run given; give the folder of one run or several")
+        raise UserError("report: no run given; give the folder of one run or several")
     out = (
         Path(out)
         if out is not None
