@@ -8,7 +8,7 @@ Dims: B batch, C classes, D features, T tokens to predict, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -168,6 +168,20 @@ class NextToken:
             "loss": metrics.weighted(losses.cross_entropy(logits, targets), weights),
             "accuracy": metrics.weighted(right, weights),
         }
+
+
+def score_of(task: Any) -> Callable[[Mapping[str, float]], float]:
+    """What the best checkpoint of a task is chosen by, greater is better: the task's own `score`, or
+    the accuracy, or the loss where there is none.
+
+    >>> score_of(Regression())({"loss": 0.25}), score_of(None)({"loss": 0.25, "accuracy": 0.9})
+    (-0.25, 0.9)
+    """
+
+    def score(values: Mapping[str, float]) -> float:
+        return values["accuracy"] if "accuracy" in values else -values["loss"]
+
+    return getattr(task, "score", score)
 
 
 def _field(batch: Batch, name: str, remedy: str = "") -> jax.Array:

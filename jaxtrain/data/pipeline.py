@@ -10,12 +10,12 @@ B: examples of a batch, N: of the table
 import collections
 import concurrent.futures
 from collections.abc import Callable, Iterator, Mapping
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import jax
 import numpy as np
 
-from jaxtrain.data import order
+from jaxtrain.data.order import Order
 from jaxtrain.data.table import Table, num_bytes
 
 Batch = dict[str, jax.Array]
@@ -117,7 +117,7 @@ class Stream(Iterator[Batch]):
     """The endless shuffled batches of a table from a position on, read and put on the devices ahead
     of the step.
 
-    `position` is the (epoch, offset) of the next batch: a stream opened there goes on as if never
+    `position` is that of the next batch in the order: a stream opened there goes on as if never
     interrupted. In a run of several processes each reads only the rows that its own devices hold.
     Close it, or use it as a context.
     """
@@ -126,33 +126,31 @@ class Stream(Iterator[Batch]):
         self,
         table: Table,
         *,
-        seed: int,
+        order: Order,
+        position: Any,
         batch_size: int,
-        epoch: int = 0,
-        offset: int = 0,
         sharding: jax.sharding.Sharding,
         prefetch: int = 2,
     ) -> None:
-        self.position = (epoch, offset)
-        self._batch_size = batch_size
-        self._length = len(table)
+        self.position = position
+        self._order, self._batch_size = order, batch_size
         self._batches = Prefetch(
-            self._jobs(table, seed, epoch, offset, sharding),
+            self._jobs(table, position, sharding),
             depth=max(1, prefetch),
             threads=min(2, max(1, prefetch)),
         )
 
     def _jobs(
-        self, table: Table, seed: int, epoch: int, offset: int, sharding: jax.sharding.Sharding
+        self, table: Table, position: Any, sharding: jax.sharding.Sharding
     ) -> Iterator[Callable[[], Batch]]:
         while True:
-            ids_B = order.example_ids(seed, epoch, offset, self._batch_size, self._length)
+            ids_B = self._order.ids(position, self._batch_size)
             yield lambda ids_B=ids_B: read_batch(table, {"id": ids_B}, sharding)
-            epoch, offset = order.advance(epoch, offset, self._batch_size, self._length)
+            position = self._order.advance(position, self._batch_size)
 
     def __next__(self) -> Batch:
         batch = next(self._batches)
-        self.position = order.advance(*self.position, self._batch_size, self._length)
+        self.position = self._order.advance(self.position, self._batch_size)
         return batch
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The programs of a run: its recipe compiled for its data and mesh, and what they need and do."""
+"""What a run is built of: its lengths in steps, its recipe, and the checks that need nothing compiled."""
 
 import dataclasses
 import functools
@@ -11,17 +11,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import adapters, config, precision
-from jaxtrain.data import order, pipeline, statistics
+from jaxtrain.data import pipeline, statistics
+from jaxtrain.data.order import Shuffled
+from jaxtrain.data.pipeline import Stream
 from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import Table
 from jaxtrain.errors import UserError
-from jaxtrain.parallel import mesh as meshes
 from jaxtrain.parallel import sharding
 from jaxtrain.processes import group
+from jaxtrain.runner.compile import Execution, Reproducible, Sharded
 from jaxtrain.schedules import resolve
-from jaxtrain.train import evaluate as evaluation
-from jaxtrain.train import loop, reproducible, steps
-from jaxtrain.train.recipe import Batch, Options, Recipe
+from jaxtrain.train import loop
+from jaxtrain.train.lowering import Programs
+from jaxtrain.train.recipe import Batch, Recipe
 from jaxtrain.train.state import TrainState
 
 MOST_MEASURED = 10_000
@@ -87,8 +89,8 @@ def chosen_precision(run: config.Run, mesh: Mesh) -> str:
     return run.precision
 
 
-def options(run: config.Run, train: Table, length: Lengths) -> Options:
-    """What the recipe says besides model, task and optimizer."""
+def recipe_of(run: config.Run, train: Table, length: Lengths) -> Recipe:
+    """What one step of the run does."""
     prepare = None
     if "image" in train.fields:
         prepare = scaled
@@ -97,7 +99,10 @@ def options(run: config.Run, train: Table, length: Lengths) -> Options:
             prepare = functools.partial(
                 statistics.standardize, statistics=statistics.measure(train, max_examples=limit)
             )
-    return Options(
+    return Recipe(
+        run.model,
+        run.task,
+        run.optimizer,
         schedule=resolve(run.schedule, total_steps=length.total, steps_per_epoch=length.per_epoch),
         total_steps=float(length.total),
         prepare=prepare,
@@ -105,7 +110,7 @@ def options(run: config.Run, train: Table, length: Lengths) -> Options:
         clip_norm=run.clip_norm,
         ema_decay=run.ema_decay,
         microbatches=run.microbatches,
-        num_examples=len(train),
+        order=Shuffled(len(train)),
         precision=run.precision,
         optimizer_state=run.optimizer_state,
         remat=run.remat,
@@ -114,36 +119,36 @@ def options(run: config.Run, train: Table, length: Lengths) -> Options:
     )
 
 
-def check_mesh(run: config.Run, mesh: Mesh) -> None:
-    """`ValueError` if the batch cannot be split over the mesh."""
-    if run.reproducible:  # first, for its rule is the stricter one
-        reproducible.check(mesh, run.logical_shards, run.batch_size)
-    meshes.check_batch("batch_size", run.batch_size, mesh)
+def execution(run: config.Run, mesh: Mesh) -> Execution:
+    """How the programs of the run are executed; `ValueError` if its batch does not fit the mesh."""
+    chosen = (
+        Reproducible(mesh, run.logical_shards)
+        if run.reproducible
+        else Sharded(mesh, debug_nans=run.debug_nans)
+    )
+    chosen.check(run.batch_size)
+    return chosen
 
 
 def check_model(
-    run: config.Run, train: Table, recipe: Options, mesh: Mesh
+    run: config.Run, train: Table, recipe: Recipe, executed: Execution
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Runs model and task on shapes alone; returns the abstract batch. Whatever does not fit is an
     error here, before anything is compiled."""
+    device = executed.mesh.local_devices[0]
     if run.offload != "none" and "pinned_host" not in {
-        memory.kind for memory in mesh.local_devices[0].addressable_memories()
+        memory.kind for memory in device.addressable_memories()
     }:
         raise UserError(
-            f"--offload={run.offload}: programs on {mesh.local_devices[0].device_kind} cannot reach"
-            " the host's memory; drop it"
+            f"--offload={run.offload}: programs on {device.device_kind} cannot reach the host's"
+            " memory; drop it"
         )
-    if run.microbatches > 1:
-        shards = run.logical_shards if run.reproducible else meshes.batch_shards(mesh)
-        if (run.batch_size // run.microbatches) % shards:
-            part, what = (
-                run.batch_size // run.microbatches,
-                ("logical shards" if run.reproducible else "devices"),
-            )
-            raise UserError(
-                f"--microbatches={run.microbatches}: a part of {part} examples is not divisible by"
-                f" {shards} {what}; use fewer parts"
-            )
+    part = run.batch_size // run.microbatches
+    if run.microbatches > 1 and part % executed.parts:
+        raise UserError(
+            f"--microbatches={run.microbatches}: a part of {part} examples is not divisible by"
+            f" {executed.parts} {executed.parts_word}; use fewer parts"
+        )
     batch = {
         name: jax.ShapeDtypeStruct((run.batch_size, *field.shape), field.dtype)
         for name, field in train.fields.items()
@@ -151,7 +156,7 @@ def check_model(
 
     def forward(batch: Batch) -> Any:
         key = jax.random.key(0)
-        batch = batch if recipe["prepare"] is None else recipe["prepare"](dict(batch))
+        batch = batch if recipe.prepare is None else recipe.prepare(dict(batch))
         inputs, functions = run.task.inputs(batch), adapters.functions(run.model)
         variables = functions.init(key, inputs)
         # a rule that decides no parameter is an error
@@ -180,13 +185,13 @@ def check_model(
     return batch
 
 
-def check_held_out(run: config.Run, splits: Splits, recipe: Options, batch: Batch) -> None:
+def check_held_out(run: config.Run, splits: Splits, recipe: Recipe, batch: Batch) -> None:
     """Runs model and task on the shapes of the held-out splits; a test split without labels must
     not be found out after the training."""
 
     def forward(batch: Batch, other: Batch) -> Any:
         batch, other = (
-            each if recipe["prepare"] is None else recipe["prepare"](dict(each))
+            each if recipe.prepare is None else recipe.prepare(dict(each))
             for each in (batch, other)
         )
         functions = adapters.functions(run.model)
@@ -239,55 +244,47 @@ def place_data(run: config.Run, train: Table, mesh: Mesh) -> Batch | None:
     return pipeline.resident_arrays(train, sharding.replicated(mesh))
 
 
-def evaluation_size(run: config.Run, table: Table, mesh: Mesh) -> int:
+def evaluation_size(run: config.Run, table: Table, executed: Execution) -> int:
     """The batch size of evaluation: as asked for, but no larger than the set needs, and rounded up
     so that each device has its share."""
-    shards = run.logical_shards if run.reproducible else meshes.batch_shards(mesh)
-    return -(-min(run.eval_batch_size, len(table)) // shards) * shards
+    return -(-min(run.eval_batch_size, len(table)) // executed.parts) * executed.parts
 
 
 def evaluators(
-    run: config.Run, splits: Splits, recipe: Options, mesh: Mesh
+    run: config.Run, splits: Splits, programs: Programs, executed: Execution
 ) -> dict[str, loop.Evaluate]:
     """What evaluates each held-out split that there is; one program for both."""
-    parts = (run.model, run.task, run.optimizer)
-    if run.reproducible:
-        trainer = reproducible.Trainer(Recipe(*parts, **recipe), mesh, run.logical_shards)
-    else:
-        eval_step = steps.make_eval_step(*parts, mesh=mesh, **recipe)
-    compiled: set[evaluation.Shapes] = set()
-
-    def means(state: TrainState, table: Table) -> dict[str, float]:
-        if not run.reproducible:
-            return evaluation.evaluate(
-                eval_step, state, batches(run, table, mesh), compiled=compiled
-            )
-        copies = trainer.copies(state)  # once a pass, and freed after it
-        return evaluation.evaluate(
-            lambda _, batch: trainer.evaluate(copies, trainer.cut(batch)),
-            state,
-            batches(run, table, mesh),
-            compiled=compiled,
-        )
+    means = executed.evaluation(programs)
 
     def evaluator(table: Table) -> loop.Evaluate:
-        return lambda state: means(state, table)
+        return lambda state: means(state, batches(run, table, executed))
 
     tables = {"validation": splits.validation, "test": splits.test}
     return {name: evaluator(table) for name, table in tables.items() if table is not None}
 
 
-def host_batches(run: config.Run, train: Table) -> Iterator[dict[str, Any]]:
+def stream(run: config.Run, state: TrainState, train: Table, recipe: Recipe, mesh: Mesh) -> Stream:
+    """The train split as batches read ahead, from where the state stands."""
+    return Stream(
+        train,
+        order=recipe.order,
+        position=jax.device_get(state.position),
+        batch_size=run.batch_size,
+        sharding=sharding.batch(mesh),
+    )
+
+
+def host_batches(run: config.Run, train: Table, recipe: Recipe) -> Iterator[dict[str, Any]]:
     """The batches of a run in its order, in host memory."""
-    epoch, offset = 0, 0
+    position = recipe.order.start(run.seed)
     while True:
-        ids_B = order.example_ids(run.seed, epoch, offset, run.batch_size, len(train))
+        ids_B = recipe.order.ids(position, run.batch_size)
         yield dict(train.read(ids_B)) | {"id": ids_B}
-        epoch, offset = order.advance(epoch, offset, run.batch_size, len(train))
+        position = recipe.order.advance(position, run.batch_size)
 
 
-def batches(run: config.Run, table: Table, mesh: Mesh) -> Iterator[Batch]:
+def batches(run: config.Run, table: Table, executed: Execution) -> Iterator[Batch]:
     """One pass over a table for evaluation."""
     return pipeline.evaluation_batches(
-        table, evaluation_size(run, table, mesh), sharding.batch(mesh)
+        table, evaluation_size(run, table, executed), sharding.batch(executed.mesh)
     )

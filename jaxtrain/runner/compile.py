@@ -1,23 +1,31 @@
-"""The training program: one step, or several, compiled for a state and its data, behind the feed
-that drives it."""
+"""What is compiled: how the programs of a run are executed, and the training program behind its feed.
+
+`Sharded` runs each program once over the whole mesh; `Reproducible` runs programs for one device and
+adds their results in a fixed tree. A run chooses one of them, once.
+"""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import config, tree
-from jaxtrain.data import pipeline
-from jaxtrain.data.table import Table
+from jaxtrain import metrics, tree
+from jaxtrain.checkpoints import arrays
+from jaxtrain.data.pipeline import Stream
+from jaxtrain.parallel import mesh as meshes
 from jaxtrain.parallel import sharding
-from jaxtrain.train import feeds, gradients, reproducible
-from jaxtrain.train import steps as train_steps
-from jaxtrain.train.recipe import Batch, Options, Recipe
+from jaxtrain.train import evaluate, feeds, reproducible, train_step
+from jaxtrain.train.lowering import Programs
+from jaxtrain.train.recipe import Batch
 from jaxtrain.train.state import TrainState
+
+Source = Batch | Stream
+"""Where training batches come from: data in device memory, or a stream."""
+Evaluate = Callable[[TrainState, Iterator[Batch]], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,102 +42,158 @@ class Training:
     something is wrong."""
 
 
-def compile_training(
-    run: config.Run,
-    state: TrainState,
-    train: Table,
-    data: Batch | None,
-    recipe: Options,
-    mesh: Mesh,
-    *,
-    per_call: int | None,
-) -> Training:
-    """Compiles the training step for this state and data; `per_call` None lets the program's size
-    decide."""
-    parts = (run.model, run.task, run.optimizer)
-    platform = mesh.devices.flat[0].platform
-    # XLA counts the body of a loop once, and off the CPU the parts are a loop
-    repeats = 1 if platform == "cpu" else run.microbatches
-    if run.reproducible:
-        return _reproducible(run, state, train, data, recipe, mesh, per_call=per_call)
-    if data is None:
-        batch = {
-            name: jax.ShapeDtypeStruct(
-                (run.batch_size, *field.shape), field.dtype, sharding=sharding.batch(mesh)
+class Execution(Protocol):
+    """How the programs of a run are executed."""
+
+    mesh: Mesh
+    parts_word: str
+    """What a batch is divided among, for messages."""
+
+    @property
+    def parts(self) -> int:
+        """Among how many of them every batch must divide."""
+        ...
+
+    def check(self, batch_size: int) -> None:
+        """`ValueError` if the batch cannot be divided on this mesh."""
+        ...
+
+    def initialize(self, programs: Programs, seed: int) -> TrainState:
+        """The state before the first step."""
+        ...
+
+    def training(
+        self, programs: Programs, source: Source, *, per_call: int | None, most: int
+    ) -> Training:
+        """The compiled training program; `per_call` None lets the work of a step decide how many
+        steps a dispatch runs, at most `most`."""
+        ...
+
+    def evaluation(self, programs: Programs) -> Evaluate:
+        """`(state, batches) -> means of the metrics`; one program for all splits."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharded:
+    """Each program runs over the whole mesh at once; XLA divides it among the devices."""
+
+    mesh: Mesh
+    debug_nans: bool = False
+    parts_word = "devices"
+
+    @property
+    def parts(self) -> int:
+        """The devices that a batch is split over."""
+        return meshes.batch_shards(self.mesh)
+
+    def check(self, batch_size: int) -> None:
+        """`ValueError` if the batch cannot be split over the mesh."""
+        meshes.check_batch("batch_size", batch_size, self.mesh)
+
+    def initialize(self, programs: Programs, seed: int) -> TrainState:
+        """The state before the first step, initialized where it lies."""
+        return programs.initialize(seed)
+
+    def training(
+        self, programs: Programs, source: Source, *, per_call: int | None, most: int
+    ) -> Training:
+        """The training step, or several of them in a dispatch where the data lies on the device."""
+        platform = self.mesh.devices.flat[0].platform
+        # XLA counts the body of a loop once, and off the CPU the microbatches are a loop.
+        repeats = 1 if platform == "cpu" else programs.recipe.microbatches
+        if isinstance(source, Stream):
+            step, chosen, data = programs.train_step, 1, None
+            lowered = programs.lower_train_step()
+            compiled = lowered.compile()
+            feed: feeds.Feed = feeds.StreamFeed(
+                _checked(step) if self.debug_nans else compiled, source
             )
-            for name, field in train.fields.items()
+        else:
+            steps, data = programs.train_steps, source
+            count = feeds.device_count(1, data)
+            lowered = steps.single.lower(programs.state, data, count)
+            chosen = per_call or feeds.steps_per_call(lowered, platform, most)
+            chosen = 1 if self.debug_nans else chosen
+            looped = steps.several.lower(programs.state, data, count) if chosen > 1 else lowered
+            compiled = looped.compile()
+            single = _checked(steps.single) if self.debug_nans else compiled
+            feed = feeds.ResidentFeed(single, None if chosen == 1 else compiled, data)
+        flops = repeats * feeds.flops_of(lowered)
+        needs = _memory(programs.state, data, compiled)
+        copied = 0 if self.debug_nans else _copied(programs.state, compiled)
+        return Training(feed, chosen, flops, needs, copied)
+
+    def evaluation(self, programs: Programs) -> Evaluate:
+        """Evaluation by one program over the mesh."""
+        compiled: set[evaluate.Shapes] = set()
+
+        def means(state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
+            return evaluate.evaluate(programs.eval_step, state, batches, compiled=compiled)
+
+        return means
+
+
+@dataclasses.dataclass(frozen=True)
+class Reproducible:
+    """Programs for one device, which round alike on every mesh; see `train/reproducible.py`."""
+
+    mesh: Mesh
+    parts: int
+    parts_word = "logical shards"
+
+    def check(self, batch_size: int) -> None:
+        """`ValueError` if the mesh or the batch cannot be cut into the logical shards."""
+        reproducible.check(self.mesh, self.parts, batch_size)
+        meshes.check_batch("batch_size", batch_size, self.mesh)
+
+    def initialize(self, programs: Programs, seed: int) -> TrainState:
+        """The state before the first step, by a program for one device, laid out afterwards."""
+        whole = programs.initialize_alone(seed)
+        return arrays.to_devices(arrays.to_host(whole), programs.state)
+
+    def training(
+        self, programs: Programs, source: Source, *, per_call: int | None, most: int
+    ) -> Training:
+        """Training by programs that are compiled at their first call."""
+        recipe, resident = programs.recipe, not isinstance(source, Stream)
+        rows = programs.batch_size // self.parts
+        part = {
+            name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+            for name, leaf in programs.batch_with_ids().items()
         }
-        batch["id"] = jax.ShapeDtypeStruct(
-            (run.batch_size,), jnp.int32, sharding=sharding.batch(mesh)
+        whole = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), programs.state
         )
-        single = train_steps.make_train_step(*parts, mesh=mesh, **recipe)
-        lowered = single.lower(state, batch)
-        compiled = lowered.compile()
-        feed = feeds.StreamFeed(
-            _checked(single) if run.debug_nans else compiled, _stream(run, state, train, mesh)
+        lowered = jax.jit(lambda state, part: train_step.gradients(recipe, state, part)).lower(
+            whole, part
         )
+        platform = self.mesh.devices.flat[0].platform
+        chosen = (per_call or feeds.steps_per_call(lowered, platform, most)) if resident else 1
+        trainer = reproducible.Trainer(recipe, self.mesh, self.parts)
+        each = self.parts // self.mesh.size
+        data = source if resident else None
         return Training(
-            feed,
-            1,
-            repeats * feeds.flops_of(lowered),
-            _memory(state, data, compiled),
-            _copied(state, compiled),
+            feeds.ReproducibleFeed(trainer, source, programs.batch_size),
+            chosen,
+            self.parts * feeds.flops_of(lowered),
+            _reproducible_memory(programs.state, data, self.mesh, each),
         )
-    steps = train_steps.make_train_steps(*parts, batch_size=run.batch_size, mesh=mesh, **recipe)
-    count = feeds.device_count(1, data)
-    lowered = steps.single.lower(state, data, count)
-    flops = repeats * feeds.flops_of(lowered)
-    if run.debug_nans:
-        return Training(
-            feeds.ResidentFeed(_checked(steps.single), None, data),
-            1,
-            flops,
-            _memory(state, data, lowered.compile()),
-        )
-    chosen = per_call or feeds.steps_per_call(lowered, platform, run.log_every)
-    compiled = (
-        lowered.compile() if chosen == 1 else steps.several.lower(state, data, count).compile()
-    )
-    feed = feeds.ResidentFeed(compiled, None if chosen == 1 else compiled, data)
-    return Training(feed, chosen, flops, _memory(state, data, compiled), _copied(state, compiled))
 
+    def evaluation(self, programs: Programs) -> Evaluate:
+        """Evaluation by logical shards."""
+        trainer = reproducible.Trainer(programs.recipe, self.mesh, self.parts)
+        compiled: set[evaluate.Shapes] = set()
 
-def _reproducible(
-    run: config.Run,
-    state: TrainState,
-    train: Table,
-    data: Batch | None,
-    recipe: Options,
-    mesh: Mesh,
-    *,
-    per_call: int | None,
-) -> Training:
-    """Training by one-device programs; they are compiled at their first call."""
-    made = Recipe(run.model, run.task, run.optimizer, **recipe)
-    rows = run.batch_size // run.logical_shards
-    part = {
-        name: jax.ShapeDtypeStruct((rows, *field.shape), field.dtype)
-        for name, field in train.fields.items()
-    }
-    part["id"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-    lowered = jax.jit(lambda state, part: gradients.total(made, state, part)).lower(whole, part)
-    flops = run.logical_shards * feeds.flops_of(lowered)
-    trainer = reproducible.Trainer(made, mesh, run.logical_shards)
-    chosen = (
-        1
-        if data is None
-        else per_call or feeds.steps_per_call(lowered, mesh.devices.flat[0].platform, run.log_every)
-    )
-    source = _stream(run, state, train, mesh) if data is None else data
-    memory = _reproducible_memory(state, data, mesh, run.logical_shards // mesh.size)
-    return Training(feeds.ReproducibleFeed(trainer, source, run.batch_size), chosen, flops, memory)
+        def means(state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
+            copies = trainer.copies(state)  # once a pass, and freed after it
 
+            def step(_: TrainState, batch: Batch) -> metrics.Sums:
+                return trainer.evaluate(copies, trainer.cut(batch))
 
-def _stream(run: config.Run, state: TrainState, train: Table, mesh: Mesh) -> pipeline.Stream:
-    place = jax.device_get(state.position)
-    start = {"seed": int(place.seed), "epoch": int(place.epoch), "offset": int(place.offset)}
-    return pipeline.Stream(train, batch_size=run.batch_size, sharding=sharding.batch(mesh), **start)
+            return evaluate.evaluate(step, state, batches, compiled=compiled)
+
+        return means
 
 
 def _checked(jitted: Any) -> Any:

@@ -12,11 +12,11 @@ from jaxtrain import config, optimizers, precision, tree
 from jaxtrain.config import record as run_record
 from jaxtrain.data.splits import Splits
 from jaxtrain.parallel import mesh as meshes
-from jaxtrain.runner import compile as programs
 from jaxtrain.runner import workdir
 from jaxtrain.runner.build import Lengths
+from jaxtrain.runner.compile import Training, state_bytes
 from jaxtrain.train import hyper
-from jaxtrain.train.recipe import Options, Recipe
+from jaxtrain.train.lowering import Programs
 from jaxtrain.train.state import TrainState
 
 
@@ -79,18 +79,17 @@ def record(
     argv: Sequence[str],
     splits: Splits,
     length: Lengths,
-    recipe: Options,
-    mesh: Mesh,
-    state: TrainState,
-    trained: programs.Training,
+    programs: Programs,
+    trained: Training,
     earlier: dict[str, Any],
 ) -> dict[str, Any]:
     """run.json: enough to repeat the run; on a resume the `earlier` start's facts stay, and the
     configuration is today's."""
+    mesh, state = programs.mesh, programs.state
     device = mesh.devices.flat[0]
     now = workdir.describe(run, argv) | {
         "run_id": earlier["run_id"],
-        "hyper": hyper.collect(Recipe(run.model, run.task, run.optimizer, **recipe)),
+        "hyper": hyper.collect(programs.recipe),
         "data": {
             "fingerprint": splits.fingerprint,
             "train": len(splits.train),
@@ -111,7 +110,7 @@ def record(
         "steps_per_epoch": length.per_epoch,
         "steps_per_call": trained.per_call,
         "parameters": tree.size(state.params),
-        "state_bytes_per_device": programs.state_bytes(state),
+        "state_bytes_per_device": state_bytes(state),
         "memory_estimate": trained.memory,
     }
     if "config" in earlier:

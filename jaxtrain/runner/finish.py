@@ -2,12 +2,10 @@
 committed, so nothing here may fail it."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxtrain import config
 from jaxtrain.config import flags
@@ -17,32 +15,32 @@ from jaxtrain.report.page import history
 from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.runner import build
+from jaxtrain.runner.compile import Execution
 from jaxtrain.train import evaluate
-from jaxtrain.train.recipe import Batch
+from jaxtrain.train.lowering import Programs
 from jaxtrain.train.state import TrainState
 
 WORST = 24
 """How many of the worst mistakes keep their images for the report."""
-Predict = Callable[[TrainState, Batch], dict[str, jax.Array]]
 
 
 def finish(
     run: config.Run,
     folder: Path,
     splits: Splits,
-    mesh: Mesh,
-    predict: Predict | None,
+    programs: Programs,
+    execution: Execution,
     state: TrainState,
     progress: Progress,
     *,
     seconds: float,
 ) -> None:
-    """Writes predictions.npz and the report, and shows the summary; `predict` is None if the task
-    cannot say what a prediction is."""
+    """Writes predictions.npz, if the task can say what a prediction is, and the report, and shows
+    the summary."""
     heartbeat.beat("ending")
-    if predict is not None:
+    if hasattr(run.task, "examine"):
         with _harmless("predictions"):
-            write_predictions(run, folder, splits, mesh, predict, state)
+            write_predictions(run, folder, splits, programs, execution, state)
     if not group.is_main():
         return
     page = report(run, folder)
@@ -76,7 +74,12 @@ def report(run: config.Run, folder: Path) -> Path | None:
 
 
 def write_predictions(
-    run: config.Run, folder: Path, splits: Splits, mesh: Mesh, predict: Predict, state: TrainState
+    run: config.Run,
+    folder: Path,
+    splits: Splits,
+    programs: Programs,
+    execution: Execution,
+    state: TrainState,
 ) -> None:
     """What the model says of the held-out split, with the images of its worst mistakes, for the
     report."""
@@ -84,7 +87,7 @@ def write_predictions(
     if table is None or "label" not in table.fields:
         return
     # all processes take part
-    found = evaluate.predictions(predict, state, build.batches(run, table, mesh))
+    found = evaluate.predictions(programs.predict_step, state, build.batches(run, table, execution))
     if not group.is_main():
         return
     wrong = np.flatnonzero(found["label"] != found["prediction"])

@@ -39,9 +39,9 @@ from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.runner import build, workdir
 from jaxtrain.runner.followers import WitnessLock
-from jaxtrain.runner.run import Session
-from jaxtrain.train import compare_meshes
-from jaxtrain.train.recipe import Options
+from jaxtrain.runner.run import Opened, start
+from jaxtrain.train import compare_meshes, lowering
+from jaxtrain.train.recipe import Recipe
 
 OLDEST_JAX = (0, 10, 2)
 
@@ -177,7 +177,7 @@ def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
         run.precision,
         config.replaced(run, {"precision": build.chosen_precision(run, mesh)}),
     )
-    build.check_mesh(run, mesh)  # before the data, which may take a while
+    execution = build.execution(run, mesh)  # before the data, which may take a while
     _use_compilation_cache()
     jax.config.update("jax_debug_nans", run.debug_nans)
     jax.config.update(
@@ -195,18 +195,20 @@ def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
             f"--profile_steps={first},{last}: the run ends at step {length.total}; profile earlier"
             " steps"
         )
-    recipe = build.options(run, splits.train, length)
-    batch = build.check_model(run, splits.train, recipe, mesh)
+    recipe = build.recipe_of(run, splits.train, length)
+    batch = build.check_model(run, splits.train, recipe, execution)
     build.check_held_out(run, splits, recipe, batch)
     if run.compare_meshes:
         return _compare(run, splits.train, recipe, jax.devices(mesh.devices.flat[0].platform))
+    programs = lowering.lower(recipe, batch, mesh)
     made = not run.workdir or not Path(run.workdir).exists()
     folder = Path(group.from_main(str(workdir.place(run)) if group.is_main() else None))
     mine = Lock(folder, force=run.force_unlock) if group.is_main() else WitnessLock(folder)
     with _no_litter(folder, made and group.is_main()), mine as lock:
-        status = Session(
-            run, argv, mesh, splits, length, recipe, batch, folder, lock, stop, began, asked
-        ).go()
+        opened = Opened(
+            run, argv, splits, length, programs, execution, folder, lock, stop, began, asked
+        )
+        status = start(opened)
     heartbeat.beat("ending")
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()  # all of them are here
@@ -242,23 +244,21 @@ def _join(run: config.Run, stop: Stop) -> None:
     cluster.join(found, arrived=lambda: heartbeat.beat("joining"), waiting=waiting)
 
 
-def _compare(run: config.Run, train: Table, recipe: Options, devices: Sequence[jax.Device]) -> int:
+def _compare(run: config.Run, train: Table, recipe: Recipe, devices: Sequence[jax.Device]) -> int:
     """Compares meshes instead of training; status 3 if one differs."""
-    parts = (run.model, run.task, run.optimizer)
-    batches = build.host_batches(run, train)
+    batches = build.host_batches(run, train, recipe)
     progress, count = Progress(run.compare_steps), len(run.compare_meshes)
     progress.line(
         f"{run.compare_steps} steps on one device and on {count} mesh{'es' if count > 1 else ''};"
         f" compiling {2 * count + 2} programs first"
     )
     report = compare_meshes.compare(
-        *parts,
+        recipe,
         batches,
         run.compare_meshes,
         seed=run.seed,
         steps=run.compare_steps,
         devices=devices,
-        **recipe,
     )
     progress.show(tables.comparison_table(report.rows()))
     progress.line(report.summary())

@@ -2,28 +2,24 @@
 parameter that tells them apart.
 
 A run of many steps answers nothing, for rounding grows: a network with dropout is 4e-3 away after
-twenty. So each mesh is asked twice: for a few steps of its own from its own birth (which tries the
-update, too), and for many single steps, each from a state of the one-device run.
+twenty. So each mesh is asked twice: for a few steps of its own from its own initial state (which tries
+the update, too), and for many single steps, each from a state of the one-device run.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Unpack
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxtrain import metrics, tree
 from jaxtrain.errors import UserError
-from jaxtrain.optimizers import Optimizer
 from jaxtrain.parallel import mesh as meshes
 from jaxtrain.parallel import sharding
-from jaxtrain.tasks import Task
-from jaxtrain.train import steps as train_steps
-from jaxtrain.train.recipe import Options, Recipe
-from jaxtrain.train.state import TrainState, init_state, state_shardings
+from jaxtrain.train import lowering
+from jaxtrain.train.recipe import Recipe
+from jaxtrain.train.state import TrainState
 
 HostBatch = Mapping[str, np.ndarray]
 FREE_STEPS = 5
@@ -111,9 +107,7 @@ class Report:
 
 
 def compare(
-    model: Any,
-    task: Task,
-    optimizer: Optimizer,
+    recipe: Recipe,
     batches: Iterator[HostBatch],
     mesh_texts: Sequence[str],
     *,
@@ -121,7 +115,6 @@ def compare(
     steps: int = 20,
     tolerance: float | None = None,
     devices: Sequence[jax.Device] | None = None,
-    **options: Unpack[Options],
 ) -> Report:
     """Trains on one device and on each mesh with the same batches, and says how far they are apart.
 
@@ -137,15 +130,14 @@ def compare(
     asked = jax.config.jax_default_matmul_precision
     if tolerance is None:
         tf32 = asked == "tensorfloat32" and devices[0].platform == "gpu"
-        tolerance = max(TOLERANCES[options.get("precision", "fp32")], TF32 if tf32 else 0.0)
+        tolerance = max(TOLERANCES[recipe.precision], TF32 if tf32 else 0.0)
     kept = list(itertools.islice(batches, steps))
     if len(kept) < steps:
         raise UserError(
             f"--compare_steps={steps}: there are only {len(kept)} batches; give at most as many"
         )
-    parts = (model, task, optimizer)
-    layouts = [_Layout.of(parts, options, seed, text, devices, kept[0]) for text in mesh_texts]
-    alone = _Layout.of(parts, options, seed, "data:1", devices[:1], kept[0])
+    layouts = [_Layout.of(recipe, seed, text, devices, kept[0]) for text in mesh_texts]
+    alone = _Layout.of(recipe, seed, "data:1", devices[:1], kept[0])
     found = []
     # TF32 would round what is to be compared, unless somebody asked for it
     with jax.default_matmul_precision(asked or "highest"):
@@ -211,65 +203,35 @@ def _array_difference(array: np.ndarray, reference: np.ndarray, size: float) -> 
 class _Layout:
     """One mesh, and the run on it."""
 
-    parts: tuple[Any, Task, Optimizer]
-    options: Options
+    programs: lowering.Programs
     seed: int
-    mesh: Mesh
-    places: TrainState
 
     @classmethod
     def of(
-        cls,
-        parts: tuple[Any, Task, Optimizer],
-        options: Options,
-        seed: int,
-        text: str,
-        devices: Sequence[jax.Device],
-        batch: HostBatch,
+        cls, recipe: Recipe, seed: int, text: str, devices: Sequence[jax.Device], batch: HostBatch
     ) -> "_Layout":
         """`ValueError` if the batch or a parameter does not fit the mesh."""
         mesh = meshes.make(text, devices, flag="--compare_meshes")
-        meshes.check_batch("batch_size", len(next(iter(batch.values()))), mesh)
-        shapes = {
-            name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()
-        }
-        state = jax.eval_shape(lambda: init_state(*parts, shapes, seed=seed, **options))
-        return cls(
-            parts,
-            options,
-            seed,
-            mesh,
-            state_shardings(Recipe(*parts, **options), shapes, state, mesh),
-        )
+        meshes.check_batch("batch_size", lowering.num_examples(batch), mesh)
+        return cls(lowering.lower(recipe, batch, mesh), seed)
 
-    def born(self, batch: HostBatch) -> TrainState:
+    def initial(self) -> TrainState:
         """The state before the first step."""
-        return init_state(*self.parts, batch, seed=self.seed, mesh=self.mesh, **self.options)
+        return self.programs.initialize(self.seed)
 
-    def step(self) -> train_steps.Update:
-        """The training step on this mesh."""
-        return train_steps.make_train_step(*self.parts, mesh=self.mesh, **self.options)
-
-    def gradients(self) -> Any:
-        """`(state, batch) -> (gradients, loss)` on this mesh, for a state from anywhere; gives
-        arrays in host memory."""
-        function = train_steps.make_gradients(*self.parts, mesh=self.mesh, **self.options)
-
-        def call(state: TrainState, batch: HostBatch) -> tuple[tree.PyTree, float]:
-            gradients, sums = jax.device_get(
-                function(jax.device_put(state, self.places), self.put(batch))
-            )
-            return gradients, _mean_loss(sums)
-
-        return call
+    def gradients(self, state: TrainState, batch: HostBatch) -> tuple[tree.PyTree, float]:
+        """The gradients, in host memory, and the loss of a state from anywhere."""
+        here = jax.device_put(state, self.programs.places.state)
+        gradients, sums = jax.device_get(self.programs.gradients(here, self.put(batch)))
+        return gradients, _mean_loss(sums)
 
     def put(self, batch: HostBatch) -> dict[str, jax.Array]:
         """A batch on the mesh."""
-        return jax.device_put(dict(batch), sharding.batch(self.mesh))
+        return jax.device_put(dict(batch), sharding.batch(self.programs.mesh))
 
     def losses(self, batches: Sequence[HostBatch]) -> list[float]:
         """The losses of a run of its own, a step a batch."""
-        update, state, losses = self.step(), self.born(batches[0]), []
+        update, state, losses = self.programs.train_step, self.initial(), []
         for batch in batches:
             state, sums = update(state, self.put(batch))
             losses.append(_mean_loss(jax.device_get(sums)))
@@ -281,13 +243,12 @@ def _single_steps(
 ) -> tuple[list[float], list[tuple[float, float, Difference | None]]]:
     """The losses of the one-device run; and for each mesh, over single steps from the states of
     that run, the largest difference of loss and of gradient, and the first parameter to differ."""
-    update, state, losses = alone.step(), alone.born(batches[0]), []
-    reference, others = alone.gradients(), [layout.gradients() for layout in layouts]
+    update, state, losses = alone.programs.train_step, alone.initial(), []
     found: list[tuple[float, float, Difference | None]] = [(0.0, 0.0, None)] * len(layouts)
     for index, batch in enumerate(batches, start=1):
-        wanted, wanted_loss = reference(state, batch)
-        for place, gradients in enumerate(others):
-            given, given_loss = gradients(state, batch)
+        wanted, wanted_loss = alone.gradients(state, batch)
+        for place, layout in enumerate(layouts):
+            given, given_loss = layout.gradients(state, batch)
             differences = gradient_differences(given, wanted)
             beyond = next(
                 (

@@ -26,6 +26,8 @@ SMALL = 4_000_000
 interval. What is larger is written in the background, and a kill may then also cost the steps done
 meanwhile."""
 Evaluate = Callable[[TrainState], dict[str, float]]
+Score = Callable[[Mapping[str, float]], float]
+"""What the best checkpoint is chosen by, greater is better."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,7 @@ def train(
     stop: Agreement,
     validate: Evaluate | None,
     test: Evaluate | None,
+    score: Score,
     best: float | None = None,
     owed: bool = False,
     at_step: Callable[[int, TrainState], None] = lambda step, state: None,
@@ -103,7 +106,7 @@ def train(
     pending: tuple[int, Any] | None = None
     saved = step if step else None
     if (step == 0 or owed) and validate is not None and cadence.evaluate:
-        best = _evaluate(state, step, "validation", validate, writers, progress, best)[1]
+        best = _evaluate(state, step, "validation", validate, score, writers, progress, best)[1]
     journal.resume(late=feed.compiles_late)
     heartbeat.beat("compiling", step)  # some programs are compiled only at their first call
 
@@ -131,24 +134,24 @@ def train(
             journal.take(step, fetch(sums))
             pending = None
             journal.pause()
-            score = None
+            reached = None
             # Who sends a signal grants seconds, and an evaluation may take minutes: it is owed, and
             # done first when the run goes on.
             put_off = evaluates and stop.status is not None and step < cadence.total
             if evaluates and not put_off:
                 # 3. Evaluation before the commit: the commit holds the offset of its line, and
                 # whether it is the best.
-                score, higher = _evaluate(
-                    state, step, "validation", validate, writers, progress, best
+                reached, higher = _evaluate(
+                    state, step, "validation", validate, score, writers, progress, best
                 )
                 saves, best = saves or higher != best, higher
             if step == cadence.total and test is not None:
                 # 4. The last line of a finished run; also before the commit, so that a finished run
                 # is never without it.
-                _evaluate(state, step, "test", test, writers, progress, None)
+                _evaluate(state, step, "test", test, score, writers, progress, None)
             if saves or stop.status is not None:
                 # 5. Metrics durable before the commit that refers to them.
-                _commit(state, step, score, best, journal, writers, checkpoints, owed=put_off)
+                _commit(state, step, reached, best, journal, writers, checkpoints, owed=put_off)
                 saved = step
             heartbeat.beat("training", step)
             journal.resume()
@@ -165,21 +168,12 @@ def train(
     return Ending(state, step, finished=step >= cadence.total)
 
 
-def score_of(values: Mapping[str, float]) -> float:
-    """What the best checkpoint is chosen by, greater is better: the accuracy, or the loss where
-    there is none.
-
-    >>> score_of({"loss": 0.25}), score_of({"loss": 0.25, "accuracy": 0.9})
-    (-0.25, 0.9)
-    """
-    return values["accuracy"] if "accuracy" in values else -values["loss"]
-
-
 def _evaluate(
     state: TrainState,
     step: int,
     split: str,
     evaluate: Evaluate,
+    score: Score,
     writers: Writers,
     progress: Progress,
     best: float | None,
@@ -188,12 +182,12 @@ def _evaluate(
     be."""
     progress.phase("evaluating")
     values = evaluate(state)
-    score = score_of(values)
+    reached = score(values)
     writers.write(step, split, values)
-    progress.evaluation(step, split, values, best=best is not None and score > best)
+    progress.evaluation(step, split, values, best=best is not None and reached > best)
     progress.phase("")
-    return score, max(
-        (each for each in (best, score) if each is not None and math.isfinite(each)), default=None
+    return reached, max(
+        (each for each in (best, reached) if each is not None and math.isfinite(each)), default=None
     )
 
 

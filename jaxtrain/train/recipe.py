@@ -3,10 +3,11 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 import jax
 
+from jaxtrain.data.order import Order, Shuffled
 from jaxtrain.fields import Above, Decay, Traced
 from jaxtrain.optimizers import Optimizer
 from jaxtrain.schedules import Constant, Schedule
@@ -15,25 +16,6 @@ from jaxtrain.tree import Rules
 
 Batch = Mapping[str, jax.Array]
 Prepare = Callable[[Batch], Batch]
-
-
-class Options(TypedDict, total=False):
-    """What a recipe may say besides model, task and optimizer; the same for `init_state` and the
-    steps."""
-
-    schedule: Schedule
-    total_steps: float
-    prepare: Prepare | None
-    augment: Any
-    clip_norm: float | None
-    ema_decay: float | None
-    microbatches: int
-    num_examples: int | None
-    precision: str
-    optimizer_state: str
-    remat: str
-    offload: str
-    shard: Rules[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +39,8 @@ class Recipe:
     (10 + step)."""
     microbatches: int = 1
     """Into how many parts a batch is cut; sums stay exact."""
-    num_examples: int | None = None
-    """How many examples an epoch has; None leaves `position.epoch` at 0."""
+    order: Order = Shuffled()
+    """In which order examples come, and how `TrainState.position` moves on."""
     precision: str = "fp32"
     """What the model computes in: fp32, bf16, fp16 (with loss scaling) or fp8, see
     `precision.py`."""

@@ -12,7 +12,7 @@ between two calls (the axis fsdp).
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,16 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain import metrics, tree
-from jaxtrain.data import order, pipeline
+from jaxtrain.data import pipeline
+from jaxtrain.data.order import Shuffled
 from jaxtrain.errors import UserError
 from jaxtrain.optimizers import Optimizer
 from jaxtrain.parallel import mesh as meshes
 from jaxtrain.parallel import sharding
 from jaxtrain.processes import group
 from jaxtrain.tasks import Task
-from jaxtrain.train import gradients, steps, update
-from jaxtrain.train.recipe import Batch, Options, Recipe
+from jaxtrain.train import train_step
+from jaxtrain.train.recipe import Batch, Recipe
 from jaxtrain.train.state import TrainState
 
 COMPILER: dict[str, dict[str, Any]] = {
@@ -79,7 +80,7 @@ def make_train_step(
     *,
     mesh: Mesh,
     shards: int = 8,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, metrics.Sums]]:
     """`(state, batch) -> (state, sums)` as `step.make_train_step` makes it, with the same bits on
     any mesh of the axes data and fsdp.
@@ -119,7 +120,7 @@ def make_eval_step(
     *,
     mesh: Mesh,
     shards: int = 8,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> Callable[[TrainState, Batch], metrics.Sums]:
     """`(state, batch) -> sums` as `step.make_eval_step` makes it, with the same bits on any
     mesh."""
@@ -153,7 +154,7 @@ class Trainer:
             self._next_state, compiler_options=options, donate_argnums=0, static_argnums=2
         )
         self._sums = jax.jit(
-            lambda state, batch: pack(dict(steps.evaluated(recipe, state, batch))),
+            lambda state, batch: pack(dict(train_step.evaluation_step(recipe, state, batch))),
             compiler_options=options,
         )
         self._open: Any = None
@@ -259,7 +260,7 @@ class Trainer:
         ]
         if self._open is None:
             shapes = jax.eval_shape(
-                lambda state, batch: dict(steps.evaluated(self._recipe, state, batch)),
+                lambda state, batch: dict(train_step.evaluation_step(self._recipe, state, batch)),
                 copies[0],
                 parts[0][0],
             )
@@ -327,28 +328,25 @@ class Trainer:
         )(layers)
 
     def _packed_total(self, state: TrainState, batch: Batch, index: jax.Array) -> Packed:
-        return pack(gradients.total(self._recipe, state, batch, shard=index))
+        return pack(train_step.gradients(self._recipe, state, batch, shard=index))
 
     def _next_state(
         self, state: TrainState, packed: Packed, shapes: Any
     ) -> tuple[TrainState, metrics.Sums]:
         part = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in shapes}
         like = jax.eval_shape(
-            lambda state, batch: gradients.total(self._recipe, state, batch, shard=jnp.uint32(0)),
+            lambda state, batch: train_step.gradients(
+                self._recipe, state, batch, shard=jnp.uint32(0)
+            ),
             state,
             part,
         )
         total = unpack(packed, like)
         total = dataclasses.replace(
-            total, collections=gradients.mean(total.collections, self._shards)
+            total, collections=train_step.mean_collections(total.collections, self._shards)
         )
-        return update.update(
-            self._recipe,
-            state,
-            total,
-            part,
-            batch_size=self._shards * jax.tree.leaves(part)[0].shape[0],
-        )
+        rows = self._shards * jax.tree.leaves(part)[0].shape[0]
+        return train_step.update(self._recipe, state, total, batch_size=rows)
 
     def _rows(self, local: Batch) -> list[Batch]:
         rows = len(next(iter(local.values()))) // self._each
@@ -358,10 +356,10 @@ class Trainer:
         ]
 
     def _drawn(self, position: Any, data: Batch, first: jax.Array, batch_size: int) -> list[Batch]:
-        length, rows = len(next(iter(data.values()))), batch_size // self._shards
-        ids_B = order.example_ids(
-            position.seed, position.epoch, position.offset, batch_size, length, jnp
-        )
+        rows = batch_size // self._shards
+        order = self._recipe.order
+        order = Shuffled(len(next(iter(data.values())))) if order == Shuffled() else order
+        ids_B = order.ids(position, batch_size, jnp)
         mine = jax.lax.dynamic_slice_in_dim(
             ids_B, first.astype(jnp.int32) * rows, rows * self._each
         )

@@ -1,8 +1,9 @@
-"""The state of training: one frozen pytree of everything that changes over time, and its birth on
-the mesh."""
+"""The state of training: one frozen pytree of everything that changes over time, and how it is
+initialized on the mesh."""
 
 import dataclasses
-from typing import Any, Unpack
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +18,7 @@ from jaxtrain.precision import stochastic_rounding
 from jaxtrain.precision.loss_scale import LossScale
 from jaxtrain.tasks import Task
 from jaxtrain.train import hyper
-from jaxtrain.train.recipe import Batch, Options, Recipe
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """Which example comes next: `offset` examples of epoch `epoch` are consumed, in the order that
-    belongs to `seed`. All uint32 scalars."""
-
-    seed: jax.Array
-    epoch: jax.Array
-    offset: jax.Array
+from jaxtrain.train.recipe import Batch, Recipe
 
 
 @jax.tree_util.register_dataclass
@@ -48,9 +38,21 @@ class TrainState:
     """The numbers of the recipe, float32, by dotted name."""
     key: jax.Array
     """The root of all random streams; it never changes, streams are folded by name and step."""
-    position: Position
+    position: tree.PyTree
+    """Where the order of the data stands; only the order itself knows what is in it."""
     scaling: LossScale | None = None
     """The loss scale of fp16, or None."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where each array of a state lies on a mesh."""
+
+    mesh: Mesh
+    axes: tree.PyTree
+    """The logical axes of each parameter: a tuple of names, or None."""
+    state: TrainState
+    """A `NamedSharding` for each array."""
 
 
 def init_state(
@@ -59,12 +61,12 @@ def init_state(
     optimizer: Optimizer,
     batch: Batch,
     *,
-    seed: int = 0,
+    seed: int | jax.Array = 0,
     mesh: Mesh | None = None,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> TrainState:
-    """The state before the first step, born on the mesh: shapes first, shardings from shapes, then
-    the arrays.
+    """The state before the first step, initialized on the mesh: shapes first, shardings from
+    shapes, then the arrays.
 
     >>> from jaxtrain.models import MLP
     >>> from jaxtrain.optimizers import SGD
@@ -74,69 +76,82 @@ def init_state(
     >>> int(state.step), round(float(state.hyper["optimizer.learning_rate"]), 3)
     (0, 0.1)
 
-    `batch` shows shapes and dtypes and may be abstract. `ValueError` if a number of the recipe is
-    out of bounds.
+    `batch` shows shapes and dtypes and may be abstract; `options` are fields of `Recipe`. `seed` may
+    be a tracer, so `jax.vmap` over seeds makes stacked states. `ValueError` if a number of the
+    recipe is out of bounds.
     """
     recipe = Recipe(model, task, optimizer, **options)
-    if recipe.optimizer_state == "bf16" and optimizer.keeps_parameters:
-        kind = type(optimizer).__name__
+    initialize, numbers = initializer(recipe, batch), initial_numbers(recipe)
+    seed = np.uint32(seed) if isinstance(seed, int) else seed
+    if mesh is None:
+        return jax.jit(initialize)(numbers, seed)
+    state = jax.eval_shape(initialize, numbers, seed)
+    places = place(recipe, state, batch, mesh)
+    return jax.jit(initialize, out_shardings=places.state)(numbers, seed)
+
+
+def initial_numbers(recipe: Recipe) -> dict[str, np.float32]:
+    """The numbers of a recipe as `TrainState.hyper` holds them."""
+    return {name: np.float32(value) for name, value in hyper.collect(recipe).items()}
+
+
+def initializer(recipe: Recipe, batch: Batch) -> Callable[..., TrainState]:
+    """The pure function `(numbers, seed) -> state` that makes the state before the first step;
+    `batch` may be abstract."""
+    if recipe.optimizer_state == "bf16" and recipe.optimizer.keeps_parameters:
+        kind = type(recipe.optimizer).__name__
         raise UserError(
             f"--optimizer_state=bf16: {kind} keeps copies of the parameters in its state, and would"
             " round them; use --optimizer_state=fp32"
         )
-    numbers = hyper.collect(recipe)
-    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), dict(batch))
+    shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in batch.items()}
 
-    def born(numbers: dict[str, jax.Array]) -> TrainState:
+    def initialize(numbers: dict[str, jax.Array], seed: jax.Array) -> TrainState:
         key = rng.root(seed)
-        inputs = recipe.inputs(
-            {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in shapes.items()}
-        )
-        variables = adapters.functions(model).init(rng.stream(key, "init", 0), inputs)
+        inputs = recipe.inputs({name: jnp.zeros(*spec) for name, spec in shapes.items()})
+        variables = adapters.functions(recipe.model).init(rng.stream(key, "init", 0), inputs)
         params = variables.pop("params")
-        transform = hyper.bind(optimizer, numbers, "optimizer").transform(
+        transform = hyper.bind(recipe.optimizer, numbers, "optimizer").transform(
             params, numbers["optimizer.learning_rate"]
         )
-        start = Position(*(jnp.asarray(np.uint32(value)) for value in (seed, 0, 0)))
         average = None if recipe.ema_decay is None else jax.tree.map(jnp.copy, params)
         opt_state = transform.init(params)
         if recipe.optimizer_state == "bf16":
             opt_state = stochastic_rounding.to_bf16(opt_state, rng.stream(key, "rounding", 0))
         scaling = LossScale.new() if precision.POLICIES[recipe.precision].scaled else None
         return TrainState(
-            jnp.int32(0), params, opt_state, variables, average, numbers, key, start, scaling
+            step=jnp.int32(0),
+            params=params,
+            opt_state=opt_state,
+            collections=variables,
+            ema=average,
+            hyper=numbers,
+            key=key,
+            position=recipe.order.start(seed),
+            scaling=scaling,
         )
 
-    values = {name: np.float32(value) for name, value in numbers.items()}
-    if mesh is None:
-        return jax.jit(born)(values)
-    return jax.jit(
-        born, out_shardings=state_shardings(recipe, shapes, jax.eval_shape(born, values), mesh)
-    )(values)
+    return initialize
 
 
-def state_shardings(recipe: Recipe, batch: Batch, state: TrainState, mesh: Mesh) -> TrainState:
-    """A `NamedSharding` for each array of an (abstract) state."""
-    _, placed = parameter_places(
-        recipe, jax.eval_shape(recipe.inputs, dict(batch)), state.params, mesh
-    )
+def place(recipe: Recipe, state: TrainState, batch: Batch, mesh: Mesh) -> Placement:
+    """Where each array of a state lies; `state` and `batch` may be abstract."""
+    inputs = jax.eval_shape(recipe.inputs, dict(batch))
+    axes = adapters.logical_axes(recipe.model, inputs)["params"]
+    placed = sharding.parameters(state.params, axes, mesh, rules=recipe.shard)
     replicate = sharding.replicated(mesh)
     rest = jax.tree.map(lambda _: replicate, state)
     opt_state = sharding.like_parameters(state.opt_state, state.params, placed, mesh)
     if recipe.offload == "optimizer":
-        opt_state = jax.tree.map(lambda place: place.with_memory_kind("pinned_host"), opt_state)
-    return dataclasses.replace(
-        rest, params=placed, opt_state=opt_state, ema=None if state.ema is None else placed
-    )
+        opt_state = jax.tree.map(lambda where: where.with_memory_kind("pinned_host"), opt_state)
+    ema = None if state.ema is None else placed
+    everything = dataclasses.replace(rest, params=placed, opt_state=opt_state, ema=ema)
+    return Placement(mesh, axes, everything)
 
 
-def parameter_places(
-    recipe: Recipe, inputs: Any, params: tree.PyTree, mesh: Mesh
-) -> tuple[tree.PyTree, tree.PyTree]:
-    """The logical axes of each parameter and its `NamedSharding`; `inputs` and `params` may be
-    abstract."""
-    axes = adapters.logical_axes(recipe.model, inputs)["params"]
-    return axes, sharding.parameters(params, axes, mesh, rules=recipe.shard)
+def with_sharding(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array, and where it lies."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
 def working_opt_state(recipe: Recipe, state: TrainState) -> tree.PyTree:

@@ -1,12 +1,12 @@
-"""The step: `(state, batch) -> (state, metrics)`, pure, for training, evaluation and prediction.
+"""The step, compiled: one update, several in a dispatch, gradients alone, evaluation, prediction.
 
-A batch's trip: `gradients.py` (prepare -> augment -> model -> task -> gradients), then `update.py`
-(clip -> optimizer -> average). Here both are compiled, for one step and for many.
+What a step does stands in `train_step.py`. Each function here takes a model, a task and an optimizer,
+and the other fields of `Recipe` by name; `lowering.py` takes the recipe itself.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,24 +14,20 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
 from jaxtrain import metrics, tree
-from jaxtrain.data import order, pipeline
+from jaxtrain.data import pipeline
+from jaxtrain.data.order import Shuffled
 from jaxtrain.optimizers import Optimizer
 from jaxtrain.parallel import sharding
 from jaxtrain.tasks import Task
-from jaxtrain.train import gradients, hyper, update
-from jaxtrain.train.recipe import Batch, Options, Recipe
-from jaxtrain.train.state import TrainState
+from jaxtrain.train import train_step
+from jaxtrain.train.recipe import Batch, Recipe
+from jaxtrain.train.state import Placement, TrainState
 
 Update = Callable[[TrainState, Batch], tuple[TrainState, metrics.Sums]]
 
 
 def make_train_step(
-    model: Any,
-    task: Task,
-    optimizer: Optimizer,
-    *,
-    mesh: Mesh | None = None,
-    **options: Unpack[Options],
+    model: Any, task: Task, optimizer: Optimizer, *, mesh: Mesh | None = None, **options: Any
 ) -> Update:
     """The compiled training step `(state, batch) -> (state, sums)`; it takes over (donates) the
     state that it is given.
@@ -49,28 +45,33 @@ def make_train_step(
     `sums` holds (sum, count) of the task's metrics, of `learning_rate` and of `grad_norm` (before
     clipping). Give the options that `init_state` was given.
     """
-    recipe = Recipe(model, task, optimizer, **options)
-    return jax.jit(lambda state, batch: _train(recipe, mesh, state, batch), donate_argnums=0)
+    return jit_train_step(Recipe(model, task, optimizer, **options), mesh)
+
+
+def jit_train_step(recipe: Recipe, mesh: Mesh | None, places: Placement | None = None) -> Any:
+    """The compiled training step of a recipe, see `make_train_step`."""
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, metrics.Sums]:
+        return train_step.train_step(recipe, state, batch, mesh, places)
+
+    return jax.jit(step, donate_argnums=0)
 
 
 def make_gradients(
-    model: Any,
-    task: Task,
-    optimizer: Optimizer,
-    *,
-    mesh: Mesh | None = None,
-    **options: Unpack[Options],
+    model: Any, task: Task, optimizer: Optimizer, *, mesh: Mesh | None = None, **options: Any
 ) -> Callable[[TrainState, Batch], tuple[tree.PyTree, metrics.Sums]]:
     """The compiled `(state, batch) -> (gradients, sums)`: the gradient of the mean loss, before
     clipping, and nothing changed."""
-    recipe = Recipe(model, task, optimizer, **options)
+    return jit_gradients(Recipe(model, task, optimizer, **options), mesh)
 
-    def mean_gradients(state: TrainState, batch: Batch) -> tuple[tree.PyTree, metrics.Sums]:
-        total = gradients.total(recipe, state, batch, mesh=mesh)
-        count = jnp.maximum(total.sums["loss"][1], 1e-9)
-        return jax.tree.map(lambda gradient: gradient / count, total.gradients), dict(total.sums)
 
-    return jax.jit(mean_gradients)
+def jit_gradients(recipe: Recipe, mesh: Mesh | None, places: Placement | None = None) -> Any:
+    """The compiled gradients of a recipe, see `make_gradients`."""
+
+    def gradients(state: TrainState, batch: Batch) -> tuple[tree.PyTree, metrics.Sums]:
+        return train_step.mean_gradients(recipe, state, batch, mesh, places)
+
+    return jax.jit(gradients)
 
 
 def make_train_steps(
@@ -80,29 +81,50 @@ def make_train_steps(
     *,
     batch_size: int,
     mesh: Mesh | None = None,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> "TrainSteps":
     """The compiled `(state, data, count) -> (state, sums)`: `count` steps in one dispatch over data
     that lies on the device.
 
     `data` holds whole arrays (see `pipeline.resident_arrays`); each step gathers its batch by
-    `state.position`. `count` is an int32 scalar, not a constant: one program serves every length.
-    The sums are those of all its steps.
+    `state.position`, in the recipe's order, or shuffled anew each epoch. `count` is an int32
+    scalar, not a constant: one program serves every length. The sums are those of all its steps.
     """
-    recipe = Recipe(model, task, optimizer, **options)
+    return jit_train_steps(Recipe(model, task, optimizer, **options), mesh, batch_size=batch_size)
 
-    def one(state: TrainState, data: Batch) -> tuple[TrainState, metrics.Sums]:
-        length = len(next(iter(data.values())))
-        place = state.position
-        ids_B = order.example_ids(place.seed, place.epoch, place.offset, batch_size, length, jnp)
+
+@dataclasses.dataclass(frozen=True)
+class TrainSteps:
+    """Several steps by the looped program; `single` is the same without a loop, for one step a
+    dispatch."""
+
+    several: Any
+    single: Any
+
+    def __call__(
+        self, state: TrainState, data: Batch, count: jax.Array
+    ) -> tuple[TrainState, metrics.Sums]:
+        return self.several(state, data, count)
+
+
+def jit_train_steps(
+    recipe: Recipe, mesh: Mesh | None, places: Placement | None = None, *, batch_size: int
+) -> TrainSteps:
+    """The compiled steps of a recipe over data on the device, see `make_train_steps`."""
+
+    def step(state: TrainState, data: Batch) -> tuple[TrainState, metrics.Sums]:
+        order = recipe.order
+        if order == Shuffled():
+            order = Shuffled(len(next(iter(data.values()))))
+        ids_B = order.ids(state.position, batch_size, jnp)
         if mesh is not None:
             ids_B = jax.lax.with_sharding_constraint(ids_B, sharding.batch(mesh))
-        return _train(
-            dataclasses.replace(recipe, num_examples=length),
-            mesh,
-            state,
-            pipeline.gather(data, ids_B),
-        )
+        batch = pipeline.gather(data, ids_B)
+        ordered = dataclasses.replace(recipe, order=order)
+        return train_step.train_step(ordered, state, batch, mesh, places)
+
+    # Inlined: it is traced once, and leaves no call in the programs.
+    one = jax.jit(step, inline=True)
 
     def steps(state: TrainState, data: Batch, count: jax.Array) -> tuple[TrainState, metrics.Sums]:
         shapes = jax.eval_shape(one, state, data)[1]
@@ -128,85 +150,38 @@ def make_train_steps(
     return TrainSteps(jax.jit(steps, donate_argnums=0), jax.jit(single, donate_argnums=0))
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainSteps:
-    """Several steps by the looped program; `single` is the same without a loop, for one step a
-    dispatch."""
-
-    several: Any
-    single: Any
-
-    def __call__(
-        self, state: TrainState, data: Batch, count: jax.Array
-    ) -> tuple[TrainState, metrics.Sums]:
-        return self.several(state, data, count)
-
-
 def make_eval_step(
-    model: Any,
-    task: Task,
-    optimizer: Optimizer,
-    *,
-    mesh: Mesh | None = None,
-    **options: Unpack[Options],
+    model: Any, task: Task, optimizer: Optimizer, *, mesh: Mesh | None = None, **options: Any
 ) -> Callable[[TrainState, Batch], metrics.Sums]:
     """The compiled `(state, batch) -> sums` of evaluation: no augmentation, no dropout, running
     averages, averaged parameters if there are.
 
     A batch may hold `weight` (B,), 0 for padding.
     """
-    recipe = Recipe(model, task, optimizer, **options)
-
-    def evaluate(state: TrainState, batch: Batch) -> metrics.Sums:
-        return evaluated(recipe, state, batch, mesh=mesh)
-
-    return jax.jit(evaluate)
+    return jit_eval_step(Recipe(model, task, optimizer, **options), mesh)
 
 
-def evaluated(
-    recipe: Recipe, state: TrainState, batch: Batch, *, mesh: Mesh | None = None
-) -> metrics.Sums:
-    """The sums of a raw batch in evaluation."""
-    bound = hyper.bind(recipe, state.hyper)
-    batch = gradients.prepared(bound, batch, mesh)
-    return dict(bound.task.loss(gradients.outputs(bound, state, batch, mesh), batch, train=False))
+def jit_eval_step(recipe: Recipe, mesh: Mesh | None, places: Placement | None = None) -> Any:
+    """The compiled evaluation of a recipe, see `make_eval_step`."""
+
+    def step(state: TrainState, batch: Batch) -> metrics.Sums:
+        return train_step.evaluation_step(recipe, state, batch, mesh, places)
+
+    return jax.jit(step)
 
 
 def make_predict_step(
-    model: Any,
-    task: Any,
-    optimizer: Optimizer,
-    *,
-    mesh: Mesh | None = None,
-    **options: Unpack[Options],
+    model: Any, task: Any, optimizer: Optimizer, *, mesh: Mesh | None = None, **options: Any
 ) -> Callable[[TrainState, Batch], dict[str, jax.Array]]:
     """The compiled `(state, batch) -> task.examine(outputs, batch)`: what the model says of each
     example, with its `id` and `weight`."""
-    recipe = Recipe(model, task, optimizer, **options)
-
-    def predict(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
-        bound = hyper.bind(recipe, state.hyper)
-        kept = {name: batch[name] for name in ("id", "weight") if name in batch}
-        batch = gradients.prepared(bound, batch, mesh)
-        found = bound.task.examine(gradients.outputs(bound, state, batch, mesh), batch) | kept
-        # Every process can read an array only if it holds the whole of it.
-        return (
-            found
-            if mesh is None
-            else jax.lax.with_sharding_constraint(found, sharding.replicated(mesh))
-        )
-
-    return jax.jit(predict)
+    return jit_predict_step(Recipe(model, task, optimizer, **options), mesh)
 
 
-def _train(
-    recipe: Recipe, mesh: Mesh | None, state: TrainState, batch: Batch
-) -> tuple[TrainState, metrics.Sums]:
-    """One update."""
-    abstract = jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), dict(batch)
-    )
-    total = gradients.total(recipe, state, batch, mesh=mesh)
-    return update.update(
-        recipe, state, total, abstract, batch_size=jax.tree.leaves(abstract)[0].shape[0], mesh=mesh
-    )
+def jit_predict_step(recipe: Recipe, mesh: Mesh | None, places: Placement | None = None) -> Any:
+    """The compiled prediction of a recipe, see `make_predict_step`."""
+
+    def step(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+        return train_step.prediction_step(recipe, state, batch, mesh, places)
+
+    return jax.jit(step)

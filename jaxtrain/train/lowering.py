@@ -1,0 +1,148 @@
+"""The programs of a recipe on a mesh, lowered from shapes alone: no array exists, no file is open, no
+device is asked.
+
+`lower(recipe, batch, mesh)` is what a training run compiles, `--compare_meshes` runs, and
+`scripts/wire.py` reads for machines that are not here.
+
+B: examples of a batch
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtrain.parallel import sharding
+from jaxtrain.train import steps
+from jaxtrain.train.recipe import Batch, Recipe
+from jaxtrain.train.state import (
+    Placement,
+    TrainState,
+    initial_numbers,
+    initializer,
+    place,
+    with_sharding,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What trains and evaluates by one recipe on one mesh. Each program is traced when it is asked
+    for, and once."""
+
+    recipe: Recipe
+    mesh: Mesh
+    batch: Batch
+    """Shapes and dtypes of one global training batch."""
+    state: TrainState
+    """Shapes, dtypes and shardings."""
+    places: Placement
+    initializer: Any
+    """`(numbers, seed) -> state`; traced once for the shapes and the arrays."""
+
+    def initialize(self, seed: int) -> TrainState:
+        """The state before the first step, initialized where it lies."""
+        made = jax.jit(self.initializer, out_shardings=self.places.state)
+        return made(initial_numbers(self.recipe), np.uint32(seed))
+
+    def initialize_alone(self, seed: int) -> TrainState:
+        """The same state by a program for one device, which rounds alike for every mesh."""
+        return jax.jit(self.initializer)(initial_numbers(self.recipe), np.uint32(seed))
+
+    @property
+    def batch_size(self) -> int:
+        """How many examples a global batch has."""
+        return num_examples(self.batch)
+
+    def batch_with_ids(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of a batch as the data pipeline gives it, with the `id` of each example."""
+        return {"id": jax.ShapeDtypeStruct((self.batch_size,), jnp.int32)} | dict(self.batch)
+
+    @functools.cached_property
+    def train_step(self) -> Any:
+        """`(state, batch) -> (state, sums)`, which takes over the state that it is given."""
+        return steps.jit_train_step(self.recipe, self.mesh, self.places)
+
+    @functools.cached_property
+    def train_steps(self) -> steps.TrainSteps:
+        """`(state, data, count) -> (state, sums)` over data in device memory."""
+        size = self.batch_size
+        return steps.jit_train_steps(self.recipe, self.mesh, self.places, batch_size=size)
+
+    @functools.cached_property
+    def gradients(self) -> Any:
+        """`(state, batch) -> (gradients, sums)`, and nothing changed."""
+        return steps.jit_gradients(self.recipe, self.mesh, self.places)
+
+    @functools.cached_property
+    def eval_step(self) -> Any:
+        """`(state, batch) -> sums`."""
+        return steps.jit_eval_step(self.recipe, self.mesh, self.places)
+
+    @functools.cached_property
+    def predict_step(self) -> Any:
+        """`(state, batch) -> what the task's examine says`."""
+        return steps.jit_predict_step(self.recipe, self.mesh, self.places)
+
+    def lower_train_step(self) -> jax.stages.Lowered:
+        """The training step, lowered for a batch with the `id` of each example."""
+        return self.train_step.lower(self.state, laid_out(self.batch_with_ids(), self.mesh))
+
+    def lower_eval_step(self) -> jax.stages.Lowered:
+        """The evaluation step, lowered for a batch of the training batch's shape."""
+        weight = jax.ShapeDtypeStruct((self.batch_size,), jnp.float32)
+        batch = {**self.batch_with_ids(), "weight": weight}
+        return self.eval_step.lower(self.state, laid_out(batch, self.mesh))
+
+    def state_bytes(self) -> int:
+        """Bytes of the state on one device."""
+        return sharding.bytes_per_device(self.state, self.places.state)
+
+    def batch_bytes(self) -> int:
+        """Bytes of a batch on one device."""
+        rows = laid_out(self.batch_with_ids(), self.mesh)
+        return sharding.bytes_per_device(rows, {name: leaf.sharding for name, leaf in rows.items()})
+
+
+def lower(recipe: Recipe, batch: Batch, mesh: Mesh) -> Programs:
+    """The programs of a recipe for batches of these shapes on this mesh.
+
+    >>> from jaxtrain.models import MLP
+    >>> from jaxtrain.optimizers import SGD
+    >>> from jaxtrain.parallel import mesh
+    >>> from jaxtrain.tasks import Classification
+    >>> shapes = {
+    ...     "image": jax.ShapeDtypeStruct((8, 4), jnp.float32),
+    ...     "label": jax.ShapeDtypeStruct((8,), jnp.int32),
+    ... }
+    >>> recipe = Recipe(MLP(num_classes=3, widths=()), Classification(), SGD())
+    >>> programs = lower(recipe, shapes, mesh.make("data:1"))
+    >>> "dot_general" in programs.lower_train_step().as_text()
+    True
+
+    `batch` may be abstract, and the mesh may be of devices that are only described (see
+    `plan.gpu_target`). `ValueError` if a parameter does not fit the mesh.
+    """
+    shapes = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in dict(batch).items()
+    }
+    made = jax.jit(initializer(recipe, shapes), inline=True)
+    state = jax.eval_shape(made, initial_numbers(recipe), np.uint32(0))
+    places = place(recipe, state, shapes, mesh)
+    laid = jax.tree.map(with_sharding, state, places.state)
+    return Programs(recipe, mesh, shapes, laid, places, made)
+
+
+def laid_out(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch, split over the mesh as batches are."""
+    return {name: with_sharding(leaf, sharding.batch(mesh)) for name, leaf in batch.items()}
+
+
+def num_examples(batch: Mapping[str, Any]) -> int:
+    """How many examples a batch has."""
+    return next(iter(batch.values())).shape[0]

@@ -1,0 +1,369 @@
+"""The training step: a batch's trip from raw examples to the next state, top to bottom.
+
+prepare -> augment -> cast -> model -> task -> gradients (as sums, over all microbatches) -> clip ->
+optimizer -> average. All that comes out of the first half is a sum, never a mean, so microbatches,
+logical shards and processes add up exactly. Nothing here is compiled: `steps.py` does that.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxtrain import adapters, metrics, precision, rng, tree
+from jaxtrain.optimizers import evaluation_params
+from jaxtrain.parallel import fsdp, sharding
+from jaxtrain.precision import loss_scale, stochastic_rounding
+from jaxtrain.train import hyper
+from jaxtrain.train.recipe import Batch, Recipe
+from jaxtrain.train.state import Placement, TrainState, place, working_opt_state
+
+REMAT: dict[str, Any] = {
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dense": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "blocks": jax.checkpoint_policies.save_only_these_names("block"),
+}
+"""What the backward pass may keep of the forward pass, by the names of --remat; models mark the
+ends of their blocks (`layers.block_end`)."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Total:
+    """What a batch, or a part of one, contributes to an update."""
+
+    gradients: tree.PyTree
+    """Of the summed loss."""
+    sums: metrics.Sums
+    """(sum, count) of the task's metrics."""
+    collections: dict[str, tree.PyTree]
+    """The model's other variables after the part; of several parts the mean is kept, for an average
+    of running averages is the running average of the mean."""
+
+
+def train_step(
+    recipe: Recipe,
+    state: TrainState,
+    batch: Batch,
+    mesh: Mesh | None = None,
+    places: Placement | None = None,
+) -> tuple[TrainState, metrics.Sums]:
+    """One update by one raw batch: the new state and the (sum, count) of every metric.
+
+    `places` spares the abstract initialization that else says where the state lies.
+    """
+    places = _placement(recipe, state, batch, mesh, places)
+    total = gradients(recipe, state, batch, mesh=mesh, places=places)
+    size = jax.tree.leaves(dict(batch))[0].shape[0]
+    return update(recipe, state, total, batch_size=size, places=places)
+
+
+def gradients(
+    recipe: Recipe,
+    state: TrainState,
+    batch: Batch,
+    *,
+    mesh: Mesh | None = None,
+    places: Placement | None = None,
+    shard: int | jax.Array = 0,
+) -> Total:
+    """The total of a raw batch, over all its microbatches.
+
+    `places` says where parameters lie on the mesh; `shard` gives parts of one batch random streams
+    of their own.
+    """
+    recipe = hyper.bind(recipe, state.hyper)
+    batch = augmented(recipe, state, prepared(recipe, batch, mesh), shard)
+
+    def one(part: Batch, index: int | jax.Array) -> Total:
+        key = jax.random.fold_in(
+            rng.stream(state.key, "dropout", state.step), shard * recipe.microbatches + index
+        )
+        return _of_part(recipe, state, part, key, places)
+
+    return (
+        one(batch, 0)
+        if recipe.microbatches == 1
+        else _over_microbatches(one, batch, recipe.microbatches, mesh)
+    )
+
+
+def prepared(recipe: Recipe, batch: Batch, mesh: Mesh | None) -> Batch:
+    """A raw batch as the model wants it, laid out on the mesh."""
+    batch = dict(batch)
+    if mesh is not None and mesh.size > 1:
+        batch = jax.lax.with_sharding_constraint(batch, sharding.batch(mesh))
+    return batch if recipe.prepare is None else recipe.prepare(batch)
+
+
+def augmented(recipe: Recipe, state: TrainState, batch: Batch, shard: int | jax.Array = 0) -> Batch:
+    """A prepared batch, augmented by example; mixtures draw for each logical shard."""
+    if recipe.augment is None:
+        return batch
+    rows = jax.tree.leaves(dict(batch))[0].shape[0]
+    ids_B = (
+        batch["id"]
+        if "id" in batch
+        else jnp.arange(rows, dtype=jnp.uint32) + jnp.uint32(shard) * np.uint32(rows)
+    )
+    keys_B = rng.per_example(rng.stream(state.key, "augment", state.step), ids_B)
+    mixture = rng.stream(state.key, "mixture", state.step)
+    return recipe.augment(
+        batch,
+        keys_B,
+        mixture if isinstance(shard, int) and shard == 0 else jax.random.fold_in(mixture, shard),
+    )
+
+
+def _apply(recipe: Recipe, places: Placement | None) -> adapters.Apply:
+    """The model on whole parameters, in the precision of the recipe."""
+    apply = adapters.functions(recipe.model).apply
+    if places is not None:
+        apply = fsdp.gathering(apply, places.axes, places.state.params, places.mesh)
+    # Cast first, gather then: half the bytes.
+    return precision.apply_in(precision.POLICIES[recipe.precision], apply)
+
+
+def _of_part(
+    recipe: Recipe, state: TrainState, part: Batch, key: jax.Array, places: Placement | None
+) -> Total:
+    """Forward and backward of one microbatch."""
+    inputs = recipe.task.inputs(part)
+    apply = _apply(recipe, places)
+
+    def forward(
+        params: tree.PyTree, inputs: Any, key: jax.Array
+    ) -> tuple[Any, dict[str, tree.PyTree]]:
+        return apply(
+            {"params": params} | state.collections, inputs, train=True, rngs={"dropout": key}
+        )
+
+    if recipe.remat != "none":
+        forward = jax.checkpoint(forward, policy=REMAT[recipe.remat])
+
+    def loss(
+        params: tree.PyTree,
+    ) -> tuple[jax.Array, tuple[metrics.Sums, dict[str, tree.PyTree], jax.Array]]:
+        result, collections = forward(params, inputs, key)
+        sums = dict(recipe.task.loss(result, part))
+        value, count = sums["loss"]
+        if state.scaling is None:
+            return value, (sums, collections, jnp.float32(1))
+        # The scale meets the mean loss, as its authors mean it: the sum of a large batch would
+        # overflow by itself.
+        factor = state.scaling.scale / jax.lax.stop_gradient(jnp.maximum(count, 1))
+        return value * factor, (sums, collections, factor)
+
+    (_, (sums, collections, factor)), gradients = jax.value_and_grad(loss, has_aux=True)(
+        state.params
+    )
+    if state.scaling is not None:
+        gradients = jax.tree.map(lambda gradient: gradient / factor, gradients)
+    return Total(gradients, sums, collections)
+
+
+def _over_microbatches(
+    one: Callable[[Batch, Any], Total], batch: Batch, count: int, mesh: Mesh | None
+) -> Total:
+    """The total over the parts. Each starts from the step's own collections, so batch statistics
+    move once a step however many parts there are."""
+
+    def split(array: jax.Array) -> jax.Array:
+        # Part m takes examples m, m + count, ...: each device's share of the batch then gives an
+        # even share of every part.
+        return array.reshape(array.shape[0] // count, count, *array.shape[1:]).swapaxes(0, 1)
+
+    parts = jax.tree.map(split, dict(batch))
+    if (jax.default_backend() if mesh is None else mesh.devices.flat[0].platform) == "cpu":
+        # Unrolled, for convolutions in a loop are slow there; elsewhere a loop keeps the memory of
+        # one part.
+        results = [
+            one(jax.tree.map(lambda array, index=index: array[index], parts), index)
+            for index in range(count)
+        ]
+        whole = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *results)
+    else:
+        shapes = jax.eval_shape(one, jax.tree.map(lambda array: array[0], parts), 0)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        def body(carry: Total, item: Any) -> tuple[Total, None]:
+            return jax.tree.map(jnp.add, carry, one(*item)), None
+
+        whole, _ = jax.lax.scan(body, zeros, (parts, jnp.arange(count)))
+    return dataclasses.replace(whole, collections=mean_collections(whole.collections, count))
+
+
+def mean_collections(collections: dict[str, tree.PyTree], count: int) -> dict[str, tree.PyTree]:
+    """The mean of summed collections, in their own dtypes."""
+    return jax.tree.map(lambda leaf: (leaf / count).astype(leaf.dtype), collections)
+
+
+def mean_gradients(
+    recipe: Recipe,
+    state: TrainState,
+    batch: Batch,
+    mesh: Mesh | None = None,
+    places: Placement | None = None,
+) -> tuple[tree.PyTree, metrics.Sums]:
+    """The gradient of the mean loss, before clipping, and the sums; nothing is changed."""
+    places = _placement(recipe, state, batch, mesh, places)
+    total = gradients(recipe, state, batch, mesh=mesh, places=places)
+    count = jnp.maximum(total.sums["loss"][1], 1e-9)
+    return jax.tree.map(lambda gradient: gradient / count, total.gradients), dict(total.sums)
+
+
+def update(
+    recipe: Recipe,
+    state: TrainState,
+    total: Total,
+    *,
+    batch_size: int,
+    places: Placement | None = None,
+) -> tuple[TrainState, metrics.Sums]:
+    """One update by the total of a batch of `batch_size` examples.
+
+    The sums are those of the total and `learning_rate` and `grad_norm` (before clipping); under
+    loss scaling `loss_scale` and `skipped`, and a skipped step counts in no other metric.
+    """
+    bound = hyper.bind(recipe, state.hyper)
+    count = jnp.maximum(total.sums["loss"][1], 1e-9)
+    gradients = jax.tree.map(lambda gradient: gradient / count, total.gradients)
+    norm = optax.tree.norm(gradients)
+    if bound.clip_norm is not None:
+        gradients = jax.tree.map(
+            lambda gradient: gradient * jnp.minimum(1.0, bound.clip_norm / (norm + 1e-9)), gradients
+        )
+    rate = bound.optimizer.learning_rate * bound.schedule.multiplier(state.step, bound.total_steps)
+    transform = bound.optimizer.transform(state.params, rate)
+    updates, opt_state = transform.update(gradients, working_opt_state(bound, state), state.params)
+    if recipe.optimizer_state == "bf16":
+        opt_state = stochastic_rounding.to_bf16(
+            opt_state, rng.stream(state.key, "rounding", state.step)
+        )
+    params = optax.apply_updates(state.params, updates)
+    one = jnp.float32(1)
+    sums = dict(total.sums) | {"learning_rate": (jnp.float32(rate), one), "grad_norm": (norm, one)}
+    new = TrainState(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        collections=total.collections,
+        ema=_average(bound.ema_decay, state, params),
+        hyper=state.hyper,
+        key=state.key,
+        position=recipe.order.advance(state.position, batch_size),
+        scaling=state.scaling,
+    )
+    if state.scaling is not None:
+        # The old state where the new one lies: one selection cannot read two memories.
+        old = (
+            state
+            if recipe.offload == "none"
+            else dataclasses.replace(
+                state, opt_state=jax.device_put(state.opt_state, jax.memory.Space.Device)
+            )
+        )
+        new, sums = _unless_overflown(old, new, sums, total)
+    if places is not None:
+        # Nothing else says that the new state should lie as the old one did.
+        new = _placed(new, places.state, offload=recipe.offload)
+    return new, sums
+
+
+def _unless_overflown(
+    state: TrainState, new: TrainState, sums: metrics.Sums, total: Total
+) -> tuple[TrainState, metrics.Sums]:
+    """The new state, or the old one where a gradient is not finite: then only the step, the
+    position and the scale move on."""
+    finite = loss_scale.all_finite((total.gradients, total.sums["loss"]))
+    parts = ("params", "opt_state", "collections", "ema")
+    kept = {
+        name: loss_scale.keep(finite, getattr(new, name), getattr(state, name)) for name in parts
+    }
+    scaling = loss_scale.update(state.scaling, finite)
+    zero, one = jnp.float32(0), jnp.float32(1)
+    counted = jax.tree.map(lambda number: jnp.where(finite, number, zero), dict(sums))
+    counted |= {
+        "loss_scale": (state.scaling.scale, one),
+        "skipped": (jnp.where(finite, zero, one), one),
+    }
+    return dataclasses.replace(new, **kept, scaling=scaling), counted
+
+
+def _placed(new: TrainState, places: TrainState, *, offload: str) -> TrainState:
+    if offload == "optimizer":
+        # A constraint says nothing of memories; only a transfer does.
+        moved = jax.device_put(new.opt_state, places.opt_state)
+        rest = dataclasses.replace(new, opt_state=None)
+        rest = jax.lax.with_sharding_constraint(rest, dataclasses.replace(places, opt_state=None))
+        return dataclasses.replace(rest, opt_state=moved)
+    return jax.lax.with_sharding_constraint(new, places)
+
+
+def _average(decay: jax.Array | None, state: TrainState, params: tree.PyTree) -> tree.PyTree:
+    if decay is None:
+        return None
+    step = state.step.astype(jnp.float32)
+    now = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(
+        lambda old, new: (now * old + (1.0 - now) * new).astype(old.dtype), state.ema, params
+    )
+
+
+def evaluation_step(
+    recipe: Recipe,
+    state: TrainState,
+    batch: Batch,
+    mesh: Mesh | None = None,
+    places: Placement | None = None,
+) -> metrics.Sums:
+    """The sums of a raw batch in evaluation."""
+    bound = hyper.bind(recipe, state.hyper)
+    places = _placement(recipe, state, batch, mesh, places)
+    batch = prepared(bound, batch, mesh)
+    return dict(bound.task.loss(outputs(bound, state, batch, places), batch, train=False))
+
+
+def prediction_step(
+    recipe: Recipe,
+    state: TrainState,
+    batch: Batch,
+    mesh: Mesh | None = None,
+    places: Placement | None = None,
+) -> dict[str, jax.Array]:
+    """What the model says of each example, by the task's `examine`, with its `id` and `weight`."""
+    bound = hyper.bind(recipe, state.hyper)
+    places = _placement(recipe, state, batch, mesh, places)
+    kept = {name: batch[name] for name in ("id", "weight") if name in batch}
+    batch = prepared(bound, batch, mesh)
+    found = bound.task.examine(outputs(bound, state, batch, places), batch) | kept
+    if mesh is None:
+        return found
+    # Every process can read an array only if it holds the whole of it.
+    return jax.lax.with_sharding_constraint(found, sharding.replicated(mesh))
+
+
+def outputs(
+    recipe: Recipe, state: TrainState, batch: Batch, places: Placement | None = None
+) -> Any:
+    """What the model says of a prepared batch in evaluation: no dropout, running averages, averaged
+    parameters if there are."""
+    params = state.ema
+    if params is None:
+        params = evaluation_params(recipe.optimizer, working_opt_state(recipe, state), state.params)
+    variables = {"params": params} | state.collections
+    return _apply(recipe, places)(variables, recipe.task.inputs(batch), train=False)[0]
+
+
+def _placement(
+    recipe: Recipe, state: TrainState, batch: Batch, mesh: Mesh | None, known: Placement | None
+) -> Placement | None:
+    """Where the state lies, or None where there is only one place for it."""
+    if mesh is None or (mesh.size == 1 and recipe.offload == "none"):
+        return None
+    return known or place(recipe, state, batch, mesh)
