@@ -171,8 +171,8 @@ class NextToken:
 
 
 def score_of(task: Any) -> Callable[[Mapping[str, float]], float]:
-    """What the best checkpoint of a task is chosen by, greater is better: the task's own `score`, or
-    the accuracy, or the loss where there is none.
+    """What the best checkpoint of a task is chosen by, greater is better: the task's own `score`,
+    or the accuracy, or the loss where there is none.
 
     >>> score_of(Regression())({"loss": 0.25}), score_of(None)({"loss": 0.25, "accuracy": 0.9})
     (-0.25, 0.9)

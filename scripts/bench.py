@@ -54,12 +54,10 @@ from jaxtrain.report.metrics_file import JsonlWriter, Writers, read_metrics
 from jaxtrain.report.terminal.progress import Progress, make_console
 from jaxtrain.report.trackers import TensorBoardWriter
 from jaxtrain.runner import build
-from jaxtrain.runner import compile as programs
 from jaxtrain.runner.profiler import Profiler
 from jaxtrain.schedules import Constant
-from jaxtrain.tasks import Classification
-from jaxtrain.train import loop, metrics_log
-from jaxtrain.train.state import init_state
+from jaxtrain.tasks import Classification, score_of
+from jaxtrain.train import loop, lowering, metrics_log
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 RATE, WEIGHT_DECAY = 1e-3, 1e-2
@@ -137,22 +135,15 @@ class OurLoop:
         )
         self.table = self.run.data.open().train
         mesh = meshes.make(self.run.mesh, jax.devices()[:1])
-        recipe = build.options(self.run, self.table, build.lengths(self.run, len(self.table)))
-        self.prepare = recipe["prepare"]
-        batch = build.check_model(self.run, self.table, recipe, mesh)
-        self.state = init_state(
-            self.run.model,
-            self.run.task,
-            self.run.optimizer,
-            batch,
-            seed=self.run.seed,
-            mesh=mesh,
-            **recipe,
-        )
+        recipe = build.recipe_of(self.run, self.table, build.lengths(self.run, len(self.table)))
+        self.prepare = recipe.prepare
+        execution = build.execution(self.run, mesh)
+        batch = build.check_model(self.run, self.table, recipe, execution)
+        programs = lowering.lower(recipe, batch, mesh)
+        self.state = execution.initialize(programs, self.run.seed)
         data = build.place_data(self.run, self.table, mesh)
-        self.training = programs.compile_training(
-            self.run, self.state, self.table, data, recipe, mesh, per_call=None
-        )
+        assert data is not None
+        self.training = execution.training(programs, data, per_call=None, most=self.run.log_every)
         self._writers = Writers(
             JsonlWriter(folder / "metrics.jsonl"), [TensorBoardWriter(folder / "tensorboard")]
         )
@@ -185,6 +176,7 @@ class OurLoop:
                 stop=Agreement(stop),
                 validate=None,
                 test=None,
+                score=score_of(self.run.task),
                 at_step=self._profiler,
             )
         self.state, self.step = ending.state, ending.step

@@ -14,7 +14,6 @@ table of docs/scaling.md between its two marks.
 import argparse
 import dataclasses
 import json
-import math
 import platform
 import sys
 import time
@@ -29,20 +28,18 @@ gpu_target.prepare()  # before jax looks for its plugins
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from jaxtrain import tree
 from jaxtrain.models.transformer import Transformer
 from jaxtrain.optimizers import AdamW
 from jaxtrain.parallel import mesh as meshes
-from jaxtrain.parallel import sharding
 from jaxtrain.plan import collectives
 from jaxtrain.report.terminal.progress import make_console
 from jaxtrain.tasks import NextToken
+from jaxtrain.train import lowering
 from jaxtrain.train.recipe import Recipe
-from jaxtrain.train.state import init_state, state_shardings
-from jaxtrain.train.steps import make_train_step
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", *gpu_target.WHEELS)
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,40 +69,6 @@ class Case:
         return LAYOUTS[self.layout].format(all=self.devices, hosts=self.devices // host, host=host)
 
 
-def lowered(
-    model: Any,
-    task: Any,
-    optimizer: Any,
-    batch: dict[str, jax.ShapeDtypeStruct],
-    mesh: Mesh,
-    **options: Any,
-) -> tuple[Any, dict[str, int]]:
-    """The real training step, lowered for abstract arrays that lie as they do in a run; and the
-    bytes of its parameters and of a device's arguments."""
-    parts = (model, task, optimizer)
-    state = jax.eval_shape(lambda: init_state(*parts, batch, **options))
-    places = state_shardings(Recipe(*parts, **options), batch, state, mesh)
-    abstract = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        state,
-        places,
-    )
-    rows = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.batch(mesh))
-        for name, leaf in batch.items()
-    }
-    sizes = {
-        "parameters": sum(
-            math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params)
-        ),
-        "state": sharding.bytes_per_device(state, places),
-        "batch": sharding.bytes_per_device(
-            rows, {name: leaf.sharding for name, leaf in rows.items()}
-        ),
-    }
-    return make_train_step(*parts, mesh=mesh, **options).lower(abstract, rows), sizes
-
-
 def measure(case: Case, model: Transformer) -> dict[str, Any]:
     """Compiles one case and reads what it sends."""
     hosts = max(1, case.devices // case.per_host)
@@ -114,8 +77,8 @@ def measure(case: Case, model: Transformer) -> dict[str, Any]:
         "tokens": jax.ShapeDtypeStruct((case.sequences * case.devices, case.length + 1), jnp.int32)
     }
     began = time.monotonic()
-    program, sizes = lowered(model, NextToken(), AdamW(), batch, mesh, **case.options)
-    compiled = program.compile()
+    programs = lowering.lower(Recipe(model, NextToken(), AdamW(), **case.options), batch, mesh)
+    compiled = programs.lower_train_step().compile()
     seconds = time.monotonic() - began
     found = collectives.read(compiled.as_text())
     memory = compiled.memory_analysis()
@@ -124,7 +87,7 @@ def measure(case: Case, model: Transformer) -> dict[str, Any]:
         "mesh": case.mesh_text,
         "devices": case.devices,
         "seconds": seconds,
-        "parameters": sizes["parameters"] // 4,
+        "parameters": tree.size(programs.state.params),
         "bytes": {
             kind: {
                 tier: sum(
@@ -138,7 +101,7 @@ def measure(case: Case, model: Transformer) -> dict[str, Any]:
             if any(each.kind == kind for each in found)
         },
         "argument_bytes": memory.argument_size_in_bytes,
-        "argument_bytes_by_hand": sizes["state"] + sizes["batch"],
+        "argument_bytes_by_hand": programs.state_bytes() + programs.batch_bytes(),
         "peak_bytes": memory.peak_memory_in_bytes,
         "largest": [
             {

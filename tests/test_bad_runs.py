@@ -28,7 +28,7 @@ from jaxtrain.data.sources.synthetic import Synthetic
 from jaxtrain.models import MLP, ConvNet, ViT
 from jaxtrain.runner import build
 from jaxtrain.runner import compile as programs
-from jaxtrain.runner import run as runner_run
+from jaxtrain.train import lowering
 
 EIGHT = "--mesh=data:8"
 
@@ -196,18 +196,16 @@ ROWS = [
 
 @pytest.fixture
 def nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fails the test if the training program or the state's birth is compiled."""
+    """Fails the test if the training program or the initial state is compiled."""
 
     def compiled(*_: Any, **__: Any) -> None:
         raise AssertionError("compiled before all input was looked at")
 
-    init_state, platforms = runner_run.init_state, jax.config.jax_platforms
-    monkeypatch.setattr(
-        runner_run,
-        "init_state",
-        lambda *parts, mesh=None, **options: compiled() if mesh else init_state(*parts, **options),
-    )
-    monkeypatch.setattr(programs, "compile_training", compiled)
+    platforms = jax.config.jax_platforms
+    monkeypatch.setattr(lowering.Programs, "initialize", compiled)
+    monkeypatch.setattr(lowering.Programs, "initialize_alone", compiled)
+    for execution in (programs.Sharded, programs.Reproducible):
+        monkeypatch.setattr(execution, "training", compiled)
     yield
     jax.config.update("jax_platforms", platforms)
 
@@ -220,7 +218,7 @@ def test_bad_runs(
     if "device_data=yes" in row.arguments:
         monkeypatch.setattr(build.pipeline, "fits_on_device", lambda *_: False)
         # which data fits beside the state is asked when the state is there
-        monkeypatch.setattr(runner_run, "init_state", _initial)
+        monkeypatch.setattr(lowering.Programs, "initialize", _initialize)
     arguments = row.arguments.replace("{tmp}", str(tmp_path)).split()
     assert start(tmp_path / "run", *arguments, **row.changes) == row.status
     assert capsys.readouterr().err == f"jaxtrain: error: {row.line}\n".replace(
@@ -229,7 +227,7 @@ def test_bad_runs(
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-_initial = runner_run.init_state
+_initialize = lowering.Programs.initialize
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ arrive, threads that end."""
 import itertools
 import threading
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,13 @@ def data_threads() -> list[str]:
     ]
 
 
+def stream_of(table: Any, *, seed: int, offset: int = 0, **more: Any) -> pipeline.Stream:
+    """A stream of a table, shuffled, that begins so many examples into the first epoch."""
+    shuffled = order.Shuffled(len(table))
+    position = shuffled.advance(shuffled.start(seed), offset)
+    return pipeline.Stream(table, order=shuffled, position=position, **more)
+
+
 def take(stream: pipeline.Stream, count: int) -> list[list[int]]:
     return [next(stream)["id"].tolist() for _ in range(count)]
 
@@ -56,22 +64,24 @@ def test_a_stream_resumed_at_any_position_goes_on_as_if_never_interrupted(
     one: SingleDeviceSharding, length: int, batch_size: int
 ) -> None:
     table, steps = numbered(length), 3 * length
-    with pipeline.Stream(table, seed=5, batch_size=batch_size, sharding=one) as stream:
+    epoch = order.Shuffled(length)
+    with pipeline.Stream(
+        table, order=epoch, position=epoch.start(5), batch_size=batch_size, sharding=one
+    ) as stream:
         golden, positions = [], []
         for _ in range(steps):
             positions.append(stream.position)
             golden += take(stream, 1)
     flat = list(itertools.chain(*golden))
-    for epoch in range(len(flat) // length):
-        assert sorted(flat[epoch * length : (epoch + 1) * length]) == list(range(length))
-    for step, (epoch, offset) in enumerate(positions):
+    for number in range(len(flat) // length):
+        assert sorted(flat[number * length : (number + 1) * length]) == list(range(length))
+    for step, position in enumerate(positions):
         prefetch = 1 + step % 3
         with pipeline.Stream(
             table,
-            seed=5,
+            order=epoch,
+            position=position,
             batch_size=batch_size,
-            epoch=epoch,
-            offset=offset,
             sharding=one,
             prefetch=prefetch,
         ) as stream:
@@ -84,7 +94,7 @@ def test_a_stream_hands_out_the_rows_of_its_ids_sharded_ahead_of_the_step(
     batch_size = 2 * len(jax.devices())
     with (
         jax.transfer_guard("disallow"),
-        pipeline.Stream(numbered(50), seed=1, batch_size=batch_size, sharding=sharded) as stream,
+        stream_of(numbered(50), seed=1, batch_size=batch_size, sharding=sharded) as stream,
     ):
         batches = [next(stream) for _ in range(6)]
     for step, batch in enumerate(batches):
@@ -122,7 +132,7 @@ class Slow:
 
 
 def test_what_fails_while_reading_ahead_is_raised_in_its_place(one: SingleDeviceSharding) -> None:
-    stream = pipeline.Stream(Slow(fails_at=3), seed=0, batch_size=2, sharding=one, prefetch=1)
+    stream = stream_of(Slow(fails_at=3), seed=0, batch_size=2, sharding=one, prefetch=1)
     take(stream, 2)
     with pytest.raises(ValueError, match="corrupt record 881"):
         next(stream)
@@ -136,7 +146,7 @@ def test_reading_runs_ahead_but_no_further_than_told_and_threads_end(
     one: SingleDeviceSharding, prefetch: int
 ) -> None:
     table = Slow()
-    stream = pipeline.Stream(table, seed=0, batch_size=2, sharding=one, prefetch=prefetch)
+    stream = stream_of(table, seed=0, batch_size=2, sharding=one, prefetch=prefetch)
     assert table.reads == 0
     take(stream, 3)
     time.sleep(0.1)
@@ -177,7 +187,7 @@ def test_a_resident_table_gathers_the_same_batches_as_a_stream(sharded: NamedSha
                 arrays, order.example_ids(seed, 0, 24, 16, 37, jnp)
             )
         )(arrays, seed)
-    with pipeline.Stream(table, seed=3, batch_size=16, offset=24, sharding=sharded) as stream:
+    with stream_of(table, seed=3, batch_size=16, offset=24, sharding=sharded) as stream:
         streamed = next(stream)
     assert gathered.keys() == streamed.keys() == {"image", "label", "id"}
     for name in gathered:

@@ -8,7 +8,6 @@ compiler's own words are on stderr of its process.
 import contextlib
 import json
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,28 +41,27 @@ def facts(
 ) -> dict[str, Any]:
     """One training step compiled for eight cards of one host: what it sends by kind, what it holds,
     and the parameters it is made of."""
-    import jax
-
     from jaxtrain import tree
     from jaxtrain.optimizers import AdamW
     from jaxtrain.parallel import mesh as meshes
     from jaxtrain.plan import collectives
-    from jaxtrain.train.state import init_state
+    from jaxtrain.train import lowering
+    from jaxtrain.train.recipe import Recipe
 
     grid = meshes.make(mesh_text, gpu_target.devices(card, EIGHT))
-    program, sizes = runpy.run_path(str(ROOT / "scripts" / "wire.py"))["lowered"](
-        model, task, AdamW(), batch, grid, **options
-    )
-    compiled = program.compile()
+    programs = lowering.lower(Recipe(model, task, AdamW(), **options), batch, grid)
+    compiled = programs.lower_train_step().compile()
     found = collectives.read(compiled.as_text())
     memory = compiled.memory_analysis()
-    params = jax.eval_shape(lambda: init_state(model, task, AdamW(), batch, **options)).params
-    return sizes | {
+    return {
+        "parameters": 4 * tree.size(programs.state.params),
+        "state": programs.state_bytes(),
+        "batch": programs.batch_bytes(),
         "wire": {
             kind: collectives.wire_bytes(found, kind)
             for kind in sorted({each.kind for each in found})
         },
-        "arrays": {path: leaf.shape for path, leaf in tree.flatten(params).items()},
+        "arrays": {path: leaf.shape for path, leaf in tree.flatten(programs.state.params).items()},
         "arguments": memory.argument_size_in_bytes,
         "aliased": memory.alias_size_in_bytes,
     }
@@ -71,38 +69,23 @@ def facts(
 
 def evaluation(model: Any, task: Any, batch: dict[str, Any], mesh_text: str) -> dict[str, Any]:
     """The same of one evaluation step: what it sends, and the parameters."""
-    import jax
-
     from jaxtrain import tree
     from jaxtrain.optimizers import AdamW
     from jaxtrain.parallel import mesh as meshes
-    from jaxtrain.parallel import sharding
     from jaxtrain.plan import collectives
+    from jaxtrain.train import lowering
     from jaxtrain.train.recipe import Recipe
-    from jaxtrain.train.state import init_state, state_shardings
-    from jaxtrain.train.steps import make_eval_step
 
-    parts, grid = (model, task, AdamW()), meshes.make(mesh_text, gpu_target.devices("h100", EIGHT))
-    state = jax.eval_shape(lambda: init_state(*parts, batch))
-    places = state_shardings(Recipe(*parts), batch, state, grid)
-    abstract = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        state,
-        places,
-    )
-    rows = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.batch(grid))
-        for name, leaf in batch.items()
-    }
-    found = collectives.read(
-        make_eval_step(*parts, mesh=grid).lower(abstract, rows).compile().as_text()
-    )
+    grid = meshes.make(mesh_text, gpu_target.devices("h100", EIGHT))
+    programs = lowering.lower(Recipe(model, task, AdamW()), batch, grid)
+    rows = lowering.laid_out(batch, grid)
+    found = collectives.read(programs.eval_step.lower(programs.state, rows).compile().as_text())
     return {
         "wire": {
             kind: collectives.wire_bytes(found, kind)
             for kind in sorted({each.kind for each in found})
         },
-        "arrays": {path: leaf.shape for path, leaf in tree.flatten(state.params).items()},
+        "arrays": {path: leaf.shape for path, leaf in tree.flatten(programs.state.params).items()},
     }
 
 

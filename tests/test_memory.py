@@ -19,7 +19,7 @@ from jaxtrain.optimizers import NAMES, AdamW
 from jaxtrain.parallel import mesh, sharding
 from jaxtrain.runner import compile as programs
 from jaxtrain.tasks import Classification
-from jaxtrain.train import gradients, state, steps
+from jaxtrain.train import state, steps, train_step
 
 
 class Stack(nn.Module):
@@ -95,7 +95,7 @@ def test_blocks_keep_less_than_products_and_products_less_than_all() -> None:
             return functions(model).apply({"params": params}, TOKENS_BT, train=True)[0].sum()
 
         kept = saved_residuals(
-            loss if remat == "none" else jax.checkpoint(loss, policy=gradients.REMAT[remat]),
+            loss if remat == "none" else jax.checkpoint(loss, policy=train_step.REMAT[remat]),
             variables["params"],
         )
         return sum(

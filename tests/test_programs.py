@@ -16,10 +16,10 @@ from jaxtrain.models import MLP
 from jaxtrain.optimizers import AdamW
 from jaxtrain.parallel import mesh
 from jaxtrain.runner import build
-from jaxtrain.runner import compile as programs
+from jaxtrain.runner.compile import Sharded
 from jaxtrain.schedules import Cosine
 from jaxtrain.tasks import Classification
-from jaxtrain.train.state import init_state
+from jaxtrain.train import lowering
 
 N = 100
 
@@ -84,10 +84,8 @@ def test_a_batch_larger_than_the_data_is_refused():
 
 def checked(run, grid="data:1"):
     train, where = run.data.open().train, mesh.make(grid)
-    build.check_mesh(run, where)
-    return build.check_model(
-        run, train, build.options(run, train, build.lengths(run, len(train))), where
-    )
+    recipe = build.recipe_of(run, train, build.lengths(run, len(train)))
+    return build.check_model(run, train, recipe, build.execution(run, where))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +142,7 @@ def test_data_that_does_not_fit_on_the_device_is_streamed_or_refused():
 
 
 def test_evaluation_is_no_larger_than_the_set():
-    grid = mesh.make("data:8")
+    grid = Sharded(mesh.make("data:8"))
     assert build.evaluation_size(make_run(), ArrayTable({"label": np.arange(50)}), grid) == 56
     assert build.evaluation_size(make_run(), ArrayTable({"label": np.arange(5000)}), grid) == 512
 
@@ -154,13 +152,15 @@ def test_streamed_data_trains_like_resident_data(grid):
     """The same examples in the same order; the two programs differ, so to rounding."""
     run = make_run()
     train = run.data.open().train
-    recipe = build.options(run, train, build.lengths(run, N))
+    recipe = build.recipe_of(run, train, build.lengths(run, N))
     where = mesh.make(grid)
-    batch = build.check_model(run, train, recipe, where)
+    execution = build.execution(run, where)
+    lowered = lowering.lower(recipe, build.check_model(run, train, recipe, execution), where)
     finals = []
     for data in (None, build.place_data(run, train, where)):
-        state = init_state(run.model, run.task, run.optimizer, batch, mesh=where, **recipe)
-        compiled = programs.compile_training(run, state, train, data, recipe, where, per_call=None)
+        state = execution.initialize(lowered, 0)
+        source = data or build.stream(run, state, train, recipe, where)
+        compiled = execution.training(lowered, source, per_call=None, most=50)
         assert compiled.per_call == (1 if data is None else 50)
         done, losses = 0, []
         with jax.transfer_guard("disallow"):

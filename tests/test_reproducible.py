@@ -20,12 +20,13 @@ import pytest
 from jaxtrain import augment
 from jaxtrain.adapters import functions
 from jaxtrain.checkpoints import arrays, checkpoints
+from jaxtrain.data.order import Shuffled
 from jaxtrain.losses import cross_entropy
 from jaxtrain.models import convnet, mlp, vit
 from jaxtrain.optimizers import SGD, AdamW
 from jaxtrain.parallel import mesh, sharding
 from jaxtrain.tasks import Classification
-from jaxtrain.train import gradients, reproducible, state
+from jaxtrain.train import lowering, reproducible, state, train_step
 from jaxtrain.train import steps as train_steps
 from jaxtrain.train.recipe import Recipe
 
@@ -72,20 +73,14 @@ def trained(
         "clip_norm": 0.5,
         "ema_decay": 0.9,
         "augment": augment.ImageAugment(crop_padding=1, mixup=0.4),
-        "num_examples": 48,
+        "order": Shuffled(48),
     } | options
     batch = {
         name: jax.ShapeDtypeStruct((16, *array.shape[1:]), array.dtype)
         for name, array in DATA.items()
     }
     whole = state.init_state(*parts, batch, **options)
-    abstract = jax.eval_shape(lambda: state.init_state(*parts, batch, **options))
-    places = state.state_shardings(Recipe(*parts, **options), batch, abstract, where)
-    like = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        abstract,
-        places,
-    )
+    like = lowering.lower(Recipe(*parts, **options), batch, where).state
     now = arrays.to_devices(arrays.to_host(whole), like)
     trainer = reproducible.Trainer(Recipe(*parts, **options), where, shards)
     data = jax.device_put(DATA, sharding.replicated(where))
@@ -182,9 +177,9 @@ def test_a_batch_that_cannot_be_cut_is_refused_and_examples_draw_their_own() -> 
     now = state.init_state(
         recipe.model, recipe.task, recipe.optimizer, batch, augment=recipe.augment
     )
-    whole = gradients.augmented(recipe, now, batch)["image"]
+    whole = train_step.augmented(recipe, now, batch)["image"]
     parts = [
-        gradients.augmented(
+        train_step.augmented(
             recipe,
             now,
             {name: array[4 * shard : 4 * shard + 4] for name, array in batch.items()},
@@ -277,7 +272,7 @@ def test_mixup_partners_and_weights_are_of_the_shard() -> None:
         for shard in range(4)
     ]
     found = [
-        gradients.augmented(recipe, now, part, jnp.uint32(shard))
+        train_step.augmented(recipe, now, part, jnp.uint32(shard))
         for shard, part in enumerate(parts)
     ]
     assert [each["label_other"].tolist() for each in found] == [

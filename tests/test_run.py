@@ -893,7 +893,7 @@ def test_meshes_that_differ_have_a_status_of_their_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = types.SimpleNamespace(agree=False, rows=list, summary=lambda: "data:2 differs")
-    monkeypatch.setattr(compare_meshes, "compare", lambda *_, **__: report)
+    monkeypatch.setattr(compare_meshes, "compare_recipe", lambda *_, **__: report)
     monkeypatch.setattr(runner_main.tables, "comparison_table", lambda rows: "")
     assert runner_main.launch(toy(compare_meshes=("data:2",)), []) == 3
     assert "data:2 differs" in capsys.readouterr().out

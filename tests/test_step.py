@@ -332,7 +332,9 @@ def test_many_steps_a_dispatch_are_the_same_steps(arrays):
     assert steps.several._cache_size() == 1, "another count compiled another program"
     # A batch from the host, in the order that NumPy computes, gives the same.
     state = init_state(model, Classification(), optimizer, batch_of(arrays))
-    update = train_steps.make_train_step(model, Classification(), optimizer, num_examples=N)
+    update = train_steps.make_train_step(
+        model, Classification(), optimizer, order=order.Shuffled(N)
+    )
     epoch, offset = 0, 0
     for _ in range(8):
         ids_B = order.example_ids(0, epoch, offset, 20, N)

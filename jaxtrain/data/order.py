@@ -23,8 +23,8 @@ _ROUNDS = 8  # six already pass the tests of uniformity; two more cost nothing t
 
 
 class Order(Protocol):
-    """In which order examples come. A position is any pytree of arrays; only the order reads it, and
-    a checkpoint holds it."""
+    """In which order examples come. A position is any pytree of arrays; only the order reads it,
+    and a checkpoint holds it."""
 
     def start(self, seed: Any) -> Any:
         """The position before the first example."""

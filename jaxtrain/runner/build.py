@@ -1,4 +1,5 @@
-"""What a run is built of: its lengths in steps, its recipe, and the checks that need nothing compiled."""
+"""What a run is built of: its lengths in steps, its recipe, and the checks that need nothing
+compiled."""
 
 import dataclasses
 import functools

@@ -1,7 +1,8 @@
-"""What is compiled: how the programs of a run are executed, and the training program behind its feed.
+"""What is compiled: how the programs of a run are executed, and the training program behind its
+feed.
 
-`Sharded` runs each program once over the whole mesh; `Reproducible` runs programs for one device and
-adds their results in a fixed tree. A run chooses one of them, once.
+`Sharded` runs each program once over the whole mesh; `Reproducible` runs programs for one device
+and adds their results in a fixed tree. A run chooses one of them, once.
 """
 
 import dataclasses

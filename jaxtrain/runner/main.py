@@ -252,7 +252,7 @@ def _compare(run: config.Run, train: Table, recipe: Recipe, devices: Sequence[ja
         f"{run.compare_steps} steps on one device and on {count} mesh{'es' if count > 1 else ''};"
         f" compiling {2 * count + 2} programs first"
     )
-    report = compare_meshes.compare(
+    report = compare_meshes.compare_recipe(
         recipe,
         batches,
         run.compare_meshes,

@@ -1,5 +1,5 @@
-"""Where a run starts: what lies in its folder, whether it may go on from there, and the state to begin
-with (new, resumed, or with parameters from elsewhere)."""
+"""Where a run starts: what lies in its folder, whether it may go on from there, and the state to
+begin with (new, resumed, or with parameters from elsewhere)."""
 
 import dataclasses
 import os

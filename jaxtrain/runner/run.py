@@ -1,5 +1,5 @@
-"""One start of a run with its workdir locked: what lies there, the state, the compiled programs, the
-loop, the end."""
+"""One start of a run with its workdir locked: what lies there, the state, the compiled programs,
+the loop, the end."""
 
 import contextlib
 import dataclasses
@@ -42,7 +42,8 @@ from jaxtrain.train.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """What a run holds once it is open: its data, its programs (not yet compiled) and its folder."""
+    """What a run holds once it is open: its data, its programs (not yet compiled) and its
+    folder."""
 
     run: config.Run
     argv: Sequence[str]

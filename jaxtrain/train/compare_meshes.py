@@ -2,21 +2,24 @@
 parameter that tells them apart.
 
 A run of many steps answers nothing, for rounding grows: a network with dropout is 4e-3 away after
-twenty. So each mesh is asked twice: for a few steps of its own from its own initial state (which tries
-the update, too), and for many single steps, each from a state of the one-device run.
+twenty. So each mesh is asked twice: for a few steps of its own from its own initial state (which
+tries the update, too), and for many single steps, each from a state of the one-device run.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxtrain import metrics, tree
 from jaxtrain.errors import UserError
+from jaxtrain.optimizers import Optimizer
 from jaxtrain.parallel import mesh as meshes
 from jaxtrain.parallel import sharding
+from jaxtrain.tasks import Task
 from jaxtrain.train import lowering
 from jaxtrain.train.recipe import Recipe
 from jaxtrain.train.state import TrainState
@@ -107,6 +110,32 @@ class Report:
 
 
 def compare(
+    model: Any,
+    task: Task,
+    optimizer: Optimizer,
+    batches: Iterator[HostBatch],
+    mesh_texts: Sequence[str],
+    *,
+    seed: int = 0,
+    steps: int = 20,
+    tolerance: float | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    **options: Any,
+) -> Report:
+    """`compare_recipe` for a model, a task, an optimizer and the other fields of `Recipe` by
+    name."""
+    return compare_recipe(
+        Recipe(model, task, optimizer, **options),
+        batches,
+        mesh_texts,
+        seed=seed,
+        steps=steps,
+        tolerance=tolerance,
+        devices=devices,
+    )
+
+
+def compare_recipe(
     recipe: Recipe,
     batches: Iterator[HostBatch],
     mesh_texts: Sequence[str],
@@ -147,7 +176,9 @@ def compare(
                 relative(*both)
                 for both in zip(layout.losses(kept[:FREE_STEPS]), losses, strict=False)
             )
-            found.append(Compared(meshes.describe(layout.mesh), free, loss, gradient, first))
+            found.append(
+                Compared(meshes.describe(layout.programs.mesh), free, loss, gradient, first)
+            )
     return Report(tuple(found), steps, tolerance)
 
 

@@ -17,6 +17,7 @@ from jaxtrain.processes import heartbeat
 from jaxtrain.processes.group import Agreement
 from jaxtrain.report.metrics_file import Writers
 from jaxtrain.report.terminal.progress import Progress
+from jaxtrain.tasks import score_of
 from jaxtrain.train.feeds import Feed
 from jaxtrain.train.metrics_log import Journal
 from jaxtrain.train.state import TrainState
@@ -89,7 +90,7 @@ def train(
     stop: Agreement,
     validate: Evaluate | None,
     test: Evaluate | None,
-    score: Score,
+    score: Score = score_of(None),  # noqa: B008 - a pure function of nothing
     best: float | None = None,
     owed: bool = False,
     at_step: Callable[[int, TrainState], None] = lambda step, state: None,

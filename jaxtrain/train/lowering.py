@@ -1,5 +1,5 @@
-"""The programs of a recipe on a mesh, lowered from shapes alone: no array exists, no file is open, no
-device is asked.
+"""The programs of a recipe on a mesh, lowered from shapes alone: no array exists, no file is open,
+no device is asked.
 
 `lower(recipe, batch, mesh)` is what a training run compiles, `--compare_meshes` runs, and
 `scripts/wire.py` reads for machines that are not here.

@@ -76,8 +76,8 @@ def init_state(
     >>> int(state.step), round(float(state.hyper["optimizer.learning_rate"]), 3)
     (0, 0.1)
 
-    `batch` shows shapes and dtypes and may be abstract; `options` are fields of `Recipe`. `seed` may
-    be a tracer, so `jax.vmap` over seeds makes stacked states. `ValueError` if a number of the
+    `batch` shows shapes and dtypes and may be abstract; `options` are fields of `Recipe`. `seed`
+    may be a tracer, so `jax.vmap` over seeds makes stacked states. `ValueError` if a number of the
     recipe is out of bounds.
     """
     recipe = Recipe(model, task, optimizer, **options)

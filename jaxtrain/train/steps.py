@@ -1,7 +1,7 @@
 """The step, compiled: one update, several in a dispatch, gradients alone, evaluation, prediction.
 
-What a step does stands in `train_step.py`. Each function here takes a model, a task and an optimizer,
-and the other fields of `Recipe` by name; `lowering.py` takes the recipe itself.
+What a step does stands in `train_step.py`. Each function here takes a model, a task and an
+optimizer, and the other fields of `Recipe` by name; `lowering.py` takes the recipe itself.
 """
 
 import dataclasses
