@@ -1,73 +1,111 @@
 """What a component's field may hold: its bounds, and whether it is an input of the compiled step.
 
 Components are frozen dataclasses (or Linen modules). A field's annotation says everything that
-flags, checks and sweeps need:
+flags, checks and sweeps need, as marks within `Annotated`:
 
     learning_rate: Positive = 1e-3            # bounded, and an input of the step
     depth: Count = 12                         # bounded, and part of the program
+    token: Annotated[str, Secret()] = ""      # never written down
 
 A *traced* field changes neither shapes nor the program, so its value is fed to the compiled step
 (see `hyper.py`) instead of being compiled in. A traced field may name the value at which it is
 `off`: there it stays a constant, so what is switched off costs nothing.
+
+`problem` is the one place where bounds are checked: flags, components and run.json all ask it.
 """
 
 import dataclasses
 import math
+import re
+import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 from jaxtrain.errors import UserError
 from jaxtrain.horizon import Horizon
 
+_LARGEST = 2**63 - 1
+_UNIONS = (typing.Union, types.UnionType)
+_TEXTS = (str, str | None, tuple[str, ...])
+_SECRET_NAME = re.compile(r"(?:^|_)(?:token|key|secret|password)$")
+
+
+class Bound:
+    """A rule that a number must keep."""
+
+    @property
+    def rule(self) -> str:
+        """The rule in words, such as `> 0`."""
+        raise NotImplementedError
+
+    @property
+    def must_be(self) -> str:
+        """What an error says that the number must be."""
+        return self.rule
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` keeps the rule."""
+        raise NotImplementedError
+
 
 @dataclasses.dataclass(frozen=True)
-class Above:
+class Above(Bound):
     """The value must be greater than `limit`."""
 
     limit: float
 
-    def problem(self, value: float) -> str | None:
-        """What is wrong with `value`, or None.
+    @property
+    def rule(self) -> str:
+        return f"> {self.limit:g}"
 
-        >>> Above(0).problem(-1)
-        'must be > 0'
-        """
-        return None if value > self.limit else f"must be > {self.limit:g}"
+    def holds(self, value: float) -> bool:
+        return value > self.limit
 
 
 @dataclasses.dataclass(frozen=True)
-class AtLeast:
-    """The value must be an integer or number of at least `limit`."""
+class AtLeast(Bound):
+    """The value must be at least `limit`; `whole` has the error say that it must be an integer,
+    too."""
 
     limit: float
+    whole: bool = False
 
-    def problem(self, value: float) -> str | None:
-        """What is wrong with `value`, or None."""
-        return None if value >= self.limit else f"must be >= {self.limit:g}"
+    @property
+    def rule(self) -> str:
+        return f">= {self.limit:g}"
+
+    @property
+    def must_be(self) -> str:
+        return f"an integer {self.rule}" if self.whole else self.rule
+
+    def holds(self, value: float) -> bool:
+        return value >= self.limit
 
 
 @dataclasses.dataclass(frozen=True)
-class Between:
-    """The value must lie in [low, high], or in [low, high) if `open_above`."""
+class Between(Bound):
+    """The value must lie in [low, high], or in [low, high) if `open_above`; the limits of `whole`
+    numbers are written out in full.
+
+    >>> Between(0, 1).rule, Between(0, 2**32 - 1, whole=True).rule
+    ('in 0..1', '0..4294967295')
+    """
 
     low: float
     high: float
     open_above: bool = False
+    whole: bool = False
 
-    def problem(self, value: float) -> str | None:
-        """What is wrong with `value`, or None.
+    @property
+    def rule(self) -> str:
+        if self.whole:
+            return f"{self.low}..{self.high}"
+        limits = f"{self.low:g} <= value < {self.high:g}"
+        return limits if self.open_above else f"in {self.low:g}..{self.high:g}"
 
-        >>> Between(0, 1).problem(1.5)
-        'must be in 0..1'
-        """
-        inside = self.low <= value < self.high or (value == self.high and not self.open_above)
-        bounds = (
-            f"{self.low:g} <= value < {self.high:g}"
-            if self.open_above
-            else f"in {self.low:g}..{self.high:g}"
-        )
-        return None if inside else f"must be {bounds}"
+    def holds(self, value: float) -> bool:
+        return self.low <= value < self.high or (value == self.high and not self.open_above)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +116,18 @@ class Traced:
     off: float | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Secret:
+    """Marks a text that is never written down, and may come from the environment instead of the
+    command line. A text whose name ends in token, key, secret or password is one without the mark,
+    for a mark is easily forgotten."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Public:
+    """Marks a text that is no secret, although its name ends like one."""
+
+
 Count = Annotated[int, AtLeast(1)]
 Positive = Annotated[float, Above(0), Traced()]
 NonNegative = Annotated[float, AtLeast(0), Traced(off=0.0)]
@@ -86,6 +136,86 @@ DropRate = Annotated[float, Between(0, 1, open_above=True), Traced(off=0.0)]
 Decay = Annotated[float, Between(0, 1, open_above=True), Traced()]
 Length = Annotated[Horizon | float, Traced()]
 """A horizon as configured; the runner replaces it by a number of steps."""
+
+
+class Kind(typing.NamedTuple):
+    """A field's annotation taken apart: its type without None, whether None is allowed, and its
+    marks."""
+
+    type: Any
+    optional: bool
+    marks: tuple[Any, ...]
+
+    @property
+    def origin(self) -> Any:
+        """`tuple` for `tuple[int, ...]`, `Literal` for `Literal["a"]`; the type itself otherwise."""
+        origin = typing.get_origin(self.type)
+        return self.type if origin in (None, *_UNIONS) else origin
+
+    @property
+    def items(self) -> tuple[Any, ...]:
+        """The types of a tuple's items, as written, or the choices of a literal."""
+        return typing.get_args(self.type)
+
+    @property
+    def rule(self) -> str:
+        """The first bound in words, or nothing."""
+        return next((mark.rule for mark in self.marks if isinstance(mark, Bound)), "")
+
+    def item_types(self, count: int) -> Sequence[Any]:
+        """The types of a tuple's `count` items."""
+        return [self.items[0]] * count if self.items[-1] is Ellipsis else self.items
+
+
+def kind_of(annotation: Any, marks: Sequence[Any] = ()) -> Kind:
+    """Takes a type apart, however None and marks are nested; `marks` are added.
+
+    >>> kind_of(Count | None, ["more"])
+    Kind(type=<class 'int'>, optional=True, marks=('more', AtLeast(limit=1, whole=False)))
+    """
+    optional, marks = False, tuple(marks)
+    while True:
+        arguments = typing.get_args(annotation)
+        if typing.get_origin(annotation) is Annotated:
+            annotation, marks = arguments[0], (*marks, *arguments[1:])
+        elif types.NoneType in arguments and typing.get_origin(annotation) in _UNIONS:
+            rest = tuple(argument for argument in arguments if argument is not types.NoneType)
+            annotation, optional = typing.Union[rest], True  # noqa: UP007 - of a variable length
+        else:
+            return Kind(annotation, optional, marks)
+
+
+def problem(value: Any, annotation: Any, marks: Sequence[Any] = ()) -> str | None:
+    """What is wrong with a value of this type, by its marks' bounds, or None. Numbers must also be
+    finite and fit 64 bits; of tuples each item is checked.
+
+    >>> problem(-1.0, Positive), problem((3, 0), tuple[Count, ...]), problem(None, Count | None)
+    ('must be > 0', 'item 2 (0): must be >= 1', None)
+    """
+    kind = kind_of(annotation, marks)
+    if isinstance(value, tuple) and kind.origin is tuple:
+        items = zip(value, kind.item_types(len(value)), strict=False)
+        found = (problem(item, item_type, kind.marks) for item, item_type in items)
+        return next(
+            (
+                f"item {position} ({value[position - 1]}): {wrong}"
+                for position, wrong in enumerate(found, 1)
+                if wrong
+            ),
+            None,
+        )
+    if isinstance(value, Horizon):
+        return problem(value.value, float, (*kind.marks, AtLeast(0)))
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be finite"
+    bounds = (mark for mark in kind.marks if isinstance(mark, Bound))
+    broken = next((bound for bound in bounds if not bound.holds(value)), None)
+    if broken is not None:
+        return f"must be {broken.must_be}"
+    too_large = isinstance(value, int) and abs(value) > _LARGEST
+    return f"must be at most {_LARGEST}" if too_large else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,20 +232,18 @@ class Field:
         """The `Traced` mark, if there is one."""
         return next((mark for mark in self.marks if isinstance(mark, Traced)), None)
 
+    @property
+    def secret(self) -> bool:
+        """Whether the value must not be written down: a text that is marked so, or named like one
+        and not marked as public."""
+        if any(isinstance(mark, Secret) for mark in self.marks):
+            return True
+        public = any(isinstance(mark, Public) for mark in self.marks)
+        return self.type in _TEXTS and not public and bool(_SECRET_NAME.search(self.name))
+
     def problem(self, value: Any) -> str | None:
-        """What is wrong with `value`, or None; None itself and non-numbers have no bounds."""
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            return None
-        if isinstance(value, float) and not math.isfinite(value):
-            return "must be finite"
-        return next(
-            (
-                text
-                for mark in self.marks
-                if hasattr(mark, "problem") and (text := mark.problem(value))
-            ),
-            None,
-        )
+        """What is wrong with `value`, or None."""
+        return problem(value, self.type, self.marks)
 
 
 def is_component(value: Any) -> bool:
@@ -141,39 +269,32 @@ def fields_of(component: Any) -> Iterator[Field]:
     for field in dataclasses.fields(cls):
         if field.name.startswith("_") or field.name in linen or not field.init:
             continue
-        annotation, marks = _unwrap(hints[field.name])
+        kind = kind_of(hints[field.name])
         default = (
             field.default_factory()
             if field.default_factory is not dataclasses.MISSING
             else field.default
         )
-        yield Field(field.name, annotation, marks, default)
+        annotation = kind.type | None if kind.optional else kind.type
+        yield Field(field.name, annotation, kind.marks, default)
+
+
+def out_of_bounds(component: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every field of `component`, and of those nested in it, that is out of its bounds: its dotted
+    name, its value and what is wrong."""
+    for field in fields_of(component):
+        name, value = f"{prefix}{field.name}", getattr(component, field.name)
+        if is_component(value):
+            yield from out_of_bounds(value, f"{name}.")
+        elif wrong := field.problem(value):
+            yield name, value, wrong
 
 
 def check(component: Any, name: str = "") -> None:
     """Raises `ValueError` if a field of `component`, or of one nested in it, is out of its
     bounds."""
-    name = name or type(component).__name__
-    for field in fields_of(component):
-        value = getattr(component, field.name)
-        if is_component(value):
-            check(value, f"{name}.{field.name}")
-        elif problem := field.problem(value):
-            raise UserError(f"{name}.{field.name}={value}: {problem}")
-
-
-def _unwrap(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Splits marks from a type, also for `Annotated[...] | None`."""
-    if typing.get_origin(annotation) is Annotated:
-        base, *marks = typing.get_args(annotation)
-        return base, tuple(marks)
-    arguments = typing.get_args(annotation)
-    if type(None) in arguments and len(arguments) == 2:
-        base, marks = _unwrap(
-            next(argument for argument in arguments if argument is not type(None))
-        )
-        return base | None, marks
-    return annotation, ()
+    for where, value, wrong in out_of_bounds(component, f"{name or type(component).__name__}."):
+        raise UserError(f"{where}={value}: {wrong}")
 
 
 def _is_linen(cls: type) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from decimal import Decimal
 from typing import Literal
 
 from jaxtrain.errors import UserError
@@ -51,5 +52,6 @@ class Horizon:
         return self.value * scale[self.unit]
 
     def __str__(self) -> str:
-        suffix = {"steps": "steps", "epochs": "epochs", "percent": "%"}[self.unit]
-        return f"{int(self.value) if self.value == int(self.value) else self.value}{suffix}"
+        """The text that `parse` reads back, which takes no negative exponent."""
+        number = f"{Decimal(repr(self.value)):f}".removesuffix(".0")
+        return number + ("%" if self.unit == "percent" else self.unit)

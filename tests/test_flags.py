@@ -1,7 +1,9 @@
 """Flags and configuration: fields become flags with help, swaps bring their own, and run.json
 repeats a run exactly."""
 
+import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -10,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import hypothesis
@@ -21,6 +23,7 @@ from hypothesis import strategies
 from jaxtrain import config, fields
 from jaxtrain.config import flags, secrets, settings, values
 from jaxtrain.config import record as run_record
+from jaxtrain.errors import UserError
 from jaxtrain.horizon import Horizon
 
 
@@ -275,6 +278,58 @@ def test_any_text_gives_a_value_or_one_line(text: str, name: str) -> None:
         assert str(error).startswith("--")
 
 
+@dataclasses.dataclass(frozen=True)
+class Bounded:
+    """A field of each bound."""
+
+    above: fields.Positive = 1.0
+    at_least: fields.Count = 1
+    optional: fields.Count | None = None
+    outside: Annotated[fields.Count | None, fields.Public()] = None
+    between: fields.Probability = 0.0
+    open_above: fields.DropRate = 0.0
+    whole: Annotated[int, fields.Between(0, 9, whole=True)] = 0
+    items: tuple[fields.Count, ...] = ()
+    pairs: tuple[tuple[str, fields.NonNegative], ...] = ()
+    length: Horizon = Horizon(1)
+    number: int | float = 0
+
+
+INSIDE_AND_OUTSIDE: dict[str, tuple[list[Any], list[Any]]] = {
+    "above": ([1e-9, 2.0], [0.0, -1.0, math.inf, math.nan]),
+    "at_least": ([1, 2**63 - 1], [0, -1, 2**63]),
+    "optional": ([1, None], [0, 2**63]),
+    "outside": ([1, None], [0]),
+    "between": ([0.0, 1.0], [-0.1, 1.1, math.nan]),
+    "open_above": ([0.0, 0.9], [1.0, -0.1]),
+    "whole": ([0, 9], [-1, 10]),
+    "items": ([(), (1, 2)], [(0,), (1, 0)]),
+    "pairs": ([(("a", 0.0),)], [(("a", -1.0),), (("a", 1.0), ("b", math.inf))]),
+    "length": ([Horizon(0), Horizon(5, "percent")], [Horizon(-1), Horizon(math.inf, "epochs")]),
+    "number": ([0.5], [math.nan]),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE_AND_OUTSIDE)
+def test_flags_components_and_json_have_the_same_bounds(name: str) -> None:
+    field = next(field for field in fields.fields_of(Bounded) if field.name == name)
+    for number, valid in enumerate(INSIDE_AND_OUTSIDE[name]):
+        for value in valid:
+            component = dataclasses.replace(Bounded(), **{name: value})
+            calls: list[Callable[[], Any]] = [
+                functools.partial(fields.check, component),
+                functools.partial(values.read, values.text(value), field.type, field.marks),
+                functools.partial(values.from_json, values.to_json(value), field.type, field.marks),
+            ]
+            for call in calls:
+                with contextlib.nullcontext() if number == 0 else pytest.raises(UserError):
+                    call()
+
+
+def test_every_bound_is_tried() -> None:
+    assert set(INSIDE_AND_OUTSIDE) == {field.name for field in dataclasses.fields(Bounded)}
+
+
 def test_a_run_survives_json() -> None:
     run = flags.parse(
         make_run(),
@@ -338,6 +393,12 @@ def test_kinds_are_the_nearest_names() -> None:
             ["eval_every"],
             "often",
             "eval_every='often': not a horizon; expected e.g. 200, 200steps, 2epochs or 5%",
+        ),
+        (["eval_every"], 3, "eval_every=3 is a int; expected steps, epochs or %"),
+        (
+            ["data", "kind_of_noise"],
+            True,
+            "data.kind_of_noise=true: unknown; valid: none, white, 3",
         ),
         (["resume"], "perhaps", None),
         (["clip_norm"], float("nan"), "clip_norm=NaN: must be finite"),

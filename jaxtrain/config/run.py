@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from jaxtrain import fields, messages
 from jaxtrain.config import values
 from jaxtrain.errors import UserError
-from jaxtrain.fields import Above, Count, Decay, Traced
+from jaxtrain.fields import Above, AtLeast, Between, Count, Decay, Traced
 from jaxtrain.horizon import Horizon
 from jaxtrain.tree import Rules
 
@@ -28,35 +28,8 @@ PATHS = ("workdir", "init_from", "from_run")
 """The fields of `Run` that name a place on the disk; on the command line they may begin with ~."""
 
 
-@dataclasses.dataclass(frozen=True)
-class WholeAtLeast:
-    """The value must be a whole number of at least `limit`."""
-
-    limit: int
-
-    def problem(self, value: float) -> str | None:
-        """What is wrong with `value`, or None."""
-        return None if value >= self.limit else f"must be an integer >= {self.limit}"
-
-
-@dataclasses.dataclass(frozen=True)
-class WholeBetween:
-    """The value must be a whole number in low..high, both written out in full."""
-
-    low: int
-    high: int
-
-    def problem(self, value: float) -> str | None:
-        """What is wrong with `value`, or None.
-
-        >>> WholeBetween(0, 2**32 - 1).problem(-1)
-        'must be 0..4294967295'
-        """
-        return None if self.low <= value <= self.high else f"must be {self.low}..{self.high}"
-
-
-BatchSize = Annotated[int, WholeAtLeast(1)]
-Seed = Annotated[int, WholeBetween(0, 2**32 - 1)]
+BatchSize = Annotated[int, AtLeast(1, whole=True)]
+Seed = Annotated[int, Between(0, 2**32 - 1, whole=True)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,14 +130,14 @@ class Run:
     processes: Count | None = None
     """How many processes the run has; none = as SLURM, Open MPI, Kubernetes or scripts/launch_local
     say, else one."""
-    process: Annotated[int | None, WholeAtLeast(0)] = None
+    process: Annotated[int | None, AtLeast(0, whole=True)] = None
     """Which of them this one is, from 0."""
     coordinator: str = ""
     """HOST:PORT where process 0 is to be found."""
     hang_seconds: Annotated[float | None, Above(0)] = None
     """Seconds without progress after which a process counts as hung; none = by phase, where the run
     is supervised."""
-    max_restarts: Annotated[int, WholeAtLeast(0)] = 0
+    max_restarts: Annotated[int, AtLeast(0, whole=True)] = 0
     """How often a run that lost a process starts again from its last commit."""
 
     workdir: str = ""
@@ -245,7 +218,8 @@ def check(run: Run) -> None:
     ...
     jaxtrain.errors.UserError: --microbatches=3: must divide --batch_size=32; nearest: 2 or 4
     """
-    _check_bounds(run, "")
+    for name, value, problem in fields.out_of_bounds(run):
+        raise UserError(f"--{name}={values.text(value)}: {problem}")
     if run.steps is not None and run.epochs is not None:
         raise UserError("--epochs and --steps are both set; give one")
     if run.steps is None and run.epochs is None:
@@ -281,17 +255,6 @@ def check(run: Run) -> None:
         raise UserError(
             "--eval_only and --resume=never: evaluating needs a checkpoint; drop one of them"
         )
-
-
-def _check_bounds(component: Any, prefix: str) -> None:
-    for field in fields.fields_of(component):
-        value = getattr(component, field.name)
-        if field.name in NOT_FLAGS and not prefix:
-            continue
-        if fields.is_component(value):
-            _check_bounds(value, f"{prefix}{field.name}.")
-        elif problem := field.problem(value):
-            raise UserError(f"--{prefix}{field.name}={values.text(value)}: {problem}")
 
 
 def nearest_divisors(whole: int, value: int) -> str:

@@ -88,9 +88,9 @@ def field_docs(cls: type) -> dict[str, str]:
 def summary(cls: type) -> str:
     """The first sentence of a class's own docstring, or nothing.
 
-    >>> from jaxtrain.config.run import WholeAtLeast
-    >>> summary(WholeAtLeast)
-    'The value must be a whole number of at least `limit`'
+    >>> from jaxtrain.fields import Above
+    >>> summary(Above)
+    'The value must be greater than `limit`'
     """
     definition = _definition(cls)
     doc = ast.get_docstring(definition) if definition is not None else None
