@@ -2,17 +2,57 @@
 used."""
 
 import importlib
-import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-if not os.path.exists("/proc/driver/nvidia"):
-    # The compiler for GPUs (the extra [plan]) may be installed where there is none, and jax would
-    # complain at every start that it finds no cuDNN.
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+if TYPE_CHECKING:  # what editors and type checkers see; tests/test_exports.py compares the two
+    from jaxtrain import (
+        adapters,
+        augment,
+        data,
+        losses,
+        metrics,
+        models,
+        optimizers,
+        schedules,
+        tasks,
+    )
+    from jaxtrain.config import Run
+    from jaxtrain.horizon import Horizon
+    from jaxtrain.runner.main import main
+    from jaxtrain.train.recipe import Recipe
+    from jaxtrain.train.state import TrainState, init_state
+    from jaxtrain.train.steps import (
+        make_eval_step,
+        make_predict_step,
+        make_train_step,
+        make_train_steps,
+    )
 
 __version__ = "0.1.0"
 
-_NAMES = {
+__all__ = [
+    "Horizon",
+    "Recipe",
+    "Run",
+    "TrainState",
+    "adapters",
+    "augment",
+    "data",
+    "init_state",
+    "losses",
+    "main",
+    "make_eval_step",
+    "make_predict_step",
+    "make_train_step",
+    "make_train_steps",
+    "metrics",
+    "models",
+    "optimizers",
+    "schedules",
+    "tasks",
+]
+
+_FILES = {
     "Run": "config",
     "Horizon": "horizon",
     "Recipe": "train.recipe",
@@ -24,27 +64,16 @@ _NAMES = {
     "make_predict_step": "train.steps",
     "main": "runner.main",
 }
-_MODULES = (
-    "adapters",
-    "augment",
-    "data",
-    "losses",
-    "metrics",
-    "models",
-    "optimizers",
-    "schedules",
-    "tasks",
-)
-__all__ = [*_NAMES, *_MODULES]  # noqa: PLE0604 - all of them are strings
+"""The file of each public name that is not itself a module."""
 
 
 def __getattr__(name: str) -> Any:
     """Imports the module behind a public name (PEP 562): `import jaxtrain` alone loads nothing
     heavy."""
-    if name in _MODULES:
+    if name in _FILES:
+        return getattr(importlib.import_module(f"jaxtrain.{_FILES[name]}"), name)
+    if name in __all__:
         return importlib.import_module(f"jaxtrain.{name}")
-    if name in _NAMES:
-        return getattr(importlib.import_module(f"jaxtrain.{_NAMES[name]}"), name)
     raise AttributeError(f"module 'jaxtrain' has no attribute {name!r}")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtrain import messages
+from jaxtrain import extras, messages
 from jaxtrain.errors import RunError, UserError
 
 HELP = """jaxtrain: train JAX models from one command
@@ -105,6 +105,7 @@ def verify(arguments: Sequence[str]) -> int:
             " runs/digits/today"
         )
     workdir = _workdir("verify", arguments[0])
+    extras.require("verify", "orbax.checkpoint", "xxhash")
     # Reading files needs no card, and a run may be using it.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     return importlib.import_module("jaxtrain.checkpoints.checkpoints").verify_command(workdir)
@@ -124,6 +125,7 @@ def report(arguments: Sequence[str]) -> int:
                 f"report {messages.one_line(str(workdir))}: holds no metrics.jsonl; is it the"
                 " folder of a run?"
             )
+    extras.require("report", "rich", "matplotlib")
     print(importlib.import_module("jaxtrain.report.page.html").write_report(workdirs))
     return 0
 

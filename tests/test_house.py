@@ -47,15 +47,15 @@ FLOORS = (
         "single files",
         {
             *("adapters", "tasks", "losses", "metrics", "schedules", "fields", "horizon"),
-            *("tree", "rng", "hardware", "errors", "messages"),
+            *("tree", "rng", "hardware", "errors", "messages", "extras"),
         },
     ),
 )
 """The plan of the house, highest floor first: a room imports only from floors below its own. The
 single files may use one another."""
-KNOW_THE_RUN = {"runner", "cli", "__main__"}
-"""The only room above `config` that sees the configuration of a whole run; every other one asks
-for the few things it needs."""
+KNOW_THE_RUN = {"runner", "cli", "__main__", "__init__"}
+"""The only rooms above `config` that see the configuration of a whole run, besides the front door,
+which passes its name on; every other one asks for the few things it needs."""
 FORBIDDEN_IMPORTS = {
     "pickle",
     "cPickle",

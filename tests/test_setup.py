@@ -42,7 +42,8 @@ case "$*" in
     *sys.executable*) [[ $FAKE_VERSION != none ]] && echo "${FAKE_VERSION:-3.12.1} $0" ;;
     *'import pip, sys'*) echo "${FAKE_VERSION:-3.12.1}" ;;
     '-m venv '*) echo "venv" >> "$CALLS"; mkdir -p "$3/bin"; cp -p "$0" "$3/bin/python" ;;
-    '-m pip '*) echo "pip ${@: -1}" >> "$CALLS"; echo 'WARNING: noise'
+    '-m pip '*) echo "pip ${@: -1}" >> "$CALLS"; [[ $* == *--requirement* ]] || exit 9
+        echo 'WARNING: noise'
         sleep "${FAKE_PIP_SECONDS:-0}"; echo "$FAKE_PIP_OUTPUT"
         exit "${FAKE_PIP_STATUS:-0}" ;;
     '-P -c '*) ;;
@@ -396,13 +397,14 @@ def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
+def required() -> list[Requirement]:
+    """The lines of requirements.txt."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
 def test_what_is_installed_here_meets_the_requirements() -> None:
-    lines = [
-        line
-        for line in (ROOT / "requirements.txt").read_text().splitlines()
-        if line and not line.startswith("#")
-    ]
-    for requirement in map(Requirement, [*lines, *project()["optional-dependencies"]["test"]]):
+    for requirement in [*required(), *map(Requirement, project()["optional-dependencies"]["test"])]:
         assert requirement.specifier.contains(importlib.metadata.version(requirement.name)), (
             requirement
         )
@@ -411,14 +413,21 @@ def test_what_is_installed_here_meets_the_requirements() -> None:
         )
 
 
+def test_the_requirements_are_the_core_and_its_three_extras() -> None:
+    extras = project()["optional-dependencies"]
+    (everything,) = map(Requirement, extras["all"])
+    assert everything.name == "jaxtrain" and everything.extras == {"data", "report", "checkpoints"}
+    core = [Requirement(line) for line in project()["dependencies"]]
+    assert {item.name for item in core} == {"jax", "flax", "optax", "numpy", "absl-py"}
+    parts = [Requirement(line) for extra in everything.extras for line in extras[extra]]
+    assert sorted(map(str, core + parts)) == sorted(map(str, required()))
+
+
 def test_extras_and_licence() -> None:
     assert set(project()["optional-dependencies"]) == {
-        "cuda12",
-        "cuda13",
-        "plan",
-        "wandb",
-        "tensorflow",
-        "test",
+        *("data", "report", "checkpoints", "all"),
+        *("cuda12", "cuda13", "plan", "wandb", "tensorflow"),
+        *("test", "docs"),
     }
     licence = (ROOT / "LICENSE").read_text()
     assert "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain import tree
+from jaxtrain import extras, tree
 from jaxtrain.errors import UserError
 from jaxtrain.processes import group
 from jaxtrain.tree import PyTree
@@ -206,6 +206,7 @@ def read(folder: Path, stored: Specs) -> HostState:
 @contextlib.contextmanager
 def _orbax() -> Iterator[tuple[Any, Any, Any]]:
     """Orbax, a handler of flat dicts, and what makes a path into one that it takes."""
+    extras.require("a checkpoint", "orbax.checkpoint")
     import orbax.checkpoint as ocp
     from etils import epath
 

@@ -16,8 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
+from jaxtrain import extras
 from jaxtrain.messages import one_line
 
 FORMAT = 1
@@ -92,6 +91,9 @@ def checksum(path: Path) -> list[int | str]:
     >>> checksum(path)
     [3, '06b05ab6733a618578af5f94892f3950']
     """
+    extras.require("a checkpoint", "xxhash")
+    import xxhash
+
     size, state = 0, xxhash.xxh3_128()
     # O_NOFOLLOW: the entry was looked at before, but may have been swapped for a link since.
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:

@@ -2,7 +2,37 @@
 file when first used."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what editors and type checkers see; tests/test_exports.py compares the two
+    from collections.abc import Mapping
+
+    from jaxtrain.data.pipeline import Stream
+    from jaxtrain.data.sources.arrays import Arrays
+    from jaxtrain.data.sources.digits import Digits
+    from jaxtrain.data.sources.images import Images
+    from jaxtrain.data.sources.markov import SyntheticTokens
+    from jaxtrain.data.sources.records import Records
+    from jaxtrain.data.sources.synthetic import Synthetic
+    from jaxtrain.data.sources.tfds_sets import Tfds
+    from jaxtrain.data.splits import Splits
+    from jaxtrain.data.table import Table
+
+    NAMES: Mapping[str, Any]
+
+__all__ = [
+    "NAMES",
+    "Arrays",
+    "Digits",
+    "Images",
+    "Records",
+    "Splits",
+    "Stream",
+    "Synthetic",
+    "SyntheticTokens",
+    "Table",
+    "Tfds",
+]
 
 _FILES = {
     "Arrays": "sources.arrays",
@@ -16,21 +46,28 @@ _FILES = {
     "Table": "table",
     "Tfds": "sources.tfds_sets",
 }
+_SOURCES = {
+    "digits": "Digits",
+    "arrays": "Arrays",
+    "tfds": "Tfds",
+    "records": "Records",
+    "images": "Images",
+    "synthetic": "Synthetic",
+    "tokens": "SyntheticTokens",
+}
+"""Each source by the word that `--data` takes."""
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, and `NAMES`: each source by the word that `--data` takes."""
-    if name == "NAMES":
-        sources = {
-            "digits": "Digits",
-            "arrays": "Arrays",
-            "tfds": "Tfds",
-            "records": "Records",
-            "images": "Images",
-            "synthetic": "Synthetic",
-            "tokens": "SyntheticTokens",
-        }
-        return {word: __getattr__(cls)() for word, cls in sources.items()}
+    """Imports the file of a public name when it is first used (PEP 562)."""
     if name in _FILES:
-        return getattr(importlib.import_module(f"jaxtrain.data.{_FILES[name]}"), name)
-    raise AttributeError(f"module 'jaxtrain.data' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)
+    if name == "NAMES":
+        return {word: __getattr__(cls)() for word, cls in _SOURCES.items()}
+    raise AttributeError(
+        f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}"
+    )
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

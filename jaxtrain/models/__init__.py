@@ -1,9 +1,25 @@
 """Models as Linen modules: pure functions that know neither mesh, data, optimizer nor flags."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_PUBLIC = {
+if TYPE_CHECKING:  # what editors and type checkers see; tests/test_exports.py compares the two
+    from collections.abc import Mapping
+
+    from flax import linen as nn
+
+    from jaxtrain.models.convnet import ConvNet
+    from jaxtrain.models.layers import Dropout
+    from jaxtrain.models.mlp import MLP
+    from jaxtrain.models.resnet import ResNet
+    from jaxtrain.models.transformer import Transformer
+    from jaxtrain.models.vit import ViT
+
+    NAMES: Mapping[str, nn.Module]
+
+__all__ = ["MLP", "NAMES", "ConvNet", "Dropout", "ResNet", "Transformer", "ViT"]
+
+_FILES = {
     "MLP": "mlp",
     "ConvNet": "convnet",
     "ResNet": "resnet",
@@ -13,14 +29,12 @@ _PUBLIC = {
 }
 _FAMILIES = ("mlp", "convnet", "resnet", "vit", "transformer")
 
-__all__ = ["NAMES", *_PUBLIC]  # noqa: PLE0604 - all of them are strings
-
 
 def __getattr__(name: str) -> Any:
     """Imports what is asked for when it is asked for (PEP 562), so that naming this package costs
     nothing."""
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    if name in _FILES:
+        return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)
     if name == "NAMES":
         return {
             key: model

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxtrain import extras
 from jaxtrain.report.metrics_file import note_on_stderr, one_line
 
 
@@ -23,6 +24,7 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
+        extras.require("--tensorboard", "tensorboard")
         self.folder = Path(folder)
         self._file: Any = None
         self._records: Any = None

@@ -16,7 +16,7 @@ from typing import NoReturn
 import jax
 from jax.sharding import Mesh
 
-from jaxtrain import config
+from jaxtrain import config, extras
 from jaxtrain.checkpoints.lock import NAME as LOCK_NAME
 from jaxtrain.checkpoints.lock import Lock
 from jaxtrain.config import flags
@@ -68,6 +68,10 @@ def main(run: config.Run, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs an experiment as the command line says, and exits with the status of the contract
     (design, section 3)."""
     argv = sys.argv[1:] if argv is None else argv
+    if not os.path.exists("/proc/driver/nvidia"):
+        # The compiler for GPUs (the extra [plan]) may be installed where there is none, and jax
+        # would complain at every start that it finds no cuDNN.
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     try:
         status = guarded(
             lambda: _start(flags.parse(run, argv), argv), show_traceback=flags.wants_traceback(argv)
@@ -170,6 +174,7 @@ def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
             f"needs jax >= {'.'.join(map(str, OLDEST_JAX))}; found {jax.__version__} (python -m pip"
             " install -U jax)"
         )
+    extras.require("this run", *_extras(run))
     heartbeat.beat("starting")
     _join(run, stop)
     mesh = _mesh(run)
@@ -213,6 +218,17 @@ def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()  # all of them are here
     return status
+
+
+def _extras(run: config.Run) -> list[str]:
+    """The modules beyond the core that the run will import; what it needs only at its end is
+    missed at its start."""
+    if run.compare_meshes:
+        return []
+    needed = ["orbax.checkpoint", "xxhash"]
+    if run.eval_only:
+        return needed
+    return needed + ["matplotlib"] * run.report + ["tensorboard"] * run.tensorboard
 
 
 def _join(run: config.Run, stop: Stop) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import numpy as np
 
+from jaxtrain import extras
 from jaxtrain.data.splits import Splits, choose, digest_of_tables
 from jaxtrain.data.table import ArrayTable
 from jaxtrain.fields import AtLeast
@@ -102,9 +103,9 @@ def _shares(counts: np.ndarray, total: int, random: np.random.RandomState) -> np
 def _read() -> tuple[np.ndarray, np.ndarray]:
     """All images and labels, from the file inside the scikit-learn package, found without importing
     it."""
+    extras.require("--data=digits", "sklearn")
     spec = importlib.util.find_spec("sklearn")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("the digits are part of scikit-learn: pip install scikit-learn")
+    assert spec is not None and spec.submodule_search_locations
     path = Path(spec.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
     table_ND = np.loadtxt(path, delimiter=",", dtype=np.uint8)
     return table_ND[:, :-1].reshape(-1, 8, 8, 1), table_ND[:, -1].astype(np.int32)

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 
+from jaxtrain import extras
 from jaxtrain.data.splits import Splits, choose, digest_of_files
 from jaxtrain.errors import UserError
 from jaxtrain.fields import AtLeast
@@ -52,6 +53,7 @@ class Images:
     def open(self) -> Splits:
         """Lists the files; nothing is decoded yet. `ValueError` if a folder or file is not what it
         should be."""
+        extras.require("--data=images", "PIL")
         origin = f"--data.path={self.path!r}"
         root = pathlib.Path(self.path).expanduser()
         if not self.path or not root.is_dir():

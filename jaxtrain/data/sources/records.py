@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtrain import extras
 from jaxtrain.data.splits import Splits, choose, digest_of_files
 from jaxtrain.data.table import Table, device_dtype
 from jaxtrain.errors import UserError
@@ -51,6 +52,7 @@ class Records:
                 f"{origin}: no dataset.json there; jaxtrain.data.sources.records.write_records"
                 " makes such a folder"
             )
+        extras.require("--data=records", "grain", "array_record")
         try:
             index = json.loads((root / "dataset.json").read_text())
             tables = _tables(root, index)
@@ -192,6 +194,7 @@ def write_records(
 ) -> None:
     """Writes tables as a folder for `Records`; dataset.json comes last, so a half-written folder is
     not taken for a whole one."""
+    extras.require("write_records", "array_record")
     from array_record.python.array_record_module import ArrayRecordWriter
 
     root = pathlib.Path(folder)

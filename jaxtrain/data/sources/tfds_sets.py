@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from jaxtrain import extras
 from jaxtrain.data.sources.images import fit
 from jaxtrain.data.sources.records import read_located
 from jaxtrain.data.splits import Splits, choose, digest_of_files
@@ -97,13 +98,9 @@ class Tfds:
     def _builder(self) -> Any:
         if not self.name:
             raise UserError("--data.name='': no set named; e.g. --data.name=fashion_mnist")
-        try:
-            import tensorflow_datasets as tfds
-        except ImportError as error:
-            raise UserError(
-                f"--data.name={self.name}: needs tensorflow-datasets ({error}); pip install"
-                " tensorflow-datasets"
-            ) from error
+        extras.require(f"--data.name={self.name}", "tensorflow_datasets", "PIL")
+        import tensorflow_datasets as tfds
+
         data_dir = str(pathlib.Path(self.data_dir).expanduser()) if self.data_dir else None
         try:
             return tfds.core.read_only_builder.builder_from_files(self.name, data_dir=data_dir)
@@ -163,10 +160,10 @@ def _tensorflow(name: str, file_format: str) -> Any:
     try:
         import tensorflow as tf
     except ImportError as error:
-        raise UserError(
-            f"--data.name={name}: prepared as {file_format}, which needs TensorFlow; pip install"
-            " tensorflow-cpu, or prepare it with --file_format=array_record"
-        ) from error
+        wanted = extras.missing(
+            f"--data.name={name}: prepared as {file_format}, which", "tensorflow"
+        )
+        raise UserError(f"{wanted}, or prepare it with --file_format=array_record") from error
     tf.config.set_visible_devices([], "GPU")
     return tf
 

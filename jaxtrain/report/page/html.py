@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain import extras
 from jaxtrain.errors import UserError
 from jaxtrain.report.page import history, plots
 from jaxtrain.report.page.chart import chart, color
@@ -37,6 +38,7 @@ def write_report(
     `out` is the page's file; by default report.html in the run's folder, or in the working
     directory for several runs. `ValueError` if a folder holds no run.
     """
+    extras.require("a report", "matplotlib")
     histories = [history.load(workdir) for workdir in workdirs]
     if not histories:
         raise UserError("report: no run given; give the folder of one run or several")
