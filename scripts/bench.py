@@ -57,7 +57,7 @@ from jaxtrain.runner import build
 from jaxtrain.runner.profiler import Profiler
 from jaxtrain.schedules import Constant
 from jaxtrain.tasks import Classification, score_of
-from jaxtrain.train import loop, lowering, metrics_log
+from jaxtrain.train import cadence, loop, lowering, metrics_log
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 RATE, WEIGHT_DECAY = 1e-3, 1e-2
@@ -148,7 +148,7 @@ class OurLoop:
             JsonlWriter(folder / "metrics.jsonl"), [TensorBoardWriter(folder / "tensorboard")]
         )
         self._progress = Progress(total_steps, stream=io.StringIO(), live=False)
-        self._journal = metrics_log.Journal(
+        self._log = metrics_log.MetricsLog(
             self._writers,
             self._progress,
             every=case.log_every,
@@ -168,10 +168,10 @@ class OurLoop:
                 feed=self.training.feed,
                 writers=self._writers,
                 checkpoints=self._checkpoints,
-                cadence=loop.Cadence(
+                cadence=cadence.Cadence(
                     self.step + steps, self.training.per_call, self._case.log_every
                 ),
-                journal=self._journal,
+                log=self._log,
                 progress=self._progress,
                 stop=Agreement(stop),
                 validate=None,

@@ -18,7 +18,7 @@ from jaxtrain.report.metrics_file import JsonlWriter, Writers
 from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.tasks import Classification
 from jaxtrain.train import state, steps
-from jaxtrain.train.metrics_log import Diverged, Journal
+from jaxtrain.train.metrics_log import Diverged, MetricsLog
 
 PARTS = (mlp.MLP(widths=(8,), norm="batch"), Classification(), AdamW(learning_rate=0.01))
 OPTIONS = {"precision": "fp16", "ema_decay": 0.9, "clip_norm": 1.0}
@@ -126,10 +126,8 @@ def test_the_gradient_is_that_of_float32(train: jaxtrain.train.steps.Update) -> 
 
 def test_overflow_for_good_is_divergence(tmp_path: Path) -> None:
     writers = Writers(JsonlWriter(tmp_path / "metrics.jsonl"))
-    journal = Journal(
-        writers, Progress(9, live=False), every=4, step=0, total_steps=9, batch_size=1
-    )
-    journal.take(
+    log = MetricsLog(writers, Progress(9, live=False), every=4, step=0, total_steps=9, batch_size=1)
+    log.take(
         1,
         {
             "loss": (0.0, 0.0),
@@ -139,7 +137,7 @@ def test_overflow_for_good_is_divergence(tmp_path: Path) -> None:
         },
     )
     with pytest.raises(Diverged) as caught:
-        journal.take(
+        log.take(
             2,
             {
                 "loss": (0.0, 0.0),

@@ -36,8 +36,8 @@ from jaxtrain.runner import main as runner_main
 from jaxtrain.runner import workdir as workdirs
 from jaxtrain.schedules import Constant, Cosine
 from jaxtrain.tasks import Classification
-from jaxtrain.train import compare_meshes, evaluate, loop
-from jaxtrain.train.metrics_log import Journal
+from jaxtrain.train import cadence, compare_meshes, evaluate, loop
+from jaxtrain.train.metrics_log import MetricsLog
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENT = [sys.executable, str(ROOT / "experiments" / "digits.py")]
@@ -321,11 +321,11 @@ class _NoCheckpoints:
 
 
 def _train(
-    tmp_path: Path, cadence: loop.Cadence, recorder: _Recorder, **options: Any
+    tmp_path: Path, cadence: cadence.Cadence, recorder: _Recorder, **options: Any
 ) -> list[tuple[str, int]]:
     progress = Progress(cadence.total, live=False)
     writers = Writers(JsonlWriter(tmp_path / "metrics.jsonl"))
-    journal = Journal(
+    log = MetricsLog(
         writers, progress, every=cadence.log, step=0, total_steps=cadence.total, batch_size=1
     )
     checkpoints: Any = _NoCheckpoints(recorder.events)
@@ -334,7 +334,7 @@ def _train(
         step=0,
         feed=recorder,
         cadence=cadence,
-        journal=journal,
+        log=log,
         writers=writers,
         checkpoints=checkpoints,
         progress=progress,
@@ -347,7 +347,7 @@ def _train(
 
 
 def test_the_host_stays_one_step_behind(tmp_path: Path) -> None:
-    events = _train(tmp_path, loop.Cadence(total=6, log=1), _Recorder())
+    events = _train(tmp_path, cadence.Cadence(total=6, log=1), _Recorder())
     # Step n+1 is under way before the numbers of n are read; only the end waits for itself.
     first = [
         ("dispatch", 1),
@@ -366,7 +366,7 @@ def test_the_host_reads_each_dispatch_once_and_waits_where_it_must(tmp_path: Pat
 
     events = _train(
         tmp_path,
-        loop.Cadence(total=8, per_call=2, log=4, evaluate=4, save=8),
+        cadence.Cadence(total=8, per_call=2, log=4, evaluate=4, save=8),
         recorder,
         validate=validate,
         test=validate,
@@ -397,13 +397,13 @@ def test_a_dispatch_that_compiles_says_nothing_of_the_rate(tmp_path: Path) -> No
         now = [0.0]
         patch.setattr("jaxtrain.train.metrics_log.time.monotonic", lambda: now[0])
         writers = Writers(JsonlWriter(tmp_path / "metrics.jsonl"), [], note=print)
-        journal = Journal(
+        log = MetricsLog(
             writers, Progress(9, live=False), every=5, step=0, total_steps=9, batch_size=8
         )
-        journal.resume(late=True)
+        log.resume(late=True)
         for step in range(1, 6):
             now[0] += 10.0 if step == 1 else 1.0
-            journal.take(step, {"loss": (1.0, 1.0)})
+            log.take(step, {"loss": (1.0, 1.0)})
         writers.close()
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
     assert line["examples_per_second"] == pytest.approx(8.0)
@@ -414,7 +414,7 @@ def test_a_validation_that_is_no_number_ends_nothing(tmp_path: Path, loss: float
     values = iter([loss, 2.0, loss, 1.0])
     events = _train(
         tmp_path,
-        loop.Cadence(total=3, log=1, evaluate=1, save=9),
+        cadence.Cadence(total=3, log=1, evaluate=1, save=9),
         _Recorder(),
         validate=lambda _: {"loss": next(values)},
     )
@@ -453,7 +453,7 @@ def test_an_evaluation_is_put_off_when_a_signal_came_and_done_first_on_the_way_b
         recorder.events.append(("save", step)),
         saved.append(record),
     )
-    cadence = loop.Cadence(total=8, per_call=2, log=4, evaluate=4)
+    when = cadence.Cadence(total=8, per_call=2, log=4, evaluate=4)
 
     def validate(state: _Counting) -> dict[str, float]:
         recorder.events.append(("evaluate", state.step))
@@ -468,13 +468,13 @@ def test_an_evaluation_is_put_off_when_a_signal_came_and_done_first_on_the_way_b
             Writers(JsonlWriter(tmp_path / "metrics.jsonl")),
             Progress(8, live=False),
         )
-        journal = Journal(writers, progress, every=4, step=step, total_steps=8, batch_size=1)
+        log = MetricsLog(writers, progress, every=4, step=step, total_steps=8, batch_size=1)
         loop.train(
             _Counting(step),
             step=step,
             feed=recorder,
-            cadence=cadence,
-            journal=journal,
+            cadence=when,
+            log=log,
             writers=writers,
             checkpoints=checkpoints,
             progress=progress,
@@ -488,11 +488,14 @@ def test_an_evaluation_is_put_off_when_a_signal_came_and_done_first_on_the_way_b
         writers.close()
 
     go(0)
-    assert recorder.events[-2:] == [("read", 4), ("save", 4)] and saved[-1]["owed"]
+    assert recorder.events[-2:] == [("read", 4), ("save", 4)] and saved[-1]["evaluation_due"]
     stop.status = None
     del recorder.events[:]
-    go(4, owed=saved[-1]["owed"], best=saved[-1]["best"])
-    assert recorder.events[:2] == [("evaluate", 4), ("dispatch", 6)] and not saved[-1]["owed"]
+    go(4, evaluation_due=saved[-1]["evaluation_due"], best=saved[-1]["best"])
+    assert (
+        recorder.events[:2] == [("evaluate", 4), ("dispatch", 6)]
+        and not saved[-1]["evaluation_due"]
+    )
     lines = [(line["step"], line["split"]) for line in read_metrics(tmp_path / "metrics.jsonl")]
     assert lines == [
         (0, "validation"),
@@ -729,7 +732,7 @@ def test_only_what_compiles_has_the_long_limit_of_compiling(
 
     _train(
         tmp_path,
-        loop.Cadence(total=5, log=1, evaluate=2, save=3),
+        cadence.Cadence(total=5, log=1, evaluate=2, save=3),
         Feed(),
         validate=validate,
         test=test,

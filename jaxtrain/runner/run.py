@@ -36,6 +36,7 @@ from jaxtrain.runner.followers import (
 )
 from jaxtrain.runner.profiler import Profiler
 from jaxtrain.train import loop, metrics_log
+from jaxtrain.train.cadence import Cadence
 from jaxtrain.train.lowering import Programs
 from jaxtrain.train.state import TrainState
 
@@ -172,13 +173,13 @@ def _train(
             checkpoints=checkpoints,
             progress=progress,
             stop=stop,
-            journal=_metrics_log(opened, writers, progress, first, kept, trained),
+            log=_metrics_log(opened, writers, progress, first, kept, trained),
             cadence=_cadence(opened, trained),
             validate=evaluators.get("validation"),
             test=evaluators.get("test"),
             score=tasks.score_of(run.task),
             best=kept.get("best"),
-            owed=kept.get("owed", False),
+            evaluation_due=kept.get("evaluation_due", False),
             at_step=_watch(opened, profiler),
         )
     finally:
@@ -244,9 +245,9 @@ def _compile(
     return trained
 
 
-def _cadence(opened: Opened, trained: Training) -> loop.Cadence:
+def _cadence(opened: Opened, trained: Training) -> Cadence:
     length, run = opened.length, opened.run
-    return loop.Cadence(
+    return Cadence(
         length.total,
         trained.per_call,
         run.log_every,
@@ -287,11 +288,11 @@ def _metrics_log(
     first: int,
     kept: dict[str, Any],
     trained: Training,
-) -> metrics_log.Journal:
+) -> metrics_log.MetricsLog:
     device, run = opened.mesh.local_devices[0], opened.run
     on_gpu = device.platform == "gpu"
     peak = hardware.peak_flops(device.device_kind, run.precision) if on_gpu else None
-    return metrics_log.Journal(
+    return metrics_log.MetricsLog(
         writers,
         progress,
         every=run.log_every,

@@ -18,8 +18,9 @@ from jaxtrain.processes.group import Agreement
 from jaxtrain.report.metrics_file import Writers
 from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.tasks import score_of
+from jaxtrain.train.cadence import Cadence
 from jaxtrain.train.feeds import Feed
-from jaxtrain.train.metrics_log import Journal
+from jaxtrain.train.metrics_log import MetricsLog
 from jaxtrain.train.state import TrainState
 
 SMALL = 4_000_000
@@ -32,44 +33,7 @@ Score = Callable[[Mapping[str, float]], float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Cadence:
-    """When what happens, as a function of the step alone, so that a resumed run cuts its dispatches
-    where the first one did.
-
-    >>> cadence = Cadence(total=100, per_call=8, log=50, evaluate=30, save=0)
-    >>> [cadence.next(step) for step in (0, 24, 30, 48, 96)]
-    [8, 30, 32, 50, 100]
-    """
-
-    total: int
-    per_call: int = 1
-    log: int = 50
-    evaluate: int = 0
-    save: int = 0
-    """Steps between two; 0 is never."""
-    marks: tuple[int, ...] = ()
-    """Steps at which something begins or ends, such as a profile."""
-
-    def next(self, step: int) -> int:
-        """The step at which the dispatch after `step` ends: the next multiple of any of them."""
-        multiples = [
-            every * (step // every + 1)
-            for every in (self.per_call, self.log, self.evaluate, self.save)
-            if every
-        ]
-        return min([*multiples, *(mark for mark in self.marks if mark > step), self.total])
-
-    def evaluates(self, step: int) -> bool:
-        """Whether the validation split is due; the end counts, if it is evaluated at all."""
-        return bool(self.evaluate) and (step % self.evaluate == 0 or step == self.total)
-
-    def saves(self, step: int) -> bool:
-        """Whether a commit is due; the end always is."""
-        return step == self.total or (bool(self.save) and step % self.save == 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Ending:
+class Outcome:
     """How the loop ended: at the last step, or earlier by a signal."""
 
     state: TrainState
@@ -83,7 +47,7 @@ def train(
     step: int,
     feed: Feed,
     cadence: Cadence,
-    journal: Journal,
+    log: MetricsLog,
     writers: Writers,
     checkpoints: Checkpoints,
     progress: Progress,
@@ -92,23 +56,23 @@ def train(
     test: Evaluate | None,
     score: Score = score_of(None),  # noqa: B008 - a pure function of nothing
     best: float | None = None,
-    owed: bool = False,
+    evaluation_due: bool = False,
     at_step: Callable[[int, TrainState], None] = lambda step, state: None,
     fetch: Callable[[Any], Any] = jax.device_get,
-) -> Ending:
+) -> Outcome:
     """Trains from `step` to the end of the cadence, or until asked to stop; the last step's state
     is always committed.
 
-    `owed` says that a signal put off the evaluation of `step`. `at_step` is called with every step
+    `evaluation_due` says that a signal put off the evaluation of `step`. `at_step` is called with every step
     at which a dispatch ends (the profiler, the lock). `fetch` reads numbers from the device. Raises
     `Diverged`, `CheckpointError`, and what the feed raises; nothing that is not finite is
     committed.
     """
     pending: tuple[int, Any] | None = None
     saved = step if step else None
-    if (step == 0 or owed) and validate is not None and cadence.evaluate:
+    if (step == 0 or evaluation_due) and validate is not None and cadence.evaluate:
         best = _evaluate(state, step, "validation", validate, score, writers, progress, best)[1]
-    journal.resume(late=feed.compiles_late)
+    log.resume(late=feed.compiles_late)
     heartbeat.beat("compiling", step)  # some programs are compiled only at their first call
 
     # --debug_nans runs a bad step again operation by operation, and each of them brings its
@@ -122,7 +86,7 @@ def train(
             # 1. The numbers of the dispatch before: the host waits for those, while the device
             # works on the new ones.
             if pending is not None:
-                journal.take(pending[0], fetch(pending[1]))
+                log.take(pending[0], fetch(pending[1]))
             pending = (step, sums)
             stop.tick()  # what any process has heard; all of them end at the same step
             heartbeat.beat("training", step)
@@ -132,11 +96,11 @@ def train(
                 continue
             # 2. Here the host waits for the device: what follows speaks of this step, so its
             # numbers must be known (and finite) first.
-            journal.take(step, fetch(sums))
+            log.take(step, fetch(sums))
             pending = None
-            journal.pause()
+            log.pause()
             reached = None
-            # Who sends a signal grants seconds, and an evaluation may take minutes: it is owed, and
+            # Who sends a signal grants seconds, and an evaluation may take minutes: it is put off, and
             # done first when the run goes on.
             put_off = evaluates and stop.status is not None and step < cadence.total
             if evaluates and not put_off:
@@ -152,21 +116,23 @@ def train(
                 _evaluate(state, step, "test", test, score, writers, progress, None)
             if saves or stop.status is not None:
                 # 5. Metrics durable before the commit that refers to them.
-                _commit(state, step, reached, best, journal, writers, checkpoints, owed=put_off)
+                _commit(
+                    state, step, reached, best, log, writers, checkpoints, evaluation_due=put_off
+                )
                 saved = step
             heartbeat.beat("training", step)
-            journal.resume()
+            log.resume()
         if pending is not None:
             # a signal came while nothing was due: the host waits, then saves
-            journal.take(pending[0], fetch(pending[1]))
+            log.take(pending[0], fetch(pending[1]))
         if step and saved != step:
-            _commit(state, step, None, best, journal, writers, checkpoints)
+            _commit(state, step, None, best, log, writers, checkpoints)
     at_step(step, state)
     progress.phase("saving")
     heartbeat.beat("saving", step)
     checkpoints.wait()
     heartbeat.beat("ending", step)
-    return Ending(state, step, finished=step >= cadence.total)
+    return Outcome(state, step, finished=step >= cadence.total)
 
 
 def _evaluate(
@@ -197,17 +163,17 @@ def _commit(
     step: int,
     score: float | None,
     best: float | None,
-    journal: Journal,
+    log: MetricsLog,
     writers: Writers,
     checkpoints: Checkpoints,
     *,
-    owed: bool = False,
+    evaluation_due: bool = False,
 ) -> None:
     heartbeat.beat("saving", step)
     record = {
         "metrics_bytes": writers.sync(),
-        "interval": journal.record(),
+        "interval": log.record(),
         "best": best,
-        "owed": owed,
+        "evaluation_due": evaluation_due,
     }
     checkpoints.save(step, state, record, metric=score, wait=tree.size(state) <= SMALL)

@@ -1,4 +1,4 @@
-"""The journal: turns the sums of each dispatch into lines of metrics, and notices a loss that is no
+"""The metrics log: turns the sums of each dispatch into lines of metrics, and notices a loss that is no
 number any more."""
 
 import math
@@ -14,7 +14,7 @@ from jaxtrain.report.terminal.progress import Progress
 LIVE_SECONDS = 0.1
 
 
-class Journal:
+class MetricsLog:
     """Writes a train line every `every` steps, the mean since the last one; called with every
     dispatch, in order.
 
@@ -51,7 +51,7 @@ class Journal:
         at once if they are not finite."""
         if step <= self._step:
             raise UserError(
-                f"the journal is at step {self._step} and was given step {step}; steps must ascend"
+                f"the metrics log is at step {self._step} and was given step {step}; steps must ascend"
             )
         bad = [
             name

@@ -1,0 +1,40 @@
+"""When what happens in a run: log lines, evaluations, commits, profiles, as functions of the step."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Cadence:
+    """When what happens, as a function of the step alone, so that a resumed run cuts its dispatches
+    where the first one did.
+
+    >>> cadence = Cadence(total=100, per_call=8, log=50, evaluate=30, save=0)
+    >>> [cadence.next(step) for step in (0, 24, 30, 48, 96)]
+    [8, 30, 32, 50, 100]
+    """
+
+    total: int
+    per_call: int = 1
+    log: int = 50
+    evaluate: int = 0
+    save: int = 0
+    """Steps between two; 0 is never."""
+    marks: tuple[int, ...] = ()
+    """Steps at which something begins or ends, such as a profile."""
+
+    def next(self, step: int) -> int:
+        """The step at which the dispatch after `step` ends: the next multiple of any of them."""
+        multiples = [
+            every * (step // every + 1)
+            for every in (self.per_call, self.log, self.evaluate, self.save)
+            if every
+        ]
+        return min([*multiples, *(mark for mark in self.marks if mark > step), self.total])
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the validation split is due; the end counts, if it is evaluated at all."""
+        return bool(self.evaluate) and (step % self.evaluate == 0 or step == self.total)
+
+    def saves(self, step: int) -> bool:
+        """Whether a commit is due; the end always is."""
+        return step == self.total or (bool(self.save) and step % self.save == 0)
