@@ -2,13 +2,7 @@
 used."""
 
 import importlib
-import os
 from typing import Any
-
-if not os.path.exists("/proc/driver/nvidia"):
-    # The compiler for GPUs (the extra [plan]) may be installed where there is none, and jax would
-    # complain at every start that it finds no cuDNN.
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 __version__ = "0.1.0"
 
