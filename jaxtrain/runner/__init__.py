@@ -5,6 +5,7 @@ __all__ = [
     "compile",
     "describe",
     "finish",
+    "jax_settings",
     "main",
     "run",
     "workdir",

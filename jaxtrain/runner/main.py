@@ -37,7 +37,7 @@ from jaxtrain.processes import cluster, group, heartbeat
 from jaxtrain.processes.signals import Stop
 from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
-from jaxtrain.runner import build, workdir
+from jaxtrain.runner import build, jax_settings, workdir
 from jaxtrain.runner.followers import WitnessLock
 from jaxtrain.runner.run import Opened, start
 from jaxtrain.train import compare_meshes, lowering
@@ -162,8 +162,9 @@ def _start(run: config.Run, argv: Sequence[str]) -> int:
 
 
 def launch(run: config.Run, argv: Sequence[str]) -> int:
-    """Builds the parts of a run, trains or evaluates, and returns the exit status."""
-    with Stop() as stop:
+    """Builds the parts of a run, trains or evaluates, and returns the exit status; jax's settings
+    are afterwards as they were."""
+    with Stop() as stop, jax_settings.restored():
         return _launch(run, argv, stop)
 
 
@@ -183,11 +184,10 @@ def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
         config.replaced(run, {"precision": build.chosen_precision(run, mesh)}),
     )
     execution = build.execution(run, mesh)  # before the data, which may take a while
-    _use_compilation_cache()
+    jax_settings.use_compilation_cache()
     jax.config.update("jax_debug_nans", run.debug_nans)
     jax.config.update(
-        "jax_default_matmul_precision",
-        {"default": None, "tf32": "tensorfloat32", "fp32": "highest"}[run.matmul_precision],
+        "jax_default_matmul_precision", jax_settings.MATMUL_PRECISION[run.matmul_precision]
     )
     heartbeat.beat("data")
     splits = run.data.open()
@@ -305,15 +305,6 @@ def _mesh(run: config.Run) -> Mesh:
             " --platform=cpu"
         ) from error
     return meshes.make(run.mesh, devices)
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, where the user has not said otherwise."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update(
-            "jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxtrain" / "xla")
-        )
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _say(text: str, status: int, show_traceback: bool) -> int:
