@@ -148,7 +148,8 @@ class Kind(typing.NamedTuple):
 
     @property
     def origin(self) -> Any:
-        """`tuple` for `tuple[int, ...]`, `Literal` for `Literal["a"]`; the type itself otherwise."""
+        """`tuple` for `tuple[int, ...]`, `Literal` for `Literal["a"]`; the type itself
+        otherwise."""
         origin = typing.get_origin(self.type)
         return self.type if origin in (None, *_UNIONS) else origin
 

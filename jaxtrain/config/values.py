@@ -1,9 +1,10 @@
 """One setting's value as text and as JSON: strict readers, exact writers, and messages that say
 what would have been right.
 
-`FORMATS`, at the end, has a row for each type. Numbers are plain ASCII decimals: an optional minus, no plus, no underscores, no hexadecimal, no blanks.
-Integers take no exponent and no point, floats must be finite, `none` is the absent value of an
-optional, tuples are separated by commas with no empty item.
+`FORMATS`, at the end, has a row for each type. Numbers are plain ASCII decimals: an optional minus,
+no plus, no underscores, no hexadecimal, no blanks. Integers take no exponent and no point, floats
+must be finite, `none` is the absent value of an optional, tuples are separated by commas with no
+empty item.
 """
 
 import math

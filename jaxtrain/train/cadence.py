@@ -1,4 +1,5 @@
-"""When what happens in a run: log lines, evaluations, commits, profiles, as functions of the step."""
+"""When what happens in a run: log lines, evaluations, commits, profiles, as functions of the
+step."""
 
 import dataclasses
 

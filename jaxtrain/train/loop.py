@@ -63,10 +63,10 @@ def train(
     """Trains from `step` to the end of the cadence, or until asked to stop; the last step's state
     is always committed.
 
-    `evaluation_due` says that a signal put off the evaluation of `step`. `at_step` is called with every step
-    at which a dispatch ends (the profiler, the lock). `fetch` reads numbers from the device. Raises
-    `Diverged`, `CheckpointError`, and what the feed raises; nothing that is not finite is
-    committed.
+    `evaluation_due` says that a signal put off the evaluation of `step`. `at_step` is called with
+    every step at which a dispatch ends (the profiler, the lock). `fetch` reads numbers from the
+    device. Raises `Diverged`, `CheckpointError`, and what the feed raises; nothing that is not
+    finite is committed.
     """
     pending: tuple[int, Any] | None = None
     saved = step if step else None
@@ -100,8 +100,8 @@ def train(
             pending = None
             log.pause()
             reached = None
-            # Who sends a signal grants seconds, and an evaluation may take minutes: it is put off, and
-            # done first when the run goes on.
+            # Who sends a signal grants seconds, and an evaluation may take minutes: it is put off,
+            # and done first when the run goes on.
             put_off = evaluates and stop.status is not None and step < cadence.total
             if evaluates and not put_off:
                 # 3. Evaluation before the commit: the commit holds the offset of its line, and

@@ -1,5 +1,5 @@
-"""The metrics log: turns the sums of each dispatch into lines of metrics, and notices a loss that is no
-number any more."""
+"""The metrics log: turns the sums of each dispatch into lines of metrics, and notices a loss that
+is no number any more."""
 
 import math
 import time
@@ -51,7 +51,8 @@ class MetricsLog:
         at once if they are not finite."""
         if step <= self._step:
             raise UserError(
-                f"the metrics log is at step {self._step} and was given step {step}; steps must ascend"
+                f"the metrics log is at step {self._step} and was given step {step}; steps must"
+                " ascend"
             )
         bad = [
             name
