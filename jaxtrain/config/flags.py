@@ -157,8 +157,8 @@ def parse(
     sees, for anything wrong; help prints and raises `SystemExit(0)`.
     """
     scanned = list(_scan(argv))
-    wanted: dict[str, str] = {name: value for name, value in scanned if value is not None}
-    earlier = os.path.expanduser(wanted.get("from_run", ""))
+    wanted = {name: value for name, value in scanned if value is not None}
+    earlier = os.path.expanduser(wanted.get("from_run") or "")
     base = record.load(run, earlier) if earlier else run
     swaps = {family: wanted[family] for family in config.FAMILIES if family in wanted}
     table = _define(base)
