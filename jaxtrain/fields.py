@@ -28,7 +28,7 @@ from jaxtrain.horizon import Horizon
 _LARGEST = 2**63 - 1
 _UNIONS = (typing.Union, types.UnionType)
 _TEXTS = (str, str | None, tuple[str, ...])
-_SECRET_NAME = re.compile(r"(?:^|_)(?:token|key|secret|password)$")
+_SECRET_NAME = re.compile(r"(?:^|[._])(?:token|key|secret|password)$")
 
 
 class Bound:
@@ -240,11 +240,20 @@ class Field:
         if any(isinstance(mark, Secret) for mark in self.marks):
             return True
         public = any(isinstance(mark, Public) for mark in self.marks)
-        return self.type in _TEXTS and not public and bool(_SECRET_NAME.search(self.name))
+        return self.type in _TEXTS and not public and named_like_a_secret(self.name)
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with `value`, or None."""
         return problem(value, self.type, self.marks)
+
+
+def named_like_a_secret(name: str) -> bool:
+    """Whether a name ends in a word for a secret.
+
+    >>> named_like_a_secret("logger_token"), named_like_a_secret("model.num_tokens")
+    (True, False)
+    """
+    return bool(_SECRET_NAME.search(name))
 
 
 def is_component(value: Any) -> bool:

@@ -8,7 +8,8 @@ from typing import Literal
 from jaxtrain.errors import UserError
 
 _TEXT = re.compile(r"(\d+(?:\.\d+)?(?:[eE]\d+)?)(steps?|epochs?|%)?")
-_UNITS = {
+Unit = Literal["steps", "epochs", "percent"]
+_UNITS: dict[str | None, Unit] = {
     None: "steps",
     "step": "steps",
     "steps": "steps",
@@ -29,7 +30,7 @@ class Horizon:
     """
 
     value: float
-    unit: Literal["steps", "epochs", "percent"] = "steps"
+    unit: Unit = "steps"
 
     @classmethod
     def parse(cls, text: str) -> "Horizon":

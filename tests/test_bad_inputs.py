@@ -13,7 +13,16 @@ import pytest
 from jaxtrain import config
 from jaxtrain.config import flags
 from jaxtrain.config import run as config_run
-from jaxtrain.fields import Between, Count, DropRate, Length, NonNegative, Positive, Probability
+from jaxtrain.fields import (
+    Between,
+    Count,
+    DropRate,
+    Length,
+    NonNegative,
+    Positive,
+    Probability,
+    Public,
+)
 from jaxtrain.horizon import Horizon
 
 
@@ -32,7 +41,7 @@ class Source:
 
     train: str = "train"
     validation: str = ""
-    image_key: str = "image"
+    image_key: Annotated[str, Public()] = "image"
     download: bool = False
     classes: Annotated[int | None, Between(2, 100)] = None
 

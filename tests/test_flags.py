@@ -21,10 +21,11 @@ from absl import flags as absl_flags
 from hypothesis import strategies
 
 from jaxtrain import config, fields
-from jaxtrain.config import flags, secrets, settings, values
+from jaxtrain.config import flags, marks, secrets, settings, values
 from jaxtrain.config import record as run_record
 from jaxtrain.errors import UserError
 from jaxtrain.horizon import Horizon
+from jaxtrain.runner import workdir
 
 
 def relu(value: float) -> float:
@@ -62,6 +63,7 @@ class Source:
     cutting: Cutting = Cutting()
     download: bool = False
     path: str = ""
+    image_key: Annotated[str, fields.Public()] = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Adam(Base):
 
     b1: fields.Decay = 0.9
     token: str = ""
+    vault: Annotated[str, fields.Secret()] = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +219,80 @@ def test_every_flag_of_a_run_has_words() -> None:
         assert setting.words or "." in setting.name, setting.name
 
 
+def test_every_field_of_a_run_bears_its_marks() -> None:
+    """A field has a group in the help exactly if it is a plain flag."""
+    groups = {
+        field.name: [mark for mark in field.marks if isinstance(mark, config.Group)]
+        for field in fields.fields_of(config.Run)
+    }
+    apart = {"name", "offers", "model", "data", "task", "optimizer", "schedule", "augment"}
+    assert {name for name, found in groups.items() if not found} == apart
+    assert all(len(found) <= 1 for found in groups.values())
+    assert {setting.name for setting in settings.of_run(make_run()) if "." not in setting.name} == (
+        groups.keys() - apart
+    )
+
+
+# Written out once more, so that a mark is not changed by accident.
+FREE_AT_RESUME = {
+    *("steps", "epochs", "init_from", "mesh", "shard", "remat", "offload", "platform"),
+    *("device_data", "debug_nans", "steps_per_call", "eval_every", "eval_batch_size"),
+    *("checkpoint_every", "keep", "keep_every", "log_every", "tensorboard", "wandb", "report"),
+}
+ONE_STARTS_OWN = {
+    *("compare_meshes", "compare_steps", "processes", "process", "coordinator", "hang_seconds"),
+    *("max_restarts", "workdir", "resume", "from_run", "allow_config_change", "force_unlock"),
+    *("eval_only", "profile_steps", "traceback"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [setting.name for setting in settings.of_run(make_run()) if "." not in setting.name]
+)
+def test_what_may_change_at_resume(name: str) -> None:
+    old, new = run_record.to_json(make_run()), make_run()
+    old[name] = "something else"
+    said = {"name": "toy", "config": old}
+    if name in ONE_STARTS_OWN:
+        assert workdir.check_drift(Path("W"), said, new) == []
+    elif name in FREE_AT_RESUME:
+        [line] = workdir.check_drift(Path("W"), said, new)
+        assert line.startswith(f"note: {name} changes from something else to ")
+    else:
+        with pytest.raises(UserError, match=rf"--allow_config_change={name}$"):
+            workdir.check_drift(Path("W"), said, new)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "line"),
+    [
+        (int, "Made.size: bears 0 help groups; expected 1: "),
+        (Annotated[int, config.Mark.FREE], "Made.size: bears 0 help groups; expected 1: "),
+        (
+            Annotated[int, config.Group.OUTPUT, config.Group.DEVICES],
+            "Made.size: bears 2 help groups; expected 1: ",
+        ),
+        (
+            Annotated[Any, config.Group.OUTPUT, config.Mark.FAMILY],
+            "Made.size: bears 1 help groups; expected 0: ",
+        ),
+        (Annotated[int, config.Group.OUTPUT, "free"], "Made.size: 'free' is no mark of a field"),
+        (
+            Annotated[int, config.Group.OUTPUT, config.Mark.FREE, config.Mark.INVOCATION],
+            "Made.size: bears FREE and INVOCATION; ",
+        ),
+    ],
+)
+def test_wrong_marks_are_refused(annotation: Any, line: str) -> None:
+    with pytest.raises(TypeError, match=f"^{line}"):
+        marks.check(dataclasses.make_dataclass("Made", [("size", annotation)]))
+
+
+def test_marks_that_go_together_are_taken() -> None:
+    good = Annotated[fields.Count | None, config.Group.OUTPUT, config.Mark.FREE]
+    marks.check(dataclasses.make_dataclass("Made", [("size", good)]))
+
+
 def test_docs_of_inherited_and_missing_fields() -> None:
     assert settings.field_docs(Sgd) == {
         "learning_rate": "The peak rate.",
@@ -269,7 +346,7 @@ def test_values_survive_text_and_json(kind: Any, data: strategies.DataObject) ->
     name=strategies.sampled_from([setting.name for setting in settings.of_run(make_run())]),
 )
 def test_any_text_gives_a_value_or_one_line(text: str, name: str) -> None:
-    if name in ("workdir", "init_from", "from_run"):
+    if name in config.marked(config.Mark.PATH):
         return
     try:
         flags.parse(make_run(), [f"--{name}={text}"])
@@ -501,28 +578,30 @@ def test_differences_name_what_changed() -> None:
 
 
 def test_secrets_are_never_recorded(capsys: pytest.CaptureFixture[str]) -> None:
-    run = flags.parse(make_run(), ["--optimizer.token=abc", "--data.path=https://me:pw@host/x"])
-    assert "JAXTRAIN_OPTIMIZER_TOKEN" in capsys.readouterr().err
+    """Those that are marked, and those that are only named so."""
+    argv = ["--optimizer.token=abc", "--optimizer.vault", "xyz", "--data.image_key=pixels"]
+    run = flags.parse(make_run(), [*argv, "--data.path=https://me:pw@host/x"])
+    warned = capsys.readouterr().err
+    assert "JAXTRAIN_OPTIMIZER_TOKEN\n" in warned and "JAXTRAIN_OPTIMIZER_VAULT\n" in warned
+    assert "KEY" not in warned
     record = json.dumps(run_record.to_json(run))
-    assert "abc" not in record
-    assert "pw" not in record
-    assert "https://<redacted>@host/x" in record
-    kept = run_record.from_json(make_run(optimizer=Adam(token="own")), json.loads(record))
-    assert (kept.optimizer.token, kept.data.path) == ("own", "")
-    assert (
-        flags.parse(
-            make_run(), [], {"JAXTRAIN_OPTIMIZER_TOKEN": "from the environment"}
-        ).optimizer.token
-        == "from the environment"
+    assert not any(secret in record for secret in ("abc", "xyz", "pw"))
+    assert "https://<redacted>@host/x" in record and '"image_key": "pixels"' in record
+    kept = run_record.from_json(
+        make_run(optimizer=Adam(token="own", vault="mine")), json.loads(record)
     )
-    assert secrets.redact(
-        ["x.py", "--optimizer.token", "abc", "--data.path=s3://k:s@b/x", "--model.num_tokens=3"]
-    ) == [
+    assert (kept.optimizer.token, kept.optimizer.vault) == ("own", "mine")
+    assert (kept.data.path, kept.data.image_key) == ("", "pixels")
+    environment = {"JAXTRAIN_OPTIMIZER_VAULT": "from the environment"}
+    assert flags.parse(make_run(), [], environment).optimizer.vault == "from the environment"
+    assert secrets.redact(["x.py", *argv, "--data.path=s3://k:s@b/x", "--api_key=q"], run) == [
         "x.py",
-        "--optimizer.token",
+        "--optimizer.token=<redacted>",
+        "--optimizer.vault",
         "<redacted>",
+        "--data.image_key=pixels",
         "--data.path=s3://<redacted>@b/x",
-        "--model.num_tokens=3",
+        "--api_key=<redacted>",
     ]
 
 

@@ -10,7 +10,7 @@ left over.
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags as absl_flags
@@ -109,7 +109,7 @@ class SettingFlag(absl_flags.Flag):
             raise UserError(f"--{self.name}={self._shown(argument)}: {problem}") from None
 
     def _shown(self, argument: str | None) -> str:
-        return secrets.HIDDEN if secrets.is_secret(self.name) else messages.shown(argument or "")
+        return secrets.HIDDEN if self.setting.field.secret else messages.shown(argument or "")
 
     def _example(self) -> str:
         return flag_values.text(self.setting.value) or "TEXT"
@@ -158,9 +158,8 @@ def parse(
     """
     scanned = list(_scan(argv))
     wanted = {name: value for name, value in scanned if value is not None}
-    base = (
-        record.load(run, os.path.expanduser(wanted["from_run"])) if wanted.get("from_run") else run
-    )
+    earlier = os.path.expanduser(wanted.get("from_run") or "")
+    base = record.load(run, earlier) if earlier else run
     swaps = {family: wanted[family] for family in config.FAMILIES if family in wanted}
     table = _define(base)
     chosen = {family: table[family].read(name) for family, name in swaps.items() if family in table}
@@ -180,11 +179,11 @@ def parse(
     _absl_parse(table, argv, base)
     typed = {name: flag.typed for name, flag in table.items() if flag.present}
     values = {name: table[name].value for name in typed if name not in config.FAMILIES}
-    # the shell leaves --workdir=~/x alone
-    values |= {name: os.path.expanduser(values[name]) for name in config.PATHS if name in values}
+    paths = config.marked(config.Mark.PATH)  # the shell leaves --workdir=~/x alone
+    values |= {name: os.path.expanduser(values[name]) for name in typed if name in paths}
     values |= _from_environment(table, typed, environ)
     finished = _finish(base, values, typed)
-    _warn_of_secrets(typed)
+    _warn_of_secrets(flag for flag in table.values() if flag.present)
     return finished
 
 
@@ -327,18 +326,18 @@ def _from_environment(
     """Secrets that were left in the environment, where `ps` does not show them."""
     secret = [
         name
-        for name in table
-        if secrets.is_secret(name) and name not in typed and secrets.variable(name) in environ
+        for name, flag in table.items()
+        if flag.setting.field.secret and name not in typed and secrets.variable(name) in environ
     ]
     return {name: table[name].read(environ[secrets.variable(name)]) for name in secret}
 
 
-def _warn_of_secrets(typed: Mapping[str, str | None]) -> None:
-    for name, text in typed.items():
-        if text and secrets.is_secret(name):
+def _warn_of_secrets(given: Iterable[SettingFlag]) -> None:
+    for flag in given:
+        if flag.typed and flag.setting.field.secret:
             warn(
-                f"--{name} holds a secret on the command line, seen by `ps`; use"
-                f" {secrets.variable(name)}"
+                f"--{flag.name} holds a secret on the command line, seen by `ps`; use"
+                f" {secrets.variable(flag.name)}"
             )
 
 

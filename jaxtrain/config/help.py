@@ -10,16 +10,6 @@ from typing import NamedTuple
 from jaxtrain import config
 from jaxtrain.config import record, secrets, settings, values
 
-_HEADINGS = {
-    "steps": "Training",
-    "mesh": "Devices",
-    "processes": "Processes",
-    "workdir": "The run's folder",
-    "eval_every": "Evaluation and checkpoints",
-    "log_every": "What is shown and written",
-}
-"""The groups of a run's own flags, each by its first."""
-
 
 class Entry(NamedTuple):
     """One flag in the help."""
@@ -100,13 +90,11 @@ def layout(groups: Iterable[tuple[str, Sequence[Entry]]], *, width: int = 0) -> 
 
 
 def _own_groups(run: config.Run) -> list[tuple[str, list[Entry]]]:
-    groups: list[tuple[str, list[Entry]]] = []
-    for setting in settings.of_run(run):
-        if "." not in setting.name:
-            if setting.name in _HEADINGS or not groups:
-                groups.append((_HEADINGS.get(setting.name, "Run"), []))
-            groups[-1][1].append(_entry(setting))
-    return groups
+    own = settings.of_run(run)
+    return [
+        (group.value, [_entry(setting) for setting in own if group in setting.field.marks])
+        for group in config.Group
+    ]
 
 
 def _bold(heading: str) -> str:
@@ -132,5 +120,5 @@ def _row(entry: Entry, column: int, width: int) -> str:
 
 def _entry(setting: settings.Setting) -> Entry:
     kind = values.describe(setting.field.type, setting.field.marks)
-    default = values.text(secrets.hide(setting.name, setting.value))
+    default = values.text(secrets.hide(setting.value, setting.field.secret))
     return Entry(setting.name, default, kind, setting.words, boolean=setting.field.type is bool)

@@ -13,28 +13,9 @@ from typing import Any
 
 from jaxtrain import config, messages
 from jaxtrain.config import secrets, values
+from jaxtrain.config.marks import Mark
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Field, fields_of, is_component
-
-INVOCATION = (
-    "workdir",
-    "resume",
-    "from_run",
-    "allow_config_change",
-    "force_unlock",
-    "eval_only",
-    "profile_steps",
-    "traceback",
-    "compare_meshes",
-    "compare_steps",
-    "processes",
-    "process",
-    "coordinator",
-    "hang_seconds",
-    "max_restarts",
-)
-"""The fields of `Run` that say how this one start behaves; repeating a run does not take them over,
-and they may always differ."""
 
 
 def to_json(run: config.Run) -> dict[str, Any]:
@@ -62,8 +43,8 @@ def to_json(run: config.Run) -> dict[str, Any]:
                 if value is None
                 else _component(value, f"{field.name}.", kind_of(run, field.name))
             )
-        elif field.name not in config.NOT_FLAGS:
-            record[field.name] = secrets.hide(field.name, values.to_json(value))
+        elif Mark.EXPERIMENT not in field.marks:
+            record[field.name] = secrets.hide(values.to_json(value), field.secret)
     return record
 
 
@@ -87,13 +68,13 @@ def from_json(run: config.Run, record: Mapping[str, Any]) -> config.Run:
     `ValueError` if a field is missing, unknown, of another type or out of bounds, or if a kind is
     none of the experiment's.
     """
-    names = [field.name for field in fields_of(run) if field.name not in config.NOT_FLAGS]
+    names = [field.name for field in fields_of(run) if Mark.EXPERIMENT not in field.marks]
     _same_keys(record, names, "")
     changes: dict[str, Any] = {}
     for field in fields_of(run):
         if field.name in config.FAMILIES:
             changes[field.name] = _family(run, field.name, record[field.name])
-        elif field.name in names and field.name not in INVOCATION:
+        elif field.name in names and Mark.INVOCATION not in field.marks:
             changes[field.name] = _value(
                 field, field.name, record[field.name], getattr(run, field.name)
             )
@@ -145,8 +126,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
     ... )
     [('model.depth', 2, 3)]
     """
+    one_start = config.marked(Mark.INVOCATION)
     return [
-        difference for difference in _differences(old, new, "") if difference[0] not in INVOCATION
+        difference for difference in _differences(old, new, "") if difference[0] not in one_start
     ]
 
 
@@ -164,11 +146,11 @@ def _differences(
         ):
             yield from _differences(before, after, f"{prefix}{name}.")
         else:
-            kinds = [
-                value.get("kind", value) if isinstance(value, dict) else value
-                for value in (before, after)
-            ]
-            yield f"{prefix}{name}", *kinds
+            yield f"{prefix}{name}", _kind_or_value(before), _kind_or_value(after)
+
+
+def _kind_or_value(value: Any) -> Any:
+    return value.get("kind", value) if isinstance(value, dict) else value
 
 
 def _component(component: Any, prefix: str, kind: str) -> dict[str, Any]:
@@ -180,7 +162,7 @@ def _component(component: Any, prefix: str, kind: str) -> dict[str, Any]:
         if is_component(value):
             record[field.name] = _component(value, f"{name}.", type(value).__name__)
         elif value is None or values.readable(field.type):
-            record[field.name] = secrets.hide(name, values.to_json(value))
+            record[field.name] = secrets.hide(values.to_json(value), field.secret)
         else:
             record[field.name] = {"python": _python_name(value)}
     return record

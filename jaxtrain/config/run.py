@@ -13,20 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from jaxtrain import fields, messages
-from jaxtrain.config import values
+from jaxtrain.config import marks, values
+from jaxtrain.config.marks import EXPERIMENT, FAMILY, FREE, INVOCATION, PATH, Group, Mark
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Above, AtLeast, Between, Count, Decay, Traced
 from jaxtrain.horizon import Horizon
 from jaxtrain.tree import Rules
-
-FAMILIES = ("model", "data", "task", "optimizer", "schedule", "augment")
-"""The fields of `Run` that hold a component, which `--FAMILY=NAME` swaps for a named one that the
-experiment offers."""
-NOT_FLAGS = ("name", "offers")
-"""The fields of `Run` that belong to the experiment alone."""
-PATHS = ("workdir", "init_from", "from_run")
-"""The fields of `Run` that name a place on the disk; on the command line they may begin with ~."""
-
 
 BatchSize = Annotated[int, AtLeast(1, whole=True)]
 Seed = Annotated[int, Between(0, 2**32 - 1, whole=True)]
@@ -50,138 +42,156 @@ class Run:
     (128, '1epochs')
     """
 
-    name: str
+    name: Annotated[str, EXPERIMENT]
     """The experiment's name; the default workdir is runs/NAME/TIME."""
-    model: Any
+    model: Annotated[Any, FAMILY]
     """The network."""
-    data: Any
+    data: Annotated[Any, FAMILY]
     """Where examples come from."""
-    task: Any
+    task: Annotated[Any, FAMILY]
     """What is learnt: the loss and the metrics."""
-    optimizer: Any
+    optimizer: Annotated[Any, FAMILY]
     """How gradients become updates."""
-    schedule: Any
+    schedule: Annotated[Any, FAMILY]
     """How the learning rate changes over the run."""
-    augment: Any
+    augment: Annotated[Any, FAMILY]
     """What is done to training examples on the device."""
 
-    steps: Count | None = None
+    steps: Annotated[Count | None, Group.TRAINING, FREE] = None
     """How many steps to train; replaces the experiment's own --steps or --epochs."""
-    epochs: Annotated[float | None, Above(0)] = None
+    epochs: Annotated[float | None, Above(0), Group.TRAINING, FREE] = None
     """How many passes over the train split, fractions allowed; replaces the experiment's own
     --steps or --epochs."""
-    batch_size: BatchSize = 128
+    batch_size: Annotated[BatchSize, Group.TRAINING] = 128
     """How many examples one step sees, over all devices."""
-    microbatches: Count = 1
+    microbatches: Annotated[Count, Group.TRAINING] = 1
     """Into how many parts a batch is cut to save memory; sums stay exact, but dropout draws anew
     for each part and batch norm takes each part's statistics. Must divide --batch_size."""
-    seed: Seed = 0
+    seed: Annotated[Seed, Group.TRAINING] = 0
     """The root of every random stream of the run."""
-    clip_norm: Annotated[float | None, Above(0), Traced()] = None
+    clip_norm: Annotated[float | None, Above(0), Traced(), Group.TRAINING] = None
     """Scales gradients down to this global norm; none = never."""
-    ema_decay: Decay | None = None
+    ema_decay: Annotated[Decay | None, Group.TRAINING] = None
     """Also keeps, and evaluates, an exponential moving average of the parameters with this decay;
     none = no average."""
-    normalize: bool = True
+    normalize: Annotated[bool, Group.TRAINING] = True
     """Standardizes images by the mean and deviation of the train split; otherwise they are only
     scaled to 0..1."""
-    init_from: str = ""
+    init_from: Annotated[str, Group.TRAINING, FREE, PATH] = ""
     """A workdir or checkpoint whose parameters the run starts from (a warm start, not a resume)."""
 
-    mesh: str = "data:-1"
+    mesh: Annotated[str, Group.DEVICES, FREE] = "data:-1"
     """The devices as named axes, e.g. data:2,fsdp:4; one size may be -1, which takes what is
     left."""
-    shard: Rules[str] = ()
+    shard: Annotated[Rules[str], Group.DEVICES, FREE] = ()
     """Where parameters lie, by path pattern, before what their models say: a mesh axis or - for
     each dim, e.g. head/kernel=-:tensor."""
-    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16", "fp8"], Group.DEVICES] = "auto"
     """What the model computes in; parameters stay float32. auto = by the card: fp32 on CPUs and old
     cards, fp16 on V100 and Turing, bf16 from Ampere on."""
-    matmul_precision: Literal["default", "tf32", "fp32"] = "default"
+    matmul_precision: Annotated[Literal["default", "tf32", "fp32"], Group.DEVICES] = "default"
     """How products of float32 are computed on GPUs; default = TF32 where the card has it."""
-    optimizer_state: Literal["fp32", "bf16"] = "fp32"
+    optimizer_state: Annotated[Literal["fp32", "bf16"], Group.DEVICES] = "fp32"
     """What the optimizer's averages are stored in; bf16 halves them, rounded stochastically."""
-    remat: Literal["none", "dots", "dense", "blocks"] = "none"
+    remat: Annotated[Literal["none", "dots", "dense", "blocks"], Group.DEVICES, FREE] = "none"
     """What the backward pass computes again, to save memory: all but matrix products, all but
     products of dense layers, or all within a block."""
-    offload: Literal["none", "optimizer"] = "none"
+    offload: Annotated[Literal["none", "optimizer"], Group.DEVICES, FREE] = "none"
     """What lives in the memory of the host instead of the GPU's."""
-    reproducible: bool = False
+    reproducible: Annotated[bool, Group.DEVICES] = False
     """The same bits on any number of devices and processes, at some cost; for the axes data and
     fsdp."""
-    logical_shards: Count = 8
+    logical_shards: Annotated[Count, Group.DEVICES] = 8
     """Into how many parts --reproducible cuts every batch; a multiple of the devices, and part of
     the mathematics."""
-    platform: Literal["auto", "cpu", "gpu"] = "auto"
+    platform: Annotated[Literal["auto", "cpu", "gpu"], Group.DEVICES, FREE] = "auto"
     """Which devices to use; auto takes the best there is."""
-    steps_per_call: Count | None = None
+    steps_per_call: Annotated[Count | None, Group.DEVICES, FREE] = None
     """How many steps one dispatch runs over data in device memory; none = chosen by the work of a
     step."""
-    device_data: Literal["auto", "yes", "no"] = "auto"
+    device_data: Annotated[Literal["auto", "yes", "no"], Group.DEVICES, FREE] = "auto"
     """Whether the train split lives in device memory; auto = if it fits."""
-    debug_nans: bool = False
+    debug_nans: Annotated[bool, Group.DEVICES, FREE] = False
     """Stops at the operation that first makes a NaN (slow)."""
 
-    compare_meshes: tuple[str, ...] = ()
+    compare_meshes: Annotated[tuple[str, ...], Group.DEVICES, INVOCATION] = ()
     """Trains nothing, but compares these meshes with one device and names what differs, e.g.
     data:8,fsdp:4xtensor:2."""
-    compare_steps: Count = 20
+    compare_steps: Annotated[Count, Group.DEVICES, INVOCATION] = 20
     """How many steps --compare_meshes compares."""
-    processes: Count | None = None
+    processes: Annotated[Count | None, Group.PROCESSES, INVOCATION] = None
     """How many processes the run has; none = as SLURM, Open MPI, Kubernetes or scripts/launch_local
     say, else one."""
-    process: Annotated[int | None, AtLeast(0, whole=True)] = None
+    process: Annotated[int | None, AtLeast(0, whole=True), Group.PROCESSES, INVOCATION] = None
     """Which of them this one is, from 0."""
-    coordinator: str = ""
+    coordinator: Annotated[str, Group.PROCESSES, INVOCATION] = ""
     """HOST:PORT where process 0 is to be found."""
-    hang_seconds: Annotated[float | None, Above(0)] = None
+    hang_seconds: Annotated[float | None, Above(0), Group.PROCESSES, INVOCATION] = None
     """Seconds without progress after which a process counts as hung; none = by phase, where the run
     is supervised."""
-    max_restarts: Annotated[int, AtLeast(0, whole=True)] = 0
+    max_restarts: Annotated[int, AtLeast(0, whole=True), Group.PROCESSES, INVOCATION] = 0
     """How often a run that lost a process starts again from its last commit."""
 
-    workdir: str = ""
+    workdir: Annotated[str, Group.WORKDIR, INVOCATION, PATH] = ""
     """The run's folder; empty = runs/NAME/TIME."""
-    resume: Literal["auto", "must", "never"] = "auto"
+    resume: Annotated[Literal["auto", "must", "never"], Group.WORKDIR, INVOCATION] = "auto"
     """Whether to go on from the workdir's newest verified checkpoint: if there is one, or else
     fail, or never."""
-    from_run: str = ""
+    from_run: Annotated[str, Group.WORKDIR, INVOCATION, PATH] = ""
     """The workdir of an earlier run whose configuration this one repeats; other flags override
     it."""
-    allow_config_change: tuple[str, ...] = ()
+    allow_config_change: Annotated[tuple[str, ...], Group.WORKDIR, INVOCATION] = ()
     """Names of flags that may differ from those of the run being resumed, e.g.
     optimizer.learning_rate."""
-    force_unlock: bool = False
+    force_unlock: Annotated[bool, Group.WORKDIR, INVOCATION] = False
     """Takes over a workdir whose owner is surely dead."""
 
-    eval_every: Horizon = Horizon(1, "epochs")
+    eval_every: Annotated[Horizon, Group.CHECKPOINTS, FREE] = Horizon(1, "epochs")
     """How often the validation split is evaluated; 0 = never."""
-    eval_batch_size: BatchSize = 512
+    eval_batch_size: Annotated[BatchSize, Group.CHECKPOINTS, FREE] = 512
     """How many examples one step of evaluation sees, over all devices."""
-    eval_only: bool = False
+    eval_only: Annotated[bool, Group.CHECKPOINTS, INVOCATION] = False
     """Restores and evaluates, without training."""
-    checkpoint_every: Horizon = Horizon(1, "epochs")
+    checkpoint_every: Annotated[Horizon, Group.CHECKPOINTS, FREE] = Horizon(1, "epochs")
     """How often the state is committed; 0 = at the end only."""
-    keep: Count = 2
+    keep: Annotated[Count, Group.CHECKPOINTS, FREE] = 2
     """How many of the newest checkpoints stay, besides the best."""
-    keep_every: Horizon | None = None
+    keep_every: Annotated[Horizon | None, Group.CHECKPOINTS, FREE] = None
     """Also keeps a checkpoint of each such interval for ever; none = no."""
 
-    log_every: Count = 50
+    log_every: Annotated[Count, Group.OUTPUT, FREE] = 50
     """Steps between lines of metrics."""
-    tensorboard: bool = True
+    tensorboard: Annotated[bool, Group.OUTPUT, FREE] = True
     """Writes TensorBoard event files."""
-    wandb: str = ""
+    wandb: Annotated[str, Group.OUTPUT, FREE] = ""
     """The Weights & Biases project to log to (its key comes from the environment); empty = none."""
-    report: bool = True
+    report: Annotated[bool, Group.OUTPUT, FREE] = True
     """Writes report.html and plots at the end."""
-    profile_steps: tuple[int, int] | None = None
+    profile_steps: Annotated[tuple[int, int] | None, Group.OUTPUT, INVOCATION] = None
     """The first and last step of a profiler trace, e.g. 20,25; none = no trace."""
-    traceback: bool = False
+    traceback: Annotated[bool, Group.OUTPUT, INVOCATION] = False
     """Shows the Python traceback of an error."""
 
-    offers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, repr=False)
+    offers: Annotated[Mapping[str, Mapping[str, Any]], EXPERIMENT] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
     """The named components of each family that flags may choose: family -> name -> component."""
+
+
+marks.check(Run)
+
+
+def marked(mark: Mark) -> tuple[str, ...]:
+    """The names of the fields of `Run` that bear a mark, in their order.
+
+    >>> marked(Mark.PATH)
+    ('init_from', 'workdir', 'from_run')
+    """
+    return tuple(field.name for field in fields.fields_of(Run) if mark in field.marks)
+
+
+FAMILIES = marked(Mark.FAMILY)
+"""The fields that hold a component."""
 
 
 def replaced(component: Any, changes: Mapping[str, Any]) -> Any:

@@ -49,7 +49,7 @@ def of_run(run: config.Run) -> list[Setting]:
     own = [
         setting
         for setting in of_component(run, "")
-        if setting.name not in config.NOT_FLAGS and "." not in setting.name
+        if any(isinstance(mark, config.Group) for mark in setting.field.marks)
     ]
     return own + [
         setting
@@ -103,9 +103,9 @@ def _fields_in(definition: ast.ClassDef | None) -> dict[str, str]:
     body = definition.body if definition is not None else []
     docs = {}
     for statement, following in itertools.pairwise(body):
-        named = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
         if (
-            named
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
             and isinstance(following, ast.Expr)
             and isinstance(following.value, ast.Constant)
             and isinstance(following.value.value, str)

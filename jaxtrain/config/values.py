@@ -21,9 +21,8 @@ from jaxtrain.messages import did_you_mean, is_number, shown
 
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)")
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-_MEANT = dict.fromkeys(("yes", "y", "on", "t"), "true") | dict.fromkeys(
-    ("no", "n", "off", "f"), "false"
-)
+_MEANT = {"yes": "true", "y": "true", "on": "true", "t": "true"}
+_MEANT |= {"no": "false", "n": "false", "off": "false", "f": "false"}
 
 
 def readable(annotation: Any) -> bool:
@@ -150,11 +149,10 @@ def _show_float(value: float) -> str:
     plain = repr(value).removesuffix(".0")
     if not math.isfinite(value) or value == 0 or 0.01 <= abs(value) < 1e6:
         return plain
-    sign, digits, exponent = Decimal(plain).normalize().as_tuple()
-    head = "".join(map(str, digits))
-    scientific = (
-        f"{'-' * sign}{head[0]}{'.' * (len(head) > 1)}{head[1:]}e{exponent + len(head) - 1}"
-    )
+    number = Decimal(plain).normalize()
+    head = "".join(map(str, number.as_tuple().digits))
+    sign, point = "-" * (value < 0), "." * (len(head) > 1)
+    scientific = f"{sign}{head[0]}{point}{head[1:]}e{number.adjusted()}"
     return min(scientific, plain, key=len)
 
 

@@ -20,30 +20,6 @@ from jaxtrain.config import record as run_record
 from jaxtrain.config import secrets
 from jaxtrain.errors import UserError
 
-FREE = (
-    "steps",
-    "epochs",
-    "mesh",
-    "shard",
-    "remat",
-    "offload",
-    "platform",
-    "device_data",
-    "debug_nans",
-    "eval_every",
-    "eval_batch_size",
-    "checkpoint_every",
-    "keep",
-    "keep_every",
-    "log_every",
-    "steps_per_call",
-    "tensorboard",
-    "wandb",
-    "report",
-    "init_from",
-)
-"""Fields that may differ from those of the run that goes on; a line says so. All others need
---allow_config_change."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "jaxtrain")
 
 
@@ -106,9 +82,9 @@ def check_drift(folder: Path, record: Mapping[str, Any], run: config.Run) -> lis
             f"--workdir={folder}: holds a run of {record.get('name')!r}, this is {run.name!r}; use"
             " a new workdir"
         )
-    lines = []
+    lines, free = [], config.marked(config.Mark.FREE)
     for name, old, new in run_record.differences(record["config"], run_record.to_json(run)):
-        allowed = name in FREE or any(
+        allowed = name in free or any(
             name == word or name.startswith(f"{word}.") for word in run.allow_config_change
         )
         if not allowed:
@@ -126,7 +102,7 @@ def describe(run: config.Run, argv: Sequence[str]) -> dict[str, Any]:
     return {
         "name": run.name,
         "config": run_record.to_json(run),
-        "command": shlex.join(["python", sys.argv[0], *secrets.redact(argv)]),
+        "command": shlex.join(["python", sys.argv[0], *secrets.redact(argv, run)]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": (
             {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}

@@ -12,13 +12,14 @@ import pathlib
 import re
 import zipfile
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from jaxtrain.data.splits import Splits, choose, digest_of_arrays
 from jaxtrain.data.table import ArrayTable
 from jaxtrain.errors import UserError
+from jaxtrain.fields import Public
 
 _SPLITS = {
     "train": "train",
@@ -63,10 +64,10 @@ class Arrays:
     """Split to evaluate on while training, e.g. train[90%:]; empty for none"""
     test: str = "test"
     """Split to evaluate on at the end; empty for none"""
-    image_key: str = ""
+    image_key: Annotated[str, Public()] = ""
     """Name of the inputs, without its split; empty for the usual names: image, images, x, inputs,
     data"""
-    label_key: str = ""
+    label_key: Annotated[str, Public()] = ""
     """Name of the labels, without its split; empty for the usual names: label, labels, y, target,
     targets"""
     _arrays: Mapping[str, np.ndarray] | None = dataclasses.field(

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from jaxtrain.data.sources.records import read_located
 from jaxtrain.data.splits import Splits, choose, digest_of_files
 from jaxtrain.data.table import device_dtype, load, num_bytes
 from jaxtrain.errors import UserError
+from jaxtrain.fields import Public
 
 _AUTO_BYTES = 2**30
 _RANDOM_ACCESS = ("array_record",)
@@ -35,9 +36,9 @@ class Tfds:
     """Where TFDS keeps its sets; empty for TFDS's own default, ~/tensorflow_datasets"""
     download: bool = False
     """Whether to download and prepare a set that is not there"""
-    image_key: str = "image"
+    image_key: Annotated[str, Public()] = "image"
     """Feature that holds the inputs"""
-    label_key: str = "label"
+    label_key: Annotated[str, Public()] = "label"
     """Feature that holds the labels; empty for none"""
     size: tuple[int, int] | None = None
     """Height and width to which images are cut (at the centre) and resized; needed where they
