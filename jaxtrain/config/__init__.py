@@ -26,5 +26,6 @@ __all__ = [
     "secrets",
     "settings",
     "siblings",
+    "step_options",
     "values",
 ]

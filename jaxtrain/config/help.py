@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from jaxtrain import config
 from jaxtrain.config import record, secrets, settings, values
+from jaxtrain.config.step_options import StepOptions
+from jaxtrain.fields import fields_of
 
 
 class Entry(NamedTuple):
@@ -90,7 +92,9 @@ def layout(groups: Iterable[tuple[str, Sequence[Entry]]], *, width: int = 0) -> 
 
 
 def _own_groups(run: config.Run) -> list[tuple[str, list[Entry]]]:
-    own = settings.of_run(run)
+    shared = {field.name for field in fields_of(StepOptions)}
+    # The run's own fields first: steps and batch size are what people look for.
+    own = sorted(settings.of_run(run), key=lambda setting: setting.name in shared)
     return [
         (group.value, [_entry(setting) for setting in own if group in setting.field.marks])
         for group in config.Group

@@ -15,17 +15,17 @@ from typing import Annotated, Any, Literal
 from jaxtrain import fields, messages
 from jaxtrain.config import marks, values
 from jaxtrain.config.marks import EXPERIMENT, FAMILY, FREE, INVOCATION, PATH, Group, Mark
+from jaxtrain.config.step_options import StepOptions
 from jaxtrain.errors import UserError
-from jaxtrain.fields import Above, AtLeast, Between, Count, Decay, Traced
+from jaxtrain.fields import Above, AtLeast, Between, Count
 from jaxtrain.horizon import Horizon
-from jaxtrain.tree import Rules
 
 BatchSize = Annotated[int, AtLeast(1, whole=True)]
 Seed = Annotated[int, Between(0, 2**32 - 1, whole=True)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(StepOptions):
     """What one experiment trains, on which data, for how long, and what it writes.
 
     >>> run = Run(
@@ -64,16 +64,8 @@ class Run:
     --steps or --epochs."""
     batch_size: Annotated[BatchSize, Group.TRAINING] = 128
     """How many examples one step sees, over all devices."""
-    microbatches: Annotated[Count, Group.TRAINING] = 1
-    """Into how many parts a batch is cut to save memory; sums stay exact, but dropout draws anew
-    for each part and batch norm takes each part's statistics. Must divide --batch_size."""
     seed: Annotated[Seed, Group.TRAINING] = 0
     """The root of every random stream of the run."""
-    clip_norm: Annotated[float | None, Above(0), Traced(), Group.TRAINING] = None
-    """Scales gradients down to this global norm; none = never."""
-    ema_decay: Annotated[Decay | None, Group.TRAINING] = None
-    """Also keeps, and evaluates, an exponential moving average of the parameters with this decay;
-    none = no average."""
     normalize: Annotated[bool, Group.TRAINING] = True
     """Standardizes images by the mean and deviation of the train split; otherwise they are only
     scaled to 0..1."""
@@ -83,21 +75,11 @@ class Run:
     mesh: Annotated[str, Group.DEVICES, FREE] = "data:-1"
     """The devices as named axes, e.g. data:2,fsdp:4; one size may be -1, which takes what is
     left."""
-    shard: Annotated[Rules[str], Group.DEVICES, FREE] = ()
-    """Where parameters lie, by path pattern, before what their models say: a mesh axis or - for
-    each dim, e.g. head/kernel=-:tensor."""
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16", "fp8"], Group.DEVICES] = "auto"
     """What the model computes in; parameters stay float32. auto = by the card: fp32 on CPUs and old
     cards, fp16 on V100 and Turing, bf16 from Ampere on."""
     matmul_precision: Annotated[Literal["default", "tf32", "fp32"], Group.DEVICES] = "default"
     """How products of float32 are computed on GPUs; default = TF32 where the card has it."""
-    optimizer_state: Annotated[Literal["fp32", "bf16"], Group.DEVICES] = "fp32"
-    """What the optimizer's averages are stored in; bf16 halves them, rounded stochastically."""
-    remat: Annotated[Literal["none", "dots", "dense", "blocks"], Group.DEVICES, FREE] = "none"
-    """What the backward pass computes again, to save memory: all but matrix products, all but
-    products of dense layers, or all within a block."""
-    offload: Annotated[Literal["none", "optimizer"], Group.DEVICES, FREE] = "none"
-    """What lives in the memory of the host instead of the GPU's."""
     reproducible: Annotated[bool, Group.DEVICES] = False
     """The same bits on any number of devices and processes, at some cost; for the axes data and
     fsdp."""

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import adapters, config, precision
+from jaxtrain.config.step_options import options_of
 from jaxtrain.data import pipeline, statistics
 from jaxtrain.data.order import Shuffled
 from jaxtrain.data.pipeline import Stream
@@ -108,15 +109,8 @@ def recipe_of(run: config.Run, train: Table, length: Lengths) -> Recipe:
         total_steps=float(length.total),
         prepare=prepare,
         augment=run.augment,
-        clip_norm=run.clip_norm,
-        ema_decay=run.ema_decay,
-        microbatches=run.microbatches,
         order=Shuffled(len(train)),
-        precision=run.precision,
-        optimizer_state=run.optimizer_state,
-        remat=run.remat,
-        offload=run.offload,
-        shard=run.shard,
+        **options_of(run),
     )
 
 
