@@ -2,7 +2,9 @@
 
 A task is two functions: `inputs(batch)` picks what the model sees, `loss(outputs, batch,
 train=...)` gives `{name: (sum, count)}` with "loss" among the names; that one is minimised.
-`examine` says what a prediction was, for confusion matrices and the worst mistakes.
+`examine` says what a prediction was, for confusion matrices and the worst mistakes; `check` refuses
+outputs that cannot name every class of the data; `score` chooses the best checkpoint. Outputs may be
+any pytree that the task's own `loss` understands.
 
 Dims: B batch, C classes, D features, T tokens to predict, V vocabulary.
 """
@@ -71,6 +73,10 @@ class Classification:
             "loss": metrics.weighted(loss_B, weights_B),
             "accuracy": metrics.weighted(right_B, weights_B),
         }
+
+    def check(self, outputs: Any, num_classes: int | None) -> None:
+        """`ValueError` if the (abstract) outputs have fewer classes than the data."""
+        _check_width(outputs, num_classes, "num_classes", "classes")
 
     def examine(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         """For each example: its label, the prediction, the label's probability and the loss, all
@@ -147,6 +153,10 @@ class NextToken:
             )
         return tokens[:, :-1]
 
+    def check(self, outputs: Any, num_classes: int | None) -> None:
+        """`ValueError` if the (abstract) outputs have fewer tokens than the data."""
+        _check_width(outputs, num_classes, "vocabulary", "tokens")
+
     def loss(self, outputs: jax.Array, batch: Batch, *, train: bool = True) -> metrics.Sums:
         """Cross-entropy and accuracy of logits (B, T, V), summed over tokens."""
         del train  # the same in both
@@ -168,6 +178,15 @@ class NextToken:
             "loss": metrics.weighted(losses.cross_entropy(logits, targets), weights),
             "accuracy": metrics.weighted(right, weights),
         }
+
+
+def _check_width(outputs: Any, wanted: int | None, field: str, what: str) -> None:
+    shape = getattr(outputs, "shape", ())
+    if wanted is not None and shape and shape[-1] < wanted:
+        raise UserError(
+            f"--model.{field}={shape[-1]}: the data has {wanted} {what}; set"
+            f" --model.{field}={wanted}"
+        )
 
 
 def score_of(task: Any) -> Callable[[Mapping[str, float]], float]:

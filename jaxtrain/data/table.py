@@ -251,3 +251,15 @@ def device_dtype(dtype: np.dtype) -> np.dtype:
         if np.dtype(dtype) in (np.uint8, np.bool_)
         else np.dtype(wide[np.dtype(dtype).kind])
     )
+
+
+def classes_of(table: Table) -> int | None:
+    """How many classes a table's labels need: what it says, or one more than its greatest label if
+    it is in memory.
+
+    >>> classes_of(ArrayTable({"label": np.array([0, 2])}))
+    3
+    """
+    if table.num_classes is not None or table.arrays is None or "label" not in table.arrays:
+        return table.num_classes
+    return int(table.arrays["label"].max()) + 1

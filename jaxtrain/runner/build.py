@@ -17,7 +17,7 @@ from jaxtrain.data import pipeline, statistics
 from jaxtrain.data.order import Shuffled
 from jaxtrain.data.pipeline import Stream
 from jaxtrain.data.splits import Splits
-from jaxtrain.data.table import Table
+from jaxtrain.data.table import Table, classes_of
 from jaxtrain.errors import UserError
 from jaxtrain.parallel import sharding
 from jaxtrain.processes import group
@@ -165,18 +165,8 @@ def check_model(
         return outputs, sums
 
     outputs, _ = jax.eval_shape(forward, batch)
-    classes = num_classes(train)
-    field, what = ("num_classes", "classes") if "label" in batch else ("vocabulary", "tokens")
-    if (
-        hasattr(outputs, "shape")
-        and classes is not None
-        and {"label", "tokens"} & set(batch)
-        and outputs.shape[-1] < classes
-    ):
-        raise UserError(
-            f"--model.{field}={outputs.shape[-1]}: the data has {classes} {what}; set"
-            f" --model.{field}={classes}"
-        )
+    if hasattr(run.task, "check"):
+        run.task.check(outputs, classes_of(train))
     return batch
 
 
@@ -210,14 +200,6 @@ def check_held_out(run: config.Run, splits: Splits, recipe: Recipe, batch: Batch
                 f"--data.{name}={getattr(run.data, name, '')}: does not fit what is trained on"
                 f" ({reason})"
             ) from error
-
-
-def num_classes(table: Table) -> int | None:
-    """How many classes a table's labels need: what it says, or one more than its greatest label if
-    it is in memory."""
-    if table.num_classes is not None or table.arrays is None or "label" not in table.arrays:
-        return table.num_classes
-    return int(table.arrays["label"].max()) + 1
 
 
 def place_data(run: config.Run, train: Table, mesh: Mesh) -> Batch | None:
