@@ -48,8 +48,8 @@ from jaxtrain.models.vit import NAMES as VITS
 from jaxtrain.models.vit import ViT
 from jaxtrain.optimizers import AdamW
 from jaxtrain.parallel import mesh as meshes
-from jaxtrain.processes.group import Agreement
-from jaxtrain.processes.signals import Stop
+from jaxtrain.processes.group import StopAgreement
+from jaxtrain.processes.signals import StopSignals
 from jaxtrain.report.metrics_file import JsonlWriter, Writers, read_metrics
 from jaxtrain.report.terminal.progress import Progress, make_console
 from jaxtrain.report.trackers import TensorBoardWriter
@@ -161,7 +161,7 @@ class OurLoop:
 
     def block(self, steps: int) -> None:
         """Trains on for so many steps."""
-        with Stop() as stop:
+        with StopSignals() as stop:
             ending = loop.train(
                 self.state,
                 step=self.step,
@@ -173,7 +173,7 @@ class OurLoop:
                 ),
                 journal=self._journal,
                 progress=self._progress,
-                stop=Agreement(stop),
+                stop=StopAgreement(stop),
                 validate=None,
                 test=None,
                 score=score_of(self.run.task),

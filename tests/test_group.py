@@ -31,7 +31,7 @@ import numpy as np
 import jaxtrain
 from jaxtrain import augment, optimizers, schedules
 from jaxtrain.data.splits import Splits
-from jaxtrain.data.synthetic import Synthetic
+from jaxtrain.data.sources.synthetic import Synthetic
 from jaxtrain.data.table import ArrayTable
 from jaxtrain.models import mlp
 from jaxtrain.tasks import Classification

@@ -1,5 +1,5 @@
-"""Which process of how many this is, by flags and by each scheduler's words; and the roll call by
-which they meet, with real sockets."""
+"""Cluster detection by flags and by each scheduler's variables; and the rendezvous barrier, with
+real sockets."""
 
 import concurrent.futures
 import errno
@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from jaxtrain import errors
-from jaxtrain.processes import arguments, cluster, join, supervisor
-from jaxtrain.processes.cluster import Processes, find, share_of_cards
-from jaxtrain.processes.join import PeerLost, roll_call
+from jaxtrain.processes import arguments, cluster, rendezvous, supervisor
+from jaxtrain.processes.cluster import ProcessInfo, detect, local_gpus
+from jaxtrain.processes.rendezvous import PeerLost, barrier
 
 ROOT = Path(__file__).resolve().parent.parent
 SLURM = {
@@ -69,73 +69,77 @@ def without(environ: dict[str, str], *names: str, **changes: str) -> dict[str, s
         ({}, {}, None),
         ({}, {"processes": 1}, None),
         (SLURM, {"processes": 1}, None),
-        ({}, {"processes": 2, "process": 1, "coordinator": "a:7"}, Processes(2, 1, "a:7", "flags")),
+        (
+            {},
+            {"processes": 2, "process": 1, "coordinator": "a:7"},
+            ProcessInfo(2, 1, "a:7", "flags"),
+        ),
         (
             {},
             {"processes": 2, "process": 0, "coordinator": "[::1]:7"},
-            Processes(2, 0, "[::1]:7", "flags"),
+            ProcessInfo(2, 0, "[::1]:7", "flags"),
         ),
         (
             SLURM,
             {"processes": 2, "process": 1, "coordinator": "a:7"},
-            Processes(2, 1, "a:7", "flags"),
+            ProcessInfo(2, 1, "a:7", "flags"),
         ),
-        (LOCAL, {}, Processes(2, 1, "127.0.0.1:61500", "environment")),
+        (LOCAL, {}, ProcessInfo(2, 1, "127.0.0.1:61500", "environment")),
         (
             {**SLURM, **LOCAL, "JAXTRAIN_LOCAL_PROCESS": "1", "JAXTRAIN_LOCAL_PROCESSES": "2"},
             {},
-            Processes(2, 1, "127.0.0.1:61500", "environment", 1, 2),
+            ProcessInfo(2, 1, "127.0.0.1:61500", "environment", 1, 2),
         ),
-        (SLURM, {}, Processes(4, 3, f"node07:{SLURM_PORT}", "SLURM", 1, 2)),
-        (SLURM, {"processes": 4}, Processes(4, 3, f"node07:{SLURM_PORT}", "SLURM", 1, 2)),
-        (SLURM, {"coordinator": "ib7:9000"}, Processes(4, 3, "ib7:9000", "SLURM", 1, 2)),
+        (SLURM, {}, ProcessInfo(4, 3, f"node07:{SLURM_PORT}", "SLURM", 1, 2)),
+        (SLURM, {"processes": 4}, ProcessInfo(4, 3, f"node07:{SLURM_PORT}", "SLURM", 1, 2)),
+        (SLURM, {"coordinator": "ib7:9000"}, ProcessInfo(4, 3, "ib7:9000", "SLURM", 1, 2)),
         (
             without(SLURM, SLURM_STEP_TASKS_PER_NODE="3,1"),
             {},
-            Processes(4, 3, f"node07:{SLURM_PORT}", "SLURM", 1, 1),
+            ProcessInfo(4, 3, f"node07:{SLURM_PORT}", "SLURM", 1, 1),
         ),
         (
             without(SLURM, SLURM_STEP_TASKS_PER_NODE="4", SLURM_NODEID="0", SLURM_LOCALID="3"),
             {},
-            Processes(4, 3, f"127.0.0.1:{SLURM_PORT}", "SLURM", 3, 4),
+            ProcessInfo(4, 3, f"127.0.0.1:{SLURM_PORT}", "SLURM", 3, 4),
         ),
         # A batch script is no task; nor is a step of one task more than one process.
         (without(SLURM, "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID"), {}, None),
         (without(SLURM, SLURM_STEP_NUM_TASKS="1"), {}, None),
-        (OPEN_MPI, {}, Processes(4, 2, f"10.96.0.1:{OPEN_MPI_PORT}", "Open MPI", 0, 2)),
+        (OPEN_MPI, {}, ProcessInfo(4, 2, f"10.96.0.1:{OPEN_MPI_PORT}", "Open MPI", 0, 2)),
         (
             {**SLURM, **OPEN_MPI},
             {},
-            Processes(4, 2, f"10.96.0.1:{OPEN_MPI_PORT}", "Open MPI", 0, 2),
+            ProcessInfo(4, 2, f"10.96.0.1:{OPEN_MPI_PORT}", "Open MPI", 0, 2),
         ),
         (
             without(
                 OPEN_MPI, OMPI_MCA_orte_hnp_uri="1531576320.0;tcp6://[fe80::b9b,2620:10d::2]:43370"
             ),
             {},
-            Processes(4, 2, f"[fe80::b9b]:{OPEN_MPI_PORT}", "Open MPI", 0, 2),
+            ProcessInfo(4, 2, f"[fe80::b9b]:{OPEN_MPI_PORT}", "Open MPI", 0, 2),
         ),
         (
             without(OPEN_MPI, "OMPI_MCA_orte_hnp_uri", PMIX_NAMESPACE="prterun-login-1-4711@1"),
             {},
-            Processes(4, 2, f"login-1:{61440 + 4711 % 4096}", "Open MPI", 0, 2),
+            ProcessInfo(4, 2, f"login-1:{61440 + 4711 % 4096}", "Open MPI", 0, 2),
         ),
         (
             without(OPEN_MPI, OMPI_COMM_WORLD_LOCAL_SIZE="4"),
             {},
-            Processes(4, 2, f"127.0.0.1:{OPEN_MPI_PORT}", "Open MPI", 0, 4),
+            ProcessInfo(4, 2, f"127.0.0.1:{OPEN_MPI_PORT}", "Open MPI", 0, 4),
         ),
         ({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1"}, {}, None),
-        (KUBERNETES, {}, Processes(2, 1, "jaxtrain-0.jaxtrain:61500", "Kubernetes")),
+        (KUBERNETES, {}, ProcessInfo(2, 1, "jaxtrain-0.jaxtrain:61500", "Kubernetes")),
         # An Indexed Job of single runs.
         ({"JOB_COMPLETION_INDEX": "1"}, {}, None),
         (without(KUBERNETES, JAXTRAIN_PROCESSES="1", JOB_COMPLETION_INDEX="0"), {}, None),
     ],
 )
 def test_a_process_knows_its_place(
-    environ: dict[str, str], given: dict[str, int | str], expected: Processes | None
+    environ: dict[str, str], given: dict[str, int | str], expected: ProcessInfo | None
 ) -> None:
-    assert find(environ, **given) == expected  # type: ignore[arg-type]
+    assert detect(environ, **given) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +243,7 @@ def test_what_cannot_be_is_said_in_one_line(
     environ: dict[str, str], given: dict[str, int | str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        find(environ, **given)  # type: ignore[arg-type]
+        detect(environ, **given)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -259,26 +263,26 @@ def test_the_first_host_of_a_list(nodes: str, host: str) -> None:
     assert cluster.first_host(nodes) == host
 
 
-def test_cards_are_shared_within_a_host() -> None:
-    one_a_host, one_a_card = (
-        Processes(2, 1, "a:1", "SLURM"),
-        Processes(8, 5, "a:1", "SLURM", local=1, local_count=4),
+def test_gpus_are_shared_within_a_host() -> None:
+    one_a_host, one_a_gpu = (
+        ProcessInfo(2, 1, "a:1", "SLURM"),
+        ProcessInfo(8, 5, "a:1", "SLURM", local_index=1, local_count=4),
     )
-    assert share_of_cards(one_a_host, 8) is None
-    assert [share_of_cards(one_a_card, cards) for cards in (4, 8)] == [[1], [2, 3]]
-    assert share_of_cards(one_a_card, 1) is None  # the scheduler has bound it to its own
-    assert share_of_cards(one_a_card, 0) is None
+    assert local_gpus(one_a_host, 8) is None
+    assert [local_gpus(one_a_gpu, gpus) for gpus in (4, 8)] == [[1], [2, 3]]
+    assert local_gpus(one_a_gpu, 1) is None  # the scheduler has bound it to its own
+    assert local_gpus(one_a_gpu, 0) is None
     message = (
         "--processes=8: 4 processes on this host cannot share 6 GPUs evenly; start one a host, one"
         " a GPU, or hide some with CUDA_VISIBLE_DEVICES"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        share_of_cards(one_a_card, 6)
+        local_gpus(one_a_gpu, 6)
 
 
-def test_processes_of_one_machine_cannot_share_its_only_card() -> None:
-    rehearsed = find({**LOCAL, "JAXTRAIN_LOCAL_PROCESS": "1", "JAXTRAIN_LOCAL_PROCESSES": "2"})
-    assert rehearsed is not None and [share_of_cards(rehearsed, cards) for cards in (0, 2, 4)] == [
+def test_processes_of_one_machine_cannot_share_its_only_gpu() -> None:
+    rehearsed = detect({**LOCAL, "JAXTRAIN_LOCAL_PROCESS": "1", "JAXTRAIN_LOCAL_PROCESSES": "2"})
+    assert rehearsed is not None and [local_gpus(rehearsed, gpus) for gpus in (0, 2, 4)] == [
         None,
         [1],
         [2, 3],
@@ -287,16 +291,16 @@ def test_processes_of_one_machine_cannot_share_its_only_card() -> None:
         ValueError,
         match=r"^--processes=2: cannot share 1 GPU; add --platform=cpu to rehearse on the CPU$",
     ):
-        share_of_cards(rehearsed, 1)
+        local_gpus(rehearsed, 1)
 
 
-def test_cards_are_counted_without_a_driver(tmp_path: Path) -> None:
-    for card in ("0000:01:00.0", "0000:02:00.0"):
-        (tmp_path / card).mkdir()
-    assert cluster.visible_cards({}, str(tmp_path)) == 2
-    assert cluster.visible_cards({}, str(tmp_path / "none")) == 0
+def test_gpus_are_counted_without_a_driver(tmp_path: Path) -> None:
+    for gpu in ("0000:01:00.0", "0000:02:00.0"):
+        (tmp_path / gpu).mkdir()
+    assert cluster.visible_gpus({}, str(tmp_path)) == 2
+    assert cluster.visible_gpus({}, str(tmp_path / "none")) == 0
     assert [
-        cluster.visible_cards({"CUDA_VISIBLE_DEVICES": shown})
+        cluster.visible_gpus({"CUDA_VISIBLE_DEVICES": shown})
         for shown in ("", "-1", "3", "0,1", "GPU-1a,GPU-2b")
     ] == [0, 0, 1, 2, 2]
 
@@ -309,10 +313,10 @@ def free_coordinator(host: str = "127.0.0.1") -> str:
 def call(
     coordinator: str, *members: tuple[int, int], seconds: float = 10.0
 ) -> list[BaseException | None]:
-    """What became of each (count, index) that came to one roll call, each in a thread."""
+    """The exception, if any, of each (count, index) at one barrier, each in a thread."""
     with concurrent.futures.ThreadPoolExecutor(len(members)) as pool:
         made = [
-            pool.submit(roll_call, count, index, coordinator, timeout=seconds)
+            pool.submit(barrier, count, index, coordinator, timeout=seconds)
             for count, index in members
         ]
         return [each.exception() for each in made]
@@ -325,15 +329,15 @@ def test_all_come(host: str) -> None:
 
 def test_the_first_process_may_come_last_and_go_again() -> None:
     coordinator, came = free_coordinator(), []
-    guest = threading.Thread(target=lambda: came.append(roll_call(2, 1, coordinator, timeout=20)))
-    guest.start()
+    other = threading.Thread(target=lambda: came.append(barrier(2, 1, coordinator, timeout=20)))
+    other.start()
     # a process 0 that dies when it has been found
-    with socket.create_server(join.split(coordinator)) as another:
+    with socket.create_server(rendezvous.split_address(coordinator)) as another:
         another.accept()[0].close()
     time.sleep(0.2)
     arrivals: list[int] = []
-    roll_call(2, 0, coordinator, timeout=20, arrived=lambda: arrivals.append(1))
-    guest.join()
+    barrier(2, 0, coordinator, timeout=20, on_arrival=lambda: arrivals.append(1))
+    other.join()
     assert came == [None] and len(arrivals) == 2
 
 
@@ -355,11 +359,11 @@ def test_nobody_is_there() -> None:
         "is it running there, and does the network let it through?"
     )
     with pytest.raises(PeerLost, match=f"^{re.escape(message)}$"):
-        roll_call(2, 1, coordinator, timeout=1)
+        barrier(2, 1, coordinator, timeout=1)
     with pytest.raises(
         PeerLost, match=r"did not find process 0 at nowhere\.invalid:7 within 0 s \(.*\)"
     ):
-        roll_call(2, 1, "nowhere.invalid:7", timeout=0.2)
+        barrier(2, 1, "nowhere.invalid:7", timeout=0.2)
 
 
 def test_a_port_in_use_is_said_before_jax_crashes_on_it() -> None:
@@ -369,10 +373,10 @@ def test_a_port_in_use_is_said_before_jax_crashes_on_it() -> None:
         " a free port"
     )
     with (
-        socket.create_server(join.split(coordinator)),
+        socket.create_server(rendezvous.split_address(coordinator)),
         pytest.raises(PeerLost, match=f"^{re.escape(message)}$"),
     ):
-        roll_call(2, 0, coordinator, timeout=1)
+        barrier(2, 0, coordinator, timeout=1)
 
 
 def test_those_who_contradict_one_another_are_told() -> None:
@@ -387,24 +391,24 @@ def test_those_who_contradict_one_another_are_told() -> None:
         ),
     ]:
         assert [(type(error), str(error)) for error in call(free_coordinator(), *members)] == [
-            (ValueError, message)
+            (errors.UserError, message)
         ] * len(members)
 
 
 def test_one_that_died_and_came_again_is_one() -> None:
     coordinator = free_coordinator()
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        first = pool.submit(roll_call, 3, 0, coordinator, timeout=20)
+        first = pool.submit(barrier, 3, 0, coordinator, timeout=20)
         until = time.monotonic() + 10
         while time.monotonic() < until:
             try:
-                with socket.create_connection(join.split(coordinator)) as dying:
+                with socket.create_connection(rendezvous.split_address(coordinator)) as dying:
                     dying.sendall(b"jaxtrain 1 of 3\n")
                     time.sleep(0.1)
                 break
             except ConnectionRefusedError:
                 time.sleep(0.02)
-        others = [pool.submit(roll_call, 3, index, coordinator, timeout=20) for index in (1, 2)]
+        others = [pool.submit(barrier, 3, index, coordinator, timeout=20) for index in (1, 2)]
         assert [each.exception() for each in (first, *others)] == [None] * 3
 
 
@@ -414,15 +418,15 @@ TCP_REPAIR = 19
 
 def test_one_that_lost_its_power_and_came_again_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        join, "_KEEP_ALIVE", {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 1}
+        rendezvous, "_KEEP_ALIVE", {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 1}
     )
     coordinator, came = free_coordinator(), threading.Event()
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        first = pool.submit(roll_call, 3, 0, coordinator, timeout=20, arrived=came.set)
+        first = pool.submit(barrier, 3, 0, coordinator, timeout=20, on_arrival=came.set)
         until = time.monotonic() + 10
         while time.monotonic() < until and not came.is_set():
             try:
-                with socket.create_connection(join.split(coordinator)) as dying:
+                with socket.create_connection(rendezvous.split_address(coordinator)) as dying:
                     dying.sendall(b"jaxtrain 1 of 3\n")
                     assert came.wait(10)
                     try:
@@ -432,30 +436,34 @@ def test_one_that_lost_its_power_and_came_again_is_one(monkeypatch: pytest.Monke
             except ConnectionRefusedError:
                 time.sleep(0.02)
         time.sleep(2.5)  # the system asks after one second, and nobody answers
-        others = [pool.submit(roll_call, 3, index, coordinator, timeout=20) for index in (1, 2)]
+        others = [pool.submit(barrier, 3, index, coordinator, timeout=20) for index in (1, 2)]
         assert [each.exception() for each in (first, *others)] == [None] * 3
 
 
 def test_connections_are_asked_whether_they_live() -> None:
     with socket.socket() as connection:
-        join._keep_alive(connection)
+        rendezvous._keep_alive(connection)
         assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-        known = {name: getattr(socket, name) for name in join._KEEP_ALIVE if hasattr(socket, name)}
+        known = {
+            name: getattr(socket, name) for name in rendezvous._KEEP_ALIVE if hasattr(socket, name)
+        }
         assert {
             name: connection.getsockopt(socket.IPPROTO_TCP, number)
             for name, number in known.items()
-        } == {name: join._KEEP_ALIVE[name] for name in known}
+        } == {name: rendezvous._KEEP_ALIVE[name] for name in known}
 
 
 def test_strangers_are_sent_away() -> None:
     coordinator = free_coordinator()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        first = pool.submit(roll_call, 2, 0, coordinator, timeout=20)
+        first = pool.submit(barrier, 2, 0, coordinator, timeout=20)
         for words in (b"GET / HTTP/1.1\r\n\r\n", b"x" * 1000, b"jaxtrain 1 of\n", b""):
             until = time.monotonic() + 10
             while time.monotonic() < until:
                 try:
-                    with socket.create_connection(join.split(coordinator), timeout=10) as stranger:
+                    with socket.create_connection(
+                        rendezvous.split_address(coordinator), timeout=10
+                    ) as stranger:
                         stranger.sendall(words)
                         try:
                             stranger.shutdown(socket.SHUT_WR)
@@ -465,7 +473,7 @@ def test_strangers_are_sent_away() -> None:
                     break
                 except ConnectionRefusedError:
                     time.sleep(0.02)
-        roll_call(2, 1, coordinator, timeout=20)
+        barrier(2, 1, coordinator, timeout=20)
         assert first.exception() is None
 
 
@@ -475,14 +483,14 @@ def test_waiting_may_be_given_up() -> None:
 
     for index in range(2):
         with pytest.raises(KeyboardInterrupt):
-            roll_call(2, index, free_coordinator(), timeout=20, waiting=give_up)
+            barrier(2, index, free_coordinator(), timeout=20, on_wait=give_up)
 
 
 JOIN = """
 import os, signal, sys, time
 from jaxtrain.processes import cluster
-found = cluster.find(os.environ)
-cluster.join(found, init_timeout=60)
+found = cluster.detect(os.environ)
+cluster.join(found, timeout=60)
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -566,10 +574,10 @@ def test_the_manifest_of_kubernetes_agrees_with_itself() -> None:
     assert (
         arguments.parse(
             [str(ROOT / word) if word.endswith(".py") else word for word in command[3:]]
-        ).max_restarts
+        ).options.max_restarts
         == 3
     )
-    assert find({"JOB_COMPLETION_INDEX": "0", **environ}) == Processes(
+    assert detect({"JOB_COMPLETION_INDEX": "0", **environ}) == ProcessInfo(
         2, 0, "jaxtrain-0.jaxtrain:61500", "Kubernetes"
     )
     assert "apiVersion: batch/v1" in job

@@ -20,7 +20,7 @@ from jaxtrain.checkpoints import committed
 from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.horizon import Horizon
 from jaxtrain.models import ConvNet
-from jaxtrain.processes.signals import Stop
+from jaxtrain.processes.signals import StopSignals
 from jaxtrain.train import feeds
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -134,7 +134,7 @@ def test_ignored_signals_stay_ignored() -> None:
     """As under nohup, or in the background of a script."""
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Stop() as stop:
+        with StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.status is None
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -144,10 +144,10 @@ def test_ignored_signals_stay_ignored() -> None:
 
 STUCK = """
 import hashlib, signal
-from jaxtrain.processes.signals import Stop
+from jaxtrain.processes.signals import StopSignals
 # It is ignored in the background of a script.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-with Stop():
+with StopSignals():
     print(1, flush=True)
     hashlib.pbkdf2_hmac("md5", b"", b"", 2**31 - 1)
 """

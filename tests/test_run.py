@@ -27,8 +27,8 @@ from jaxtrain.horizon import Horizon
 from jaxtrain.models import MLP, ConvNet
 from jaxtrain.optimizers import SGD, AdamW
 from jaxtrain.processes import group, heartbeat
-from jaxtrain.processes.group import Agreement
-from jaxtrain.processes.signals import Stop
+from jaxtrain.processes.group import StopAgreement
+from jaxtrain.processes.signals import StopSignals
 from jaxtrain.report.metrics_file import JsonlWriter, Writers, is_clock, read_metrics
 from jaxtrain.report.page import html
 from jaxtrain.report.terminal.progress import Progress
@@ -338,7 +338,7 @@ def _train(
         writers=writers,
         checkpoints=checkpoints,
         progress=progress,
-        stop=Agreement(Stop()),
+        stop=StopAgreement(StopSignals()),
         fetch=recorder.fetch,
         **({"validate": None, "test": None} | options),
     )
@@ -445,7 +445,7 @@ def test_an_evaluation_is_put_off_when_a_signal_came_and_done_first_on_the_way_b
 ) -> None:
     """Whoever sends the signal may wait for seconds only: the commit comes at once, and the lines
     are those of an undisturbed run."""
-    stop: Any = types.SimpleNamespace(status=None, tick=lambda: None)
+    stop: Any = types.SimpleNamespace(status=None, exchange=lambda: None)
     recorder = _Recorder()
     checkpoints: Any = _NoCheckpoints(recorder.events)
     saved: list[dict[str, Any]] = []
@@ -758,7 +758,7 @@ def test_a_long_wait_for_peers_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(runner_main, "SILENT_SECONDS", 0.0)
-    with Stop() as stop:
+    with StopSignals() as stop:
         threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
         assert (
             runner_main.guarded(
@@ -788,7 +788,7 @@ def test_a_signal_while_waiting_for_peers(
     # a shell's job in the background ignores SIGINT, and so would we
     before = signal.signal(number, signal.SIG_DFL)
     try:
-        with Stop() as stop:
+        with StopSignals() as stop:
             os.kill(os.getpid(), number)
             assert runner_main.guarded(lambda: runner_main._join(alone, stop)) == status
     finally:
@@ -902,10 +902,10 @@ def test_meshes_that_differ_have_a_status_of_their_own(
 def test_a_supervisor_is_told_what_the_experiment_itself_asks_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = heartbeat.Pulse(tmp_path / "pulse")
-    monkeypatch.setattr(heartbeat, "_own", lambda: own)
-    monkeypatch.setenv(heartbeat.SUPERVISED, "1")
+    writer = heartbeat.HeartbeatWriter(tmp_path / "heartbeat")
+    monkeypatch.setattr(heartbeat, "_writer", lambda: writer)
+    monkeypatch.setenv(heartbeat.SUPERVISOR_PID_ENV, "1")
     monkeypatch.setattr(runner_main, "launch", lambda run, argv: 0)
     assert runner_main._start(toy(max_restarts=2, hang_seconds=7.5), []) == 0
-    said = heartbeat.read(tmp_path / "pulse")
-    assert said is not None and (said.max_restarts, said.hang_seconds) == (2, 7.5)
+    sent = heartbeat.read(tmp_path / "heartbeat")
+    assert sent is not None and sent.options == heartbeat.SupervisorOptions(2, 7.5)

@@ -38,19 +38,19 @@ PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 pytestmark = pytest.mark.slow
 
 WORKER = '''
-"""A stand-in for an experiment: beats, and ends when the file `go` is there or it is asked to."""
+"""A stand-in for an experiment: it sends heartbeats, and ends when the file `go` is there or it is asked to."""
 import os, signal, sys, time
 from pathlib import Path
-from jaxtrain import processes, pulse, rendezvous
+from jaxtrain.processes import cluster, heartbeat, rendezvous
 
 flags = dict(argument.lstrip("-").split("=", 1) for argument in sys.argv[1:])
 folder, workdir = Path(flags["folder"]), Path(flags["workdir"])
 asked = []
 signal.signal(signal.SIGTERM, lambda *seen: asked.append(1))
-found = processes.find(os.environ)
-rendezvous.roll_call(found.count, found.index, found.coordinator, timeout=60)
+found = cluster.detect(os.environ)
+rendezvous.barrier(found.count, found.index, found.coordinator, timeout=60)
 workdir.mkdir(parents=True, exist_ok=True)
-pulse.workdir(workdir)
+heartbeat.send_workdir(workdir)
 attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
 told = f"{os.getpid()} {found.count} {found.source} {workdir}"
 (folder / f"task-{found.index}-{attempt}").write_text(told)
@@ -58,7 +58,7 @@ if flags.get("status") and found.index == 1:
     print("jaxtrain: error: for good", file=sys.stderr)
     sys.exit(int(flags["status"]))
 for step in range(100000):
-    pulse.beat("training", step)
+    heartbeat.beat("training", step)
     time.sleep(0.05)
     if asked:
         (folder / f"saved-{found.index}").touch()
@@ -374,12 +374,12 @@ def test_digits_train_in_two_tasks_and_survive_a_kill(cluster: Cluster, tmp_path
         return any(workdir.glob("checkpoints/*/COMMIT"))
 
     wait_for(committed, 180, "nothing is committed")
-    pulses = [
+    heartbeat_files = [
         path
-        for path in Path("/tmp").glob("jaxtrain-*/pulse-0")
-        if (beat := heartbeat.read(path)) and beat.workdir == str(workdir)
+        for path in Path("/tmp").glob("jaxtrain-*/heartbeat-0")
+        if (latest := heartbeat.read(path)) and latest.workdir == str(workdir)
     ]
-    assert len(pulses) == 2
+    assert len(heartbeat_files) == 2
     tasks = [
         int(task)
         for task in cluster.ask(

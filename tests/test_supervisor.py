@@ -17,18 +17,11 @@ from pathlib import Path
 import pytest
 
 from jaxtrain import errors
-from jaxtrain.processes import (
-    arguments as launch_arguments,
-)
-from jaxtrain.processes import (
-    failure,
-    heartbeat,
-    join,
-)
-from jaxtrain.processes import (
-    workers as worker_processes,
-)
-from jaxtrain.processes.failure import LIMITS, Observation, Verdict, judge
+from jaxtrain.processes import arguments as supervisor_arguments
+from jaxtrain.processes import failure, heartbeat, rendezvous
+from jaxtrain.processes import workers as worker_processes
+from jaxtrain.processes.failure import SILENCE_LIMITS, Failure, Observation, first_failure
+from jaxtrain.processes.heartbeat import Heartbeat, SupervisorOptions
 from jaxtrain.processes.worker_log import WorkerLog
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,10 +29,10 @@ BOUND = 5.0
 """Seconds from a death to the end of the whole group; the issue asks for 20 with a real model."""
 
 WORKER = '''
-"""A stand-in for an experiment: beats as one, and at a step of one process does what flags say."""
+"""A stand-in for an experiment: it sends heartbeats, and at one step of one process has the fault that flags name."""
 import os, signal, sys, time
 from pathlib import Path
-from jaxtrain.processes import heartbeat as pulse
+from jaxtrain.processes import heartbeat
 
 flags = dict(argument.lstrip("-").split("=", 1) for argument in sys.argv[1:])
 index, steps = int(os.environ.get("JAXTRAIN_PROCESS", 0)), int(flags.get("steps", 8))
@@ -53,12 +46,12 @@ attempt = len((folder / f"argv-{index}").read_text().splitlines())
 asked = []
 signal.signal(signal.SIGTERM, lambda *seen: asked.append("TERM"))
 signal.signal(signal.SIGINT, lambda *seen: asked.append("INT"))
-pulse.beat("starting")
-if "wishes" in flags:
-    restarts, seconds = flags["wishes"].split(",")
-    pulse.wishes(int(restarts), float(seconds))
-if "told" in flags:
-    pulse.workdir(flags["told"])
+heartbeat.beat("starting")
+if "options" in flags:
+    restarts, seconds = flags["options"].split(",")
+    heartbeat.send_options(int(restarts), float(seconds))
+if "sent_workdir" in flags:
+    heartbeat.send_workdir(flags["sent_workdir"])
 
 def the_place_where_it_hangs():
     (folder / "hangs").touch()
@@ -70,15 +63,15 @@ def wait_for_peers():
     while not asked and not any((folder / f"gone-{other}").exists() for other in range(4)):
         time.sleep(0.02)
 
-pulse.beat("compiling")
+heartbeat.beat("compiling")
 time.sleep(float(flags.get("compile", 0)))
 print("process", index, "attempt", attempt, flush=True)
 kind, _, where = flags.get("fault", "none:0").partition(":")
 for step in range(1, steps + 1):
-    pulse.beat("training", step)
+    heartbeat.beat("training", step)
     time.sleep(0.02)
     if asked:
-        pulse.beat("saving", step)
+        heartbeat.beat("saving", step)
         (folder / f"saved-{index}").write_text(",".join(asked))
         sys.exit(130 if "INT" in asked else 75)
     if step == 5 and str(index) in where.split(",") and attempt <= int(flags.get("attempts", 1)):
@@ -101,7 +94,7 @@ for step in range(1, steps + 1):
         wait_for_peers()
     if kind == "slow":
         time.sleep(0.1)
-pulse.beat("ending", steps)
+heartbeat.beat("ending", steps)
 '''
 
 
@@ -167,7 +160,7 @@ class Group:
         while time.monotonic() < until:
             beats = [
                 heartbeat.read(path)
-                for path in (self.folder / "temporary").glob("jaxtrain-*/pulse-*")
+                for path in (self.folder / "temporary").glob("jaxtrain-*/heartbeat-*")
             ]
             if sum(beat is not None and (beat.step or 0) >= step for beat in beats) == count:
                 return
@@ -202,76 +195,79 @@ def group(folder: Path, *arguments: str, processes: int = 2, **more: object) -> 
 
 
 SEEN = Observation(0, 10.0, "training", 38)
-DEAD = replace(SEEN, status=1, ended_at=10.0)
+DEAD = replace(SEEN, exit_status=1, exit_time=10.0)
 
 
 @pytest.mark.parametrize(
     ("observed", "now", "found"),
     [
         ([SEEN, replace(SEEN, index=1)], 11.0, None),
-        # A death is judged when the others have had time to die too.
+        # A failure is named when the others have had time to exit too.
         ([SEEN, replace(DEAD, index=1)], 10.5, None),
         (
             [SEEN, replace(DEAD, index=1)],
             11.1,
-            Verdict(1, "ended with status 1 while training at step 38"),
+            Failure(1, "ended with status 1 while training at step 38"),
         ),
         (
-            [replace(DEAD, status=-9)],
+            [replace(DEAD, exit_status=-9)],
             10.0,
-            Verdict(0, "was killed by SIGKILL while training at step 38"),
+            Failure(0, "was killed by SIGKILL while training at step 38"),
         ),
         # What comes after is not the cause, even where it was seen first.
         (
-            [replace(DEAD, status=-6), replace(DEAD, index=1, ended_at=10.1)],
+            [replace(DEAD, exit_status=-6), replace(DEAD, index=1, exit_time=10.1)],
             10.1,
-            Verdict(1, "ended with status 1 while training at step 38"),
+            Failure(1, "ended with status 1 while training at step 38"),
         ),
         (
-            [replace(DEAD, status=75), replace(DEAD, index=1, status=-11, ended_at=10.9)],
+            [
+                replace(DEAD, exit_status=75),
+                replace(DEAD, index=1, exit_status=-11, exit_time=10.9),
+            ],
             11,
-            Verdict(1, "was killed by SIGSEGV while training at step 38"),
+            Failure(1, "was killed by SIGSEGV while training at step 38"),
         ),
         (
-            [replace(DEAD, ended_at=10.2), replace(DEAD, index=1)],
+            [replace(DEAD, exit_time=10.2), replace(DEAD, index=1)],
             11,
-            Verdict(1, "ended with status 1 while training at step 38"),
+            Failure(1, "ended with status 1 while training at step 38"),
         ),
         (
-            [replace(DEAD, status=-6), replace(SEEN, index=1, stopped_since=8.5)],
+            [replace(DEAD, exit_status=-6), replace(SEEN, index=1, stopped_since=8.5)],
             12.0,
-            Verdict(1, "was stopped by a signal while training at step 38"),
+            Failure(1, "was stopped by a signal while training at step 38"),
         ),
         # Flags are refused by all, seconds apart; the first worker has said why.
-        ([SEEN, replace(DEAD, index=1, status=2, step=None)], 13.0, None),
+        ([SEEN, replace(DEAD, index=1, exit_status=2, step=None)], 13.0, None),
         (
-            [replace(DEAD, status=2), replace(DEAD, index=1, status=2, ended_at=9)],
+            [replace(DEAD, exit_status=2), replace(DEAD, index=1, exit_status=2, exit_time=9)],
             10,
-            Verdict(0, "ended with status 2 (bad input) while training at step 38", 2),
+            Failure(0, "ended with status 2 (bad input) while training at step 38", 2),
         ),
         (
-            [SEEN, replace(DEAD, index=1, status=71)],
+            [SEEN, replace(DEAD, index=1, exit_status=71)],
             12,
-            Verdict(1, "ended with status 71 (out of memory) while training at step 38", 71),
+            Failure(1, "ended with status 71 (out of memory) while training at step 38", 71),
         ),
         # Stopped for a moment, and for longer.
         ([SEEN, replace(SEEN, index=1, stopped_since=9.0)], 10.5, None),
         (
             [SEEN, replace(SEEN, index=1, stopped_since=9.0)],
             11.5,
-            Verdict(1, "was stopped by a signal while training at step 38"),
+            Failure(1, "was stopped by a signal while training at step 38"),
         ),
         # Hung: the one furthest behind, and among equals the one that stopped first.
-        ([SEEN, replace(SEEN, index=1, beat_at=9.0)], 17.5, None),
+        ([SEEN, replace(SEEN, index=1, last_progress=9.0)], 17.5, None),
         (
-            [SEEN, replace(SEEN, index=1, beat_at=9.0)],
+            [SEEN, replace(SEEN, index=1, last_progress=9.0)],
             18.5,
-            Verdict(1, "hung while training at step 38 (no progress for 10 s)"),
+            Failure(1, "hung while training at step 38 (no progress for 10 s)"),
         ),
         (
-            [replace(SEEN, step=37, beat_at=10.4), replace(SEEN, index=1)],
+            [replace(SEEN, step=37, last_progress=10.4), replace(SEEN, index=1)],
             18.5,
-            Verdict(0, "hung while training at step 37 (no progress for 8 s)"),
+            Failure(0, "hung while training at step 37 (no progress for 8 s)"),
         ),
         # Whoever is behind may take the time of its own phase, and the others wait for it as long.
         ([SEEN, replace(SEEN, index=1, phase="saving")], 1000.0, None),
@@ -279,71 +275,90 @@ DEAD = replace(SEEN, status=1, ended_at=10.0)
         (
             [SEEN, replace(SEEN, index=1, phase="compiling", step=None)],
             3700.0,
-            Verdict(1, "hung while compiling (no progress for 3690 s)"),
+            Failure(1, "hung while compiling (no progress for 3690 s)"),
         ),
-        ([replace(SEEN, phase="evaluating", beat_at=99), replace(SEEN, index=1)], 100.0, None),
-        # One that has finished is not behind; one that left early is what the others wait for.
-        ([SEEN, replace(DEAD, index=1, status=0, phase="ending")], 15.0, None),
         (
-            [SEEN, replace(DEAD, index=1, status=0, step=37)],
-            19.0,
-            Verdict(1, "ended with status 0 before the others while training at step 37"),
+            [replace(SEEN, phase="evaluating", last_progress=99), replace(SEEN, index=1)],
+            100.0,
+            None,
         ),
-        ([replace(DEAD, status=0, phase="ending")], 15.0, None),
+        # One that has finished is not behind; one that left early is what the others wait for.
+        ([SEEN, replace(DEAD, index=1, exit_status=0, phase="ending")], 15.0, None),
+        (
+            [SEEN, replace(DEAD, index=1, exit_status=0, step=37)],
+            19.0,
+            Failure(1, "ended with status 0 before the others while training at step 37"),
+        ),
+        ([replace(DEAD, exit_status=0, phase="ending")], 15.0, None),
     ],
 )
-def test_the_verdict_names_the_first_cause(
-    observed: list[Observation], now: float, found: Verdict | None
+def test_the_first_failure_is_named(
+    observed: list[Observation], now: float, found: Failure | None
 ) -> None:
-    assert judge(observed, now, failure.limits(8)) == found
+    assert first_failure(observed, now, failure.silence_limits(8)) == found
 
 
 def test_those_who_were_asked_to_end_are_not_at_fault() -> None:
     for status in (0, 75, 130, -signal.SIGTERM):
-        ended = replace(DEAD, index=1, status=status, phase="ending")
-        assert judge([SEEN, ended], 15.0, LIMITS, asked=True) is None
-    assert judge([SEEN, replace(DEAD, index=1, status=-9)], 15.0, LIMITS, asked=True) is not None
-    assert judge([SEEN], 700.0, LIMITS, asked=True) is not None
+        ended = replace(DEAD, index=1, exit_status=status, phase="ending")
+        assert first_failure([SEEN, ended], 15.0, SILENCE_LIMITS, stop_requested=True) is None
+    assert (
+        first_failure(
+            [SEEN, replace(DEAD, index=1, exit_status=-9)],
+            15.0,
+            SILENCE_LIMITS,
+            stop_requested=True,
+        )
+        is not None
+    )
+    assert first_failure([SEEN], 700.0, SILENCE_LIMITS, stop_requested=True) is not None
 
 
 def test_limits_are_those_of_the_issue_and_cover_every_phase() -> None:
-    assert tuple(LIMITS) == heartbeat.PHASES == tuple(failure.DOING)
-    assert {phase for phase in heartbeat.PHASES if failure.limits(8)[phase] != LIMITS[phase]} == {
+    assert tuple(SILENCE_LIMITS) == heartbeat.PHASES == tuple(failure.ACTIVITIES)
+    assert {
+        phase
+        for phase in heartbeat.PHASES
+        if failure.silence_limits(8)[phase] != SILENCE_LIMITS[phase]
+    } == {
         "training",
         "evaluating",
     }
 
 
-def test_a_pulse_is_read_as_it_was_written(tmp_path: Path) -> None:
-    path = tmp_path / "pulse"
-    own = heartbeat.Pulse(path)
-    assert heartbeat.read(path) == heartbeat.Beat(1)
-    own.beat("evaluating", 10**12)
-    own.workdir("/a place/näme")
-    assert heartbeat.read(path) == heartbeat.Beat(2, "evaluating", 10**12, "/a place/näme")
-    own.beat("saving")
-    assert heartbeat.read(path) == heartbeat.Beat(3, "saving", 10**12, "/a place/näme")
-    own.wishes(10**30, 0.25)
-    assert heartbeat.read(path) == heartbeat.Beat(
-        3, "saving", 10**12, "/a place/näme", 10**30, 0.25
-    )
-    own.wishes(2, None)
-    own.workdir("/b")
-    assert heartbeat.read(path) == heartbeat.Beat(3, "saving", 10**12, "/b", 2, None)
+def test_a_heartbeat_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path, workdir = tmp_path / "heartbeat", "/a place/näme"
+    writer = heartbeat.HeartbeatWriter(path)
+    assert heartbeat.read(path) == Heartbeat(1)
+    writer.beat("evaluating", 10**12)
+    writer.send_workdir(workdir)
+    assert heartbeat.read(path) == Heartbeat(2, "evaluating", 10**12, workdir)
+    writer.beat("saving")
+    assert heartbeat.read(path) == Heartbeat(3, "saving", 10**12, workdir)
+    writer.send_options(SupervisorOptions(10**30, 0.25))
+    sent = Heartbeat(3, "saving", 10**12, workdir, SupervisorOptions(10**30, 0.25))
+    assert heartbeat.read(path) == sent
+    writer.send_options(SupervisorOptions(2, None))
+    writer.send_workdir("/b")
+    sent = Heartbeat(3, "saving", 10**12, "/b", SupervisorOptions(2, None))
+    assert heartbeat.read(path) == sent
     path.write_bytes(b"half a l")
     assert heartbeat.read(path) is None
 
 
-def test_a_beat_without_a_supervisor_is_nothing(tmp_path: Path) -> None:
-    """Also in a child that inherited the environment of a worker: its beats would hide that the
-    worker hangs."""
+def test_a_heartbeat_without_a_supervisor_is_nothing(tmp_path: Path) -> None:
+    """Also in a child that inherited the environment of a worker: its heartbeats would hide that
+    the worker hangs."""
     code = (
         "import os; from jaxtrain.processes import heartbeat; heartbeat.beat('training', 3);"
-        " heartbeat.workdir('/x'); assert heartbeat._own() is None"
+        " heartbeat.send_workdir('/x'); assert heartbeat._writer() is None"
     )
     for inherited in (
         {},
-        {"JAXTRAIN_PULSE": str(tmp_path / "pulse"), "JAXTRAIN_SUPERVISED": str(os.getppid())},
+        {
+            "JAXTRAIN_HEARTBEAT_FILE": str(tmp_path / "heartbeat"),
+            "JAXTRAIN_SUPERVISOR_PID": str(os.getppid()),
+        },
     ):
         clean = {
             name: value for name, value in os.environ.items() if not name.startswith("JAXTRAIN_")
@@ -351,7 +366,7 @@ def test_a_beat_without_a_supervisor_is_nothing(tmp_path: Path) -> None:
         subprocess.run(
             [sys.executable, "-c", code], env={**clean, **inherited}, check=True, cwd=ROOT
         )
-    assert not (tmp_path / "pulse").exists()
+    assert not (tmp_path / "heartbeat").exists()
 
 
 @pytest.mark.parametrize(
@@ -397,46 +412,60 @@ def test_a_beat_without_a_supervisor_is_nothing(tmp_path: Path) -> None:
 )
 def test_a_command_line_that_cannot_be(argv: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        launch_arguments.parse(argv)
+        supervisor_arguments.parse(argv)
 
 
 def test_the_flags_of_both_are_read_in_either_form() -> None:
-    plan = launch_arguments.parse(
+    parsed = supervisor_arguments.parse(
         ["--processes", "2", __file__, "--hang_seconds", "8", "--max_restarts=3", "--resume=never"]
     )
-    assert (plan.processes, plan.devices, plan.hang_seconds, plan.max_restarts) == (2, None, 8.0, 3)
-    assert plan.command("")[2:] == ["--hang_seconds", "8", "--max_restarts=3", "--resume=never"]
-    assert plan.command("/run")[2:] == ["--hang_seconds", "8", "--max_restarts=3", "--workdir=/run"]
-    assert replace(plan, flags=("--workdir", "/mine")).command("/run")[2:] == ["--workdir", "/mine"]
-    wrong = replace(plan, flags=("--hang_seconds=soon", "--max_restarts=many"))
-    assert (wrong.hang_seconds, wrong.max_restarts) == (None, 0)
+    assert (parsed.processes, parsed.devices) == (2, None)
+    assert parsed.options == SupervisorOptions(max_restarts=3, hang_seconds=8.0)
+    assert parsed.worker_command("")[2:] == [
+        "--hang_seconds",
+        "8",
+        "--max_restarts=3",
+        "--resume=never",
+    ]
+    assert parsed.worker_command("/run")[2:] == [
+        "--hang_seconds",
+        "8",
+        "--max_restarts=3",
+        "--workdir=/run",
+    ]
+    assert replace(parsed, flags=("--workdir", "/mine")).worker_command("/run")[2:] == [
+        "--workdir",
+        "/mine",
+    ]
+    wrong = replace(parsed, flags=("--hang_seconds=soon", "--max_restarts=many"))
+    assert wrong.options == SupervisorOptions()
 
 
-def test_the_last_words_of_a_log(tmp_path: Path) -> None:
+def test_the_error_lines_of_a_log(tmp_path: Path) -> None:
     log = WorkerLog(tmp_path, 1)
-    assert log.last_words() == []
+    assert log.error_lines() == []
     log.path.write_text("noise\n" * 30 + "the end\n")
-    assert log.last_words(2) == ["noise", "the end"]
+    assert log.error_lines(2) == ["noise", "the end"]
     log.path.write_text("noise\nTraceback (most recent call last):\n  File x\nRuntimeError: why\n")
-    assert log.last_words() == [
+    assert log.error_lines() == [
         "Traceback (most recent call last):",
         "  File x",
         "RuntimeError: why",
     ]
     log.path.write_text("jaxtrain: error: --seed=x: no number\nnoise of the machine\n")
-    assert log.last_words() == ["jaxtrain: error: --seed=x: no number"]
+    assert log.error_lines() == ["jaxtrain: error: --seed=x: no number"]
     (tmp_path / "run").mkdir()
-    assert log.follow(str(tmp_path / "run")) and log.follow(str(tmp_path / "run"))
-    log.begin()
+    assert log.copy_to(str(tmp_path / "run")) and log.copy_to(str(tmp_path / "run"))
+    log.clear()
     log.path.write_text("again\n")
-    assert log.follow(str(tmp_path / "run")) and not WorkerLog(tmp_path, 1).follow("")
+    assert log.copy_to(str(tmp_path / "run")) and not WorkerLog(tmp_path, 1).copy_to("")
     assert (
         (tmp_path / "run" / "logs" / "1.txt").read_text().endswith("noise of the machine\nagain\n")
     )
 
 
 def test_all_end_well(tmp_path: Path) -> None:
-    with group(tmp_path, own_file := f"--told={tmp_path / 'run'}") as made:
+    with group(tmp_path, own_file := f"--sent_workdir={tmp_path / 'run'}") as made:
         (tmp_path / "run").mkdir()
         out, err = made.finish(0)
     assert (out, err) == ("process 0 attempt 1\n", "")
@@ -452,9 +481,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(("processes", "culprit"), [(2, 1), (4, 0)])
+@pytest.mark.parametrize(("processes", "failed"), [(2, 1), (4, 0)])
 def test_a_fault_ends_the_group_by_its_name_and_it_starts_again(
-    tmp_path: Path, processes: int, culprit: int
+    tmp_path: Path, processes: int, failed: int
 ) -> None:
     with contextlib.ExitStack() as stack:
         made = {}
@@ -463,21 +492,21 @@ def test_a_fault_ends_the_group_by_its_name_and_it_starts_again(
             (folder / "run" / "checkpoints" / "4").mkdir(parents=True)
             (folder / "run" / "checkpoints" / "4" / "COMMIT").touch()
             flags = (
-                f"--fault={kind}:{culprit}",
-                f"--told={folder / 'run'}",
+                f"--fault={kind}:{failed}",
+                f"--sent_workdir={folder / 'run'}",
                 "--hang_seconds=2",
                 "--max_restarts=3",
             )
             made[kind] = stack.enter_context(group(folder, *flags, processes=processes))
         for kind, each in made.items():
             _, err = each.finish(0)
-            check_restart(each, kind, processes, culprit, err)
+            check_restart(each, kind, processes, failed, err)
 
 
-def check_restart(made: Group, kind: str, processes: int, culprit: int, err: str) -> None:
+def check_restart(made: Group, kind: str, processes: int, failed: int, err: str) -> None:
     """What a group must have said and left that failed once and then ended well."""
     line, run = err.splitlines()[-1], made.folder / "run"
-    named = rf"jaxtrain: process {culprit} of {processes} {FAULTS[kind]} while training at step 5"
+    named = rf"jaxtrain: process {failed} of {processes} {FAULTS[kind]} while training at step 5"
     told = (
         rf"( \(no progress for \d+ s\))?; stacks: {run}/stacks/\S+\.txt; restarting from the last"
         r" commit \(1 of 3\)"
@@ -493,7 +522,7 @@ def check_restart(made: Group, kind: str, processes: int, culprit: int, err: str
         first, second = (made.folder / f"argv-{index}").read_text().splitlines()
         assert second == f"{first} --workdir={run}"
     assert (err.count("RuntimeError: a fault of this very kind") == 1) == (
-        kind == "raise" and culprit == 0
+        kind == "raise" and failed == 0
     )
     assert made.left() == []
 
@@ -519,7 +548,7 @@ def test_each_group_is_gone_within_the_bound(tmp_path: Path) -> None:
 def test_what_the_experiment_asks_for_counts_like_flags(tmp_path: Path) -> None:
     """The supervisor reads no experiment: its worker tells it what `Run(max_restarts=1,
     hang_seconds=1)` says."""
-    with group(tmp_path, "--fault=hang:1", "--wishes=1,1.0") as made:
+    with group(tmp_path, "--fault=hang:1", "--options=1,1.0") as made:
         _, err = made.finish(0)
     assert re.fullmatch(
         r"jaxtrain: process 1 of 2 hung while training at step 5 .*; restarting from the beginning,"
@@ -534,7 +563,7 @@ def test_no_restarts_are_left(tmp_path: Path) -> None:
         tmp_path,
         "--fault=raise:1",
         "--attempts=9",
-        f"--told={tmp_path / 'run'}",
+        f"--sent_workdir={tmp_path / 'run'}",
         "--max_restarts=1",
     ) as made:
         _, err = made.finish(75)
@@ -571,7 +600,7 @@ def test_final_statuses_are_known_to_the_script_of_slurm() -> None:
     assert f"case $status in 0 | {' | '.join(map(str, errors.FINAL))}) exit" in script
 
 
-def test_a_worker_without_a_terminal_has_its_final_words_shown(tmp_path: Path) -> None:
+def test_a_worker_without_a_terminal_has_its_error_shown(tmp_path: Path) -> None:
     with group(tmp_path, "--fault=71:1") as made:
         _, err = made.finish(71)
     first, second, third = err.splitlines()
@@ -588,7 +617,7 @@ def test_a_worker_without_a_terminal_has_its_final_words_shown(tmp_path: Path) -
         " run's folder"
     )
     assert "log-1" in made.left()
-    assert not {"pulse-1", "stacks-1"} & set(made.left())
+    assert not {"heartbeat-1", "stacks-1"} & set(made.left())
 
 
 def test_where_children_are_ignored_their_status_is_still_known(tmp_path: Path) -> None:
@@ -613,11 +642,11 @@ def test_a_dead_worker_keeps_its_number_until_its_children_are_killed(
         0, [sys.executable, "-c", LEAVES_A_CHILD], os.environ, tmp_path, tmp_path / "log", 0.0
     )
     until = time.monotonic() + 10
-    while worker.observe(1.0).status is None:
+    while worker.observe(1.0).exit_status is None:
         assert time.monotonic() < until
         time.sleep(0.02)
     child, own = int((tmp_path / "log").read_text()), worker._process.pid
-    assert worker.observe(2.0).status == 0 and Path(f"/proc/{own}").exists() and alive(child)
+    assert worker.observe(2.0).exit_status == 0 and Path(f"/proc/{own}").exists() and alive(child)
     sent: list[int] = []
     monkeypatch.setattr(
         worker_processes.os,
@@ -626,13 +655,15 @@ def test_a_dead_worker_keeps_its_number_until_its_children_are_killed(
     )
     monkeypatch.setattr(worker_processes.os, "kill", lambda process, number: sent.append(process))
     assert (
-        worker_processes.end([worker]) == [] and sent == [own] and not Path(f"/proc/{own}").exists()
+        worker_processes.kill_all([worker]) == []
+        and sent == [own]
+        and not Path(f"/proc/{own}").exists()
     )
     while alive(child):
         assert time.monotonic() < until
         time.sleep(0.02)
-    assert worker_processes.end([worker]) == [] and not worker.ask_for_stack()
-    worker.send(signal.SIGTERM)
+    assert worker_processes.kill_all([worker]) == [] and not worker.request_stacks()
+    worker.send_signal(signal.SIGTERM)
     assert sent == [own]
 
 
@@ -656,13 +687,16 @@ def test_a_signal_reaches_every_worker_once(
     ] * 2
 
 
-def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_after_a_stop_signal_ends_all_at_once(
+    tmp_path: Path, first: signal.Signals
+) -> None:
     with group(tmp_path, "--fault=hang:0") as made:
         made.wait_for_workers(2, step=5)
         while not (tmp_path / "hangs").exists():
             time.sleep(0.02)
-        for _ in range(2):
-            made.process.send_signal(signal.SIGINT)
+        for number in (first, signal.SIGINT):
+            made.process.send_signal(number)
             time.sleep(0.3)
         _, err = made.finish(130)
     assert err == "jaxtrain: interrupted twice; nothing more is saved\n"
@@ -707,7 +741,7 @@ def test_the_devices_and_the_coordinator_of_a_rehearsal(tmp_path: Path) -> None:
     made.finish(0)
     lines = [(tmp_path / f"environ-{index}").read_text().split(maxsplit=3) for index in range(2)]
     for _, coordinator, platforms, flags in lines:
-        assert join.split(coordinator)[0] == "127.0.0.1"
+        assert rendezvous.split_address(coordinator)[0] == "127.0.0.1"
         assert platforms == "cpu"  # else jax takes the GPU of a machine that has one
         assert (
             flags.strip()

@@ -1,17 +1,13 @@
-"""Several processes of one run: how they find each other, agree, are watched and restarted.
+"""The processes of one run: how they find each other, agree on a stop, and are watched and
+restarted by a supervisor.
 
-Nothing here imports jax before it is used: the supervisor runs without it.
+Nothing here imports jax before it is used, so the supervisor runs without jax.
 """
 
 __all__ = [
-    "arguments",
     "cluster",
-    "failure",
     "group",
     "heartbeat",
-    "join",
     "signals",
     "supervisor",
-    "worker_log",
-    "workers",
 ]

@@ -1,5 +1,4 @@
-"""What the supervisor's command line asks for: which experiment, with which flags, in how many
-processes."""
+"""The supervisor's command line: which experiment, with which flags, in how many processes."""
 
 import contextlib
 import dataclasses
@@ -8,11 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from jaxtrain.errors import UserError
+from jaxtrain.processes.heartbeat import SupervisorOptions
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What the command line asks for."""
+class Arguments:
+    """The supervisor's command line, parsed. `flags` are those of the experiment."""
 
     script: str
     flags: tuple[str, ...]
@@ -20,107 +20,108 @@ class Plan:
     devices: int | None = None
 
     @property
-    def hang_seconds(self) -> float | None:
-        """The value of --hang_seconds; None if it is not there, or no number, of which the worker
-        will complain."""
-        with contextlib.suppress(ValueError, TypeError):
-            # None raises TypeError.
-            return float(value_of(self.flags, "hang_seconds"))  # type: ignore[arg-type]
-        return None
+    def options(self) -> SupervisorOptions:
+        """The values of --max_restarts and --hang_seconds; a value that is no number counts as
+        absent, because the worker will refuse it."""
+        restarts, hang_seconds = 0, None
+        with contextlib.suppress(ValueError):
+            restarts = int(flag_value(self.flags, "max_restarts") or 0)
+        with contextlib.suppress(ValueError):
+            text = flag_value(self.flags, "hang_seconds")
+            hang_seconds = None if text is None else float(text)
+        return SupervisorOptions(restarts, hang_seconds)
 
-    @property
-    def max_restarts(self) -> int:
-        """The value of --max_restarts; 0 if it is not there, or no number, of which the worker will
-        complain."""
-        with contextlib.suppress(ValueError, TypeError):
-            return int(value_of(self.flags, "max_restarts"))  # type: ignore[arg-type]
-        return 0
-
-    def command(self, workdir: str) -> list[str]:
-        """What a worker runs; into `workdir` at a restart, where it goes on instead of beginning
-        anew."""
+    def worker_command(self, workdir: str) -> list[str]:
+        """The command of a worker. At a restart `workdir` is the run's folder, in which the worker
+        resumes; at the first start it is empty."""
         flags = list(self.flags)
         if workdir:
-            flags = without(flags, "resume") if value_of(flags, "resume") == "never" else flags
-            flags += [] if value_of(flags, "workdir") else [f"--workdir={workdir}"]
+            if flag_value(flags, "resume") == "never":
+                flags = without_flag(flags, "resume")
+            flags += [] if flag_value(flags, "workdir") else [f"--workdir={workdir}"]
         return [sys.executable, self.script, *flags]
 
 
-def parse(argv: Sequence[str]) -> Plan:
-    """Reads the command line; flags after the file are the worker's own.
+def parse(argv: Sequence[str]) -> Arguments:
+    """Reads the command line; flags after the file belong to the experiment.
 
     >>> parse(["--processes=2", "--max_restarts", "3", __file__, "--steps=9"]).flags
     ('--steps=9', '--max_restarts=3')
 
-    `ValueError` for anything wrong with the flags that stand before it.
+    `UserError` if a flag before the file is wrong.
     """
     own: dict[str, str] = {}
-    left = list(argv)
-    while left and left[0].startswith("-"):
-        name, equals, value = left.pop(0).lstrip("-").partition("=")
+    rest = list(argv)
+    while rest and rest[0].startswith("-"):
+        name, equals, value = rest.pop(0).lstrip("-").partition("=")
         if name not in ("processes", "devices", "hang_seconds", "max_restarts"):
             raise UserError(
                 f"--{name}: not a flag of the supervisor; flags of the experiment come after its"
                 " FILE.py"
             )
-        if not equals and not left:
+        if not equals and not rest:
             raise UserError(f"--{name}: needs a value, e.g. --{name}=2")
-        own[name] = value if equals else left.pop(0)
-    if not left:
+        own[name] = value if equals else rest.pop(0)
+    if not rest:
         raise UserError(
             "no FILE.py given; python -m jaxtrain.processes.supervisor --processes=2"
             " experiments/digits.py [flags]"
         )
-    script, *flags = left
+    script, *flags = rest
     if not os.path.isfile(script):
         raise UserError(f"{script}: no such experiment")
     flags += [f"--{name}={own[name]}" for name in ("hang_seconds", "max_restarts") if name in own]
-    counts = {name: _count(name, own[name]) for name in ("processes", "devices") if name in own}
+    counts = {
+        name: _positive_integer(name, own[name]) for name in ("processes", "devices") if name in own
+    }
     if counts.get("processes", 1) > 1 and (
-        name := next((name for name in ("process", "coordinator") if value_of(flags, name)), None)
+        name := next((name for name in ("process", "coordinator") if flag_value(flags, name)), None)
     ):
         raise UserError(
             f"--processes={counts['processes']}: starts all processes here, so --{name} has no"
             " meaning; drop one of them"
         )
-    if "devices" in counts and value_of(flags, "platform") == "gpu":
+    if "devices" in counts and flag_value(flags, "platform") == "gpu":
         raise UserError(
             f"--devices={counts['devices']}: makes devices of the CPU, so --platform=gpu has no"
             " meaning; drop one of them"
         )
-    return Plan(script, tuple(flags), **counts)
+    return Arguments(script, tuple(flags), **counts)
 
 
-def value_of(argv: Sequence[str], name: str) -> str | None:
-    """The value of a flag as it stands among arguments, in either form.
+def flag_value(argv: Sequence[str], name: str) -> str | None:
+    """The value of a flag among arguments, written as --name=value or --name value.
 
-    >>> value_of(["--seed", "3", "--workdir=x"], "seed"), value_of(["--seed", "3"], "workdir")
-    ('3', None)
+    >>> argv = ["--seed", "3", "--workdir=x"]
+    >>> flag_value(argv, "seed"), flag_value(argv, "workdir"), flag_value(argv, "steps")
+    ('3', 'x', None)
     """
-    for place, argument in enumerate(argv):
-        if argument in (f"--{name}", f"-{name}") and place + 1 < len(argv):
-            return argv[place + 1]
+    for position, argument in enumerate(argv):
+        if argument in (f"--{name}", f"-{name}") and position + 1 < len(argv):
+            return argv[position + 1]
         if argument.startswith((f"--{name}=", f"-{name}=")):
             return argument.partition("=")[2]
     return None
 
 
-def without(argv: Sequence[str], name: str) -> list[str]:
-    """The arguments without one flag, in either form.
+def without_flag(argv: Sequence[str], name: str) -> list[str]:
+    """The arguments without one flag, written as --name=value or --name value.
 
-    >>> without(["--resume", "never", "--seed=3"], "resume")
+    >>> without_flag(["--resume", "never", "--seed=3"], "resume")
     ['--seed=3']
     """
-    alone = [place for place, argument in enumerate(argv) if argument in (f"--{name}", f"-{name}")]
-    gone = {*alone, *(place + 1 for place in alone)}
+    names = [
+        position for position, argument in enumerate(argv) if argument in (f"--{name}", f"-{name}")
+    ]
+    removed = {*names, *(position + 1 for position in names)}
     return [
         argument
-        for place, argument in enumerate(argv)
-        if place not in gone and not argument.startswith((f"--{name}=", f"-{name}="))
+        for position, argument in enumerate(argv)
+        if position not in removed and not argument.startswith((f"--{name}=", f"-{name}="))
     ]
 
 
-def _count(name: str, text: str) -> int:
+def _positive_integer(name: str, text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) >= 1):
         raise UserError(f"--{name}={text}: must be an integer >= 1")
     return int(text)

@@ -1,8 +1,8 @@
-"""The processes of a run: which of how many this one is, as flags or a scheduler say, and how they
-find one another.
+"""Cluster detection: the index of this process, the number of processes and the coordinator's
+address, from flags, the environment or a scheduler; and how jax is started with them.
 
-One process a host drives all of its GPUs; where a scheduler starts several on a host, each takes
-its share of them.
+One process per host drives all GPUs of the host. Where a scheduler starts several processes on a
+host, each takes its share of the GPUs.
 """
 
 import dataclasses
@@ -15,51 +15,56 @@ from pathlib import Path
 
 from jaxtrain import messages
 from jaxtrain.errors import PeerLost, UserError
-from jaxtrain.processes import join as rendezvous
+from jaxtrain.processes import rendezvous
 
-PROCESSES, PROCESS, COORDINATOR = "JAXTRAIN_PROCESSES", "JAXTRAIN_PROCESS", "JAXTRAIN_COORDINATOR"
-"""The environment's words for --processes, --process and --coordinator; scripts/launch_local sets
-them, and so may you."""
-LOCAL_PROCESS, LOCAL_PROCESSES = "JAXTRAIN_LOCAL_PROCESS", "JAXTRAIN_LOCAL_PROCESSES"
-"""Which of how many on this host, where they share its GPUs."""
+PROCESS_COUNT_ENV = "JAXTRAIN_PROCESSES"
+"""The environment variable for --processes. You may set it and the next two, as the supervisor
+does."""
+PROCESS_INDEX_ENV = "JAXTRAIN_PROCESS"
+"""The environment variable for --process."""
+COORDINATOR_ENV = "JAXTRAIN_COORDINATOR"
+"""The environment variable for --coordinator."""
+LOCAL_INDEX_ENV, LOCAL_COUNT_ENV = "JAXTRAIN_LOCAL_PROCESS", "JAXTRAIN_LOCAL_PROCESSES"
+"""The environment variables for the index of this process among those of its host, and their
+number; the processes of a host share its GPUs."""
 
-JOIN_SECONDS = 540.0
-"""How long processes wait for one another; a little less than the supervisor's limit, for they can
-say who is missing."""
-HEARTBEAT_SECONDS = 30
-"""After this silence jax takes a peer for dead, and aborts. Its own 100 s leave GPUs idle; a
-heartbeat is a thread of C++, so it needs no step."""
-_PORTS = 61440, 4096
-"""Schedulers give no port, so one is derived from the job, above those that systems hand out to
-outgoing connections."""
+JOIN_TIMEOUT_SECONDS = 540.0
+"""How long processes wait for one another: a little less than the supervisor's limit, because they
+can name the missing ones and the supervisor cannot."""
+JAX_HEARTBEAT_TIMEOUT_SECONDS = 30
+"""After this silence jax takes a peer for dead, and aborts. Its default of 100 s leaves GPUs idle.
+A C++ thread sends jax's heartbeats, so they need no step."""
+_FIRST_PORT, _NUM_PORTS = 61440, 4096
+"""Schedulers assign no port, so one is derived from the job's number; this range lies above the
+ports that systems hand out to outgoing connections."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Processes:
-    """Which of how many processes this is, and where the first one is to be found.
+class ProcessInfo:
+    """The number of processes, the index of this one, and the address of process 0.
 
-    `coordinator` is HOST:PORT; `source` says who told; `local` of `local_count` is its place among
-    those on the same host.
+    `coordinator` is HOST:PORT. `source` names where the values come from. `local_index` and
+    `local_count` are the same for the processes of this host alone.
     """
 
     count: int
     index: int
     coordinator: str
     source: str
-    local: int = 0
+    local_index: int = 0
     local_count: int = 1
 
 
-def find(
+def detect(
     environ: Mapping[str, str],
     *,
     processes: int | None = None,
     process: int | None = None,
     coordinator: str = "",
-) -> Processes | None:
-    """The place of this process in its group, or None if it is alone.
+) -> ProcessInfo | None:
+    """The index of this process and the size of its group, or None if it is alone.
 
-    >>> find({}, processes=2, process=1, coordinator="10.0.0.1:7000").index
+    >>> detect({}, processes=2, process=1, coordinator="10.0.0.1:7000").index
     1
     >>> slurm = {
     ...     "SLURM_JOB_ID": "7",
@@ -67,25 +72,29 @@ def find(
     ...     "SLURM_PROCID": "1",
     ...     "SLURM_STEP_NODELIST": "gpu[07-08]",
     ... }
-    >>> find(slurm)
-    Processes(count=2, index=1, coordinator='gpu07:61447', source='SLURM', local=0, local_count=1)
+    >>> info = detect(slurm)
+    >>> info.count, info.index, info.coordinator, info.source
+    (2, 1, 'gpu07:61447', 'SLURM')
 
-    Flags come first, then JAXTRAIN_..., Open MPI, SLURM, Kubernetes; `coordinator` alone replaces
-    the one that a scheduler leads to, and `processes=1` keeps a process alone anywhere.
-    `ValueError` for what is missing or contradicts.
+    Flags come first, then the variables JAXTRAIN_..., Open MPI, SLURM and Kubernetes. `coordinator`
+    alone replaces the address that a scheduler implies. `processes=1` keeps a process alone
+    anywhere. `UserError` if a value is missing or contradicts another.
     """
     if processes == 1:
         return None
     given = {"--processes": processes, "--process": process, "--coordinator": coordinator or None}
     if processes is not None and process is not None and coordinator:
-        return _checked(
-            Processes(processes, process, coordinator, "flags"),
+        return _validated(
+            ProcessInfo(processes, process, coordinator, "flags"),
             names=("--processes", "--process", "--coordinator"),
         )
     found = next(
         (
             each
-            for each in (read(environ) for read in (_environment, _open_mpi, _slurm, _kubernetes))
+            for each in (
+                read(environ)
+                for read in (_from_environment, _from_open_mpi, _from_slurm, _from_kubernetes)
+            )
             if each is not None
         ),
         None,
@@ -99,113 +108,114 @@ def find(
                 " scheduler start all processes"
             )
         return None
-    for name, value, theirs in (
+    for name, value, detected in (
         ("--processes", processes, found.count),
         ("--process", process, found.index),
     ):
-        if value is not None and value != theirs:
-            raise UserError(f"{name}={value}: {found.source} says {theirs}; drop the flag")
+        if value is not None and value != detected:
+            raise UserError(f"{name}={value}: {found.source} says {detected}; drop the flag")
     if coordinator:
         found = dataclasses.replace(found, coordinator=coordinator)
-    return _checked(
-        found, names=(PROCESSES, PROCESS, "--coordinator" if coordinator else COORDINATOR)
-    )
+    coordinator_name = "--coordinator" if coordinator else COORDINATOR_ENV
+    return _validated(found, names=(PROCESS_COUNT_ENV, PROCESS_INDEX_ENV, coordinator_name))
 
 
 def join(
-    found: Processes,
+    info: ProcessInfo,
     *,
-    init_timeout: float = JOIN_SECONDS,
-    heartbeat: int = HEARTBEAT_SECONDS,
-    arrived: Callable[[], None] = lambda: None,
-    waiting: Callable[[], None] = lambda: None,
+    timeout: float = JOIN_TIMEOUT_SECONDS,
+    heartbeat_timeout: int = JAX_HEARTBEAT_TIMEOUT_SECONDS,
+    on_arrival: Callable[[], None] = lambda: None,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> None:
-    """Waits for all processes, and makes one jax of them; after `jax_platforms` is set, before
-    anything asks jax for a device.
+    """Waits for all processes, and starts jax's distributed runtime in them. Call it after
+    `jax_platforms` is set and before anything asks jax for a device.
 
-    `arrived` is called when a process has come, `waiting` twice a second, and may raise. `PeerLost`
-    with one line if one does not come within `init_timeout` seconds, `ValueError` if they were told
-    different things.
+    `on_arrival` is called when a process comes, `on_wait` about twice a second; either may raise to
+    give up. `PeerLost` if a process does not come within `timeout` seconds, `UserError` if the
+    processes have contradicting flags.
     """
-    # jax answers each of these faults with an abort and 30 lines of C++ stack, and a port in use
-    # with a segmentation fault; so this comes first.
-    rendezvous.roll_call(
-        found.count,
-        found.index,
-        found.coordinator,
-        timeout=init_timeout,
-        arrived=arrived,
-        waiting=waiting,
+    # jax itself aborts on each of these faults with 30 lines of C++ stack, and on a port in use
+    # with a segmentation fault; so the barrier comes first.
+    rendezvous.barrier(
+        info.count,
+        info.index,
+        info.coordinator,
+        timeout=timeout,
+        on_arrival=on_arrival,
+        on_wait=on_wait,
     )
     import jax
 
-    if jax.config.jax_cpu_collectives_implementation in (None, "none"):
+    if jax.config.values["jax_cpu_collectives_implementation"] in (None, "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # Its handler would take SIGTERM away from ours, and decide on a step to save that our loop
-    # knows nothing of.
+    # Its handler would replace ours for SIGTERM, and choose a step to save that our loop does not
+    # know.
     if hasattr(jax.config, "jax_enable_preemption_service"):
         jax.config.update("jax_enable_preemption_service", False)
-    cards = 0 if jax.config.jax_platforms == "cpu" else visible_cards(os.environ)
+    gpus = 0 if jax.config.values["jax_platforms"] == "cpu" else visible_gpus(os.environ)
     options = {
-        "local_device_ids": share_of_cards(found, cards),
-        # it would take one GPU for each SLURM task, also where a task has the whole host
+        "local_device_ids": local_gpus(info, gpus),
+        # jax's own detection takes one GPU per SLURM task, also where a task has the whole host.
         "cluster_detection_method": "deactivate",
-        "initialization_timeout": max(1, int(init_timeout)),
-        "heartbeat_timeout_seconds": heartbeat,
-        "coordinator_bind_address": found.coordinator if is_loopback(found.coordinator) else None,
+        "initialization_timeout": max(1, int(timeout)),
+        "heartbeat_timeout_seconds": heartbeat_timeout,
+        "coordinator_bind_address": info.coordinator if is_loopback(info.coordinator) else None,
     }
     known = inspect.signature(jax.distributed.initialize).parameters
     try:
         jax.distributed.initialize(
-            found.coordinator,
-            found.count,
-            found.index,
+            info.coordinator,
+            info.count,
+            info.index,
             **{name: value for name, value in options.items() if name in known},
         )
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise PeerLost(
-            f"process {found.index} of {found.count} could not join at {found.coordinator}:"
-            f" {reason}"
+            f"process {info.index} of {info.count} could not join at {info.coordinator}: {reason}"
         ) from error
 
 
-def share_of_cards(found: Processes, cards: int) -> list[int] | None:
-    """Which of the GPUs that this process sees are its own; None for all of them.
+def local_gpus(info: ProcessInfo, visible: int) -> list[int] | None:
+    """The GPUs that belong to this process, of the `visible` ones; None for all of them.
 
-    >>> share_of_cards(Processes(4, 3, "a:1", "SLURM", local=1, local_count=2), 8)
+    >>> local_gpus(ProcessInfo(4, 3, "a:1", "SLURM", local_index=1, local_count=2), 8)
     [4, 5, 6, 7]
 
-    A scheduler that binds tasks to GPUs shows each only its own, of which it then takes all;
-    scripts/launch_local binds nothing. `ValueError` if they do not come out even.
+    A scheduler that binds tasks to GPUs makes only these visible to each, which then takes all;
+    scripts/launch_local binds nothing. `UserError` if the GPUs cannot be divided evenly.
     """
-    if found.local_count == 1 or cards == 0 or (cards == 1 and found.source != "environment"):
+    bound_by_scheduler = visible == 1 and info.source != "environment"
+    if info.local_count == 1 or visible == 0 or bound_by_scheduler:
         return None
-    if cards == 1:
+    if visible == 1:
         raise UserError(
-            f"--processes={found.count}: cannot share 1 GPU; add --platform=cpu to rehearse on"
-            " the CPU"
+            f"--processes={info.count}: cannot share 1 GPU; add --platform=cpu to rehearse on the"
+            " CPU"
         )
-    if cards % found.local_count:
+    if visible % info.local_count:
         raise UserError(
-            f"--processes={found.count}: {found.local_count} processes on this host cannot share"
-            f" {cards} GPUs evenly; start one a host, one a GPU, or hide some with"
+            f"--processes={info.count}: {info.local_count} processes on this host cannot share"
+            f" {visible} GPUs evenly; start one a host, one a GPU, or hide some with"
             " CUDA_VISIBLE_DEVICES"
         )
-    share = cards // found.local_count
-    return list(range(found.local * share, (found.local + 1) * share))
+    share = visible // info.local_count
+    return list(range(info.local_index * share, (info.local_index + 1) * share))
 
 
-def visible_cards(environ: Mapping[str, str], proc: str = "/proc/driver/nvidia/gpus") -> int:
+def visible_gpus(
+    environ: Mapping[str, str], driver_folder: str = "/proc/driver/nvidia/gpus"
+) -> int:
     """How many NVIDIA GPUs this process sees, found without loading a driver.
 
-    >>> visible_cards({"CUDA_VISIBLE_DEVICES": "0,1"})
+    >>> visible_gpus({"CUDA_VISIBLE_DEVICES": "0,1"})
     2
     """
     shown = environ.get("CUDA_VISIBLE_DEVICES")
     if shown is not None:
-        return len([card for card in shown.split(",") if card.strip() and card.strip() != "-1"])
-    return len(list(Path(proc).iterdir())) if Path(proc).is_dir() else 0
+        return len([gpu for gpu in shown.split(",") if gpu.strip() and gpu.strip() != "-1"])
+    return len(list(Path(driver_folder).iterdir())) if Path(driver_folder).is_dir() else 0
 
 
 def is_loopback(coordinator: str) -> bool:
@@ -214,7 +224,7 @@ def is_loopback(coordinator: str) -> bool:
     >>> is_loopback("127.0.0.1:7000"), is_loopback("[::1]:7000"), is_loopback("node1:7000")
     (True, True, False)
     """
-    host, _ = rendezvous.split(coordinator)
+    host, _ = rendezvous.split_address(coordinator)
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -233,8 +243,8 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
-def _checked(found: Processes, names: tuple[str, str, str]) -> Processes | None:
-    """The same, if it can be; None if the group has one member."""
+def _validated(found: ProcessInfo, names: tuple[str, str, str]) -> ProcessInfo | None:
+    """`found` if its values are possible; None if the group has one member."""
     if found.count == 1:
         return None
     count_name, index_name, coordinator_name = names
@@ -248,7 +258,7 @@ def _checked(found: Processes, names: tuple[str, str, str]) -> Processes | None:
             f"{found.source} does not say on which host process 0 is; give --coordinator=HOST:PORT"
         )
     try:
-        rendezvous.split(found.coordinator)
+        rendezvous.split_address(found.coordinator)
     except ValueError as problem:
         raise UserError(
             f"{coordinator_name}={messages.one_line(found.coordinator)}: {problem}"
@@ -265,40 +275,48 @@ def _checked(found: Processes, names: tuple[str, str, str]) -> Processes | None:
     return found
 
 
-def _environment(environ: Mapping[str, str]) -> Processes | None:
-    texts = {name: environ.get(name, "") for name in (PROCESSES, PROCESS, COORDINATOR)}
-    if not texts[PROCESS]:  # a count and a coordinator alone are the words of Kubernetes
+def _from_environment(environ: Mapping[str, str]) -> ProcessInfo | None:
+    texts = {
+        name: environ.get(name, "")
+        for name in (PROCESS_COUNT_ENV, PROCESS_INDEX_ENV, COORDINATOR_ENV)
+    }
+    if not texts[PROCESS_INDEX_ENV]:  # Kubernetes sets a count and a coordinator alone
         if any(texts.values()) and "JOB_COMPLETION_INDEX" not in environ:
             raise UserError(
-                f"{' and '.join(name for name in texts if texts[name])} set without {PROCESS}; set"
+                f"{' and '.join(name for name in texts if texts[name])} set without {PROCESS_INDEX_ENV}; set"
                 " all three or none"
             )
         return None
     if missing := [name for name, text in texts.items() if not text]:
-        raise UserError(f"{PROCESS} is set without {' and '.join(missing)}; set all three or none")
-    local, local_count = _number(environ, LOCAL_PROCESS, 0), _number(environ, LOCAL_PROCESSES, 1)
-    return Processes(
-        _number(environ, PROCESSES),
-        _number(environ, PROCESS),
-        texts[COORDINATOR],
+        raise UserError(
+            f"{PROCESS_INDEX_ENV} is set without {' and '.join(missing)}; set all three or none"
+        )
+    local_index, local_count = (
+        _integer(environ, LOCAL_INDEX_ENV, 0),
+        _integer(environ, LOCAL_COUNT_ENV, 1),
+    )
+    return ProcessInfo(
+        _integer(environ, PROCESS_COUNT_ENV),
+        _integer(environ, PROCESS_INDEX_ENV),
+        texts[COORDINATOR_ENV],
         "environment",
-        local,
+        local_index,
         local_count,
     )
 
 
-def _open_mpi(environ: Mapping[str, str]) -> Processes | None:
-    """What mpirun says; it comes before SLURM, in whose jobs it starts one daemon a host that looks
-    like a task."""
-    if _number(environ, "OMPI_COMM_WORLD_SIZE", 1) == 1:
+def _from_open_mpi(environ: Mapping[str, str]) -> ProcessInfo | None:
+    """The variables that mpirun sets. They come before those of SLURM: in a SLURM job mpirun starts
+    one daemon per host, which looks like a task."""
+    if _integer(environ, "OMPI_COMM_WORLD_SIZE", 1) == 1:
         return None
     count, index = (
-        _number(environ, "OMPI_COMM_WORLD_SIZE"),
-        _number(environ, "OMPI_COMM_WORLD_RANK"),
+        _integer(environ, "OMPI_COMM_WORLD_SIZE"),
+        _integer(environ, "OMPI_COMM_WORLD_RANK"),
     )
-    local, local_count = (
-        _number(environ, "OMPI_COMM_WORLD_LOCAL_RANK", 0),
-        _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", 1),
+    local_index, local_count = (
+        _integer(environ, "OMPI_COMM_WORLD_LOCAL_RANK", 0),
+        _integer(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", 1),
     )
     uri = environ.get("OMPI_MCA_orte_hnp_uri", "")
     # Open MPI 4: 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911, or tcp6://[fe80::b9b]:43370; a
@@ -313,65 +331,66 @@ def _open_mpi(environ: Mapping[str, str]) -> Processes | None:
     else:
         port, host = 0, ""
     host = "127.0.0.1" if local_count == count else host
-    coordinator = f"{host}:{_port(port)}" if host and (address or name) else ""
-    return Processes(count, index, coordinator, "Open MPI", local, local_count)
+    coordinator = f"{host}:{_derived_port(port)}" if host and (address or name) else ""
+    return ProcessInfo(count, index, coordinator, "Open MPI", local_index, local_count)
 
 
-def _slurm(environ: Mapping[str, str]) -> Processes | None:
-    """What srun says to its tasks; a batch script itself is no task, and knows no step's list of
-    hosts."""
-    count = _number(environ, "SLURM_STEP_NUM_TASKS", _number(environ, "SLURM_NTASKS", 1))
+def _from_slurm(environ: Mapping[str, str]) -> ProcessInfo | None:
+    """The variables that srun sets in its tasks. A batch script itself is no task, and has no list
+    of a step's hosts."""
+    count = _integer(environ, "SLURM_STEP_NUM_TASKS", _integer(environ, "SLURM_NTASKS", 1))
     nodes = environ.get("SLURM_STEP_NODELIST", "")
     if count == 1 or not nodes:
         return None
-    port = _number(environ, "SLURM_JOB_ID", 0) + 1009 * _number(environ, "SLURM_STEP_ID", 0)
-    local_count = _tasks_here(environ, count)
-    # On one host no name needs to be looked up, and nobody outside gets in.
+    port = _integer(environ, "SLURM_JOB_ID", 0) + 1009 * _integer(environ, "SLURM_STEP_ID", 0)
+    local_count = _local_task_count(environ, count)
+    # On one host no name must be looked up, and no other host can connect.
     host = "127.0.0.1" if local_count == count else first_host(nodes)
-    index, local = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_LOCALID", 0)
-    return Processes(count, index, f"{host}:{_port(port)}", "SLURM", local, local_count)
-
-
-def _tasks_here(environ: Mapping[str, str], count: int) -> int:
-    """How many tasks of the step this host has, from a list by hosts such as 2(x3),1."""
-    by_host: list[int] = []
-    for part in filter(None, environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(",")):
-        tasks, _, times = part.removesuffix(")").partition("(x")
-        by_host += [int(tasks)] * int(times or 1)
-    here = _number(environ, "SLURM_NODEID", 0)
-    return (
-        by_host[here]
-        if here < len(by_host)
-        else max(1, count // _number(environ, "SLURM_STEP_NUM_NODES", count))
+    index, local_index = _integer(environ, "SLURM_PROCID"), _integer(environ, "SLURM_LOCALID", 0)
+    return ProcessInfo(
+        count, index, f"{host}:{_derived_port(port)}", "SLURM", local_index, local_count
     )
 
 
-def _kubernetes(environ: Mapping[str, str]) -> Processes | None:
-    """An Indexed Job, whose manifest says how many and where; without these, its pods are runs of
-    their own."""
+def _local_task_count(environ: Mapping[str, str], count: int) -> int:
+    """How many tasks of the step this host has, from a list by hosts such as 2(x3),1."""
+    tasks_by_host: list[int] = []
+    for part in filter(None, environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(",")):
+        tasks, _, times = part.removesuffix(")").partition("(x")
+        tasks_by_host += [int(tasks)] * int(times or 1)
+    host = _integer(environ, "SLURM_NODEID", 0)
+    return (
+        tasks_by_host[host]
+        if host < len(tasks_by_host)
+        else max(1, count // _integer(environ, "SLURM_STEP_NUM_NODES", count))
+    )
+
+
+def _from_kubernetes(environ: Mapping[str, str]) -> ProcessInfo | None:
+    """An Indexed Job whose manifest sets the number of processes and the coordinator. Without
+    these, each of its pods is a run of its own."""
     if "JOB_COMPLETION_INDEX" not in environ or not (
-        environ.get(PROCESSES) or environ.get(COORDINATOR)
+        environ.get(PROCESS_COUNT_ENV) or environ.get(COORDINATOR_ENV)
     ):
         return None
-    if missing := [name for name in (PROCESSES, COORDINATOR) if not environ.get(name)]:
+    if missing := [name for name in (PROCESS_COUNT_ENV, COORDINATOR_ENV) if not environ.get(name)]:
         raise UserError(
             f"JOB_COMPLETION_INDEX is set without {missing[0]}; name it in the manifest, see"
             " scripts/kubernetes/job.yaml"
         )
-    return Processes(
-        _number(environ, PROCESSES),
-        _number(environ, "JOB_COMPLETION_INDEX"),
-        environ[COORDINATOR],
+    return ProcessInfo(
+        _integer(environ, PROCESS_COUNT_ENV),
+        _integer(environ, "JOB_COMPLETION_INDEX"),
+        environ[COORDINATOR_ENV],
         "Kubernetes",
     )
 
 
-def _port(number: int) -> int:
-    first, count = _PORTS
-    return first + number % count
+def _derived_port(number: int) -> int:
+    return _FIRST_PORT + number % _NUM_PORTS
 
 
-def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = environ.get(name, "")
     if not text and default is not None:
         return default

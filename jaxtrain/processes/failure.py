@@ -1,8 +1,8 @@
-"""The verdict: which worker of a group has failed, and by what; from what was seen of them alone,
-without clock or process.
+"""Failure attribution: which worker of a group failed first, and how. The functions here decide
+from observations alone and use neither a clock nor a process.
 
-A failure spreads: peers of a dead worker abort, peers of a hung one wait for ever. So what is
-judged is not who looks bad, but who came first.
+A failure spreads: when one worker dies its peers abort, when one hangs its peers wait for ever. So
+the rules look for the first failure, not for every worker in a bad state.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from jaxtrain.errors import BAD_INPUT, FINAL, INTERRUPTED, TRY_AGAIN
 
-LIMITS: Mapping[str, float] = {
+SILENCE_LIMITS: Mapping[str, float] = {
     "starting": 300,
     "joining": 600,
     "data": 3600,
@@ -21,22 +21,22 @@ LIMITS: Mapping[str, float] = {
     "saving": 1800,
     "ending": 1800,
 }
-"""Seconds without a beat after which a worker counts as hung, by the phase that it is in."""
-SHORTENED = ("training", "evaluating")
-"""The phases that beat often, so whose limits --hang_seconds sets; in the others, long silence is
-not strange."""
+"""Seconds without a heartbeat after which a worker counts as hung, by the phase that it is in."""
+FREQUENT_PHASES = ("training", "evaluating")
+"""The phases with frequent heartbeats: --hang_seconds sets their limits. In the other phases a long
+silence is normal."""
 STOPPED_SECONDS = 2.0
-"""How long a worker may be stopped by a signal."""
-GRACE_SECONDS, GRACE_BAD_INPUT = 1.0, 5.0
-"""How long other deaths are waited for after the first one; peers refuse the same flags seconds
-apart, for they import at their own pace."""
+"""How long a worker may be stopped by a signal before that counts as a failure."""
+GRACE_SECONDS, BAD_INPUT_GRACE_SECONDS = 1.0, 5.0
+"""How long the supervisor waits for more workers to exit after the first one. Workers refuse the
+same bad flags seconds apart, because each imports at its own pace."""
 
-CONSEQUENCES = (TRY_AGAIN, -signal.SIGABRT)
-"""How a worker ends that lost its peers: by its own decision, or jax's coordination service aborts
+PEER_LOSS_STATUSES = (TRY_AGAIN, -signal.SIGABRT)
+"""How a worker exits that lost its peers: it exits by itself, or jax's coordination service aborts
 it."""
-ASKED = (0, TRY_AGAIN, INTERRUPTED, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
-"""How a worker may end that was asked to."""
-DOING = {
+STOP_STATUSES = (0, TRY_AGAIN, INTERRUPTED, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
+"""How a worker may exit after it received a stop signal."""
+ACTIVITIES = {
     "starting": "while starting",
     "joining": "while waiting for the others",
     "data": "while opening its data",
@@ -46,83 +46,92 @@ DOING = {
     "saving": "while saving",
     "ending": "while ending",
 }
+"""What a worker does in each phase, in words."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """What is known of one worker; times are seconds of one clock.
+    """What the supervisor knows of one worker. All times are seconds of one clock.
 
-    `status` is None while the worker lives, and minus the signal's number if it died of one, as
-    `subprocess` has it.
+    `exit_status` is None while the worker lives, and minus the signal's number if a signal killed
+    it, as in `subprocess`.
     """
 
     index: int
-    beat_at: float
+    last_progress: float
+    """When the supervisor last saw a new heartbeat; before the first one, when the worker
+    started."""
     phase: str = "starting"
     step: int | None = None
     stopped_since: float | None = None
-    status: int | None = None
-    ended_at: float | None = None
+    exit_status: int | None = None
+    exit_time: float | None = None
 
     @property
-    def doing(self) -> str:
-        """What the worker was last at, in words.
+    def activity(self) -> str:
+        """What the worker did last, in words.
 
-        >>> Observation(0, 0.0, "training", 37).doing
+        >>> Observation(0, 0.0, "training", 37).activity
         'while training at step 37'
         """
-        return DOING[self.phase] + ("" if self.step is None else f" at step {self.step}")
+        return ACTIVITIES[self.phase] + ("" if self.step is None else f" at step {self.step}")
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """The worker that failed first, in words, and its exit status if that settles the whole run."""
+class Failure:
+    """The worker that failed first, and how, in words. `final_status` is its exit status if a
+    restart cannot help, else None."""
 
     index: int
-    words: str
-    final: int | None = None
+    description: str
+    final_status: int | None = None
 
 
-def limits(hang_seconds: float | None = None) -> Mapping[str, float]:
-    """Seconds without a beat that each phase may last.
+def silence_limits(hang_seconds: float | None = None) -> Mapping[str, float]:
+    """Seconds without a heartbeat that each phase may last.
 
-    >>> limits(8)["training"], limits(8)["compiling"]
+    >>> silence_limits(8)["training"], silence_limits(8)["compiling"]
     (8, 3600)
     """
-    return LIMITS if hang_seconds is None else {**LIMITS, **dict.fromkeys(SHORTENED, hang_seconds)}
+    if hang_seconds is None:
+        return SILENCE_LIMITS
+    return {**SILENCE_LIMITS, **dict.fromkeys(FREQUENT_PHASES, hang_seconds)}
 
 
-def judge(
-    observed: Sequence[Observation], now: float, limits: Mapping[str, float], *, asked: bool = False
-) -> Verdict | None:
-    """The first failure in a group, or None while there is none, or while it is too early to say
-    whose it is.
+def first_failure(
+    observations: Sequence[Observation],
+    now: float,
+    limits: Mapping[str, float],
+    *,
+    stop_requested: bool = False,
+) -> Failure | None:
+    """The first failure in a group; None while there is none, or while it is too early to name the
+    worker.
 
-    >>> seen = [
+    >>> observations = [
     ...     Observation(0, 9.0, "training", 38),
-    ...     Observation(1, 9.0, "training", 37, status=-9, ended_at=9.5),
+    ...     Observation(1, 9.0, "training", 37, exit_status=-9, exit_time=9.5),
     ... ]
-    >>> judge(seen, 11.0, LIMITS).words
+    >>> first_failure(observations, 11.0, SILENCE_LIMITS).description
     'was killed by SIGKILL while training at step 37'
 
-    `asked` says that the workers were told to end, so that those who do are not at fault.
+    `stop_requested` says that the workers received a stop signal, so an exit by it is no failure.
     """
-    dead = [
+    good_statuses = STOP_STATUSES if stop_requested else (0,)
+    failed = [
         each
-        for each in observed
-        if each.status is not None and each.status not in (ASKED if asked else (0,))
+        for each in observations
+        if each.exit_status is not None and each.exit_status not in good_statuses
     ]
-    return (
-        _by_death(dead, observed, now)
-        if dead
-        else _by_stop(observed, now) or _by_silence(observed, now, limits)
-    )
+    if failed:
+        return _failure_by_exit(failed, observations, now)
+    return _failure_by_stop(observations, now) or _failure_by_hang(observations, now, limits)
 
 
-def cause(status: int) -> str:
-    """How a process ended, in words.
+def describe_exit(status: int) -> str:
+    """How a process exited, in words.
 
-    >>> cause(-11), cause(1), cause(75)
+    >>> describe_exit(-11), describe_exit(1), describe_exit(75)
     ('was killed by SIGSEGV', 'ended with status 1', 'ended with status 75 (it lost a peer, or was
     asked to end)')
     """
@@ -131,74 +140,78 @@ def cause(status: int) -> str:
             return f"was killed by {signal.Signals(-status).name}"
         except ValueError:
             return f"was killed by signal {-status}"
-    why = "it lost a peer, or was asked to end" if status == TRY_AGAIN else FINAL.get(status)
-    return f"ended with status {status}" + (f" ({why})" if why else "")
+    reason = "it lost a peer, or was asked to end" if status == TRY_AGAIN else FINAL.get(status)
+    return f"ended with status {status}" + (f" ({reason})" if reason else "")
 
 
-def _by_death(
-    dead: Sequence[Observation], observed: Sequence[Observation], now: float
-) -> Verdict | None:
-    alive = [each for each in observed if each.status is None]
-    grace = GRACE_BAD_INPUT if all(each.status == BAD_INPUT for each in dead) else GRACE_SECONDS
-    if alive and now - min(map(_ended, dead)) < grace:
+def _failure_by_exit(
+    failed: Sequence[Observation], observations: Sequence[Observation], now: float
+) -> Failure | None:
+    alive = [each for each in observations if each.exit_status is None]
+    only_bad_input = all(each.exit_status == BAD_INPUT for each in failed)
+    grace = BAD_INPUT_GRACE_SECONDS if only_bad_input else GRACE_SECONDS
+    if alive and now - min(map(_exit_time, failed)) < grace:
         return None
-    culprit = min(dead, key=lambda each: (each.status in CONSEQUENCES, _ended(each), each.index))
-    if culprit.status in CONSEQUENCES and any(each.stopped_since is not None for each in alive):
-        return _by_stop(observed, now)  # they died of its silence
-    # the same happened to all: the first worker has already said so on the terminal
-    if culprit.status in FINAL:
-        culprit = min(
-            (each for each in dead if each.status == culprit.status), key=lambda each: each.index
-        )
-    assert culprit.status is not None
-    return Verdict(
-        culprit.index,
-        f"{cause(culprit.status)} {culprit.doing}",
-        culprit.status if culprit.status in FINAL else None,
+    first = min(
+        failed,
+        key=lambda each: (each.exit_status in PEER_LOSS_STATUSES, _exit_time(each), each.index),
+    )
+    lost_peers = first.exit_status in PEER_LOSS_STATUSES
+    if lost_peers and any(each.stopped_since is not None for each in alive):
+        return _failure_by_stop(observations, now)  # the stopped worker is the lost peer
+    # Every worker exits with the same final status, and worker 0 has printed the reason on the
+    # terminal.
+    if first.exit_status in FINAL:
+        same_status = [each for each in failed if each.exit_status == first.exit_status]
+        first = min(same_status, key=lambda each: each.index)
+    assert first.exit_status is not None
+    return Failure(
+        first.index,
+        f"{describe_exit(first.exit_status)} {first.activity}",
+        first.exit_status if first.exit_status in FINAL else None,
     )
 
 
-def _by_stop(observed: Sequence[Observation], now: float) -> Verdict | None:
-    stopped = {
-        each.index: each
-        for each in observed
-        if each.status is None and each.stopped_since is not None
-    }
-    since = {
-        index: each.stopped_since
-        for index, each in stopped.items()
-        if each.stopped_since is not None
-    }
-    longest = min(since, key=lambda index: (since[index], index), default=None)
-    if longest is None or now - since[longest] <= STOPPED_SECONDS:
+def _failure_by_stop(observations: Sequence[Observation], now: float) -> Failure | None:
+    stopped = [
+        (each.stopped_since, each.index, each)
+        for each in observations
+        if each.exit_status is None and each.stopped_since is not None
+    ]
+    if not stopped:
         return None
-    return Verdict(longest, f"was stopped by a signal {stopped[longest].doing}")
-
-
-def _by_silence(
-    observed: Sequence[Observation], now: float, limits: Mapping[str, float]
-) -> Verdict | None:
-    """Those furthest behind are the ones that the others wait for: while one of them is within its
-    limit, nothing is wrong."""
-    alive = [each for each in observed if each.status is None]
-    behind = [each for each in alive if _place(each) == min(map(_place, alive))]
-    if not behind or any(now - each.beat_at <= limits[each.phase] for each in behind):
+    since, index, first = min(stopped, key=lambda entry: entry[:2])
+    if now - since <= STOPPED_SECONDS:
         return None
-    early = [each for each in observed if each.status == 0 and each.phase != "ending"]
-    if early:  # it left before its work was done, and the others wait for it in vain
-        left = min(early, key=_ended)
-        return Verdict(left.index, f"ended with status 0 before the others {left.doing}")
-    culprit = min(behind, key=lambda each: (each.stopped_since is None, each.beat_at, each.index))
-    if culprit.stopped_since is not None:
-        return Verdict(culprit.index, f"was stopped by a signal {culprit.doing}")
-    seconds = now - culprit.beat_at
-    return Verdict(culprit.index, f"hung {culprit.doing} (no progress for {seconds:.0f} s)")
+    return Failure(index, f"was stopped by a signal {first.activity}")
 
 
-def _place(worker: Observation) -> int:
+def _failure_by_hang(
+    observations: Sequence[Observation], now: float, limits: Mapping[str, float]
+) -> Failure | None:
+    """The other workers wait for those at the lowest step. While one of these is within its limit,
+    nothing is wrong."""
+    alive = [each for each in observations if each.exit_status is None]
+    slowest = [each for each in alive if _last_step(each) == min(map(_last_step, alive))]
+    if not slowest or any(now - each.last_progress <= limits[each.phase] for each in slowest):
+        return None
+    early = [each for each in observations if each.exit_status == 0 and each.phase != "ending"]
+    if early:  # it exited before its work was done, and the others wait for it in vain
+        first = min(early, key=_exit_time)
+        return Failure(first.index, f"ended with status 0 before the others {first.activity}")
+    first = min(
+        slowest, key=lambda each: (each.stopped_since is None, each.last_progress, each.index)
+    )
+    if first.stopped_since is not None:
+        return Failure(first.index, f"was stopped by a signal {first.activity}")
+    seconds = now - first.last_progress
+    return Failure(first.index, f"hung {first.activity} (no progress for {seconds:.0f} s)")
+
+
+def _last_step(worker: Observation) -> int:
     return -1 if worker.step is None else worker.step
 
 
-def _ended(worker: Observation) -> float:
-    assert worker.ended_at is not None
-    return worker.ended_at
+def _exit_time(worker: Observation) -> float:
+    assert worker.exit_time is not None
+    return worker.exit_time

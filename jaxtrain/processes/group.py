@@ -1,7 +1,8 @@
-"""The group: what the processes of one run tell each other. Alone, a process is a group of one, and
-none of this costs anything."""
+"""The process group: how the processes of one run exchange values and agree on a stop. A process
+alone is a group of one, and all of this costs it nothing."""
 
 import json
+import signal
 from typing import Any
 
 import jax
@@ -9,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain.processes.signals import Stop
+from jaxtrain.processes.signals import EXIT_STATUS, StopSignals
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes: process 0."""
+    """Whether this is process 0, the one that writes files."""
     return jax.process_index() == 0
 
 
 def from_main(value: Any) -> Any:
-    """The JSON value that process 0 gave, in every process; all wait for one another here.
+    """The JSON value of process 0, in every process. All processes must call this, and wait for one
+    another here.
 
     >>> from_main({"step": 5})
     {'step': 5}
@@ -35,11 +37,11 @@ def from_main(value: Any) -> Any:
 
 
 def place(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array that every process holds alike, laid out on devices of all of them; each puts only
-    its part there."""
+    """An array on the devices of all processes, from a value that every process has. Each process
+    copies only the part for its own devices."""
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding, may_alias=False)
-    # to jax this one is implicit, though it is asked for by name
+    # jax counts this transfer as implicit, although the call asks for it.
     with jax.transfer_guard_host_to_device("allow"):
         return jax.make_array_from_callback(
             value.shape, sharding, lambda index: np.array(value[index])
@@ -47,7 +49,7 @@ def place(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def fetch(array: jax.Array) -> np.ndarray:
-    """The whole of an array as NumPy, in every process; all of them must ask."""
+    """The whole array as NumPy, in every process. All processes must call this."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(jax.device_get(array))
     from jax.experimental import multihost_utils
@@ -55,53 +57,61 @@ def fetch(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-class Agreement:
-    """A signal that any process was sent, as all of them know it: they stop at the same step.
+class StopAgreement:
+    """The stop signal that all processes of the group know of, so that they stop at the same step.
 
-    >>> with Stop() as stop:
-    ...     agreement = Agreement(stop)
-    ...     agreement.tick()
-    ...     agreement.status is None
+    >>> with StopSignals() as own:
+    ...     stop = StopAgreement(own)
+    ...     stop.exchange()
+    ...     stop.status is None
     True
 
-    In a group the signals travel like the metrics do, one dispatch behind: `tick` says what this
-    process has heard, and reads what all had said at the tick before.
+    In a group the signals are one dispatch late, like the metrics: `exchange` starts to gather the
+    signals of all processes, and reads the result of the exchange before.
     """
 
-    def __init__(self, stop: Stop) -> None:
-        self._stop, self._alone = stop, jax.process_count() == 1
-        self._agreed = 0
-        self._said: jax.Array | None = None
+    def __init__(self, own: StopSignals) -> None:
+        self._own, self._alone = own, jax.process_count() == 1
+        self._agreed: signal.Signals | None = None
+        self._pending: jax.Array | None = None
         if not self._alone:
             devices = np.asarray([device for device in jax.devices()], dtype=object)
             mesh = Mesh(devices, ("processes",), axis_types=(AxisType.Auto,))
-            self._place = NamedSharding(mesh, PartitionSpec("processes"))
+            self._sharding = NamedSharding(mesh, PartitionSpec("processes"))
             self._count = len(devices)
             self._max = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     @property
+    def _signal(self) -> signal.Signals | None:
+        return self._own.first if self._alone else self._agreed
+
+    @property
     def status(self) -> int | None:
-        """The exit status that a signal asks for, or None if none came."""
-        return self._stop.status if self._alone else Stop.statuses.get(self._agreed)
+        """The exit status that belongs to the signal, or None if none came."""
+        return None if self._signal is None else EXIT_STATUS[self._signal]
 
     @property
     def name(self) -> str:
-        """What the signal is called."""
-        return self._stop.name if self._alone else Stop.names.get(self._agreed, "")
+        """The name of the signal, such as SIGTERM, or the empty string."""
+        return "" if self._signal is None else self._signal.name
 
-    def settle(self) -> None:
-        """Waits until all know what any has heard so far."""
-        self.tick()
-        self.tick()
+    def synchronize(self) -> None:
+        """Waits until all processes know every signal that any of them has received so far."""
+        self.exchange()
+        self.exchange()
 
-    def tick(self) -> None:
-        """Called once a dispatch, by all processes."""
+    def exchange(self) -> None:
+        """Gathers the signals of all processes; each must call this once per dispatch."""
         if self._alone:
             return
-        if self._said is not None:
-            self._agreed = max(self._agreed, int(jax.device_get(self._said)))
-        mine = np.full(1, self._stop.number, np.int32)
+        if self._pending is not None:
+            number = int(jax.device_get(self._pending))
+            if number > int(self._agreed or 0):
+                self._agreed = signal.Signals(number)
+        own_number = np.full(1, int(self._own.first or 0), np.int32)
         with jax.transfer_guard("allow"):
-            self._said = self._max(
-                jax.make_array_from_callback((self._count,), self._place, lambda index: mine)
+            self._pending = self._max(
+                jax.make_array_from_callback(
+                    (self._count,), self._sharding, lambda index: own_number
+                )
             )

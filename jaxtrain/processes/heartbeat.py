@@ -1,7 +1,7 @@
-"""The pulse: how far a worker has come, in a small file that its supervisor reads.
+"""Heartbeats: each worker writes its progress into a small file, which its supervisor reads.
 
-Only the main thread beats, and only when something was really done: a thread that beat by itself
-would go on through any hang. In a process that nobody supervises every call returns at once.
+Only the main thread sends a heartbeat, and only after real progress: a timer thread would go on
+through any hang. In a process without a supervisor every call returns at once.
 """
 
 import contextlib
@@ -17,154 +17,174 @@ from typing import NoReturn
 
 from jaxtrain.errors import TRY_AGAIN
 
-PULSE, STACKS, SUPERVISED = "JAXTRAIN_PULSE", "JAXTRAIN_STACKS", "JAXTRAIN_SUPERVISED"
-"""What a supervisor tells its worker in the environment: the file to beat into, the one to dump
-stacks into, and the supervisor's own pid."""
+HEARTBEAT_FILE_ENV = "JAXTRAIN_HEARTBEAT_FILE"
+"""The environment variable that names the file for the worker's heartbeats."""
+STACKS_FILE_ENV = "JAXTRAIN_STACKS_FILE"
+"""The environment variable that names the file for the worker's stack traces."""
+SUPERVISOR_PID_ENV = "JAXTRAIN_SUPERVISOR_PID"
+"""The environment variable that holds the supervisor's process id."""
 PHASES = ("starting", "joining", "data", "compiling", "training", "evaluating", "saving", "ending")
-"""What a worker can be at, in the order in which it mostly comes to them."""
+"""The phases of a worker, roughly in their order."""
 
-_LINE = 64
-"""Bytes of the first line; those after it hold the run's wishes and its workdir. Fixed, so that a
-beat overwrites the last one in one call."""
-_LONGEST = 2 * _LINE + 4096
+_PROGRESS_BYTES = 64
+"""The length of the first line, which holds the progress. It is fixed, so that one write replaces
+it. The next two lines hold the supervisor options and the workdir."""
+_MAX_FILE_BYTES = 2 * _PROGRESS_BYTES + 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class Beat:
-    """What a pulse file says: how many beats there were, and what the last one told."""
+class SupervisorOptions:
+    """How often the supervisor may restart the run, and after how many seconds without a heartbeat
+    a worker counts as hung (None: the limits of failure.py)."""
+
+    max_restarts: int = 0
+    hang_seconds: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Heartbeat:
+    """The content of a heartbeat file: the number of heartbeats so far, the phase and step of the
+    last one, and what the worker has said of the run."""
 
     counter: int = 0
     phase: str = "starting"
     step: int | None = None
     workdir: str = ""
-    max_restarts: int | None = None
-    """None if the worker has not said yet what the run asks of its supervisor."""
-    hang_seconds: float | None = None
+    options: SupervisorOptions | None = None
+    """None until the worker has sent them."""
 
 
-class Pulse:
-    """Writes the beats of one worker into one file."""
+class HeartbeatWriter:
+    """Writes the heartbeats of one worker into one file."""
 
     def __init__(self, path: str | Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._counter, self._step = 0, -1
-        self._wishes = self._workdir = b""
+        self._options = self._workdir = b""
         self.beat(PHASES[0])
 
     def beat(self, phase: str, step: int | None = None) -> None:
-        """Says that the worker has got on, at `step` or where it was; costs a few microseconds, and
-        a full disk is not worth a run."""
+        """Writes a heartbeat, at `step` or at the step of the last one. It costs a few
+        microseconds. A full disk is ignored, because it need not end the run."""
         assert phase in PHASES, phase
         assert threading.current_thread() is threading.main_thread(), (
-            "another thread's beats say nothing of the main one"
+            "a heartbeat of another thread says nothing of the main one"
         )
         self._counter += 1
         self._step = self._step if step is None else step
-        line = (
-            f"{self._counter} {phase} {'-' if self._step < 0 else self._step}".ljust(_LINE - 1)
-            + "\n"
-        )
+        step_text = "-" if self._step < 0 else str(self._step)
+        line = f"{self._counter} {phase} {step_text}".ljust(_PROGRESS_BYTES - 1) + "\n"
         with contextlib.suppress(OSError):
             os.pwrite(self._descriptor, line.encode(), 0)
 
-    def wishes(self, max_restarts: int, hang_seconds: float | None) -> None:
-        """Says what the run asks of its supervisor, which has read no experiment, only flags."""
-        self._wishes = f"{max_restarts} {'-' if hang_seconds is None else hang_seconds}".encode()
-        self._tell()
+    def send_options(self, options: SupervisorOptions) -> None:
+        """Sends the options that the experiment sets; the supervisor itself reads flags only."""
+        hang_text = "-" if options.hang_seconds is None else str(options.hang_seconds)
+        self._options = f"{options.max_restarts} {hang_text}".encode()
+        self._write_details()
 
-    def workdir(self, path: str | Path) -> None:
-        """Says where the run's folder is, so that the supervisor can restart into it."""
+    def send_workdir(self, path: str | Path) -> None:
+        """Sends the run's folder, so that the supervisor can restart the run in it."""
         self._workdir = os.fsencode(os.path.abspath(path))
-        self._tell()
+        self._write_details()
 
-    def _tell(self) -> None:
+    def _write_details(self) -> None:
         with contextlib.suppress(OSError):
-            os.pwrite(self._descriptor, self._wishes + b"\n" + self._workdir + b"\n", _LINE)
+            os.pwrite(
+                self._descriptor, self._options + b"\n" + self._workdir + b"\n", _PROGRESS_BYTES
+            )
 
 
-def read(path: str | Path) -> Beat | None:
-    """What the pulse file at `path` says; None if there is none yet, or if it was read at the wrong
-    moment.
+def read(path: str | Path) -> Heartbeat | None:
+    """The content of the heartbeat file at `path`; None if there is no file yet, or if it is half
+    written.
 
-    >>> read("/no/such/pulse") is None
+    >>> read("/no/such/heartbeat") is None
     True
     """
     try:
         with open(path, "rb") as file:
-            text = file.read(_LONGEST)
-        counter, phase, step = text[:_LINE].decode("ascii").split()
-        told = text[_LINE:].split(b"\n")  # empty, or whole lines and what follows the last
-        wishes = told[0].decode("ascii").split() if len(told) > 1 else []
-        return Beat(
+            text = file.read(_MAX_FILE_BYTES)
+        counter, phase, step = text[:_PROGRESS_BYTES].decode("ascii").split()
+        # Either nothing, or whole lines and what follows the last newline.
+        details = text[_PROGRESS_BYTES:].split(b"\n")
+        options = details[0].decode("ascii").split() if len(details) > 1 else []
+        return Heartbeat(
             int(counter),
             phase,
             None if step == "-" else int(step),
-            workdir=os.fsdecode(told[1]) if len(told) > 2 else "",
-            max_restarts=int(wishes[0]) if wishes else None,
-            hang_seconds=float(wishes[1]) if wishes and wishes[1] != "-" else None,
+            workdir=os.fsdecode(details[1]) if len(details) > 2 else "",
+            options=SupervisorOptions(
+                int(options[0]), None if options[1] == "-" else float(options[1])
+            )
+            if len(options) == 2
+            else None,
         )
     except (OSError, ValueError):
         return None
 
 
 def beat(phase: str, step: int | None = None) -> None:
-    """Tells the supervisor, if there is one, that the main thread has got on: what it is at now,
-    and at which step if that is another.
+    """Sends a heartbeat to the supervisor, if there is one: the main thread has made progress, is
+    in this phase, and at this step (None: at the step of the last heartbeat).
 
     >>> beat("training", 12)
     """
-    own = _own()
-    if own is not None:
-        own.beat(phase, step)
+    writer = _writer()
+    if writer is not None:
+        writer.beat(phase, step)
 
 
-def wishes(max_restarts: int, hang_seconds: float | None) -> None:
-    """Tells the supervisor, if there is one, how often the run may be restarted, and after how many
-    seconds of silence it counts as hung."""
-    own = _own()
-    if own is not None:
-        own.wishes(max_restarts, hang_seconds)
+def send_options(max_restarts: int, hang_seconds: float | None) -> None:
+    """Sends the supervisor, if there is one, how often it may restart the run, and after how many
+    seconds without a heartbeat a worker counts as hung."""
+    writer = _writer()
+    if writer is not None:
+        writer.send_options(SupervisorOptions(max_restarts, hang_seconds))
 
 
-def workdir(path: str | Path) -> None:
-    """Tells the supervisor, if there is one, the run's folder."""
-    own = _own()
-    if own is not None:
-        own.workdir(path)
+def send_workdir(path: str | Path) -> None:
+    """Sends the supervisor, if there is one, the run's folder."""
+    writer = _writer()
+    if writer is not None:
+        writer.send_workdir(path)
 
 
 @functools.cache
-def _own() -> Pulse | None:
-    """This process's pulse, if a supervisor started it; a child of a worker has none, though it
+def _writer() -> HeartbeatWriter | None:
+    """This process's writer, if a supervisor started it. A child of a worker has none, although it
     inherits the environment."""
-    path, supervisor = os.environ.get(PULSE), int(os.environ.get(SUPERVISED) or 0)
+    path, supervisor = (
+        os.environ.get(HEARTBEAT_FILE_ENV),
+        int(os.environ.get(SUPERVISOR_PID_ENV) or 0),
+    )
     if not path:
         return None
     if os.getppid() != supervisor:
-        if not _exists(supervisor):
-            _end_orphan()
+        if not _process_exists(supervisor):
+            _exit_as_orphan()
         return None
-    own = Pulse(path)
-    if stacks := os.environ.get(STACKS):
-        # Written by a C handler, so a thread that holds the interpreter for ever is seen too. The
+    writer = HeartbeatWriter(path)
+    if stacks := os.environ.get(STACKS_FILE_ENV):
+        # A C handler writes the stacks, so it also works while a thread holds the interpreter. The
         # file stays open for good.
         file = open(stacks, "ab", buffering=0)  # noqa: SIM115
         faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
     threading.Thread(
         target=_watch_supervisor, args=(supervisor,), name="supervisor watch", daemon=True
     ).start()
-    return own
+    return writer
 
 
 def _watch_supervisor(supervisor: int) -> None:
-    """Ends the worker when its supervisor was killed: nobody would notice any more if it hung,
-    holding a GPU."""
+    """Ends the worker when its supervisor was killed: without one, nobody would notice a hang of a
+    process that holds a GPU."""
     while os.getppid() == supervisor:
         time.sleep(1)
-    _end_orphan()
+    _exit_as_orphan()
 
 
-def _end_orphan() -> NoReturn:
+def _exit_as_orphan() -> NoReturn:
     with contextlib.suppress(OSError):
         os.write(
             2,
@@ -172,17 +192,17 @@ def _end_orphan() -> NoReturn:
             b" stays\n",
         )
     if os.getpgrp() == os.getpid():
-        # The supervisor gave each worker a group of its own, so this takes its children along, such
-        # as those that load data.
+        # The supervisor gave each worker a process group of its own, so this also kills the
+        # worker's children, such as data loaders.
         os.killpg(os.getpid(), signal.SIGKILL)
     os._exit(TRY_AGAIN)  # nothing is wrong with the run
 
 
-def _exists(process: int) -> bool:
+def _process_exists(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
+    except OSError:  # the process belongs to another user
         return True
     return process > 0

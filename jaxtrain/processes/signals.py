@@ -1,63 +1,67 @@
-"""Signals: a run that is asked to end finishes its step, saves, and says so by its exit status."""
+"""Stop signals: SIGINT, SIGTERM and SIGHUP ask a run to end. It then finishes its step, saves, and
+exits with the status that belongs to the signal."""
 
 import contextlib
 import os
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import ClassVar, Self
+from typing import Any, Self
 
 from jaxtrain.errors import INTERRUPTED, TRY_AGAIN
 
-STATUS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TRY_AGAIN, signal.SIGHUP: TRY_AGAIN}
-"""Interrupted by a person, or told to try again later."""
+EXIT_STATUS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TRY_AGAIN, signal.SIGHUP: TRY_AGAIN}
+"""The exit status of a run that a signal ended: a person interrupted it, or a scheduler will start
+it again later."""
 
 
-class Stop:
-    """Remembers the first signal that asks the run to end; Ctrl-C after it ends the run at once.
-    Signals that are ignored (nohup) stay so.
+class StopSignals:
+    """Remembers the stop signals that this process receives inside a `with` block. A signal that
+    the process ignored before (nohup) stays ignored.
 
-    >>> with Stop() as stop:
+    >>> with StopSignals() as stop:
     ...     os.kill(os.getpid(), signal.SIGTERM)
-    ...     stop.status
-    75
+    ...     stop.first, stop.status
+    (<Signals.SIGTERM: 15>, 75)
+
+    With `exit_on_second_interrupt`, Ctrl-C after another stop signal ends the process at once. The
+    supervisor sets it to False, because it must kill its workers before it exits.
     """
 
-    statuses: ClassVar = {int(number): status for number, status in STATUS.items()}
-    """The exit status by the number of the signal."""
-    names: ClassVar = {int(number): number.name for number in STATUS}
-
-    def __init__(self) -> None:
-        self._received: signal.Signals | None = None
-        self._previous: dict[signal.Signals, object] = {}
+    def __init__(self, *, exit_on_second_interrupt: bool = True) -> None:
+        self.received: list[signal.Signals] = []
+        """All stop signals so far, in the order in which they came."""
+        self._exit_on_second_interrupt = exit_on_second_interrupt
+        # The values are what `signal.signal` returned.
+        self._previous_handlers: dict[signal.Signals, Any] = {}
         self._previous_wakeup = self._pipe = -1
 
     @property
+    def first(self) -> signal.Signals | None:
+        """The first stop signal, or None if none came."""
+        return self.received[0] if self.received else None
+
+    @property
     def status(self) -> int | None:
-        """The exit status that the signal asks for, or None if none came."""
-        return None if self._received is None else STATUS[self._received]
+        """The exit status that belongs to the first signal, or None if none came."""
+        return None if self.first is None else EXIT_STATUS[self.first]
 
     @property
     def name(self) -> str:
-        """What the signal is called, such as SIGTERM."""
-        return "" if self._received is None else self._received.name
+        """The name of the first signal, such as SIGTERM, or the empty string."""
+        return "" if self.first is None else self.first.name
 
     @property
-    def number(self) -> int:
-        """The signal's number, or 0."""
-        return 0 if self._received is None else int(self._received)
+    def interrupted_again(self) -> bool:
+        """Whether Ctrl-C came after another stop signal."""
+        return signal.SIGINT in self.received[1:]
 
     def __enter__(self) -> Self:
-        for number in STATUS:
+        for number in EXIT_STATUS:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._receive)
-        # Python runs handlers between two of the main thread's own instructions, so not while XLA
-        # compiles, and takes two signals that came meanwhile for one. The pipe hears of each as it
-        # comes.
-        reader, self._pipe = os.pipe()
-        os.set_blocking(self._pipe, False)
-        self._previous_wakeup = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
+                self._previous_handlers[number] = signal.signal(number, self._receive)
+        if self._exit_on_second_interrupt:
+            self._start_watcher()
         return self
 
     def __exit__(
@@ -66,30 +70,43 @@ class Stop:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        signal.set_wakeup_fd(self._previous_wakeup)
-        os.close(self._pipe)  # ends the thread
-        for number, handler in self._previous.items():
-            # What signal.signal itself gave.
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        if self._exit_on_second_interrupt:
+            signal.set_wakeup_fd(self._previous_wakeup)
+            os.close(self._pipe)  # ends the watcher thread
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._received is None:
-            self._received = signal.Signals(number)
+        self.received.append(signal.Signals(number))
 
-    def _watch(self, reader: int) -> None:
-        asked = False
+    def _start_watcher(self) -> None:
+        """Starts a thread that reads every signal from a pipe.
+
+        Python calls a handler only between two instructions of the main thread, so never while XLA
+        compiles, and merges two signals that come meanwhile into one call. The pipe gets each
+        signal when it comes.
+        """
+        reader, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        self._previous_wakeup = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        threading.Thread(
+            target=self._exit_at_second_interrupt, args=(reader,), name="signals", daemon=True
+        ).start()
+
+    def _exit_at_second_interrupt(self, reader: int) -> None:
+        stop_requested = False
         while numbers := os.read(reader, 64):
             for number in numbers:
-                if asked and number == signal.SIGINT:
-                    # At once means at once: no handlers, no threads to wait for. What is committed
-                    # stays committed.
-                    _say_at_once()
-                    os._exit(STATUS[signal.SIGINT])
-                asked = asked or number in self._previous
+                if stop_requested and number == signal.SIGINT:
+                    # No handler runs and no thread is waited for: either may take minutes.
+                    # Committed checkpoints stay.
+                    _print_interrupted_again()
+                    os._exit(EXIT_STATUS[signal.SIGINT])
+                stop_requested = stop_requested or number in self._previous_handlers
         os.close(reader)
 
 
-def _say_at_once() -> None:
-    shown = b"\x1b[?25h\n" if os.isatty(2) else b""  # the live line hides the cursor
+def _print_interrupted_again() -> None:
+    show_cursor = b"\x1b[?25h\n" if os.isatty(2) else b""  # the live line hides the cursor
     with contextlib.suppress(OSError):
-        os.write(2, shown + b"jaxtrain: interrupted twice; nothing more is saved\n")
+        os.write(2, show_cursor + b"jaxtrain: interrupted twice; nothing more is saved\n")

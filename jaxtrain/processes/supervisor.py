@@ -1,12 +1,12 @@
-"""The supervisor: starts the processes of a run, names the one that fails, ends them all, and
-starts again from the last commit.
+"""The supervisor: starts the worker processes of a run, names the one that fails first, kills them
+all, and restarts them from the last commit within the restart budget.
 
     python -m jaxtrain.processes.supervisor [--processes=N] [--devices=D] [--hang_seconds=S]
     [--max_restarts=R] FILE.py flags...
 
-jax ends a process whose peer is lost by an abort, up to 99 s later, and never notices one that
-hangs (docs/processes.md), so somebody outside has to look. With one process, the default, it looks
-after its own worker of a larger group, which a scheduler started on other hosts too.
+jax aborts a process up to 99 s after its peer is lost, and never notices a peer that hangs
+(docs/processes.md), so a process outside must watch. With one process, the default, the supervisor
+watches its own worker of a larger group, whose other workers a scheduler started on other hosts.
 """
 
 import contextlib
@@ -19,246 +19,218 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Self
 
 from jaxtrain import errors
 from jaxtrain.processes import cluster, failure
-from jaxtrain.processes.arguments import Plan, parse, value_of
-from jaxtrain.processes.signals import STATUS
-from jaxtrain.processes.worker_log import WorkerLog, say
-from jaxtrain.processes.workers import Worker, dump_stacks, end
+from jaxtrain.processes.arguments import Arguments, flag_value, parse
+from jaxtrain.processes.signals import EXIT_STATUS, StopSignals
+from jaxtrain.processes.worker_log import WorkerLog, print_line
+from jaxtrain.processes.workers import Worker, collect_stacks, kill_all
 
 POLL_SECONDS = 0.1
-SLEPT_SECONDS = 1.0
-"""A pause between two looks that is longer than this was not ours: the supervisor, or the whole
-machine, was stopped."""
-FOLLOW_SECONDS = 1.0
-FINAL_STATUS = "JAXTRAIN_FINAL_STATUS"
-"""Names a file for a status that no restart mends, so that a batch script does not take the deaths
-that follow for the cause."""
-
-
-class Signals:
-    """Remembers the signals that ask the run to end. Those that are ignored (nohup) stay so, here
-    and in the workers."""
-
-    def __init__(self) -> None:
-        self.received: list[int] = []
-        self._previous: dict[int, object] = {}
-
-    @property
-    def twice(self) -> bool:
-        """Whether Ctrl-C came a second time: then at once is meant."""
-        return self.received.count(signal.SIGINT) > 1
-
-    def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._previous.items():
-            # What signal.signal itself gave.
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received.append(number)
+SUSPENDED_SECONDS = 1.0
+"""A longer pause between two polls means that the supervisor, or the whole machine, was
+suspended."""
+COPY_LOGS_SECONDS = 1.0
+FINAL_STATUS_FILE_ENV = "JAXTRAIN_FINAL_STATUS"
+"""The environment variable that names a file. The supervisor writes an exit status into it that no
+restart can mend, so that a batch script does not take the exits that follow for the cause."""
 
 
 class Supervisor:
-    """Runs one plan to its end."""
+    """Runs the workers of one command line until the run is done or cannot go on."""
 
     def __init__(
-        self, plan: Plan, environ: Mapping[str, str], folder: Path, signals: Signals
+        self, arguments: Arguments, environ: Mapping[str, str], folder: Path, stop: StopSignals
     ) -> None:
-        self._plan, self._environ, self._folder, self._signals = plan, environ, folder, signals
-        self._logs = [WorkerLog(folder, index) for index in range(1, plan.processes)]
+        self._arguments, self._environ, self._folder = arguments, environ, folder
+        self._stop = stop
+        self._logs = [WorkerLog(folder, index) for index in range(1, arguments.processes)]
         self._workers: list[Worker] = []
-        self._index, self._count = _place_in_group(plan, environ)
+        self._first_index, self._group_size = _position_in_group(arguments, environ)
         self._workdir = ""
-        self._max_restarts, self._hang_seconds = plan.max_restarts, plan.hang_seconds
-        self._found: failure.Verdict | None = None
+        self._options = arguments.options
+        self._failure: failure.Failure | None = None
 
     def run(self) -> int:
-        """Attempts until one succeeds, fails for good, or is the last that is allowed; the exit
-        status."""
+        """Starts the workers until they succeed, fail for good, or the restart budget is spent;
+        returns the exit status."""
         try:
             for restarts in itertools.count():
-                self._start()
-                self._found, seen = self._watch()
-                if self._found is None:
-                    return self._ended_by_themselves(seen)
-                status = self._end(self._found, seen, restarts)
+                self._start_workers()
+                self._failure, observations = self._watch()
+                if self._failure is None:
+                    return self._status_without_failure(observations)
+                status = self._handle_failure(self._failure, observations, restarts)
                 if status is not None:
                     return status
             raise AssertionError("the last attempt has a status")
         finally:
-            end(self._workers)
+            kill_all(self._workers)
             for worker in self._workers:
-                worker.forget()
+                worker.remove_files()
 
-    def keeps(self) -> bool:
-        """Whether something lies in the temporary folder that is nowhere else, and was not said on
-        the terminal either."""
-        if self._found is None:
-            said = not self._workdir  # nothing was trained: help, or a comparison
-        # a final status is that of all, so the first worker has said why; of others what counts was
-        # shown
+    def folder_is_needed(self) -> bool:
+        """Whether the temporary folder holds logs or stacks of a failure that are nowhere else, and
+        whose reason is not on the terminal either."""
+        if self._failure is None:
+            explained = not self._workdir  # nothing was trained: --help, or a comparison
         else:
-            said = self._found.final is not None and (
-                self._found.index == 0 or self._found.final in (errors.BAD_INPUT, errors.DIFFERENT)
+            # All workers exit with the same final status, and worker 0 has printed the reason. For
+            # bad input or a difference of meshes the line of any worker says everything.
+            explained = self._failure.final_status is not None and (
+                self._failure.index == 0
+                or self._failure.final_status in (errors.BAD_INPUT, errors.DIFFERENT)
             )
-        if said:
+        if explained:
             return False
-        return not all(log.follow(self._workdir) for log in self._logs) or any(
+        return not all(log.copy_to(self._workdir) for log in self._logs) or any(
             self._folder.glob("stacks/*.txt")
         )
 
-    def _start(self) -> None:
-        command, environ, now = (
-            self._plan.command(self._workdir),
-            self._worker_environ(),
-            time.monotonic(),
-        )
+    def _start_workers(self) -> None:
+        command = self._arguments.worker_command(self._workdir)
+        environ, now = self._worker_environ(), time.monotonic()
         for log in self._logs:
-            log.begin()
+            log.clear()
         self._workers = []
-        for index in range(self._plan.processes):
-            theirs = (
-                {cluster.PROCESS: str(index), cluster.LOCAL_PROCESS: str(index)}
-                if self._plan.processes > 1
+        for index in range(self._arguments.processes):
+            own_environ = (
+                {cluster.PROCESS_INDEX_ENV: str(index), cluster.LOCAL_INDEX_ENV: str(index)}
+                if self._arguments.processes > 1
                 else {}
             )
             log = self._logs[index - 1].path if index else None
             self._workers.append(
-                Worker(index, command, {**environ, **theirs}, self._folder, log, now)
+                Worker(index, command, {**environ, **own_environ}, self._folder, log, now)
             )
 
     def _worker_environ(self) -> dict[str, str]:
         environ = dict(self._environ)
-        if self._plan.devices is not None:
-            forced = f"--xla_force_host_platform_device_count={self._plan.devices}"
-            environ["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {forced}".strip()
+        if self._arguments.devices is not None:
+            count_flag = f"--xla_force_host_platform_device_count={self._arguments.devices}"
+            environ["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {count_flag}".strip()
             environ.setdefault("JAX_PLATFORMS", "cpu")  # else jax takes the GPU where there is one
-        if self._plan.processes > 1:
-            count = str(self._plan.processes)
-            # A new port each time: the last attempt's may still be taken by a process that does not
-            # die.
+        if self._arguments.processes > 1:
+            count = str(self._arguments.processes)
+            # A new port for each attempt: a process that does not die may still hold the last one.
             environ |= {
-                cluster.PROCESSES: count,
-                cluster.LOCAL_PROCESSES: count,
-                cluster.COORDINATOR: f"127.0.0.1:{free_port()}",
+                cluster.PROCESS_COUNT_ENV: count,
+                cluster.LOCAL_COUNT_ENV: count,
+                cluster.COORDINATOR_ENV: f"127.0.0.1:{free_port()}",
             }
         return environ
 
-    def _watch(self) -> tuple[failure.Verdict | None, list[failure.Observation]]:
-        """Looks until all workers have ended or one has failed."""
-        last = followed = time.monotonic()
+    def _watch(self) -> tuple[failure.Failure | None, list[failure.Observation]]:
+        """Polls until all workers have exited or one has failed."""
+        last_poll = last_copy = time.monotonic()
         while True:
             now = time.monotonic()
-            if now - last > SLEPT_SECONDS:
+            if now - last_poll > SUSPENDED_SECONDS:
                 for worker in self._workers:
-                    worker.forgive(now - last)
-            last = now
+                    worker.extend_limits(now - last_poll)
+            last_poll = now
             for worker in self._workers:
-                for number in dict.fromkeys(self._signals.received):
-                    worker.send(number)
-            seen = [worker.observe(now) for worker in self._workers]
-            self._workdir = next(
-                (worker.workdir for worker in self._workers if worker.workdir), self._workdir
-            )
-            told = next(
-                (worker.wishes for worker in self._workers if worker.wishes),
-                (self._max_restarts, self._hang_seconds),
-            )
-            self._max_restarts, self._hang_seconds = told
-            if now - followed > FOLLOW_SECONDS:
-                followed = now
-                for log in self._logs:
-                    log.follow(self._workdir)
-            found = failure.judge(
-                seen, now, failure.limits(self._hang_seconds), asked=bool(self._signals.received)
+                for number in dict.fromkeys(self._stop.received):
+                    worker.send_signal(number)
+            observations = [worker.observe(now) for worker in self._workers]
+            self._read_what_workers_sent()
+            if now - last_copy > COPY_LOGS_SECONDS:
+                last_copy = now
+                self._copy_logs()
+            found = failure.first_failure(
+                observations,
+                now,
+                failure.silence_limits(self._options.hang_seconds),
+                stop_requested=bool(self._stop.received),
             )
             if (
-                self._signals.twice
+                self._stop.interrupted_again
                 or found is not None
                 or not any(worker.alive for worker in self._workers)
             ):
-                return found, seen
+                return found, observations
             time.sleep(POLL_SECONDS)
 
-    def _ended_by_themselves(self, seen: Sequence[failure.Observation]) -> int:
-        """The status of a group in which nothing failed, or that was told to end, which worker 0
-        speaks for."""
-        if self._signals.twice:
-            end(self._workers)
-            say("jaxtrain: interrupted twice; nothing more is saved")
-            return errors.INTERRUPTED
-        status = seen[0].status
-        assert status is not None
-        # Before Python has installed its handlers, a signal that asks ends the worker outright.
-        return {-number: meant for number, meant in STATUS.items()}.get(status, status)
+    def _read_what_workers_sent(self) -> None:
+        """Takes the run's folder and the options from the first worker that has sent them."""
+        for worker in reversed(self._workers):
+            self._workdir = worker.workdir or self._workdir
+            self._options = worker.supervisor_options or self._options
 
-    def _end(
-        self, found: failure.Verdict, seen: Sequence[failure.Observation], restarts: int
+    def _copy_logs(self) -> None:
+        for log in self._logs:
+            log.copy_to(self._workdir)
+
+    def _status_without_failure(self, observations: Sequence[failure.Observation]) -> int:
+        """The exit status if no worker failed: that of worker 0, unless Ctrl-C came a second
+        time."""
+        if self._stop.interrupted_again:
+            kill_all(self._workers)
+            print_line("jaxtrain: interrupted twice; nothing more is saved")
+            return errors.INTERRUPTED
+        status = observations[0].exit_status
+        assert status is not None
+        # A stop signal kills a worker that has not installed its handlers yet.
+        return {-number: meant for number, meant in EXIT_STATUS.items()}.get(status, status)
+
+    def _handle_failure(
+        self, found: failure.Failure, observations: Sequence[failure.Observation], restarts: int
     ) -> int | None:
-        """Ends the group, says why in one line, and returns the exit status; None if it shall start
-        again."""
+        """Kills the group, prints the reason in one line, and returns the exit status; None if the
+        group shall start again."""
         who = (
-            f"process {self._name(found.index)} of {self._count}"
-            if self._count > 1
+            f"process {self._group_index(found.index)} of {self._group_size}"
+            if self._group_size > 1
             else "the process"
         )
-        headline = f"jaxtrain: {who} {found.words}"
-        stacks = self._gather(headline, seen) if any(each.status is None for each in seen) else ""
-        immortal = end(self._workers)
-        for log in self._logs:
-            log.follow(self._workdir)
-        asked = self._signals.received
-        allowed = self._max_restarts
-        if found.final is not None:
-            after, status = "a restart would not help", found.final
-        elif asked:
-            after = f"it was asked to end ({signal.Signals(asked[0]).name})"
-            status = errors.INTERRUPTED if signal.SIGINT in asked else errors.TRY_AGAIN
-        elif immortal:
-            after, status = (
-                f"no restart, for process {self._name(immortal[0])} does not die of SIGKILL",
-                errors.TRY_AGAIN,
-            )
-        elif restarts >= allowed:
-            after, status = f"no restarts left (--max_restarts={allowed})", errors.TRY_AGAIN
-        else:
-            after, status = (
-                f"restarting from {_origin(self._workdir)} ({restarts + 1} of {allowed})",
-                None,
-            )
-        # worker 0 has the terminal, and has said it there
-        if found.final is not None and found.index == 0:
-            _note_final(self._environ, found.final)
-            return status
-        if status is not None and found.index > 0:
-            for line in self._logs[found.index - 1].last_words():
-                say(f"process {self._name(found.index)}: {line}")
-        say("; ".join(part for part in (headline, stacks, after) if part))
-        if found.final is not None:
-            _note_final(self._environ, found.final)
+        headline = f"jaxtrain: {who} {found.description}"
+        some_alive = any(each.exit_status is None for each in observations)
+        stacks = self._write_stacks(headline, observations) if some_alive else ""
+        not_killed = kill_all(self._workers)
+        self._copy_logs()
+        consequence, status = self._restart_or_status(found, restarts, not_killed)
+        # Worker 0 has the terminal, and has printed its final status there.
+        if found.final_status is None or found.index > 0:
+            if status is not None and found.index > 0:
+                for line in self._logs[found.index - 1].error_lines():
+                    print_line(f"process {self._group_index(found.index)}: {line}")
+            print_line("; ".join(part for part in (headline, stacks, consequence) if part))
+        if found.final_status is not None:
+            _write_final_status(self._environ, found.final_status)
         return status
 
-    def _gather(self, headline: str, seen: Sequence[failure.Observation]) -> str:
-        """Writes the stacks of the living into one file, and returns what the line says of it."""
-        text = dump_stacks(self._workers, seen, headline, first=self._index)
+    def _restart_or_status(
+        self, found: failure.Failure, restarts: int, not_killed: Sequence[int]
+    ) -> tuple[str, int | None]:
+        """What follows from a failure, in words, and the exit status; None for a restart."""
+        allowed = self._options.max_restarts
+        if found.final_status is not None:
+            return "a restart would not help", found.final_status
+        if self._stop.first is not None:
+            interrupted = signal.SIGINT in self._stop.received
+            return (
+                f"it was asked to end ({self._stop.name})",
+                errors.INTERRUPTED if interrupted else errors.TRY_AGAIN,
+            )
+        if not_killed:
+            index = self._group_index(not_killed[0])
+            return f"no restart, for process {index} does not die of SIGKILL", errors.TRY_AGAIN
+        if restarts >= allowed:
+            return f"no restarts left (--max_restarts={allowed})", errors.TRY_AGAIN
+        return (
+            f"restarting from {_restart_origin(self._workdir)} ({restarts + 1} of {allowed})",
+            None,
+        )
+
+    def _write_stacks(self, headline: str, observations: Sequence[failure.Observation]) -> str:
+        """Writes the stacks of the living workers into one file; returns the file's name for the
+        printed line."""
+        text = collect_stacks(self._workers, observations, headline, first_index=self._first_index)
         name = time.strftime("%Y%m%d-%H%M%S") + (
-            f"-{self._name(0)}" if self._count > self._plan.processes else ""
+            f"-{self._group_index(0)}" if self._group_size > self._arguments.processes else ""
         )
         for folder in (Path(self._workdir), self._folder):
             path = folder / "stacks" / f"{name}.txt"
@@ -269,34 +241,34 @@ class Supervisor:
                     return f"stacks: {path}"
         return ""
 
-    def _name(self, index: int) -> int:
-        """A worker's index in the whole group."""
-        return self._index + index
+    def _group_index(self, index: int) -> int:
+        """The index in the whole group of the worker that has `index` here."""
+        return self._first_index + index
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Supervises what the command line says, and returns the exit status."""
+    """Runs the supervisor as the command line says, and returns the exit status."""
     try:
-        plan = parse(sys.argv[1:] if argv is None else argv)
+        arguments = parse(sys.argv[1:] if argv is None else argv)
         folder = Path(tempfile.mkdtemp(prefix="jaxtrain-"))
     except errors.UserError as error:
-        say(f"jaxtrain: error: {error}")
+        print_line(f"jaxtrain: error: {error}")
         return errors.BAD_INPUT
     except OSError as error:
-        say(
+        print_line(
             f"jaxtrain: error: {error.filename or tempfile.gettempdir()}: {error.strerror}; TMPDIR"
             " names another place for small files"
         )
         return errors.IO_ERROR
-    # where a launcher ignores it, the kernel forgets how children ended
+    # Where a launcher ignores SIGCHLD, the kernel forgets how children exited.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    with Signals() as signals:
-        supervisor = Supervisor(plan, os.environ, folder, signals)
+    with StopSignals(exit_on_second_interrupt=False) as stop:
+        supervisor = Supervisor(arguments, os.environ, folder, stop)
         try:
             return supervisor.run()
         finally:
-            if supervisor.keeps():
-                say(
+            if supervisor.folder_is_needed():
+                print_line(
                     f"jaxtrain: what the processes printed is kept in {folder}, for it does not lie"
                     " in the run's folder"
                 )
@@ -304,26 +276,28 @@ def main(argv: Sequence[str] | None = None) -> int:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _place_in_group(plan: Plan, environ: Mapping[str, str]) -> tuple[int, int]:
-    """The index of the first worker here, and of how many; what is wrong with it the worker
-    says."""
-    if plan.processes > 1:
-        return 0, plan.processes
-    given: dict[str, Callable[[str], int]] = {"processes": int, "process": int}
+def _position_in_group(arguments: Arguments, environ: Mapping[str, str]) -> tuple[int, int]:
+    """The index of the first worker here, and the size of the whole group. Wrong flags count as one
+    process alone, because the worker will refuse them."""
+    if arguments.processes > 1:
+        return 0, arguments.processes
     with contextlib.suppress(ValueError):
-        values = {
-            name: None if (text := value_of(plan.flags, name)) is None else read(text)
-            for name, read in given.items()
-        }
-        found = cluster.find(
-            environ, **values, coordinator=value_of(plan.flags, "coordinator") or ""
+        count, index = (
+            None if (text := flag_value(arguments.flags, name)) is None else int(text)
+            for name in ("processes", "process")
+        )
+        found = cluster.detect(
+            environ,
+            processes=count,
+            process=index,
+            coordinator=flag_value(arguments.flags, "coordinator") or "",
         )
         return (0, 1) if found is None else (found.index, found.count)
     return 0, 1
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on, above those that the system hands out to
+    """A port of this machine on which nobody listens, above those that the system hands out to
     outgoing connections."""
     for port in random.sample(range(61440, 65536), 100):
         with contextlib.suppress(OSError), socket.socket() as probe:
@@ -332,13 +306,13 @@ def free_port() -> int:
     raise AssertionError("a hundred ports taken")
 
 
-def _origin(workdir: str) -> str:
+def _restart_origin(workdir: str) -> str:
     committed = workdir and any(Path(workdir, "checkpoints").glob("*/COMMIT"))
     return "the last commit" if committed else "the beginning, for nothing was committed"
 
 
-def _note_final(environ: Mapping[str, str], status: int) -> None:
-    if path := environ.get(FINAL_STATUS):
+def _write_final_status(environ: Mapping[str, str], status: int) -> None:
+    if path := environ.get(FINAL_STATUS_FILE_ENV):
         with contextlib.suppress(OSError):
             Path(path).write_text(f"{status}\n")
 

@@ -34,7 +34,7 @@ from jaxtrain.errors import (
 )
 from jaxtrain.parallel import mesh as meshes
 from jaxtrain.processes import cluster, group, heartbeat
-from jaxtrain.processes.signals import Stop
+from jaxtrain.processes.signals import StopSignals
 from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.runner import build, workdir
@@ -148,7 +148,7 @@ def _start(run: config.Run, argv: Sequence[str]) -> int:
     """Launches, under a supervisor if the run asks for what only one can do."""
     if (
         (run.max_restarts or run.hang_seconds is not None)
-        and heartbeat.SUPERVISED not in os.environ
+        and heartbeat.SUPERVISOR_PID_ENV not in os.environ
         and Path(sys.argv[0]).is_file()
     ):
         sys.stdout.flush()
@@ -157,17 +157,17 @@ def _start(run: config.Run, argv: Sequence[str]) -> int:
             sys.executable,
             [sys.executable, "-m", "jaxtrain.processes.supervisor", sys.argv[0], *argv],
         )
-    heartbeat.wishes(run.max_restarts, run.hang_seconds)
+    heartbeat.send_options(run.max_restarts, run.hang_seconds)
     return launch(run, argv)
 
 
 def launch(run: config.Run, argv: Sequence[str]) -> int:
     """Builds the parts of a run, trains or evaluates, and returns the exit status."""
-    with Stop() as stop:
+    with StopSignals() as stop:
         return _launch(run, argv, stop)
 
 
-def _launch(run: config.Run, argv: Sequence[str], stop: Stop) -> int:
+def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
     began = time.monotonic()
     if jax.__version_info__ < OLDEST_JAX:
         raise UserError(
@@ -231,11 +231,11 @@ def _extras(run: config.Run) -> list[str]:
     return needed + ["matplotlib"] * run.report + ["tensorboard"] * run.tensorboard
 
 
-def _join(run: config.Run, stop: Stop) -> None:
+def _join(run: config.Run, stop: StopSignals) -> None:
     """Finds the other processes of the run, if there are any."""
     if run.platform != "auto":
         jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[run.platform])
-    found = cluster.find(
+    found = cluster.detect(
         os.environ, processes=run.processes, process=run.process, coordinator=run.coordinator
     )
     if found is None:
@@ -243,7 +243,7 @@ def _join(run: config.Run, stop: Stop) -> None:
 
     began, told = time.monotonic(), False
 
-    def waiting() -> None:
+    def on_wait() -> None:
         nonlocal told
         if not told and time.monotonic() - began > SILENT_SECONDS:
             told = True
@@ -251,13 +251,13 @@ def _join(run: config.Run, stop: Stop) -> None:
             print(
                 f"jaxtrain: waiting for {who} at {found.coordinator}", file=sys.stderr, flush=True
             )
-        if stop.number == signal.SIGINT:
+        if stop.first is signal.SIGINT:
             raise KeyboardInterrupt
         if stop.status is not None:
             raise PeerLost(f"{stop.name} while waiting for the other processes; nothing done yet")
 
     heartbeat.beat("joining")
-    cluster.join(found, arrived=lambda: heartbeat.beat("joining"), waiting=waiting)
+    cluster.join(found, on_arrival=lambda: heartbeat.beat("joining"), on_wait=on_wait)
 
 
 def _compare(run: config.Run, train: Table, recipe: Recipe, devices: Sequence[jax.Device]) -> int:

@@ -21,7 +21,7 @@ from jaxtrain.data.splits import Splits
 from jaxtrain.errors import CheckpointError, UserError
 from jaxtrain.parallel import sharding
 from jaxtrain.processes import group, heartbeat
-from jaxtrain.processes.signals import Stop
+from jaxtrain.processes.signals import StopSignals
 from jaxtrain.report.metrics_file import JsonlWriter, Writers
 from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
@@ -53,7 +53,7 @@ class Opened:
     execution: Execution
     folder: Path
     lock: Lock | WitnessLock
-    stop: Stop
+    stop: StopSignals
     began: float
     asked_precision: str
     """What --precision said, before `auto` was decided."""
@@ -66,7 +66,7 @@ class Opened:
 
 def start(opened: Opened) -> int:
     """Resumes or starts, trains or evaluates, and sums up; the exit status."""
-    heartbeat.workdir(opened.folder)
+    heartbeat.send_workdir(opened.folder)
     run, total = opened.run, opened.length.total
     found = restore.look(run, opened.folder, opened.splits.fingerprint)
     made = Checkpoints if group.is_main() else WitnessCheckpoints
@@ -82,8 +82,8 @@ def start(opened: Opened) -> int:
             # What a killed start left half written would count as used space.
             checkpoints.sweep()
             checkpoints.check_space(opened.programs.state)
-        stop = group.Agreement(opened.stop)
-        stop.settle()
+        stop = group.StopAgreement(opened.stop)
+        stop.synchronize()
         if stop.status is not None:
             progress.line(f"{stop.name}: nothing done yet, nothing to save")
             return stop.status
@@ -145,7 +145,7 @@ def _train(
     kept: dict[str, Any],
     checkpoints: Checkpoints,
     progress: Progress,
-    stop: group.Agreement,
+    stop: group.StopAgreement,
 ) -> int:
     """Compiles, runs the loop, and writes what a finished run leaves."""
     run, first = opened.run, found.newest or 0
@@ -256,7 +256,7 @@ def _cadence(opened: Opened, trained: Training) -> loop.Cadence:
     )
 
 
-def _stopped(opened: Opened, step: int, stop: group.Agreement, progress: Progress) -> int:
+def _stopped(opened: Opened, step: int, stop: group.StopAgreement, progress: Progress) -> int:
     status = stop.status
     assert status is not None
     saved = f"saved at step {step}" if step else "no step done yet, nothing to save"

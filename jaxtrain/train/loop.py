@@ -14,7 +14,7 @@ import jax
 from jaxtrain import tree
 from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.processes import heartbeat
-from jaxtrain.processes.group import Agreement
+from jaxtrain.processes.group import StopAgreement
 from jaxtrain.report.metrics_file import Writers
 from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.tasks import score_of
@@ -87,7 +87,7 @@ def train(
     writers: Writers,
     checkpoints: Checkpoints,
     progress: Progress,
-    stop: Agreement,
+    stop: StopAgreement,
     validate: Evaluate | None,
     test: Evaluate | None,
     score: Score = score_of(None),  # noqa: B008 - a pure function of nothing
@@ -124,7 +124,7 @@ def train(
             if pending is not None:
                 journal.take(pending[0], fetch(pending[1]))
             pending = (step, sums)
-            stop.tick()  # what any process has heard; all of them end at the same step
+            stop.exchange()  # all processes stop at the same step
             heartbeat.beat("training", step)
             checkpoints.check()  # a background save that failed is said now, not at the next save
             evaluates, saves = validate is not None and cadence.evaluates(step), cadence.saves(step)
