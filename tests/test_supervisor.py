@@ -29,7 +29,7 @@ BOUND = 5.0
 """Seconds from a death to the end of the whole group; the issue asks for 20 with a real model."""
 
 WORKER = '''
-"""A stand-in for an experiment: it sends heartbeats, and at one step of one process has the fault that flags name."""
+"""A stand-in for an experiment: it sends heartbeats, and one process has the fault of --fault."""
 import os, signal, sys, time
 from pathlib import Path
 from jaxtrain.processes import heartbeat

@@ -280,7 +280,8 @@ def _from_environment(environ: Mapping[str, str]) -> ProcessInfo | None:
         name: environ.get(name, "")
         for name in (PROCESS_COUNT_ENV, PROCESS_INDEX_ENV, COORDINATOR_ENV)
     }
-    if not texts[PROCESS_INDEX_ENV]:  # Kubernetes sets a count and a coordinator alone
+    if not texts[PROCESS_INDEX_ENV]:
+        # Kubernetes sets a count and a coordinator alone.
         if any(texts.values()) and "JOB_COMPLETION_INDEX" not in environ:
             raise UserError(
                 f"{' and '.join(name for name in texts if texts[name])} set without {PROCESS_INDEX_ENV}; set"
