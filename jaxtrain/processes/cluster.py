@@ -283,10 +283,8 @@ def _from_environment(environ: Mapping[str, str]) -> ProcessInfo | None:
     if not texts[PROCESS_INDEX_ENV]:
         # Kubernetes sets a count and a coordinator alone.
         if any(texts.values()) and "JOB_COMPLETION_INDEX" not in environ:
-            raise UserError(
-                f"{' and '.join(name for name in texts if texts[name])} set without {PROCESS_INDEX_ENV}; set"
-                " all three or none"
-            )
+            present = " and ".join(name for name in texts if texts[name])
+            raise UserError(f"{present} set without {PROCESS_INDEX_ENV}; set all three or none")
         return None
     if missing := [name for name, text in texts.items() if not text]:
         raise UserError(
