@@ -477,7 +477,7 @@ def render(title: str, results: Sequence[dict[str, Any]]) -> Table:
             "-".join(f"{value:.3f}" for value in pair)
             for pair in (ratio["quartiles"], (ratio["min"], ratio["max"]))
         )
-        verdict = Text("holds", "green") if result["holds"] else Text("fails", "red")
+        outcome = Text("holds", "green") if result["holds"] else Text("fails", "red")
         table.add_row(
             result["case"],
             ours,
@@ -486,7 +486,7 @@ def render(title: str, results: Sequence[dict[str, Any]]) -> Table:
             quartiles,
             ends,
             f"{result['least']:g}",
-            verdict,
+            outcome,
         )
     return table
 

@@ -4,6 +4,7 @@ its words, and every experiment runs."""
 import ast
 import graphlib
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -56,6 +57,21 @@ single files may use one another."""
 KNOW_THE_RUN = {"runner", "cli", "__main__", "__init__"}
 """The only rooms above `config` that see the configuration of a whole run, besides the front door,
 which passes its name on; every other one asks for the few things it needs."""
+STORY_WORDS = re.compile(
+    r"(^|_)(born|owed|knock|guest|robbed|culprit|last_words|immortal|forgive|wish|turned|witness"
+    r"|verdict|pulse)(e?s)?(?=_|$)"
+)
+"""Words of a story where a field has a term: state what a thing is or does (heartbeat, rendezvous,
+failure, follower)."""
+STORY_WORDS_LEFT = {
+    "jaxtrain/models/transformer.py: turned",
+    "jaxtrain/runner/followers.py: WitnessCheckpoints",
+    "jaxtrain/runner/followers.py: WitnessLock",
+    "jaxtrain/runner/followers.py: WitnessWriters",
+    "jaxtrain/runner/followers.py: witness_progress",
+    "jaxtrain/train/loop.py: owed",
+}
+"""Names that still hold one. Add none; when one is mended, take it off."""
 FORBIDDEN_IMPORTS = {
     "pickle",
     "cPickle",
@@ -199,6 +215,47 @@ def test_the_step_knows_no_file_clock_or_logger() -> None:
         "pathlib",
         "io",
     }
+
+
+def identifiers(path: Path) -> Iterator[str]:
+    """Every name that a file defines: its own, its classes, functions, arguments, variables and
+    attributes."""
+    yield path.stem
+    for node in ast.walk(parsed(path)):
+        match node:
+            case ast.ClassDef(name=name) | ast.FunctionDef(name=name):
+                yield name
+            case ast.arg(arg=name) | ast.Name(id=name, ctx=ast.Store()):
+                yield name
+            case ast.Attribute(attr=name, ctx=ast.Store()):
+                yield name
+            case ast.alias(asname=str(name)):
+                yield name
+
+
+def snake_case(name: str) -> str:
+    """A name in lower case, its words joined by underscores: `HeartbeatWriter` is
+    `heartbeat_writer`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+def test_story_words_are_found() -> None:
+    for name in ("born", "_guests", "WitnessLock", "PULSE", "last_words", "was_turned", "wishes"):
+        assert STORY_WORDS.search(snake_case(name)), name
+    for name in ("allowed", "followed", "narrowed", "returned", "words", "impulse", "reborn"):
+        assert not STORY_WORDS.search(snake_case(name)), name
+
+
+def test_names_are_terms_and_no_story() -> None:
+    found = {
+        f"{name_of(path)}: {name}"
+        for path in OURS
+        for name in identifiers(path)
+        if STORY_WORDS.search(snake_case(name))
+    }
+    new, mended = found - STORY_WORDS_LEFT, STORY_WORDS_LEFT - found
+    assert not new, f"say what it is or does, in the field's term: {sorted(new)}"
+    assert not mended, f"take these off STORY_WORDS_LEFT, for they are mended: {sorted(mended)}"
 
 
 def test_only_the_runner_sees_the_whole_run() -> None:
