@@ -60,7 +60,7 @@ def _run(arguments: Sequence[str]) -> int:
             f" {', '.join(COMMANDS)}{messages.did_you_mean(command, COMMANDS)}"
         )
     if flag := next((argument for argument in rest if argument.startswith("-")), None):
-        raise UserError(f"{command}: unknown flag {messages.one_line(flag)}; it takes none")
+        raise UserError(f"{command}: unknown flag {messages.printable(flag)}; it takes none")
     return COMMANDS[command](rest)
 
 
@@ -70,7 +70,7 @@ def list_names(families: Sequence[str]) -> int:
         if family not in FAMILIES:
             near = messages.did_you_mean(family, FAMILIES)
             raise UserError(
-                f"list {messages.one_line(family)}: unknown; valid: {', '.join(FAMILIES)}{near}"
+                f"list {messages.printable(family)}: unknown; valid: {', '.join(FAMILIES)}{near}"
             )
     for family in dict.fromkeys(families or FAMILIES):
         names: Mapping[str, Any] = importlib.import_module(FAMILIES[family]).NAMES
@@ -122,7 +122,7 @@ def report(arguments: Sequence[str]) -> int:
     for workdir in workdirs:
         if not (workdir / "metrics.jsonl").is_file():
             raise UserError(
-                f"report {messages.one_line(str(workdir))}: holds no metrics.jsonl; is it the"
+                f"report {messages.printable(str(workdir))}: holds no metrics.jsonl; is it the"
                 " folder of a run?"
             )
     extras.require("report", "rich", "matplotlib")
@@ -140,7 +140,7 @@ def _workdir(command: str, text: str) -> Path:
             else []
         )
         raise UserError(
-            f"{command} {messages.one_line(text)}: {what}{messages.did_you_mean(path.name, names)}"
+            f"{command} {messages.printable(text)}: {what}{messages.did_you_mean(path.name, names)}"
         )
     return path
 

@@ -1,9 +1,10 @@
-"""The words of error messages: how names and values are shown, and the nearest of the names that
-would have been right."""
+"""The words of messages: how names, values and sizes are shown, and the nearest of the names or
+numbers that would have been right."""
 
 import difflib
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _FLOAT = re.compile(r"-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
@@ -26,6 +27,19 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return "" if match is None else f"; did you mean {match!r}?"
 
 
+def nearest_divisors(whole: int, value: int) -> str:
+    """The divisors of `whole` next to `value`, in words.
+
+    >>> nearest_divisors(32, 3), nearest_divisors(32, 100)
+    ('2 or 4', '32')
+    """
+    small = [number for number in range(1, int(whole**0.5) + 1) if whole % number == 0]
+    divisors = sorted({*small, *(whole // number for number in small)})
+    below = [number for number in divisors if number <= value][-1:]
+    above = [number for number in divisors if number > value][:1]
+    return " or ".join(map(str, below + above))
+
+
 def nearest_multiples(of: int, value: int) -> str:
     """The positive multiples of `of` next to `value`, which is none itself, in words.
 
@@ -43,9 +57,22 @@ def shown(text: str) -> str:
     return short if is_number(text) else repr(short)
 
 
-def one_line(path: str) -> str:
-    """A path or name as messages show it: as it is, or quoted if it would break the line."""
-    return path if path.isprintable() else repr(path)
+def printable(name: str) -> str:
+    """A path or name as messages show it: as it is, or quoted if it would break the line.
+
+    >>> printable("runs/a b"), printable("runs/a\\nb")
+    ('runs/a b', "'runs/a\\\\nb'")
+    """
+    return name if name.isprintable() else repr(name)
+
+
+def one_line(text: str) -> str:
+    """A message of any length and shape as one line of at most 200 characters.
+
+    >>> one_line("it\\n  broke")
+    'it broke'
+    """
+    return " ".join(text.split())[:200]
 
 
 def is_number(text: str) -> bool:
@@ -56,3 +83,27 @@ def is_number(text: str) -> bool:
     (True, True, False)
     """
     return bool(_FLOAT.fullmatch(text) or _NOT_FINITE.fullmatch(text))
+
+
+def bytes_text(size: float) -> str:
+    """Bytes in decimal units, as NVIDIA and disks count them.
+
+    >>> bytes_text(999), bytes_text(1_234_567), bytes_text(141e9)
+    ('999 B', '1.2 MB', '141 GB')
+    """
+    return scaled(size, ("B", "kB", "MB", "GB", "TB", "PB"))
+
+
+def scaled(number: float, units: Sequence[str]) -> str:
+    """A number in the largest of the units, each a thousand of the one before, that it fills.
+
+    >>> scaled(36_500_000, ("", "k", "M"))
+    '36.5 M'
+    """
+    if not math.isfinite(number):
+        return f"{number} {units[0]}"
+    index = 0
+    while abs(number) >= 999.5 and index < len(units) - 1:
+        number, index = number / 1000, index + 1
+    whole = (index == 0 and number == int(number)) or abs(number) >= 99.95
+    return f"{number:.{0 if whole else 1}f} {units[index]}"

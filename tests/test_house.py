@@ -258,6 +258,16 @@ def test_names_are_terms_and_no_story() -> None:
     assert not mended, f"take these off STORY_WORDS_LEFT, for they are mended: {sorted(mended)}"
 
 
+def test_messages_alone_know_near_names_and_units_of_bytes() -> None:
+    """Names, values and sizes are shown in one way everywhere."""
+    for module, path in MODULES.items():
+        if module != "jaxtrain.messages":
+            assert "difflib" not in imports(path), f"{module}: use messages.nearest"
+            assert '"GB"' not in path.read_text(), f"{module}: use messages.bytes_text"
+            assert "def one_line" not in path.read_text(), f"{module}: use messages.one_line"
+            assert "def _one_line" not in path.read_text(), f"{module}: use messages.one_line"
+
+
 def test_only_the_runner_sees_the_whole_run() -> None:
     """A recipe shares the options of a step with the run, and they say nothing of a run."""
     seen = {

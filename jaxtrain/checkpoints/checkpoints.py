@@ -26,6 +26,7 @@ from jaxtrain.checkpoints import arrays, committed, manifest
 from jaxtrain.checkpoints.arrays import HostState
 from jaxtrain.checkpoints.manifest import Record
 from jaxtrain.errors import CheckpointError, NonFinite, UserError
+from jaxtrain.messages import bytes_text, one_line
 from jaxtrain.tree import PyTree
 
 FOLDER = "checkpoints"
@@ -134,10 +135,10 @@ class Checkpoints:
         count = max(self._keep + 1 - len(committed.numbered(self.folder)), 1)
         free = self._free_bytes()
         if free < count * each:
-            checkpoints = f"{count} checkpoint{'s' if count > 1 else ''} of {_size(each)}"
+            checkpoints = f"{count} checkpoint{'s' if count > 1 else ''} of {bytes_text(each)}"
             workdir = self.folder.parent
             raise UserError(
-                f"--workdir={workdir}: {_size(free)} free, needs {_size(count * each)}"
+                f"--workdir={workdir}: {bytes_text(free)} free, needs {bytes_text(count * each)}"
                 f" ({checkpoints}); lower --keep or free space"
             )
 
@@ -206,7 +207,7 @@ class Checkpoints:
             return arrays.read(self.folder / str(step) / PAYLOAD, stored)
         # the storage library has no error class of its own, and its texts are pages long
         except Exception as error:
-            raise CheckpointError(f"step {step}: {PAYLOAD}: {_one_line(error)}") from error
+            raise CheckpointError(f"step {step}: {PAYLOAD}: {_reason(error)}") from error
 
     def _work(self, state: HostState, record: Record) -> None:
         """The background thread: everything after the copy; its error waits for the next call."""
@@ -235,7 +236,7 @@ class Checkpoints:
             raise
         except Exception as error:  # whatever the storage library raises
             raise CheckpointError(
-                f"step {step}: not saved in {self.folder}: {_one_line(error)}"
+                f"step {step}: not saved in {self.folder}: {_reason(error)}"
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -258,8 +259,8 @@ class Checkpoints:
         need += SPARE_BYTES
         if (free := self._free_bytes()) < need:
             raise CheckpointError(
-                f"step {step}: not saved: {_size(free)} free, needs {_size(need)} in {self.folder};"
-                " lower --keep or free space"
+                f"step {step}: not saved: {bytes_text(free)} free, needs {bytes_text(need)} in"
+                f" {self.folder}; lower --keep or free space"
             )
 
     def _is_there(self, step: int, state: HostState, record: Record) -> bool:
@@ -329,9 +330,8 @@ def verify_command(workdir: Path) -> int:
             continue
         whole.append(step)
         files = manifest.read(checkpoints.folder / str(step))["files"]
-        print(
-            f"step {step}: ok, {len(files)} files, {_size(sum(size for size, _ in files.values()))}"
-        )
+        size = sum(size for size, _ in files.values())
+        print(f"step {step}: ok, {len(files)} files, {bytes_text(size)}")
     if not (damaged or whole):
         print(
             f"jaxtrain: error: {workdir}: no committed checkpoint in {checkpoints.folder}",
@@ -347,20 +347,14 @@ def verify_command(workdir: Path) -> int:
     return 74 if damaged else 0
 
 
-def _size(count: int) -> str:
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} bytes"
-
-
-def _one_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """What failed, on one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = str(error) or type(error).__name__
     # TensorStore's errors are pages long, and end in what the system said.
     code = re.search(r"os_error_code='(\d+)'", text)
-    return os.strerror(int(code[1])) if code else text[:300]
+    return os.strerror(int(code[1])) if code else one_line(text)
 
 
 def _versions() -> dict[str, str]:

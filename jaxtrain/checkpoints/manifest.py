@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain import extras
-from jaxtrain.messages import one_line
+from jaxtrain.messages import printable
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -107,7 +107,7 @@ def entries(folder: Path, prefix: str = "") -> Iterator[str]:
     """Names of all files below a folder, relative to it; `Damaged` at the first link or special
     file. Opens nothing."""
     if not prefix and folder.is_symlink():
-        raise Damaged(f"is a symlink to {one_line(os.readlink(folder))}; refused")
+        raise Damaged(f"is a symlink to {printable(os.readlink(folder))}; refused")
     with os.scandir(folder / prefix) as scan:
         found = sorted(scan, key=lambda entry: entry.name)
     for entry in found:
@@ -115,14 +115,14 @@ def entries(folder: Path, prefix: str = "") -> Iterator[str]:
         mode = entry.stat(follow_symlinks=False).st_mode
         if stat.S_ISLNK(mode):
             raise Damaged(
-                f"holds symlink {one_line(name)} -> {one_line(os.readlink(entry.path))}; refused"
+                f"holds symlink {printable(name)} -> {printable(os.readlink(entry.path))}; refused"
             )
         if stat.S_ISDIR(mode):
             yield from entries(folder, f"{name}/")
         elif stat.S_ISREG(mode):
             yield name
         else:
-            raise Damaged(f"holds special file {one_line(name)}; refused")
+            raise Damaged(f"holds special file {printable(name)}; refused")
 
 
 def read(folder: Path) -> Record:
@@ -168,8 +168,8 @@ def problems(folder: Path) -> list[str]:
         return [str(error)]
     except OSError as error:
         return [_unreadable(error, folder)]
-    found = [f"{one_line(name)}: missing" for name in sorted(listed.keys() - present)]
-    found += [f"{one_line(name)}: not in the manifest" for name in sorted(present - listed.keys())]
+    found = [f"{printable(name)}: missing" for name in sorted(listed.keys() - present)]
+    found += [f"{printable(name)}: not in the manifest" for name in sorted(present - listed.keys())]
     for name in sorted(present & listed.keys()):
         try:
             size, digest = checksum(folder / name)
@@ -179,7 +179,7 @@ def problems(folder: Path) -> list[str]:
         if [size, digest] != listed[name]:
             expected = listed[name][0] if isinstance(listed[name], list) and listed[name] else "?"
             found.append(
-                f"{one_line(name)}: "
+                f"{printable(name)}: "
                 + ("checksum mismatch" if size == expected else f"{size} bytes, not {expected}")
             )
     return found
@@ -205,4 +205,4 @@ def _seal_of(text: bytes) -> bytes:
 
 def _unreadable(error: OSError, folder: Path) -> str:
     name = os.path.relpath(error.filename, folder) if error.filename else folder.name
-    return f"{one_line(name)}: cannot be read ({error.strerror})"
+    return f"{printable(name)}: cannot be read ({error.strerror})"

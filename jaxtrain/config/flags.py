@@ -279,7 +279,7 @@ def _unknown(name: str, run: config.Run) -> str:
     nearest name."""
     known = [setting.name for setting in settings.of_run(run)]
     known += [family for family in config.FAMILIES if getattr(run, family) is not None]
-    shown = f"unknown flag --{messages.one_line(name)}"
+    shown = f"unknown flag --{messages.printable(name)}"
     family, dot, rest = name.partition(".")
     if dot and family in config.FAMILIES and getattr(run, family) is not None:
         owners = [

@@ -84,11 +84,11 @@ def from_json(run: config.Run, record: Mapping[str, Any]) -> config.Run:
 def load(run: config.Run, workdir: str) -> config.Run:
     """The configuration of the run in `workdir`; `ValueError` naming `--from_run` if it cannot be
     read or belongs to another experiment."""
-    flag, path = f"--from_run={messages.one_line(workdir)}", Path(workdir) / "run.json"
+    flag, path = f"--from_run={messages.printable(workdir)}", Path(workdir) / "run.json"
     if Path(workdir).is_file():
         raise UserError(
             f"{flag}: is a file; give the run's folder:"
-            f" --from_run={messages.one_line(str(Path(workdir).parent))}"
+            f" --from_run={messages.printable(str(Path(workdir).parent))}"
         )
     if not path.is_file():
         missing = (

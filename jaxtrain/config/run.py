@@ -217,7 +217,7 @@ def check(run: Run) -> None:
     if run.steps is None and run.epochs is None:
         raise UserError("--steps and --epochs are both unset; give one")
     if run.batch_size % run.microbatches:
-        near = nearest_divisors(run.batch_size, run.microbatches)
+        near = messages.nearest_divisors(run.batch_size, run.microbatches)
         raise UserError(
             f"--microbatches={run.microbatches}: must divide --batch_size={run.batch_size};"
             f" nearest: {near}"
@@ -235,7 +235,7 @@ def check(run: Run) -> None:
             " --reproducible, whose digests `verify` compares"
         )
     if run.reproducible and run.batch_size % run.logical_shards:
-        near = nearest_divisors(run.batch_size, run.logical_shards)
+        near = messages.nearest_divisors(run.batch_size, run.logical_shards)
         raise UserError(
             f"--logical_shards={run.logical_shards}: must divide --batch_size={run.batch_size};"
             f" nearest: {near}"
@@ -249,23 +249,6 @@ def check(run: Run) -> None:
         )
 
 
-def nearest_divisors(whole: int, value: int) -> str:
-    """The divisors of `whole` next to `value`, in words.
-
-    >>> nearest_divisors(32, 3), nearest_divisors(32, 100)
-    ('2 or 4', '32')
-    """
-    divisors = [
-        number
-        for small in range(1, int(whole**0.5) + 1)
-        if whole % small == 0
-        for number in (small, whole // small)
-    ]
-    below = max((number for number in divisors if number <= value), default=None)
-    above = min((number for number in divisors if number > value), default=None)
-    return " or ".join(str(number) for number in (below, above) if number is not None)
-
-
 def check_paths(run: Run) -> None:
     """Raises `ValueError` if the workdir cannot be written or `init_from` is not there; leaves no
     trace on the disk."""
@@ -273,7 +256,7 @@ def check_paths(run: Run) -> None:
         _check_workdir(run.workdir)
     if run.init_from and not os.path.exists(run.init_from):
         raise UserError(
-            f"--init_from={messages.one_line(run.init_from)}: no such file or"
+            f"--init_from={messages.printable(run.init_from)}: no such file or"
             f" directory{siblings(run.init_from)}"
         )
 
@@ -286,31 +269,23 @@ def siblings(path: str) -> str:
         if parent.is_dir() and os.access(parent, os.R_OK)
         else []
     )
-    match = messages.nearest(Path(path).name, names)
-    return (
-        ""
-        if match is None
-        else f"; in {messages.one_line(str(parent))}: {messages.one_line(match)}; did you mean it?"
-    )
+    match, folder = messages.nearest(Path(path).name, names), messages.printable(str(parent))
+    return "" if match is None else f"; in {folder}: {messages.printable(match)}; did you mean it?"
 
 
 def _check_workdir(workdir: str) -> None:
-    flag = f"--workdir={messages.one_line(workdir)}"
+    flag = f"--workdir={messages.printable(workdir)}"
     place = Path(workdir)
     try:
         while not os.path.lexists(place) and place != place.parent:
             place.stat() if len(place.name) > 255 else None  # raises `File name too long`
             place = place.parent
+        name = messages.printable(str(place))
         if place.exists() and not place.is_dir():
-            raise UserError(
-                f"{flag}: {'' if place == Path(workdir) else f'{messages.one_line(str(place))} '}is"
-                " a file, not a directory"
-            )
+            above = "" if place == Path(workdir) else f"{name} "
+            raise UserError(f"{flag}: {above}is a file, not a directory")
         if not place.exists():
-            raise UserError(
-                f"{flag}: {messages.one_line(str(place))} is a link to nothing; remove it or make"
-                " its target"
-            )
+            raise UserError(f"{flag}: {name} is a link to nothing; remove it or make its target")
         # asking is not enough: the superuser may do anything, but not on a read-only disk
         with tempfile.TemporaryFile(dir=place):
             pass

@@ -6,7 +6,6 @@ example named twice is an error.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import pathlib
@@ -15,6 +14,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from jaxtrain import messages
 from jaxtrain.data.table import ArrayTable, Table, join, select
 from jaxtrain.errors import UserError
 
@@ -90,13 +90,12 @@ def _row(text: str | None, length: int, default: int) -> int | None:
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near = messages.did_you_mean(name, known)
     only = next(iter(known)) if len(list(known)) == 1 else None
     remedy = (
         f" only; cut a part off, e.g. {only}[:90%] and {only}[90%:]" if only and not near else ""
     )
-    return f"unknown split {name!r}; valid: {', '.join(known)}{remedy}{hint}"
+    return f"unknown split {name!r}; valid: {', '.join(known)}{remedy}{near}"
 
 
 def take(pieces: Iterable[Piece], tables: Mapping[str, Table]) -> Table:

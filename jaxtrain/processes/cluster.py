@@ -261,7 +261,7 @@ def _validated(found: ProcessInfo, names: tuple[str, str, str]) -> ProcessInfo |
         rendezvous.split_address(found.coordinator)
     except ValueError as problem:
         raise UserError(
-            f"{coordinator_name}={messages.one_line(found.coordinator)}: {problem}"
+            f"{coordinator_name}={messages.printable(found.coordinator)}: {problem}"
         ) from None
     if (
         is_loopback(found.coordinator)

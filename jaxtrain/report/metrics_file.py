@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxtrain.errors import UserError
+from jaxtrain.messages import one_line
 
 FIRST_KEYS = ("step", "split", "loss", "accuracy")
 CLOCK_SUFFIXES = ("_seconds", "_per_second")
@@ -239,15 +240,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def one_line(text: str) -> str:
-    """A message of any length and shape as one line of at most 200 characters.
-
-    >>> one_line("it\\n  broke")
-    'it broke'
-    """
-    return " ".join(text.split())[:200]
 
 
 def note_on_stderr(text: str) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain import extras
-from jaxtrain.report.metrics_file import note_on_stderr, one_line
+from jaxtrain.messages import one_line
+from jaxtrain.report.metrics_file import note_on_stderr
 
 
 class TensorBoardWriter:

@@ -7,7 +7,6 @@ called label, labels, y, target or targets, unless `image_key` and `label_key` s
 """
 
 import dataclasses
-import difflib
 import pathlib
 import re
 import zipfile
@@ -16,6 +15,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from jaxtrain import messages
 from jaxtrain.data.splits import Splits, choose, digest_of_arrays
 from jaxtrain.data.table import ArrayTable
 from jaxtrain.errors import UserError
@@ -116,11 +116,9 @@ class Arrays:
         for split, arrays in list(sorted_arrays.items()):
             for field, key in (("image", self.image_key), ("label", self.label_key)):
                 if key and key not in arrays:
-                    near = difflib.get_close_matches(key, arrays, 1)
-                    hint = f"; did you mean {near[0]!r}?" if near else ""
                     raise UserError(
                         f"--data.{field}_key={key!r}: no such array in split {split}; valid:"
-                        f" {', '.join(arrays)}{hint}"
+                        f" {', '.join(arrays)}{messages.did_you_mean(key, arrays)}"
                     )
                 found = key or next((usual for usual in _USUAL[field] if usual in arrays), None)
                 if found is not None:
@@ -147,10 +145,8 @@ def load_arrays(path: str) -> dict[str, np.ndarray]:
             raise UserError(f"--data.path={path!r}: no .npy file in this folder")
         return {file.stem: _load(file, path, mmap_mode="r") for file in files}
     if not place.exists():
-        near = difflib.get_close_matches(
-            place.name, [file.name for file in place.parent.glob("*")], 1
-        )
-        hint = f"; did you mean {str(place.parent / near[0])!r}?" if near else ""
+        near = messages.nearest(place.name, [file.name for file in place.parent.glob("*")])
+        hint = f"; did you mean {str(place.parent / near)!r}?" if near else ""
         raise UserError(f"--data.path={path!r}: no such file or folder{hint}")
     if place.suffix == ".npy":
         array = _load(place, path, mmap_mode="r")

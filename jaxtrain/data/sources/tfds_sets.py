@@ -6,7 +6,6 @@ ahead of the step.
 """
 
 import dataclasses
-import difflib
 import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 
-from jaxtrain import extras
+from jaxtrain import extras, messages
 from jaxtrain.data.sources.images import fit
 from jaxtrain.data.sources.records import read_located
 from jaxtrain.data.splits import Splits, choose, digest_of_files
@@ -91,8 +90,8 @@ class Tfds:
         if not wanted and table_class is TensorflowTable:
             raise UserError(
                 f"--data.name={self.name}: prepared as {file_format}, which can only be loaded"
-                f" whole ({size / 2**30:.3g} GiB); pass --data.in_memory=yes, or prepare it with"
-                " --file_format=array_record"
+                f" whole ({messages.bytes_text(size)}); pass --data.in_memory=yes, or prepare it"
+                " with --file_format=array_record"
             )
         return wanted
 
@@ -120,11 +119,10 @@ class Tfds:
         # the community list would be fetched
         known = {*tfds.list_builders(with_community_datasets=False), *prepared}
         if base not in known:
-            near = difflib.get_close_matches(base, sorted(known), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
             return (
                 f"--data.name={self.name!r}: unknown; prepared in {data_dir}:"
-                f" {', '.join(sorted(prepared)) or 'none'}{hint}"
+                f" {', '.join(sorted(prepared)) or 'none'}"
+                f"{messages.did_you_mean(base, sorted(known))}"
             )
         run = (
             "scripts/prepare_fashion_mnist"
@@ -188,11 +186,9 @@ class _Description:
         fields = {}
         for field, key in keys.items():
             if key not in features:
-                near = difflib.get_close_matches(key, list(features), 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise UserError(
                     f"--data.{field}_key={key!r}: {source.name} has no such feature; valid:"
-                    f" {', '.join(sorted(features))}{hint}"
+                    f" {', '.join(sorted(features))}{messages.did_you_mean(key, features)}"
                 )
             shape = tuple(features[key].shape)
             if field == "image" and source.size is not None:

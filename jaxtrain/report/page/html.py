@@ -19,11 +19,12 @@ import numpy as np
 
 from jaxtrain import extras
 from jaxtrain.errors import UserError
+from jaxtrain.messages import bytes_text
 from jaxtrain.report.page import history, plots
 from jaxtrain.report.page.chart import chart, color
 from jaxtrain.report.page.history import History
 from jaxtrain.report.page.style import SHEET
-from jaxtrain.report.terminal.tables import bytes_text, count_text, rate_text, value_text
+from jaxtrain.report.terminal.tables import count_text, rate_text, value_text
 
 MOST_CLASSES_IN_TABLE = 30
 MOST_PAIRS = 15

@@ -21,8 +21,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+from jaxtrain.messages import bytes_text
 from jaxtrain.report.metrics_file import is_clock
-from jaxtrain.report.terminal.tables import bytes_text, clean, duration_text, rate_text, value_text
+from jaxtrain.report.terminal.tables import clean, duration_text, rate_text, value_text
 
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 SPARKS = "▁▂▃▄▅▆▇█"

@@ -11,6 +11,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from jaxtrain.messages import bytes_text, scaled
+
 
 class ParameterRow(NamedTuple):
     """One line of the parameter summary; `arrays` of the same shape may share it."""
@@ -189,22 +191,13 @@ def value_text(name: str, value: float) -> str:
     return f"{value:,.{4 if abs(value) < 10 else 2}f}"
 
 
-def bytes_text(size: float) -> str:
-    """Bytes in decimal units, as NVIDIA and disks count them.
-
-    >>> bytes_text(999), bytes_text(1_234_567), bytes_text(141e9)
-    ('999 B', '1.2 MB', '141 GB')
-    """
-    return _scaled(size, ("B", "kB", "MB", "GB", "TB", "PB"))
-
-
 def count_text(count: float) -> str:
     """A count in short.
 
     >>> count_text(94_154), count_text(36_500_000)
     ('94.2 k', '36.5 M')
     """
-    return _scaled(count, ("", "k", "M", "G", "T")).strip()
+    return scaled(count, ("", "k", "M", "G", "T")).strip()
 
 
 def rate_text(rate: float) -> str:
@@ -213,7 +206,7 @@ def rate_text(rate: float) -> str:
     >>> rate_text(48_210.0), rate_text(3.14159)
     ('48.2k', '3.1')
     """
-    return _scaled(rate, ("", "k", "M", "G")).replace(" ", "")
+    return scaled(rate, ("", "k", "M", "G")).replace(" ", "")
 
 
 def duration_text(seconds: float) -> str:
@@ -242,20 +235,6 @@ def clean(text: str) -> str:
         character if character.isprintable() or character == "\n" else repr(character)[1:-1]
         for character in str(text)
     )
-
-
-def _scaled(number: float, units: Sequence[str]) -> str:
-    if not math.isfinite(number):
-        return f"{number} {units[0]}"
-    index = 0
-    while abs(number) >= 999.5 and index < len(units) - 1:
-        number, index = number / 1000, index + 1
-    digits = (
-        f"{number:.0f}"
-        if (index == 0 and number == int(number)) or abs(number) >= 99.95
-        else f"{number:.1f}"
-    )
-    return f"{digits} {units[index]}"
 
 
 def _table(*columns: str) -> Table:
