@@ -436,5 +436,5 @@ def test_names_are_distinct_and_the_package_names_what_it_has() -> None:
         models.NAMES
     )
     assert "ViT" in dir(models)
-    with pytest.raises(AttributeError, match="has no attribute 'VIT'; it has NAMES, MLP"):
+    with pytest.raises(AttributeError, match="has no attribute 'VIT'; it has MLP, NAMES"):
         _ = models.VIT
