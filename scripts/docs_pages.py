@@ -1,9 +1,9 @@
 """MkDocs' hook for mkdocs.yml: the pages that nobody writes under docs/, and links between all of
 them.
 
-README, CONTRIBUTING and the like become pages, and every room of the package gets one, made from its
-docstrings. A link to a file of the repository leads to its page; where it has none, the words stay
-without a link.
+README, CONTRIBUTING and the like become pages, and every room of the package gets one, made from
+its docstrings. A link to a file of the repository leads to its page; where it has none, the words
+stay without a link.
 """
 
 import posixpath
