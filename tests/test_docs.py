@@ -5,27 +5,35 @@ somewhere, and the notebook is its guide.
 so that it holds its outputs.
 """
 
+import ast
 import contextlib
 import io
 import math
 import re
 import runpy
 import shlex
+import subprocess
 import sys
+import types
 from collections.abc import Iterator
+from importlib import util
 from pathlib import Path
 from typing import Any
 
 import nbclient
 import nbformat
 import pytest
+import yaml
 
 from jaxtrain import __main__ as command
 from jaxtrain.config import flags
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE, NOTEBOOK = ROOT / "docs" / "step.md", ROOT / "docs" / "step_as_a_library.ipynb"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 GUIDES = [
     page for page in PAGES if page != GUIDE and "```python" in page.read_text(encoding="utf-8")
 ]
@@ -217,6 +225,129 @@ def test_files_named_in_the_text_exist(page: Path) -> None:
         page.read_text(encoding="utf-8"),
     ):
         assert name.endswith("NAME.py") or (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def definitions(path: Path) -> dict[str, str]:
+    """Every function of a file, methods too, with the words of its body."""
+    source = path.read_text(encoding="utf-8")
+    return {
+        node.name: ast.get_source_segment(source, node) or ""
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef)
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_tests_named_in_the_text_exist(page: Path) -> None:
+    for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", page.read_text(encoding="utf-8")):
+        assert name in definitions(ROOT / file), f"{page.name}: {file}::{name}"
+
+
+def test_moved_modules_are_where_the_changelog_says() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    moved = re.findall(r"^\| `(jaxtrain[\w.]*)` \| `(jaxtrain[\w.]*)` \|$", text, re.MULTILINE)
+    assert len(moved) > 50
+    for before, now in moved:
+        assert util.find_spec(now) is not None, f"CHANGELOG: {before} is not in {now}"
+        assert not (ROOT / f"{before.replace('.', '/')}.py").exists(), f"CHANGELOG: {before}"
+
+
+def trip() -> list[tuple[int, str, str]]:
+    """The README's trip of one batch: how deep each line stands, its file and its function."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = BLOCK.findall(text[text.index("## The trip of one batch") :])[:1]
+    found = [re.match(r"(\S+\.py)( +)(\w+)", line) for line in block[1].splitlines()]
+    return [(len(line[1] + line[2]), line[1], line[3]) for line in found if line]
+
+
+def test_the_trip_of_one_batch_is_a_walk_through_real_functions(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each function of the trip exists, and the file of the one above it calls it by its name."""
+    above: list[tuple[int, str, str]] = []
+    for depth, file, name in trip():
+        path = ROOT / "jaxtrain" / file
+        assert name in definitions(path), f"README's trip: {file} has no function {name}"
+        above = [line for line in above if line[0] < depth]
+        if above:
+            caller = (ROOT / "jaxtrain" / above[-1][1]).read_text(encoding="utf-8")
+            called = re.search(rf"\b_?{name}\b", caller)
+            assert called, f"README's trip: {above[-1][1]} does not call {name} of {file}"
+        above.append((depth, file, name))
+    assert [name for _, _, name in trip()][:1] == ["main"]
+    files = list(dict.fromkeys(file for _, file, _ in trip()))
+    up_to = [file for file in files if file.startswith(("runner/", "train/"))]
+    print(f"{len(up_to)} files from main to the optimizer and the metrics: {', '.join(up_to)}")
+
+
+def test_the_house_in_the_readme_is_the_house() -> None:
+    """Every folder and file of the package stands in the README's plan, and nothing else does."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    plan = next(body for _, body in BLOCK.findall(text) if "jaxtrain/\n" in body)
+    inside = plan[plan.index("jaxtrain/\n") : plan.index("\nscripts/")]
+    named = {word for word in re.findall(r"(?<![\w.])(\w+(?:/|\.py))(?![\w.])", inside)}
+    package = ROOT / "jaxtrain"
+    real = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    real |= {path.name for path in package.glob("*.py") if not path.stem.startswith("__")}
+    assert named - {"jaxtrain/"} == real
+
+
+SITE = runpy.run_path(str(ROOT / "scripts" / "docs_pages.py"))
+"""What makes the pages of the site that nobody writes."""
+
+
+def test_every_page_and_every_room_is_in_the_navigation() -> None:
+    config = types.SimpleNamespace(**yaml.safe_load((ROOT / "mkdocs.yml").read_text()))
+    SITE["on_config"](config)
+
+    def pages(item: Any) -> Iterator[str]:
+        if isinstance(item, str):
+            yield item
+        else:
+            for part in item.values() if isinstance(item, dict) else item:
+                yield from pages(part)
+
+    shown = list(pages(config.nav))
+    package = ROOT / "jaxtrain"
+    rooms = {path.parent.name for path in package.glob("*/__init__.py")} | {"jaxtrain", "files"}
+    written = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    assert len(shown) == len({*shown})
+    assert {*shown} == written | {*SITE["PAGES"].values()} | {
+        f"reference/{room}.md" for room in rooms
+    }
+    modules = [module for found in SITE["rooms"]().values() for module in found]
+    files = {path.relative_to(ROOT).with_suffix("") for path in package.rglob("*.py")}
+    assert {*modules} | {"jaxtrain.__main__"} == {
+        ".".join(path.parts).removesuffix(".__init__") for path in files
+    }
+    assert len(modules) == len({*modules})
+
+
+def test_links_of_the_site_lead_to_its_pages() -> None:
+    relinked = SITE["relinked"]
+    text = (
+        "[a](docs/data.md#order) ![b](docs/images/report.png) [c](jaxtrain/tasks.py) [d](LICENSE)"
+    )
+    assert relinked(text, "README.md", "index.md") == (
+        "[a](data.md#order) ![b](images/report.png) [c](reference/files.md) d"
+    )
+    assert relinked("[r](../README.md) [w](https://a.b)", "docs/step.md", "step.md") == (
+        "[r](index.md) [w](https://a.b)"
+    )
+    assert relinked("[m](../jaxtrain/models/vit.py)", "docs/models.md", "models.md") == (
+        "[m](reference/models.md)"
+    )
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning() -> None:
+    """By `scripts/docs`, which installs its tools from the network at first."""
+    done = subprocess.run(
+        [ROOT / "scripts" / "docs"], capture_output=True, text=True, check=False, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (ROOT / "build" / "docs" / "reference" / "models.html").read_text(encoding="utf-8")
+    assert "jaxtrain.models.vit" in page and "&gt;&gt;&gt; " in page
 
 
 def notebook_of(page: Path) -> nbformat.NotebookNode:

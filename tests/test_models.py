@@ -107,6 +107,12 @@ def test_a_pooled_vit_has_a_token_and_its_place_less() -> None:
     assert token - mean == 2 * 16
 
 
+def test_every_model_has_a_row() -> None:
+    """The decoder has a file of tests of its own, tests/test_transformer.py."""
+    small = {type(model) for model, _ in TINY.values()} | {models.Transformer}
+    assert {type(model) for model in models.NAMES.values()} <= small
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_every_parameter_names_its_axes(name: str) -> None:
     model, shape = TINY[name]
@@ -436,5 +442,5 @@ def test_names_are_distinct_and_the_package_names_what_it_has() -> None:
         models.NAMES
     )
     assert "ViT" in dir(models)
-    with pytest.raises(AttributeError, match="has no attribute 'VIT'; it has NAMES, MLP"):
+    with pytest.raises(AttributeError, match="has no attribute 'VIT'; it has MLP, NAMES"):
         _ = models.VIT

@@ -434,7 +434,11 @@ def test_extras_and_licence() -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["scripts/environment", "scripts/train", "scripts/test", ".ci/run"]
+    "script",
+    [
+        *("scripts/environment", "scripts/train", "scripts/test", "scripts/docs"),
+        *("scripts/check_wheel", ".ci/run"),
+    ],
 )
 def test_scripts_parse(script: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
@@ -448,3 +452,20 @@ def test_a_misspelt_experiment_is_told_before_anything_is_installed(machine: Mac
             f"jaxtrain: error: {name}: no such experiment; there are experiments/"
         )
     assert machine.calls() == []
+
+
+@pytest.mark.slow
+def test_the_wheel_stands_on_its_own(tmp_path: pathlib.Path) -> None:
+    """In an environment of its own, with packages from the network: the core makes a step, a run
+    without the extras names them, and with them the digits train."""
+    done = subprocess.run(
+        [ROOT / "scripts" / "check_wheel", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "core: 1 step, accuracy, grad_norm, learning_rate, loss" in done.stdout
+    assert "without extras: jaxtrain: error: this run needs " in done.stdout
+    assert (tmp_path / "run" / "checkpoints" / "20" / "COMMIT").is_file()

@@ -1,7 +1,7 @@
 """A run: everything that decides what is trained and how, as one frozen value.
 
 An experiment is plain Python that returns a `Run`; the command line (`flags.py`) only overrides its
-fields, and `run_record.py` writes them down. `check` holds the rules between fields, `check_paths`
+fields, and `record.py` writes them down. `check` holds the rules between fields, `check_paths`
 those that ask the disk.
 """
 
