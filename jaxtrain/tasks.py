@@ -3,8 +3,8 @@
 A task is two functions: `inputs(batch)` picks what the model sees, `loss(outputs, batch,
 train=...)` gives `{name: (sum, count)}` with "loss" among the names; that one is minimised.
 `examine` says what a prediction was, for confusion matrices and the worst mistakes; `check` refuses
-outputs that cannot name every class of the data; `score` chooses the best checkpoint. Outputs may be
-any pytree that the task's own `loss` understands.
+outputs that cannot name every class of the data; `score` chooses the best checkpoint. Outputs may
+be any pytree that the task's own `loss` understands.
 
 Dims: B batch, C classes, D features, T tokens to predict, V vocabulary.
 """

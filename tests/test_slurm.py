@@ -38,7 +38,7 @@ PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 pytestmark = pytest.mark.slow
 
 WORKER = '''
-"""A stand-in for an experiment: it sends heartbeats until the file `go` exists or a signal comes."""
+"""A stand-in for an experiment: it beats until the file `go` exists or a signal comes."""
 import os, signal, sys, time
 from pathlib import Path
 from jaxtrain.processes import cluster, heartbeat, rendezvous
