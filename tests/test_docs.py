@@ -252,34 +252,6 @@ def test_moved_modules_are_where_the_changelog_says() -> None:
         assert not (ROOT / f"{before.replace('.', '/')}.py").exists(), f"CHANGELOG: {before}"
 
 
-def trip() -> list[tuple[int, str, str]]:
-    """The README's trip of one batch: how deep each line stands, its file and its function."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = BLOCK.findall(text[text.index("## The trip of one batch") :])[:1]
-    found = [re.match(r"(\S+\.py)( +)(\w+)", line) for line in block[1].splitlines()]
-    return [(len(line[1] + line[2]), line[1], line[3]) for line in found if line]
-
-
-def test_the_trip_of_one_batch_is_a_walk_through_real_functions(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Each function of the trip exists, and the file of the one above it calls it by its name."""
-    above: list[tuple[int, str, str]] = []
-    for depth, file, name in trip():
-        path = ROOT / "jaxtrain" / file
-        assert name in definitions(path), f"README's trip: {file} has no function {name}"
-        above = [line for line in above if line[0] < depth]
-        if above:
-            caller = (ROOT / "jaxtrain" / above[-1][1]).read_text(encoding="utf-8")
-            called = re.search(rf"\b_?{name}\b", caller)
-            assert called, f"README's trip: {above[-1][1]} does not call {name} of {file}"
-        above.append((depth, file, name))
-    assert [name for _, _, name in trip()][:1] == ["main"]
-    files = list(dict.fromkeys(file for _, file, _ in trip()))
-    up_to = [file for file in files if file.startswith(("runner/", "train/"))]
-    print(f"{len(up_to)} files from main to the optimizer and the metrics: {', '.join(up_to)}")
-
-
 def test_the_house_in_the_readme_is_the_house() -> None:
     """Every folder and file of the package stands in the README's plan, and nothing else does."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")

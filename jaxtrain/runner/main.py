@@ -68,10 +68,6 @@ def main(run: config.Run, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs an experiment as the command line says, and exits with the status of the contract
     (design, section 3)."""
     argv = sys.argv[1:] if argv is None else argv
-    if not os.path.exists("/proc/driver/nvidia"):
-        # The compiler for GPUs (the extra [plan]) may be installed where there is none, and jax
-        # would complain at every start that it finds no cuDNN.
-        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     try:
         status = guarded(
             lambda: _start(flags.parse(run, argv), argv), show_traceback=flags.wants_traceback(argv)
