@@ -20,7 +20,8 @@ import pytest
 from absl import flags as absl_flags
 from hypothesis import strategies
 
-from jaxtrain import config, fields
+from jaxtrain import cli, config, fields
+from jaxtrain.cli.main import help_text
 from jaxtrain.config import flags, marks, secrets, settings, values
 from jaxtrain.config import record as run_record
 from jaxtrain.errors import UserError
@@ -669,6 +670,14 @@ def test_the_command_answers_at_once_and_without_jax() -> None:
     ).stdout
     assert "python -m jaxtrain verify WORKDIR" in said
     assert float(said.splitlines()[-1]) < 0.5
+
+
+def test_every_file_of_the_cli_is_a_command() -> None:
+    files = {path.stem for path in Path(cli.__file__).parent.glob("*.py")}
+    runs = {command.run.__module__.rpartition(".")[2] for command in cli.COMMANDS.values()}
+    assert files - {"__init__", "main", "command"} == runs
+    for name, command in cli.COMMANDS.items():
+        assert f"python -m jaxtrain {name} {command.arguments} " in help_text()
 
 
 @pytest.mark.parametrize(

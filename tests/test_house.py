@@ -54,7 +54,7 @@ FLOORS = (
 )
 """The plan of the house, highest floor first: a room imports only from floors below its own. The
 single files may use one another."""
-KNOW_THE_RUN = {"runner", "cli", "__main__", "__init__"}
+KNOW_THE_RUN = {"runner", "cli", "__init__"}
 """The only rooms above `config` that see the configuration of a whole run, besides the front door,
 which passes its name on; every other one asks for the few things it needs."""
 STORY_WORDS = re.compile(

@@ -1,0 +1,62 @@
+"""`python -m jaxtrain COMMAND`: finds the command and runs it. Help answers without importing jax.
+
+A new command is a file with a `Command` and a line in `COMMANDS`.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from jaxtrain import messages
+from jaxtrain.cli import list_components, report, verify
+from jaxtrain.errors import RunError, UserError
+
+COMMANDS = {
+    "list": list_components.COMMAND,
+    "verify": verify.COMMAND,
+    "report": report.COMMAND,
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command; returns the exit status."""
+    arguments = [argument for argument in argv if argument != "--traceback"]
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
+    except RunError as error:
+        if len(arguments) < len(argv):
+            raise
+        print(f"jaxtrain: error: {error}", file=sys.stderr)
+        return error.status
+    except BrokenPipeError:
+        # `| head` has read enough. What is still buffered must not raise again when Python closes
+        # the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def help_text() -> str:
+    """How to train, and every command, a line each."""
+    train = "train; --help lists the experiment's flags"
+    rows = {"python experiments/NAME.py [--flag=value ...]": train}
+    for name, command in COMMANDS.items():
+        rows[f"python -m jaxtrain {name} {command.arguments}".rstrip()] = command.words
+    width = max(map(len, rows))
+    lines = [f"  {usage.ljust(width)} {words}" for usage, words in rows.items()]
+    return "\n".join(["jaxtrain: train JAX models from one command", "", *lines])
+
+
+def _run(arguments: Sequence[str]) -> int:
+    helps = ("--help", "-h", "-help", "--helpfull", "help")
+    if not arguments or any(argument in helps for argument in arguments):
+        print(help_text())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise UserError(
+            f"unknown command {messages.shown(name)}; valid:"
+            f" {', '.join(COMMANDS)}{messages.did_you_mean(name, COMMANDS)}"
+        )
+    return COMMANDS[name].run(rest)
