@@ -320,7 +320,7 @@ def test_a_task_that_looks_at_one_device_only_is_caught():
             ("tensor:4",),
             2,
             (
-                r"^params/block0/attention/bias dim 1 \(=6, 'heads'\) not divisible by axis"
+                r"^params/block0/attention/key/bias dim 0 \(=6, 'heads'\) not divisible by axis"
                 r" tensor=4; change --mesh or make it 4 or 8$"
             ),
         ),

@@ -294,19 +294,33 @@ def test_attention_is_that_of_numpy_in_float64() -> None:
         "params"
     ]
     params = jax.tree.map(lambda leaf: leaf + 0.1, params)
-    kernel, bias, out_kernel, out_bias = (
-        np.asarray(a, np.float64)
-        for a in (params["kernel"], params["bias"], params["out"]["kernel"], params["out"]["bias"])
-    )
-    expected = np.zeros_like(x) + out_bias
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    expected = np.zeros_like(x) + wide["out"]["bias"]
     for head in range(2):
-        query, key, value = (x @ kernel[:, index, head] + bias[index, head] for index in range(3))
+        query, key, value = (
+            x @ wide[name]["kernel"][:, head] + wide[name]["bias"][head]
+            for name in ("query", "key", "value")
+        )
         scores = np.exp(query @ key.transpose(0, 2, 1) / np.sqrt(4))
-        expected += (scores / scores.sum(-1, keepdims=True)) @ value @ out_kernel[head]
+        expected += (scores / scores.sum(-1, keepdims=True)) @ value @ wide["out"]["kernel"][head]
     np.testing.assert_allclose(
         attention.apply({"params": params}, jnp.asarray(x, jnp.float32)),
         expected,
         rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_attention_has_the_parameters_of_flax_and_finds_the_same() -> None:
+    x = jax.random.normal(jax.random.key(1), (2, 5, 12))
+    flax = layers.nn.MultiHeadDotProductAttention(num_heads=3, kernel_init=layers.LECUN)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, flax.init(jax.random.key(0), x)["params"])
+    ours = layers.nn.meta.unbox(vit.Attention(heads=3).init(jax.random.key(0), x))["params"]
+    assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, params)
+    np.testing.assert_allclose(
+        vit.Attention(heads=3).apply({"params": params}, x),
+        flax.apply({"params": params}, x),
+        rtol=1e-5,
         atol=1e-5,
     )
 
@@ -317,8 +331,30 @@ def test_each_of_query_key_and_value_starts_with_its_own_xavier_bound() -> None:
         vit.Attention(heads=4).init(jax.random.key(0), jnp.zeros((1, 2, width)))
     )["params"]
     bound = math.sqrt(6 / (2 * width))
-    for leaf in (params["kernel"], params["out"]["kernel"]):
+    kernels = [params[name]["kernel"] for name in ("query", "key", "value", "out")]
+    for leaf in kernels:
         assert 0.98 * bound < float(jnp.abs(leaf).max()) <= bound
+        assert float(leaf.std()) == pytest.approx(bound / math.sqrt(3), rel=0.03)
+    assert not np.array_equal(kernels[0], kernels[1]) and not np.array_equal(*kernels[1:3])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_fewer_keys_and_values_are_each_shared_by_queries_in_a_row(causal: bool) -> None:
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+
+    def projected(name: str, heads: int) -> jax.Array:
+        layer = layers.head_projection(heads, 4, name=name)
+        return layer.init_with_output(jax.random.key(heads), x)[0]
+
+    query, key, value = projected("query", 6), projected("key", 2), projected("value", 2)
+    assert key.shape == (2, 5, 2, 4)
+    whole = (jnp.repeat(array, 3, axis=2) for array in (key, value))
+    np.testing.assert_allclose(
+        layers.attention(query, key, value, causal=causal),
+        layers.attention(query, *whole, causal=causal),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 def test_a_vit_without_positions_forgets_the_order_of_patches() -> None:
@@ -434,7 +470,8 @@ def test_a_model_imports_alone() -> None:
         for name in ("layers", "mlp", "convnet", "resnet", "vit", "transformer")
     }
     ours = {name for name in loaded if name.startswith("jaxtrain")}
-    assert ours <= {"jaxtrain", "jaxtrain.models", "jaxtrain.fields", "jaxtrain.horizon"} | families
+    roots = {"jaxtrain.errors", "jaxtrain.fields", "jaxtrain.horizon"}
+    assert ours <= {"jaxtrain", "jaxtrain.models"} | roots | families
 
 
 def test_names_are_distinct_and_the_package_names_what_it_has() -> None:

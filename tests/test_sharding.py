@@ -198,8 +198,10 @@ def test_a_vision_transformer_of_six_heads():
     are whole on tensor."""
     model = ViT(width=48, depth=2, heads=6, patch=4)
     expected = {
-        "block0/attention/kernel": "fsdp:-:tensor:-",
-        "block0/attention/bias": "-:tensor:fsdp",
+        "block0/attention/query/kernel": "fsdp:tensor:-",
+        "block0/attention/query/bias": "tensor:fsdp",
+        "block0/attention/key/kernel": "fsdp:tensor:-",
+        "block0/attention/value/kernel": "fsdp:tensor:-",
         "block0/attention/out/kernel": "tensor:-:fsdp",
         "block0/attention/out/bias": "fsdp",
         "block0/mlp_in/kernel": "fsdp:tensor",
@@ -219,8 +221,12 @@ def test_a_vision_transformer_of_six_heads():
         for path, row in rows.items()
         if "tensor" in row.spec and path.startswith("block1")
     } == {
-        "block1/attention/kernel": "-:-:tensor:-",
-        "block1/attention/bias": "-:tensor:-",
+        "block1/attention/query/kernel": "-:tensor:-",
+        "block1/attention/query/bias": "tensor:-",
+        "block1/attention/key/kernel": "-:tensor:-",
+        "block1/attention/key/bias": "tensor:-",
+        "block1/attention/value/kernel": "-:tensor:-",
+        "block1/attention/value/bias": "tensor:-",
         "block1/attention/out/kernel": "tensor:-:-",
         "block1/mlp_in/kernel": "-:tensor",
         "block1/mlp_in/bias": "tensor",
@@ -229,8 +235,8 @@ def test_a_vision_transformer_of_six_heads():
     with pytest.raises(
         ValueError,
         match=(
-            r"^params/block0/attention/bias dim 1 \(=6, 'heads'\) not divisible by axis tensor=4;"
-            r" .* 4 or 8$"
+            r"^params/block0/attention/key/bias dim 0 \(=6, 'heads'\) not divisible by axis"
+            r" tensor=4; .* 4 or 8$"
         ),
     ):
         rows_of(model, "tensor:4")
@@ -262,7 +268,9 @@ def test_the_table_says_why():
         == "whole: no dim of it goes to tensor"
     )
     assert (
-        rows_of(ViT(width=6, depth=1, heads=2), "tensor:2,fsdp:3")["block0/attention/kernel"].why
+        rows_of(ViT(width=6, depth=1, heads=2), "tensor:2,fsdp:3")[
+            "block0/attention/query/kernel"
+        ].why
         == "embed->fsdp, heads->tensor"
     )
 
@@ -277,7 +285,7 @@ def test_the_printed_table_joins_equal_layers():
     )
     assert "block{0..11}/norm{0,1}/bias 48 24 fsdp 1.2 kB embed->fsdp" in lines
     assert lines[-1].startswith(f"all {len(rows)} ")
-    assert len(lines) < 25
+    assert len(lines) < 28
 
 
 @pytest.mark.parametrize(

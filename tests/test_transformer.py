@@ -73,8 +73,8 @@ def numpy_attention(x_BTD: np.ndarray, params: Any, heads: int, rotary: bool) ->
     out_BTD = np.zeros_like(x_BTD) + params["out"]["bias"]
     for head in range(heads):
         query, key, value = (
-            x_BTD @ params["kernel"][:, index, head] + params["bias"][index, head]
-            for index in range(3)
+            x_BTD @ params[name]["kernel"][:, head] + params[name]["bias"][head]
+            for name in ("query", "key", "value")
         )
         if rotary:
             query, key = numpy_turn(query), numpy_turn(key)
@@ -248,12 +248,12 @@ def test_every_parameter_names_its_axes(kind: str) -> None:
         ), names
 
     jax.tree.map(check, shapes_of(model), axes)
-    assert axes["embed"] == ("vocab", "embed") and axes["block0"]["attention"]["kernel"] == (
-        "embed",
-        None,
-        "heads",
-        "head_dim",
-    )
+    assert axes["embed"] == ("vocab", "embed")
+    for name in ("query", "key", "value"):
+        assert axes["block0"]["attention"][name] == {
+            "kernel": ("embed", "heads", "head_dim"),
+            "bias": ("heads", "head_dim"),
+        }
     assert model.tied or axes["head"]["kernel"] == ("embed", "vocab")
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain import extras, tree
+from jaxtrain.checkpoints import former_layouts
 from jaxtrain.errors import UserError
 from jaxtrain.processes import group
 from jaxtrain.tree import PyTree
@@ -123,6 +124,8 @@ def misfit(stored: Specs, wanted: Specs) -> str:
 
 def check_fit(step: int, stored: Specs, wanted: Specs) -> None:
     """`ValueError` if the paths, shapes or dtypes of a checkpoint are not the wanted ones."""
+    if said := former_layouts.fused_attention(stored, wanted):
+        raise UserError(f"checkpoint step {step} {said}")
     if problem := misfit(stored, wanted):
         raise UserError(f"checkpoint step {step} does not fit the model: {problem}")
     for path, (dtype, _) in wanted.items():

@@ -13,11 +13,10 @@ logical axes to mesh axes. The words:
               image patch
     classes   outputs of the head                            vocab             tokens that there
               are, into a model and out of it
-    None      a dim nobody shards: kernel height and width, the three of query-key-value
+    None      a dim nobody shards: kernel height and width
 
 Dims in names: B batch, H height, W width, L length or places, C channels, D features or model
-width, N heads, K head width, Q the three of query, key and value; `spatial` dims are all between B
-and C.
+width, N heads, K head width; `spatial` dims are all between B and C.
 """
 
 import math
@@ -156,11 +155,10 @@ class _Biased(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = super().__call__(x)
-        return (
-            add_bias(y, self.param("bias", self.bias_init, y.shape[-1:], self.param_dtype))
-            if self.bias
-            else y
-        )
+        if not self.bias:
+            return y
+        features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        return add_bias(y, self.param("bias", self.bias_init, features, self.param_dtype))
 
 
 class Dense(_Biased, nn.Dense):
@@ -170,7 +168,8 @@ class Dense(_Biased, nn.Dense):
 
 
 class DenseGeneral(_Biased, nn.DenseGeneral):
-    """Flax's `DenseGeneral` with the bias of `add_bias`, for features of one dim."""
+    """Flax's `DenseGeneral` with the bias of `add_bias`; `head_projection` and `output_projection`
+    make it with named axes."""
 
     use_bias: bool = False
 
@@ -195,27 +194,40 @@ def dense(
     )
 
 
-def query_key_value(
-    module: nn.Module, x_BLD: jax.Array, heads: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Query, key and value (B, L, N, K) of a place, by one product, which is faster than three;
-    `module` gets its kernel and bias."""
-    width = x_BLD.shape[-1]
-    shape = (width, 3, heads, width // heads)
-    # Xavier's bound for each of the three on its own: the dim of three is a batch of kernels, not a
-    # wider one.
-    xavier = nn.initializers.variance_scaling(
-        1.0, "fan_avg", "uniform", in_axis=0, out_axis=(-2, -1), batch_axis=1
+def head_projection(heads: int, head_dim: int, *, name: str) -> DenseGeneral:
+    """The product that makes the queries, keys or values (B, L, N, K) of the stream (B, L, D), with
+    a kernel (D, N, K) and a bias (N, K) of its own.
+
+    >>> layer = head_projection(2, 4, name="query")
+    >>> variables = nn.meta.unbox(layer.init(jax.random.key(0), jnp.ones((1, 3, 6))))
+    >>> jax.tree.map(jnp.shape, variables["params"])
+    {'bias': (2, 4), 'kernel': (6, 2, 4)}
+
+    Keys and values may have fewer heads than queries: `attention` then shares each of them among as
+    many queries as there are to one.
+    """
+    kernel_init = boxed(XAVIER, "embed", "heads", "head_dim")
+    return DenseGeneral(
+        (heads, head_dim),
+        dot_general=product_of_rows,
+        kernel_init=kernel_init,
+        bias_init=boxed(ZEROS, "heads", "head_dim"),
+        name=name,
     )
-    kernel_DQNK = module.param("kernel", boxed(xavier, "embed", None, "heads", "head_dim"), shape)
-    bias_QNK = module.param("bias", boxed(ZEROS, None, "heads", "head_dim"), shape[1:])
-    x_BLD, kernel_DQNK, bias_QNK = nn.dtypes.promote_dtype(x_BLD, kernel_DQNK, bias_QNK)
-    qkv_BLQNK = add_bias(product_of_rows(x_BLD, kernel_DQNK), bias_QNK)
-    return qkv_BLQNK[:, :, 0], qkv_BLQNK[:, :, 1], qkv_BLQNK[:, :, 2]
 
 
-def merged_heads(width: int, *, name: str) -> DenseGeneral:
-    """The product that turns what the heads found (B, L, N, K) into the stream (B, L, D)."""
+def query_key_value(x_BLD: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Query, key and value (B, L, N, K) of each place, by the layers `query`, `key` and `value` of
+    the module that calls."""
+    head_dim = x_BLD.shape[-1] // heads
+    query, key, value = (
+        head_projection(heads, head_dim, name=name)(x_BLD) for name in ("query", "key", "value")
+    )
+    return query, key, value
+
+
+def output_projection(width: int, *, name: str) -> DenseGeneral:
+    """The product that makes the stream (B, L, D) of what the heads found (B, L, N, K)."""
     kernel_init, bias_init = boxed(XAVIER, "heads", "head_dim", "embed"), boxed(ZEROS, "embed")
     return DenseGeneral(
         width, axis=(-2, -1), kernel_init=kernel_init, bias_init=bias_init, name=name
@@ -360,6 +372,8 @@ def attention(
 
     >>> attention(*[jnp.ones((1, 2, 1, 4))] * 3).shape
     (1, 2, 1, 4)
+
+    Keys and values may have fewer heads, a divisor of N: as many queries in a row share one.
 
     XLA's CPU backend has no float16 product of the kind that jax asks for here, so there float16 is
     computed in float32.

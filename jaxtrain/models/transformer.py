@@ -136,18 +136,18 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every place looks at itself and those before it; query, key and value come from one product,
-    and turn if there are angles."""
+    """Every place looks at itself and those before it; queries and keys are rotated if there are
+    angles."""
 
     heads: int
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, angles_TR: jax.Array | None) -> jax.Array:
-        query, key, value = layers.query_key_value(self, x_BTD, self.heads)
+        query, key, value = layers.query_key_value(x_BTD, self.heads)
         if angles_TR is not None:
             query, key = turned(query, angles_TR), turned(key, angles_TR)
         mixed_BTNK = layers.attention(query, key, value, causal=True)
-        return layers.merged_heads(x_BTD.shape[-1], name="out")(mixed_BTNK)
+        return layers.output_projection(x_BTD.shape[-1], name="out")(mixed_BTNK)
 
 
 def look_up(embed_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:

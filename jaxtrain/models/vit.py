@@ -140,9 +140,9 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        query, key, value = layers.query_key_value(self, x_BLD, self.heads)
+        query, key, value = layers.query_key_value(x_BLD, self.heads)
         mixed_BLNK = layers.attention(query, key, value)
-        return layers.merged_heads(x_BLD.shape[-1], name="out")(mixed_BLNK)
+        return layers.output_projection(x_BLD.shape[-1], name="out")(mixed_BLNK)
 
 
 def sincos_positions(rows: int, columns: int, width: int) -> jax.Array:
