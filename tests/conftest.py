@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import resource
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,28 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     peaks = {"main": peak_gib()} | PEAKS
     told = ", ".join(f"{name} {peak:.2f} GiB" for name, peak in sorted(peaks.items()))
     terminalreporter.write_line(f"peak memory: {told}")
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """What a test started ends with it, also where it failed: a process that is forgotten would
+    warn later, in an innocent test."""
+    started: list[subprocess.Popen[Any]] = []
+    plain = subprocess.Popen.__init__
+
+    def note(self: subprocess.Popen[Any], *arguments: Any, **options: Any) -> None:
+        plain(self, *arguments, **options)
+        started.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess.Popen, "__init__", note)
+        yield
+    for process in started:
+        process.kill()  # nothing, where it has been waited for
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
 
 
 @pytest.fixture
