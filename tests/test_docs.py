@@ -45,11 +45,15 @@ SHRUNKEN = {
     "--steps=300": "--steps=4",
     "--steps=1500": "--steps=6",
     "--compare_meshes=data:8,fsdp:4xtensor:2": "--compare_meshes=data:2",
+    "--model=vit_ti2": "--model=vit_ti2 --model.width=12 --model.heads=3",
+    "--model.depth=2": "--model.depth=1",
     "--compare_steps=3": "--compare_steps=1",
 }
 """Flags of the README's trainings that are too long for a test, and what stands for them."""
 SHORTER = ["--steps=4", "--batch_size=64", "--mesh=data:1", "--log_every=2"]
 """What is added to its trainings; the length only where the command says nothing of it."""
+SMALLER = ["--data.train=train[:20%]", "--model.widths=8,8"]
+"""What is added to those that say nothing of their model, unless they repeat a run."""
 NOT_RUN = {
     "git clone": "this is the clone",
     "scripts/test": (
@@ -170,11 +174,13 @@ def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     found = experiment_of(words)
     if found is not None:
         path, argv = found
-        argv = [SHRUNKEN.get(word, word) for word in argv]
+        argv = [part for word in argv for part in SHRUNKEN.get(word, word).split()]
         has_length = {"--steps", "--epochs", "--eval_only", "--from_run"} & {
             word.partition("=")[0] for word in argv
         }
         shorter = [] if "--help" in argv else SHORTER[bool(has_length) :]
+        if not any(word.startswith(("--help", "--from_run", "--model")) for word in argv):
+            shorter = shorter + SMALLER
         argv += [
             word
             for word in shorter
