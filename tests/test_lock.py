@@ -10,12 +10,16 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from jaxtrain.checkpoints import lock
 from jaxtrain.checkpoints.lock import NAME, Lock
+from jaxtrain.errors import UserError
 
 HOLD = """
 import sys, time
@@ -81,10 +85,12 @@ def test_the_same_process_cannot_lock_twice(tmp_path: Path) -> None:
         pass
 
 
-def test_force_takes_it_from_another_host_and_the_robbed_one_can_tell(tmp_path: Path) -> None:
-    with Lock(tmp_path) as robbed:
-        far = {"pid": 1, "host": "elsewhere", "since": 0.0, "boot_id": "another"}
-        (tmp_path / NAME).write_text(json.dumps(far))
+FAR = json.dumps({"pid": 1, "host": "elsewhere", "since": 0.0, "boot_id": "another"})
+
+
+def test_force_takes_it_from_another_host_and_the_first_holder_can_tell(tmp_path: Path) -> None:
+    with Lock(tmp_path) as first:
+        (tmp_path / NAME).write_text(FAR)
         with (
             pytest.raises(
                 ValueError,
@@ -93,9 +99,9 @@ def test_force_takes_it_from_another_host_and_the_robbed_one_can_tell(tmp_path: 
             Lock(tmp_path),
         ):
             pass
-        with Lock(tmp_path, force=True) as robber:
-            assert robber.held() and not robbed.held()
-    # The robbed one's end leaves the robber's file alone, and the folder can be locked again.
+        with Lock(tmp_path, force=True) as second:
+            assert second.held() and not first.held()
+    # The first one's end leaves the second one's file alone, and the folder can be locked again.
     with Lock(tmp_path):
         pass
 
@@ -163,3 +169,83 @@ def _hold_in_an_orphan(workdir: str) -> None:
         signal.pause()
     (Path(workdir) / "orphan").write_text(str(orphan))
     os._exit(0)
+
+
+def test_of_forced_starts_at_once_one_wins(tmp_path: Path) -> None:
+    """Six processes force the same forty locks, each of which another host seems to hold."""
+    folders = [tmp_path / str(number) for number in range(40)]
+    context = multiprocessing.get_context("spawn")
+    barrier, won = context.Barrier(6, timeout=60), context.SimpleQueue()
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(Lock(folder))
+            (folder / NAME).write_text(FAR)
+        rivals = [
+            context.Process(target=_force, args=(list(map(str, folders)), barrier, won))
+            for _ in range(6)
+        ]
+        for rival in rivals:
+            rival.start()
+        for rival in rivals:
+            rival.join()
+    winners = [won.get() for _ in iter(won.empty, True)]
+    assert sorted(winners) == sorted(folder.name for folder in folders)
+
+
+def _force(folders: list[str], barrier: Any, won: Any) -> None:
+    seen_alive = lock._is_alive_here
+
+    def slowly(holder: dict[str, Any]) -> bool:
+        time.sleep(0.001)  # so that the others get between looking and taking
+        return seen_alive(holder)
+
+    lock._is_alive_here = slowly
+    for folder in folders:
+        barrier.wait()
+        taken = Lock(Path(folder), force=True)
+        with contextlib.suppress(UserError):
+            taken.__enter__()
+        barrier.wait()
+        if taken.held():
+            won.put(Path(folder).name)
+        elif taken._descriptor is not None:
+            won.put(f"{Path(folder).name} lost again")
+        barrier.wait()
+
+
+def test_force_takes_nothing_from_who_came_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another host forces the lock while this one waits for its turn: it was not asked to overrule
+    that one."""
+    with Lock(tmp_path), contextlib.ExitStack() as stack:
+        (tmp_path / NAME).write_text(FAR)
+        wait = Lock._wait_for_turn
+
+        def come_second(self: Lock) -> int:
+            monkeypatch.setattr(Lock, "_wait_for_turn", wait)
+            with monkeypatch.context() as there:
+                there.setattr(socket, "gethostname", lambda: "third")
+                first = stack.enter_context(Lock(tmp_path, force=True))
+            assert first.held()
+            return wait(self)
+
+        monkeypatch.setattr(Lock, "_wait_for_turn", come_second)
+        with (
+            pytest.raises(ValueError, match="on host third since .*; it came first: use another"),
+            Lock(tmp_path, force=True),
+        ):
+            pass
+
+
+def test_an_empty_folder_is_deleted_by_its_holder_alone(tmp_path: Path) -> None:
+    with Lock(tmp_path / "run") as first:
+        (tmp_path / "run" / "other").write_text("")
+        first.delete_empty_folder()
+        assert first.held()
+        (tmp_path / "run" / "other").unlink()
+        first.delete_empty_folder()
+        assert not (tmp_path / "run").exists()
+        with Lock(tmp_path / "run") as second:
+            first.delete_empty_folder()
+            assert second.held()

@@ -31,12 +31,15 @@ from jaxtrain.tree import PyTree
 
 FOLDER = "checkpoints"
 PAYLOAD = "state"
-OURS = ".jaxtrain-tmp-"
-"""How folders begin that are being written or deleted. With the workdir locked, those found at the
-start are of dead processes."""
+TEMPORARY = ".jaxtrain-tmp-"
+"""How the names of folders begin that are being written or deleted. With the workdir locked, those
+found at the start are of dead processes."""
 FINITE = ("params", "opt_state", "collections", "ema")
 """The parts of a state in which everything must be finite; a hyper-parameter may be infinite."""
 SPARE_BYTES = 1 << 20  # for manifest, metadata and directories
+CLOSE_SECONDS = 1200.0
+"""How long a save in flight may take when the run ends by an error: less than the supervisor waits
+for a process that is saving (`failure.LIMITS`), so that the error still gets its exit status."""
 
 
 class Checkpoints:
@@ -54,19 +57,28 @@ class Checkpoints:
 
     Writing is for the process that holds the workdir's `Lock`. `run_id` names the run that the
     workdir belongs to, the same after each resume: checkpoints of other runs are never deleted.
-    `keep` newest ones stay, the best, and every multiple of `keep_every`. Not for several threads.
+    `keep` newest ones stay, the best, and every multiple of `keep_every`. Every process of a run
+    calls the same methods; with `writes=False`, for all but process 0, a save only gives this
+    process's part of every array to the others. Not for several threads.
     """
 
     def __init__(
-        self, workdir: Path, *, keep: int = 2, keep_every: int | None = None, run_id: str = ""
+        self,
+        workdir: Path,
+        *,
+        keep: int = 2,
+        keep_every: int | None = None,
+        run_id: str = "",
+        writes: bool = True,
     ) -> None:
         self.folder = Path(workdir) / FOLDER
+        self._writes = writes
         self._keep, self._keep_every, self._run_id = max(keep, 1), keep_every, run_id
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
-        # `folder` as an open descriptor, once this process has written there: its inode cannot be
-        # used again
-        self._held: int | None = None
+        # `folder`, once this process has written there: while it is open, its inode cannot be that
+        # of another folder
+        self._open_folder: int | None = None
 
     def save(
         self,
@@ -90,9 +102,11 @@ class Checkpoints:
         # here and not in the background.
         record = json.loads(json.dumps(record, allow_nan=False))
         copy = arrays.to_host(state)
+        if not self._writes:
+            return
         record["tree"] = arrays.specs(state)
         self._thread = threading.Thread(
-            target=self._work, args=(copy, record), name="checkpoint", daemon=True
+            target=self._commit_in_background, args=(copy, record), name="checkpoint", daemon=True
         )
         self._thread.start()
         if wait:
@@ -109,8 +123,9 @@ class Checkpoints:
         """Waits until the last save is committed; `CheckpointError` if it was not."""
         self.close(timeout=None)
 
-    def close(self, timeout: float | None = 60.0) -> None:
-        """Waits for the last save, but not for ever; `CheckpointError` if it failed or hangs."""
+    def close(self, timeout: float | None = CLOSE_SECONDS) -> None:
+        """Waits until the save in flight is committed, but not for ever; `CheckpointError` if it
+        failed, or hangs."""
         if self._thread is not None:
             self._thread.join(timeout)
             if self._thread.is_alive():
@@ -121,16 +136,20 @@ class Checkpoints:
             self._thread = None
         self.check()
 
-    def sweep(self) -> None:
+    def delete_leftovers(self) -> None:
         """Deletes what killed processes of this workdir left half written or half deleted. Only
         with the workdir locked."""
-        for leftover in self.folder.glob(f"{OURS}*"):
+        if not self._writes:
+            return
+        for leftover in self.folder.glob(f"{TEMPORARY}*"):
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
 
     def check_space(self, like: PyTree) -> None:
         """`ValueError` if the disk cannot hold as many checkpoints of this (abstract) state as will
         lie there at once."""
+        if not self._writes:
+            return
         each = tree.num_bytes(like) + SPARE_BYTES
         count = max(self._keep + 1 - len(committed.numbered(self.folder)), 1)
         free = self._free_bytes()
@@ -209,7 +228,7 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(f"step {step}: {PAYLOAD}: {_reason(error)}") from error
 
-    def _work(self, state: HostState, record: Record) -> None:
+    def _commit_in_background(self, state: HostState, record: Record) -> None:
         """The background thread: everything after the copy; its error waits for the next call."""
         try:
             self._commit(record["step"], state, record)
@@ -217,7 +236,7 @@ class Checkpoints:
             self._error = error
 
     def _commit(self, step: int, state: HostState, record: Record) -> None:
-        temporary = self.folder / f"{OURS}{step}-{os.getpid()}"
+        temporary = self.folder / f"{TEMPORARY}{step}-{os.getpid()}"
         try:
             if path := arrays.not_finite(state, FINITE):
                 raise NonFinite(f"step {step}: not saved: {path} holds NaN or infinity")
@@ -243,14 +262,14 @@ class Checkpoints:
 
     def _prepare(self, step: int, need: int) -> None:
         """The folder is there, is the one of the last save, and has room."""
-        if self._held is None:
+        if self._open_folder is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             manifest.fsync(self.folder.parent)
-            self.sweep()
-            self._held = os.open(self.folder, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._held)
+            self.delete_leftovers()
+            self._open_folder = os.open(self.folder, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._open_folder)
         elif not self.folder.is_dir() or not os.path.samestat(
-            self.folder.stat(), os.fstat(self._held)
+            self.folder.stat(), os.fstat(self._open_folder)
         ):
             raise CheckpointError(
                 f"step {step}: not saved: {self.folder} was removed or replaced while the run was"
@@ -302,9 +321,9 @@ class Checkpoints:
     def _delete(self, step: int) -> None:
         # Renamed first: a kill in the middle of deleting must not leave half a numbered folder,
         # which would be damage.
-        doomed = self.folder / f"{OURS}{step}-{time.time_ns()}"
-        os.rename(self.folder / str(step), doomed)
-        shutil.rmtree(doomed)
+        deleted = self.folder / f"{TEMPORARY}{step}-{time.time_ns()}"
+        os.rename(self.folder / str(step), deleted)
+        shutil.rmtree(deleted)
 
 
 def digest(state: PyTree) -> str:

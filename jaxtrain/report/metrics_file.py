@@ -129,12 +129,13 @@ class Writers:
     >>> writers.close()
 
     Another writer that raises is counted in `failures` (by class name) and told to `note` once; it
-    stays in use, as it may recover.
+    stays in use, as it may recover. `metrics` is None in a process that writes nothing: every
+    process of a run calls the same methods, and only process 0 has a file.
     """
 
     def __init__(
         self,
-        metrics: JsonlWriter,
+        metrics: JsonlWriter | None,
         others: Sequence[Writer] = (),
         *,
         note: Callable[[str], None] | None = None,
@@ -146,23 +147,26 @@ class Writers:
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Writes to all, the metrics file first."""
-        self.metrics.write(step, split, values)
+        if self.metrics is not None:
+            self.metrics.write(step, split, values)
         self._each("write", step, split, values)
 
     def sync(self) -> int:
         """See `JsonlWriter.sync`."""
-        return self.metrics.sync()
+        return 0 if self.metrics is None else self.metrics.sync()
 
     def resume(self, step: int, offset: int) -> None:
         """The run goes on after `step`, whose commit stores `offset`: what was written later is
         taken back everywhere."""
-        self.metrics.truncate(offset)
+        if self.metrics is not None:
+            self.metrics.truncate(offset)
         self._each("rewind", step)
 
     def close(self) -> None:
         """Closes all; the metrics file first."""
         try:
-            self.metrics.close()
+            if self.metrics is not None:
+                self.metrics.close()
         finally:
             self._each("close")
 

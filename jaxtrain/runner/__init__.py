@@ -2,6 +2,7 @@
 
 __all__ = [
     "build",
+    "closing",
     "compile",
     "describe",
     "finish",

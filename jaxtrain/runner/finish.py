@@ -1,15 +1,17 @@
 """The end of a run: predictions on the held-out split, the report, the summary. The run is
-committed, so nothing here may fail it."""
+committed, so nothing that a process does here alone may fail it."""
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jaxtrain import config
 from jaxtrain.config import flags
 from jaxtrain.data.splits import Splits
+from jaxtrain.data.table import Table
 from jaxtrain.processes import group, heartbeat
 from jaxtrain.report.page import history
 from jaxtrain.report.terminal import tables
@@ -38,9 +40,14 @@ def finish(
     """Writes predictions.npz, if the task can say what a prediction is, and the report, and shows
     the summary."""
     heartbeat.beat("ending")
-    if hasattr(run.task, "examine"):
-        with _harmless("predictions"):
-            write_predictions(run, folder, splits, programs, execution, state)
+    table = splits.test if splits.test is not None else splits.validation
+    if hasattr(run.task, "examine") and table is not None and "label" in table.fields:
+        with _harmless("predictions", collective=True):
+            batches = build.batches(run, table, execution)
+            found = evaluate.predictions(programs.predict_step, state, batches)
+            if group.is_main():
+                with _harmless("predictions"):
+                    write_predictions(folder, table, found)
     if not group.is_main():
         return
     page = report(run, folder)
@@ -73,23 +80,9 @@ def report(run: config.Run, folder: Path) -> Path | None:
     return None
 
 
-def write_predictions(
-    run: config.Run,
-    folder: Path,
-    splits: Splits,
-    programs: Programs,
-    execution: Execution,
-    state: TrainState,
-) -> None:
-    """What the model says of the held-out split, with the images of its worst mistakes, for the
-    report."""
-    table = splits.test if splits.test is not None else splits.validation
-    if table is None or "label" not in table.fields:
-        return
-    # all processes take part
-    found = evaluate.predictions(programs.predict_step, state, build.batches(run, table, execution))
-    if not group.is_main():
-        return
+def write_predictions(folder: Path, table: Table, found: dict[str, np.ndarray]) -> None:
+    """Writes what the model says of every example of a table, with the images of its worst
+    mistakes, for the report."""
     wrong = np.flatnonzero(found["label"] != found["prediction"])
     worst = wrong[np.argsort(-found["loss"][wrong], kind="stable")][:WORST]
     ids = found.pop("id")[worst]
@@ -103,11 +96,17 @@ def write_predictions(
 
 
 @contextlib.contextmanager
-def _harmless(what: str) -> Iterator[None]:
+def _harmless(what: str, *, collective: bool = False) -> Iterator[None]:
+    """Turns an error into a warning: the training is done and committed, a picture of it may fail.
+
+    Not so the error of one process in what all processes of a group do together: the others wait
+    in a collective for the one that failed, so its error must end the group.
+    """
     try:
         yield
-    # The training is done and committed; a picture of it may fail.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
+        if collective and jax.process_count() > 1:
+            raise
         flags.warn(
             f"{what} not written: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         )

@@ -4,7 +4,6 @@ an exit status."""
 import contextlib
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -17,7 +16,6 @@ import jax
 from jax.sharding import Mesh
 
 from jaxtrain import config, extras
-from jaxtrain.checkpoints.lock import NAME as LOCK_NAME
 from jaxtrain.checkpoints.lock import Lock
 from jaxtrain.config import flags
 from jaxtrain.data.table import Table
@@ -38,7 +36,6 @@ from jaxtrain.processes.signals import StopSignals
 from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.runner import build, jax_settings, workdir
-from jaxtrain.runner.followers import WitnessLock
 from jaxtrain.runner.run import Opened, start
 from jaxtrain.train import compare_meshes, lowering
 from jaxtrain.train.recipe import Recipe
@@ -204,8 +201,9 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
     programs = lowering.lower(recipe, batch, mesh)
     made = not run.workdir or not Path(run.workdir).exists()
     folder = Path(group.from_main(str(workdir.place(run)) if group.is_main() else None))
-    mine = Lock(folder, force=run.force_unlock) if group.is_main() else WitnessLock(folder)
-    with _no_litter(folder, made and group.is_main()), mine as lock:
+    # Only process 0 writes into the folder.
+    mine = Lock(folder, force=run.force_unlock) if group.is_main() else contextlib.nullcontext()
+    with mine as lock, _deleted_if_refused(lock if made else None):
         opened = Opened(
             run, argv, splits, length, programs, execution, folder, lock, stop, began, asked
         )
@@ -278,14 +276,14 @@ def _compare(run: config.Run, train: Table, recipe: Recipe, devices: Sequence[ja
 
 
 @contextlib.contextmanager
-def _no_litter(folder: Path, made: bool) -> Iterator[None]:
+def _deleted_if_refused(lock: Lock | None) -> Iterator[None]:
     """A run that is refused takes the folder with it that was made for it, if nothing else is
-    there."""
+    there; while it holds the lock, for afterwards the folder may be another run's."""
     try:
         yield
     except UserError:
-        if made and folder.is_dir() and os.listdir(folder) == [LOCK_NAME]:
-            shutil.rmtree(folder)
+        if lock is not None:
+            lock.delete_empty_folder()
         raise
 
 

@@ -3,6 +3,7 @@ the loop, the end."""
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -26,14 +27,8 @@ from jaxtrain.report.metrics_file import JsonlWriter, Writers
 from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.report.trackers import TensorBoardWriter, WandbWriter
-from jaxtrain.runner import build, describe, finish, restore, workdir
+from jaxtrain.runner import build, closing, describe, finish, restore, workdir
 from jaxtrain.runner.compile import Execution, Training
-from jaxtrain.runner.followers import (
-    WitnessCheckpoints,
-    WitnessLock,
-    WitnessWriters,
-    witness_progress,
-)
 from jaxtrain.runner.profiler import Profiler
 from jaxtrain.train import loop, metrics_log
 from jaxtrain.train.cadence import Cadence
@@ -53,7 +48,8 @@ class Opened:
     programs: Programs
     execution: Execution
     folder: Path
-    lock: Lock | WitnessLock
+    lock: Lock | None
+    """None in a process that does not write: if process 0 loses the lock, the group ends."""
     stop: StopSignals
     began: float
     asked_precision: str
@@ -70,18 +66,23 @@ def start(opened: Opened) -> int:
     heartbeat.send_workdir(opened.folder)
     run, total = opened.run, opened.length.total
     found = restore.look(run, opened.folder, opened.splits.fingerprint)
-    made = Checkpoints if group.is_main() else WitnessCheckpoints
-    checkpoints = made(
-        opened.folder, keep=run.keep, keep_every=opened.length.keep_every, run_id=found.run_id
+    # Only process 0 writes: the others help to gather, and leave no trace.
+    checkpoints = Checkpoints(
+        opened.folder,
+        keep=run.keep,
+        keep_every=opened.length.keep_every,
+        run_id=found.run_id,
+        writes=group.is_main(),
     )
-    progress = Progress(total) if group.is_main() else witness_progress(total)
-    try:
+    progress = Progress(total, quiet=not group.is_main())
+    saving = functools.partial(heartbeat.beat, "saving")  # which may last, also after an error
+    with closing.closed_in_order(progress.stop, saving, checkpoints.close):
         _banner(opened, found, progress)
         if found.newest is not None and found.newest >= total and not run.eval_only:
             return _nothing_to_do(opened, found.newest, progress)
         if not run.eval_only:
             # What a killed start left half written would count as used space.
-            checkpoints.sweep()
+            checkpoints.delete_leftovers()
             checkpoints.check_space(opened.programs.state)
         stop = group.StopAgreement(opened.stop)
         stop.synchronize()
@@ -94,9 +95,6 @@ def start(opened: Opened) -> int:
         if run.eval_only:
             return _evaluate_only(opened, state, progress)
         return _train(opened, found, state, kept, checkpoints, progress, stop)
-    finally:
-        progress.stop()
-        checkpoints.close(timeout=60)
 
 
 def _banner(opened: Opened, found: restore.Found, progress: Progress) -> None:
@@ -163,7 +161,7 @@ def _train(
         )
         workdir.write(opened.folder, record)
     writers = _writers(opened, found.run_id)
-    try:
+    with closing.closed_in_order(profiler.close, trained.feed.close, writers.close):
         writers.resume(first, int(kept.get("metrics_bytes", 0)))
         outcome = loop.train(
             state,
@@ -182,10 +180,6 @@ def _train(
             evaluation_due=kept.get("evaluation_due", False),
             at_step=_watch(opened, profiler),
         )
-    finally:
-        profiler.close()
-        trained.feed.close()
-        writers.close()
     progress.stop()
     if not outcome.finished:
         return _stopped(opened, outcome.step, stop, progress)
@@ -271,7 +265,7 @@ def _watch(opened: Opened, profiler: Profiler) -> Callable[[int, TrainState], No
     """What is called at the end of every dispatch."""
 
     def at_step(step: int, state: TrainState) -> None:
-        if not opened.lock.held():
+        if opened.lock is not None and not opened.lock.held():
             raise CheckpointError(
                 f"{opened.folder}: its lock is gone (the folder was removed, moved or taken over);"
                 " nothing more is written there"
@@ -308,7 +302,7 @@ def _metrics_log(
 
 def _writers(opened: Opened, run_id: str) -> Writers:
     if not group.is_main():
-        return WitnessWriters()
+        return Writers(None)
     run, folder = opened.run, opened.folder
     others: list[Any] = [TensorBoardWriter(folder / "tensorboard")] if run.tensorboard else []
     if run.wandb:

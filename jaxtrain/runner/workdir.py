@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain import config
-from jaxtrain.checkpoints import manifest
+from jaxtrain.checkpoints import lock, manifest
 from jaxtrain.config import record as run_record
 from jaxtrain.config import secrets
 from jaxtrain.errors import UserError
@@ -65,7 +65,7 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
 def foreign_files(folder: Path) -> int:
     """How many entries of a folder that holds no run were there before; they are left alone."""
     return (
-        sum(entry.name not in (".lock", "logs", "stacks") for entry in folder.iterdir())
+        sum(entry.name not in (*lock.NAMES, "logs", "stacks") for entry in folder.iterdir())
         if folder.is_dir()
         else 0
     )

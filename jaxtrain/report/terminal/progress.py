@@ -46,8 +46,9 @@ class Progress:
     >>> progress.stop()
 
     `live` is found out by default: a terminal that isn't dumb. Without it at most one line every
-    `plain_seconds` is printed, and always that of the last step. Methods take plain numbers:
-    nothing here waits for a device.
+    `plain_seconds` is printed, and always that of the last step. `quiet` shows nothing: for the
+    processes of a run other than the first. Methods take plain numbers: nothing here waits for a
+    device.
     """
 
     def __init__(
@@ -57,16 +58,18 @@ class Progress:
         stream: TextIO | None = None,
         live: bool | None = None,
         plain_seconds: float = 2.0,
+        quiet: bool = False,
     ) -> None:
         self.total_steps = total_steps
         self.plain_seconds = plain_seconds
         self.console = make_console(stream)
+        self.console.quiet = quiet
         # Not `console.is_terminal`: FORCE_COLOR makes that true for files as well.
         self.live = (
             self.console.file.isatty() and not self.console.is_dumb_terminal
             if live is None
             else live
-        )
+        ) and not quiet
         self._line = _Line(total_steps, self.console.encoding.startswith("utf"))
         self._display: Live | None = None
         self._printed = -float("inf")
