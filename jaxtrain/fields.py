@@ -138,11 +138,11 @@ Length = Annotated[Horizon | float, Traced()]
 """A horizon as configured; the runner replaces it by a number of steps."""
 
 
-class Kind(typing.NamedTuple):
+class FieldType(typing.NamedTuple):
     """A field's annotation taken apart: its type without None, whether None is allowed, and its
     marks."""
 
-    type: Any
+    base: Any
     optional: bool
     marks: tuple[Any, ...]
 
@@ -150,13 +150,13 @@ class Kind(typing.NamedTuple):
     def origin(self) -> Any:
         """`tuple` for `tuple[int, ...]`, `Literal` for `Literal["a"]`; the type itself
         otherwise."""
-        origin = typing.get_origin(self.type)
-        return self.type if origin in (None, *_UNIONS) else origin
+        origin = typing.get_origin(self.base)
+        return self.base if origin in (None, *_UNIONS) else origin
 
     @property
     def items(self) -> tuple[Any, ...]:
         """The types of a tuple's items, as written, or the choices of a literal."""
-        return typing.get_args(self.type)
+        return typing.get_args(self.base)
 
     @property
     def rule(self) -> str:
@@ -168,11 +168,11 @@ class Kind(typing.NamedTuple):
         return [self.items[0]] * count if self.items[-1] is Ellipsis else self.items
 
 
-def kind_of(annotation: Any, marks: Sequence[Any] = ()) -> Kind:
+def field_type(annotation: Any, marks: Sequence[Any] = ()) -> FieldType:
     """Takes a type apart, however None and marks are nested; `marks` are added.
 
-    >>> kind_of(Count | None, ["more"])
-    Kind(type=<class 'int'>, optional=True, marks=('more', AtLeast(limit=1, whole=False)))
+    >>> field_type(Count | None, ["more"])
+    FieldType(base=<class 'int'>, optional=True, marks=('more', AtLeast(limit=1, whole=False)))
     """
     optional, marks = False, tuple(marks)
     while True:
@@ -183,7 +183,7 @@ def kind_of(annotation: Any, marks: Sequence[Any] = ()) -> Kind:
             rest = tuple(argument for argument in arguments if argument is not types.NoneType)
             annotation, optional = typing.Union[rest], True  # noqa: UP007 - of a variable length
         else:
-            return Kind(annotation, optional, marks)
+            return FieldType(annotation, optional, marks)
 
 
 def problem(value: Any, annotation: Any, marks: Sequence[Any] = ()) -> str | None:
@@ -193,10 +193,10 @@ def problem(value: Any, annotation: Any, marks: Sequence[Any] = ()) -> str | Non
     >>> problem(-1.0, Positive), problem((3, 0), tuple[Count, ...]), problem(None, Count | None)
     ('must be > 0', 'item 2 (0): must be >= 1', None)
     """
-    kind = kind_of(annotation, marks)
-    if isinstance(value, tuple) and kind.origin is tuple:
-        items = zip(value, kind.item_types(len(value)), strict=False)
-        found = (problem(item, item_type, kind.marks) for item, item_type in items)
+    wanted = field_type(annotation, marks)
+    if isinstance(value, tuple) and wanted.origin is tuple:
+        items = zip(value, wanted.item_types(len(value)), strict=False)
+        found = (problem(item, item_type, wanted.marks) for item, item_type in items)
         return next(
             (
                 f"item {position} ({value[position - 1]}): {wrong}"
@@ -206,12 +206,12 @@ def problem(value: Any, annotation: Any, marks: Sequence[Any] = ()) -> str | Non
             None,
         )
     if isinstance(value, Horizon):
-        return problem(value.value, float, (*kind.marks, AtLeast(0)))
+        return problem(value.value, float, (*wanted.marks, AtLeast(0)))
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     if isinstance(value, float) and not math.isfinite(value):
         return "must be finite"
-    bounds = (mark for mark in kind.marks if isinstance(mark, Bound))
+    bounds = (mark for mark in wanted.marks if isinstance(mark, Bound))
     broken = next((bound for bound in bounds if not bound.holds(value)), None)
     if broken is not None:
         return f"must be {broken.must_be}"
@@ -279,14 +279,14 @@ def fields_of(component: Any) -> Iterator[Field]:
     for field in dataclasses.fields(cls):
         if field.name.startswith("_") or field.name in linen or not field.init:
             continue
-        kind = kind_of(hints[field.name])
+        wanted = field_type(hints[field.name])
         default = (
             field.default_factory()
             if field.default_factory is not dataclasses.MISSING
             else field.default
         )
-        annotation = kind.type | None if kind.optional else kind.type
-        yield Field(field.name, annotation, kind.marks, default)
+        annotation = wanted.base | None if wanted.optional else wanted.base
+        yield Field(field.name, annotation, wanted.marks, default)
 
 
 def out_of_bounds(component: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

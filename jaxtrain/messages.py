@@ -3,8 +3,10 @@ numbers that would have been right."""
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 _FLOAT = re.compile(r"-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
@@ -25,6 +27,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: `; did you mean 'adamw'?`, or nothing."""
     match = nearest(word, known)
     return "" if match is None else f"; did you mean {match!r}?"
+
+
+def did_you_mean_path(path: str) -> str:
+    """The end of a message about a missing path: the nearest name in its folder, if one is near."""
+    parent = Path(path).parent
+    readable = parent.is_dir() and os.access(parent, os.R_OK)
+    match = nearest(Path(path).name, os.listdir(parent) if readable else [])
+    if match is None:
+        return ""
+    return f"; in {printable(str(parent))}: {printable(match)}; did you mean it?"
 
 
 def nearest_divisors(whole: int, value: int) -> str:

@@ -397,7 +397,7 @@ def test_files_that_hold_no_arrays_are_named(tmp_path: pathlib.Path) -> None:
     )
     assert (
         message(Arrays(path=f"{tmp_path}/objets.npz"))
-        == f"{at}/objets.npz': no such file or folder; did you mean '{tmp_path}/objects.npz'?"
+        == f"{at}/objets.npz': no such file or folder; in {tmp_path}: objects.npz; did you mean it?"
     )
     assert (
         message(Arrays(path=f"{tmp_path}/objects.npz"))

@@ -217,7 +217,7 @@ def test_help_lists_every_flag_with_its_words(capsys: pytest.CaptureFixture[str]
 
 def test_every_flag_of_a_run_has_words() -> None:
     for setting in settings.of_run(make_run()):
-        assert setting.words or "." in setting.name, setting.name
+        assert setting.help or "." in setting.name, setting.name
 
 
 def test_every_field_of_a_run_bears_its_marks() -> None:
@@ -615,7 +615,7 @@ def test_every_named_component_has_words_and_survives_text_and_json(family: str)
     for name, component in names.items():
         run = make_run(**{field: component, "offers": {field: names}})
         for setting in settings.of_component(component):
-            assert setting.words, (name, setting.name)
+            assert setting.help, (name, setting.name)
             assert (
                 values.read(values.text(setting.value), setting.field.type, setting.field.marks)
                 == setting.value

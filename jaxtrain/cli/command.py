@@ -14,7 +14,7 @@ class Command:
 
     arguments: str
     """What it takes, as the help shows it."""
-    words: str
+    help: str
     """What it does."""
     run: Callable[[Sequence[str]], int]
     """Does it, with what stood behind its name; returns the exit status."""
@@ -42,7 +42,6 @@ def _folder(command: str, text: str) -> Path:
     path = Path(text)
     if path.is_dir():
         return path
-    what = "is a file, not a directory" if path.exists() else "no such directory"
-    beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    near = messages.did_you_mean(path.name, [entry.name for entry in beside if entry.is_dir()])
-    raise UserError(f"{command} {messages.printable(text)}: {what}{near}")
+    missing = f"no such directory{messages.did_you_mean_path(text)}"
+    what = "is a file, not a directory" if path.exists() else missing
+    raise UserError(f"{command} {messages.printable(text)}: {what}")

@@ -42,9 +42,9 @@ def help_text() -> str:
     train = "train; --help lists the experiment's flags"
     rows = {"python experiments/NAME.py [--flag=value ...]": train}
     for name, command in COMMANDS.items():
-        rows[f"python -m jaxtrain {name} {command.arguments}".rstrip()] = command.words
+        rows[f"python -m jaxtrain {name} {command.arguments}".rstrip()] = command.help
     width = max(map(len, rows))
-    lines = [f"  {usage.ljust(width)} {words}" for usage, words in rows.items()]
+    lines = [f"  {usage.ljust(width)} {what}" for usage, what in rows.items()]
     return "\n".join(["jaxtrain: train JAX models from one command", "", *lines])
 
 

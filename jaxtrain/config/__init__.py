@@ -8,7 +8,6 @@ from jaxtrain.config.run import check as check
 from jaxtrain.config.run import check_paths as check_paths
 from jaxtrain.config.run import marked as marked
 from jaxtrain.config.run import replaced as replaced
-from jaxtrain.config.run import siblings as siblings
 
 __all__ = [
     "FAMILIES",
@@ -25,7 +24,6 @@ __all__ = [
     "replaced",
     "secrets",
     "settings",
-    "siblings",
     "step_options",
     "values",
 ]

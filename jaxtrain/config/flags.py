@@ -3,7 +3,7 @@ that can be wrong with them.
 
 `parse` goes over the command line twice: first for `--from_run` and for swaps such as
 `--model=resnet20`, since they decide which flags exist; then absl parses flags for exactly the
-fields that there are. Values are strict (see `flag_values.py`), nothing is given twice, nothing is
+fields that there are. Values are strict (see `values.py`), nothing is given twice, nothing is
 left over.
 """
 
@@ -79,7 +79,7 @@ class SettingFlag(absl_flags.Flag):
             _Serializer(),
             setting.name,
             setting.value,
-            setting.words,
+            setting.help,
             boolean=boolean,
             allow_using_method_names=True,
         )
@@ -161,8 +161,10 @@ def parse(
     earlier = os.path.expanduser(wanted.get("from_run") or "")
     base = record.load(run, earlier) if earlier else run
     swaps = {family: wanted[family] for family in config.FAMILIES if family in wanted}
-    table = _define(base)
-    chosen = {family: table[family].read(name) for family, name in swaps.items() if family in table}
+    defined = _define(base)
+    chosen = {
+        family: defined[family].read(name) for family, name in swaps.items() if family in defined
+    }
     base = config.replaced(
         base, {family: run.offers[family][name] for family, name in chosen.items()}
     )
@@ -175,15 +177,15 @@ def parse(
             )
         )
         raise SystemExit(0)
-    table = _define(base)
-    _absl_parse(table, argv, base)
-    typed = {name: flag.typed for name, flag in table.items() if flag.present}
-    values = {name: table[name].value for name in typed if name not in config.FAMILIES}
+    defined = _define(base)
+    _absl_parse(defined, argv, base)
+    typed = {name: flag.typed for name, flag in defined.items() if flag.present}
+    values = {name: defined[name].value for name in typed if name not in config.FAMILIES}
     paths = config.marked(config.Mark.PATH)  # the shell leaves --workdir=~/x alone
     values |= {name: os.path.expanduser(values[name]) for name in typed if name in paths}
-    values |= _from_environment(table, typed, environ)
+    values |= _from_environment(defined, typed, environ)
     finished = _finish(base, values, typed)
-    _warn_of_secrets(flag for flag in table.values() if flag.present)
+    _warn_of_secrets(flag for flag in defined.values() if flag.present)
     return finished
 
 
@@ -219,23 +221,23 @@ def _scan(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 def _define(run: config.Run) -> dict[str, SettingFlag]:
     """A flag for each setting and each family that can be swapped."""
-    table: dict[str, SettingFlag] = {
+    defined: dict[str, SettingFlag] = {
         setting.name: SettingFlag(setting) for setting in settings.of_run(run)
     }
     for family in config.FAMILIES:
         if getattr(run, family) is not None:
-            table[family] = FamilyFlag(
+            defined[family] = FamilyFlag(
                 family, record.kind_of(run, family), list(run.offers.get(family, ()))
             )
-    return table
+    return defined
 
 
-def _absl_parse(table: Mapping[str, SettingFlag], argv: Sequence[str], run: config.Run) -> None:
+def _absl_parse(defined: Mapping[str, SettingFlag], argv: Sequence[str], run: config.Run) -> None:
     """Has absl fill the flags; its own features that would let input pass unseen (`--undefok`,
     `--flagfile`) are off."""
     values = absl_flags.FlagValues()
     values.set_gnu_getopt(True)
-    for name, flag in table.items():
+    for name, flag in defined.items():
         values[name] = flag
     for name, _ in _scan(argv):
         if name in ("undefok", "flagfile"):
@@ -255,20 +257,20 @@ def _absl_parse(table: Mapping[str, SettingFlag], argv: Sequence[str], run: conf
     except absl_flags.Error as error:
         name = str(error).rpartition(" ")[2].lstrip("-")
         raise UserError(
-            f"--{name}: needs a value, e.g. --{name}={table[name]._example()}"
+            f"--{name}: needs a value, e.g. --{name}={defined[name]._example()}"
         ) from None
     if left:
-        raise UserError(_left_over(left[0], argv, table))
+        raise UserError(_left_over(left[0], argv, defined))
 
 
-def _left_over(argument: str, argv: Sequence[str], table: Mapping[str, SettingFlag]) -> str:
+def _left_over(argument: str, argv: Sequence[str], defined: Mapping[str, SettingFlag]) -> str:
     shown, name = messages.shown(argument), argument.partition("=")[0]
     before = argv[argv.index(argument) - 1].lstrip("-") if argument in argv[1:] else ""
-    if before in table and table[before].boolean:
+    if before in defined and defined[before].boolean:
         return f"unexpected argument {shown}; write --{before}={argument} or --no{before}"
     hint = (
         f"; did you mean --{argument}?"
-        if name in table and name != argument
+        if name in defined and name != argument
         else "; flags are written --name=value"
     )
     return f"unexpected argument {shown}{hint}"
@@ -321,15 +323,15 @@ def _nearest_flag(name: str, known: Sequence[str]) -> str | None:
 
 
 def _from_environment(
-    table: Mapping[str, SettingFlag], typed: Mapping[str, Any], environ: Mapping[str, str]
+    defined: Mapping[str, SettingFlag], typed: Mapping[str, Any], environ: Mapping[str, str]
 ) -> dict[str, Any]:
     """Secrets that were left in the environment, where `ps` does not show them."""
     secret = [
         name
-        for name, flag in table.items()
+        for name, flag in defined.items()
         if flag.setting.field.secret and name not in typed and secrets.variable(name) in environ
     ]
-    return {name: table[name].read(environ[secrets.variable(name)]) for name in secret}
+    return {name: defined[name].read(environ[secrets.variable(name)]) for name in secret}
 
 
 def _warn_of_secrets(given: Iterable[SettingFlag]) -> None:

@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 from jaxtrain import config
 from jaxtrain.config import record, secrets, settings, values
-from jaxtrain.config.step_options import StepOptions
-from jaxtrain.fields import fields_of
 
 
 class Entry(NamedTuple):
@@ -18,8 +16,8 @@ class Entry(NamedTuple):
 
     name: str
     default: str
-    kind: str
-    words: str
+    takes: str
+    help: str
     boolean: bool = False
 
 
@@ -92,9 +90,7 @@ def layout(groups: Iterable[tuple[str, Sequence[Entry]]], *, width: int = 0) -> 
 
 
 def _own_groups(run: config.Run) -> list[tuple[str, list[Entry]]]:
-    shared = {field.name for field in fields_of(StepOptions)}
-    # The run's own fields first: steps and batch size are what people look for.
-    own = sorted(settings.of_run(run), key=lambda setting: setting.name in shared)
+    own = settings.of_run(run)
     return [
         (group.value, [_entry(setting) for setting in own if group in setting.field.marks])
         for group in config.Group
@@ -114,15 +110,15 @@ def _flag(entry: Entry) -> str:
 
 def _row(entry: Entry, column: int, width: int) -> str:
     """One flag: its help stands in a column of its own, and below it where the flag is too long."""
-    kind = f"{entry.kind}; default {entry.default}" if entry.boolean else entry.kind
-    words = f"{entry.words.rstrip('.')} ({kind})" if entry.words else f"({kind})"
-    lines = textwrap.wrap(words, max(20, width - column), break_on_hyphens=False) or [""]
+    takes = f"{entry.takes}; default {entry.default}" if entry.boolean else entry.takes
+    text = f"{entry.help.rstrip('.')} ({takes})" if entry.help else f"({takes})"
+    lines = textwrap.wrap(text, max(20, width - column), break_on_hyphens=False) or [""]
     flag = f"  {_flag(entry)}"
     head = [flag] if len(flag) > column - 2 else [flag.ljust(column) + lines.pop(0)]
     return "\n".join([*head, *(" " * column + line for line in lines)])
 
 
 def _entry(setting: settings.Setting) -> Entry:
-    kind = values.describe(setting.field.type, setting.field.marks)
+    takes = values.describe(setting.field.type, setting.field.marks)
     default = values.text(secrets.hide(setting.value, setting.field.secret))
-    return Entry(setting.name, default, kind, setting.words, boolean=setting.field.type is bool)
+    return Entry(setting.name, default, takes, setting.help, boolean=setting.field.type is bool)

@@ -94,7 +94,7 @@ def load(run: config.Run, workdir: str) -> config.Run:
         missing = (
             "holds no run.json"
             if path.parent.is_dir()
-            else f"no such directory{config.siblings(workdir)}"
+            else f"no such directory{messages.did_you_mean_path(workdir)}"
         )
         raise UserError(f"{flag}: {missing}")
     try:

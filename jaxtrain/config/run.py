@@ -257,20 +257,8 @@ def check_paths(run: Run) -> None:
     if run.init_from and not os.path.exists(run.init_from):
         raise UserError(
             f"--init_from={messages.printable(run.init_from)}: no such file or"
-            f" directory{siblings(run.init_from)}"
+            f" directory{messages.did_you_mean_path(run.init_from)}"
         )
-
-
-def siblings(path: str) -> str:
-    """The end of a message about a missing path: the nearest name in its folder, if one is near."""
-    parent = Path(path).parent
-    names = (
-        [entry.name for entry in os.scandir(parent)]
-        if parent.is_dir() and os.access(parent, os.R_OK)
-        else []
-    )
-    match, folder = messages.nearest(Path(path).name, names), messages.printable(str(parent))
-    return "" if match is None else f"; in {folder}: {messages.printable(match)}; did you mean it?"
 
 
 def _check_workdir(workdir: str) -> None:

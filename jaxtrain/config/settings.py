@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxtrain import config
 from jaxtrain.config import values
+from jaxtrain.config.step_options import StepOptions
 from jaxtrain.fields import Field, fields_of, is_component
 
 
@@ -27,7 +28,7 @@ class Setting:
     name: str
     field: Field
     value: Any
-    words: str
+    help: str
 
 
 def of_run(run: config.Run) -> list[Setting]:
@@ -51,6 +52,9 @@ def of_run(run: config.Run) -> list[Setting]:
         for setting in of_component(run, "")
         if any(isinstance(mark, config.Group) for mark in setting.field.marks)
     ]
+    # What a run shares with every recipe comes last: steps and batch size are what people look for.
+    shared = {field.name for field in fields_of(StepOptions)}
+    own.sort(key=lambda setting: setting.name in shared)
     return own + [
         setting
         for family in config.FAMILIES
@@ -63,13 +67,13 @@ def of_component(component: Any, prefix: str = "") -> Iterator[Setting]:
     `prefix`."""
     if not is_component(component):
         return
-    words = field_docs(type(component))
+    docs = field_docs(type(component))
     for field in fields_of(component):
         value, name = getattr(component, field.name), f"{prefix}{field.name}"
         if is_component(value):
             yield from of_component(value, f"{name}.")
         elif values.readable(field.type):
-            yield Setting(name, field, value, words.get(field.name, ""))
+            yield Setting(name, field, value, docs.get(field.name, ""))
 
 
 def field_docs(cls: type) -> dict[str, str]:

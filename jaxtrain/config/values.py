@@ -15,7 +15,7 @@ from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
 from jaxtrain.errors import UserError
-from jaxtrain.fields import Kind, kind_of, problem
+from jaxtrain.fields import FieldType, field_type, problem
 from jaxtrain.horizon import Horizon
 from jaxtrain.messages import did_you_mean, is_number, shown
 
@@ -31,10 +31,10 @@ def readable(annotation: Any) -> bool:
     >>> readable(tuple[int, ...]), readable(float | None), readable(typing.Callable)
     (True, True, False)
     """
-    kind = kind_of(annotation)
-    if kind.origin is tuple:
-        return all(item is Ellipsis or readable(item) for item in kind.items)
-    return kind.origin in FORMATS
+    wanted = field_type(annotation)
+    if wanted.origin is tuple:
+        return all(item is Ellipsis or readable(item) for item in wanted.items)
+    return wanted.origin in FORMATS
 
 
 def read(text: str, annotation: Any, marks: Sequence[Any] = ()) -> Any:
@@ -45,10 +45,10 @@ def read(text: str, annotation: Any, marks: Sequence[Any] = ()) -> Any:
 
     `ValueError` whose text is the problem alone, without the flag's name and value.
     """
-    kind = kind_of(annotation, marks)
-    if kind.optional and text.lower() == "none":
+    wanted = field_type(annotation, marks)
+    if wanted.optional and text.lower() == "none":
         return None
-    return _within_bounds(FORMATS[kind.origin].parse(text, kind), kind)
+    return _within_bounds(FORMATS[wanted.origin].parse(text, wanted), wanted)
 
 
 def text(value: Any) -> str:
@@ -74,10 +74,10 @@ def from_json(value: Any, annotation: Any, marks: Sequence[Any] = ()) -> Any:
     `ValueError` if the JSON has another type or is out of bounds: nothing is converted but lists,
     horizons and whole floats.
     """
-    kind = kind_of(annotation, marks)
-    if value is None and kind.optional:
+    wanted = field_type(annotation, marks)
+    if value is None and wanted.optional:
         return None
-    return _within_bounds(FORMATS[kind.origin].load(value, kind), kind)
+    return _within_bounds(FORMATS[wanted.origin].load(value, wanted), wanted)
 
 
 def describe(annotation: Any, marks: Sequence[Any] = ()) -> str:
@@ -86,17 +86,17 @@ def describe(annotation: Any, marks: Sequence[Any] = ()) -> str:
     >>> describe(float | None), describe(Literal["auto", "yes"]), describe(tuple[int, int])
     ('float or none', 'auto|yes', 'int,int')
     """
-    return _describe(kind_of(annotation, marks))
+    return _describe(field_type(annotation, marks))
 
 
-def _describe(kind: Kind) -> str:
-    words = FORMATS[kind.origin].words
-    said = words(kind) if callable(words) else f"{words} {kind.rule}".rstrip()
-    return f"{said} or none" if kind.optional else said
+def _describe(wanted: FieldType) -> str:
+    takes = FORMATS[wanted.origin].takes
+    said = takes(wanted) if callable(takes) else f"{takes} {wanted.rule}".rstrip()
+    return f"{said} or none" if wanted.optional else said
 
 
-def _within_bounds(value: Any, kind: Kind) -> Any:
-    if wrong := problem(value, kind.type, kind.marks):
+def _within_bounds(value: Any, wanted: FieldType) -> Any:
+    if wrong := problem(value, wanted.base, wanted.marks):
         raise UserError(wrong)
     return value
 
@@ -105,17 +105,17 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _load_same(value: Any, kind: Kind) -> Any:
-    if type(value) is not kind.origin:
-        raise _wrong_type(value, kind)
+def _load_same(value: Any, wanted: FieldType) -> Any:
+    if type(value) is not wanted.origin:
+        raise _wrong_type(value, wanted)
     return value
 
 
-def _wrong_type(value: Any, kind: Kind) -> UserError:
-    return UserError(f"is a {type(value).__name__}; expected {_describe(kind)}")
+def _wrong_type(value: Any, wanted: FieldType) -> UserError:
+    return UserError(f"is a {type(value).__name__}; expected {_describe(wanted)}")
 
 
-def _read_bool(text: str, kind: Kind) -> bool:
+def _read_bool(text: str, wanted: FieldType) -> bool:
     if text.lower() in _BOOLEANS:
         return _BOOLEANS[text.lower()]
     meant = _MEANT.get(text.lower())
@@ -128,20 +128,20 @@ def _show_bool(value: bool) -> str:
     return str(value).lower()
 
 
-def _read_int(text: str, kind: Kind) -> int:
+def _read_int(text: str, wanted: FieldType) -> int:
     if _INTEGER.fullmatch(text):
         # 50 digits are out of any bounds already, and quick to convert
         return int(text[:50])
-    rule = f"must be an integer {kind.rule}".rstrip()
-    raise UserError(rule + _or_none(kind) + _hint(text, int, kind))
+    rule = f"must be an integer {wanted.rule}".rstrip()
+    raise UserError(rule + _or_none(wanted) + _hint(text, int, wanted))
 
 
-def _read_float(text: str, kind: Kind) -> float:
+def _read_float(text: str, wanted: FieldType) -> float:
     if is_number(text):
         return float(text)
-    example = "1e-3" if kind.rule == "> 0" else "0.1"
-    expected = f"not a number; expected a float {kind.rule}".rstrip() + f", e.g. {example}"
-    raise UserError(expected + _or_none(kind) + _hint(text, float, kind))
+    example = "1e-3" if wanted.rule == "> 0" else "0.1"
+    expected = f"not a number; expected a float {wanted.rule}".rstrip() + f", e.g. {example}"
+    raise UserError(expected + _or_none(wanted) + _hint(text, float, wanted))
 
 
 def _show_float(value: float) -> str:
@@ -156,13 +156,13 @@ def _show_float(value: float) -> str:
     return min(scientific, plain, key=len)
 
 
-def _load_float(value: Any, kind: Kind) -> float:
+def _load_float(value: Any, wanted: FieldType) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    raise _wrong_type(value, kind)
+    raise _wrong_type(value, wanted)
 
 
-def _hint(text: str, number: type[int] | type[float], kind: Kind) -> str:
+def _hint(text: str, number: type[int] | type[float], wanted: FieldType) -> str:
     """What was probably meant by a number written in a way that is not ours: 1_000, +5, 0x10, 1e3,
     0,1."""
     for convert in (
@@ -175,16 +175,16 @@ def _hint(text: str, number: type[int] | type[float], kind: Kind) -> str:
             near = number(value)
         except (ValueError, OverflowError):
             continue
-        if near == value and not (number is int and problem(near, int, kind.marks)):
+        if near == value and not (number is int and problem(near, int, wanted.marks)):
             return f"; did you mean {_format_of(near).show(near)}?"
     return ""
 
 
-def _or_none(kind: Kind) -> str:
-    return ", or none" if kind.optional else ""
+def _or_none(wanted: FieldType) -> str:
+    return ", or none" if wanted.optional else ""
 
 
-def _read_text(text: str, kind: Kind) -> str:
+def _read_text(text: str, wanted: FieldType) -> str:
     if "\0" in text:
         raise UserError("must not hold a NUL character")
     if any("\ud800" <= character <= "\udfff" for character in text):
@@ -192,8 +192,8 @@ def _read_text(text: str, kind: Kind) -> str:
     return text
 
 
-def _read_horizon(text: str, kind: Kind) -> Horizon:
-    expected = f"not a horizon; expected e.g. 200, 200steps, 2epochs or 5%{_or_none(kind)}"
+def _read_horizon(text: str, wanted: FieldType) -> Horizon:
+    expected = f"not a horizon; expected e.g. 200, 200steps, 2epochs or 5%{_or_none(wanted)}"
     if re.match(r"-[0-9.]", text):
         raise UserError("must be >= 0")
     if not text.isascii() or text != text.strip():
@@ -207,42 +207,42 @@ def _read_horizon(text: str, kind: Kind) -> Horizon:
         raise UserError(expected if wrong.startswith("not a horizon") else wrong) from None
 
 
-def _load_horizon(value: Any, kind: Kind) -> Any:
+def _load_horizon(value: Any, wanted: FieldType) -> Any:
     if isinstance(value, str):
-        return _read_horizon(value, kind)
-    if kind.type == Horizon | float:
-        return _load_float(value, kind)
-    raise _wrong_type(value, kind)
+        return _read_horizon(value, wanted)
+    if wanted.base == Horizon | float:
+        return _load_float(value, wanted)
+    raise _wrong_type(value, wanted)
 
 
-def _read_choice(text: str, kind: Kind) -> Any:
-    by_text = {str(choice): choice for choice in kind.items}
+def _read_choice(text: str, wanted: FieldType) -> Any:
+    by_text = {str(choice): choice for choice in wanted.items}
     if text in by_text:
         return by_text[text]
     raise UserError(f"unknown; valid: {', '.join(by_text)}{did_you_mean(text, by_text)}")
 
 
-def _load_choice(value: Any, kind: Kind) -> Any:
+def _load_choice(value: Any, wanted: FieldType) -> Any:
     if isinstance(value, str):
-        return _read_choice(value, kind)
-    for choice in kind.items:
+        return _read_choice(value, wanted)
+    for choice in wanted.items:
         if type(choice) is type(value) and choice == value:
             return choice
-    raise UserError(f"unknown; valid: {', '.join(map(str, kind.items))}")
+    raise UserError(f"unknown; valid: {', '.join(map(str, wanted.items))}")
 
 
-def _choice_words(kind: Kind) -> str:
-    return "|".join(map(str, kind.items))
+def _choice_takes(wanted: FieldType) -> str:
+    return "|".join(map(str, wanted.items))
 
 
-def _read_tuple(text: str, kind: Kind) -> tuple[Any, ...]:
-    if text == "" and kind.items[-1] is Ellipsis:
+def _read_tuple(text: str, wanted: FieldType) -> tuple[Any, ...]:
+    if text == "" and wanted.items[-1] is Ellipsis:
         return ()
     parts = text.split(",")
-    _check_length(len(parts), kind, ", separated by a comma")
+    _check_length(len(parts), wanted, ", separated by a comma")
     values = []
     for position, (part, item) in enumerate(
-        zip(parts, kind.item_types(len(parts)), strict=True), 1
+        zip(parts, wanted.item_types(len(parts)), strict=True), 1
     ):
         if part == "":
             raise UserError(
@@ -250,7 +250,7 @@ def _read_tuple(text: str, kind: Kind) -> tuple[Any, ...]:
             )
         pair = typing.get_args(item) if typing.get_origin(item) is tuple else None
         try:
-            values.append(_read_pair(part, pair) if pair else read(part, item, kind.marks))
+            values.append(_read_pair(part, pair) if pair else read(part, item, wanted.marks))
         except ValueError as wrong:
             raise UserError(f"item {position} ({shown(part)}): {wrong}") from None
     return tuple(values)
@@ -275,39 +275,39 @@ def _dump_tuple(value: tuple[Any, ...]) -> list[Any]:
     return [to_json(item) for item in value]
 
 
-def _load_tuple(value: Any, kind: Kind) -> tuple[Any, ...]:
+def _load_tuple(value: Any, wanted: FieldType) -> tuple[Any, ...]:
     if not isinstance(value, list):
-        raise _wrong_type(value, kind)
-    _check_length(len(value), kind)
-    items = zip(value, kind.item_types(len(value)), strict=True)
-    return tuple(from_json(item, item_type, kind.marks) for item, item_type in items)
+        raise _wrong_type(value, wanted)
+    _check_length(len(value), wanted)
+    items = zip(value, wanted.item_types(len(value)), strict=True)
+    return tuple(from_json(item, item_type, wanted.marks) for item, item_type in items)
 
 
-def _tuple_words(kind: Kind) -> str:
-    def item_words(item: Any) -> str:
+def _tuple_takes(wanted: FieldType) -> str:
+    def item_takes(item: Any) -> str:
         pair = typing.get_args(item) if typing.get_origin(item) is tuple else ()
         return f"PATTERN={describe(pair[1])}" if pair else describe(item)
 
-    return ",".join("..." if item is Ellipsis else item_words(item) for item in kind.items)
+    return ",".join("..." if item is Ellipsis else item_takes(item) for item in wanted.items)
 
 
-def _check_length(count: int, kind: Kind, how: str = "") -> None:
-    if kind.items[-1] is not Ellipsis and count != len(kind.items):
-        raise UserError(f"has {count} items; expected {len(kind.items)}{how}")
+def _check_length(count: int, wanted: FieldType, how: str = "") -> None:
+    if wanted.items[-1] is not Ellipsis and count != len(wanted.items):
+        raise UserError(f"has {count} items; expected {len(wanted.items)}{how}")
 
 
 class Format(NamedTuple):
     """How values of one type are typed, described, shown and kept in JSON."""
 
-    parse: Callable[[str, Kind], Any]
+    parse: Callable[[str, FieldType], Any]
     """The value that was typed."""
-    words: str | Callable[[Kind], str]
+    takes: str | Callable[[FieldType], str]
     """What a flag of this type takes; bounds are added to a mere text."""
     show: Callable[[Any], str] = str
     """The value as it would be typed."""
     dump: Callable[[Any], Any] = _same
     """The value for JSON."""
-    load: Callable[[Any, Kind], Any] = _load_same
+    load: Callable[[Any, FieldType], Any] = _load_same
     """The value that JSON holds."""
 
 
@@ -321,8 +321,8 @@ FORMATS: dict[Any, Format] = {
     str: Format(_read_text, "text"),
     Horizon: _HORIZON,
     Horizon | float: _HORIZON,
-    Literal: Format(_read_choice, _choice_words, load=_load_choice),
-    tuple: Format(_read_tuple, _tuple_words, _show_tuple, dump=_dump_tuple, load=_load_tuple),
+    Literal: Format(_read_choice, _choice_takes, load=_load_choice),
+    tuple: Format(_read_tuple, _tuple_takes, _show_tuple, dump=_dump_tuple, load=_load_tuple),
 }
 """Every type that a flag can have."""
 

@@ -145,9 +145,8 @@ def load_arrays(path: str) -> dict[str, np.ndarray]:
             raise UserError(f"--data.path={path!r}: no .npy file in this folder")
         return {file.stem: _load(file, path, mmap_mode="r") for file in files}
     if not place.exists():
-        near = messages.nearest(place.name, [file.name for file in place.parent.glob("*")])
-        hint = f"; did you mean {str(place.parent / near)!r}?" if near else ""
-        raise UserError(f"--data.path={path!r}: no such file or folder{hint}")
+        near = messages.did_you_mean_path(str(place))
+        raise UserError(f"--data.path={path!r}: no such file or folder{near}")
     if place.suffix == ".npy":
         array = _load(place, path, mmap_mode="r")
         return (
