@@ -7,6 +7,7 @@ so that it holds its outputs.
 
 import ast
 import contextlib
+import dataclasses
 import io
 import math
 import re
@@ -27,6 +28,7 @@ import yaml
 
 from jaxtrain import __main__ as command
 from jaxtrain.config import flags
+from jaxtrain.train.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE, NOTEBOOK = ROOT / "docs" / "step.md", ROOT / "docs" / "step_as_a_library.ipynb"
@@ -247,6 +249,16 @@ def definitions(path: Path) -> dict[str, str]:
 def test_tests_named_in_the_text_exist(page: Path) -> None:
     for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", page.read_text(encoding="utf-8")):
         assert name in definitions(ROOT / file), f"{page.name}: {file}::{name}"
+
+
+def test_every_option_of_a_step_is_in_its_guide() -> None:
+    """The table at the end of docs/step.md has the fields of a recipe besides its three parts."""
+    text = GUIDE.read_text(encoding="utf-8")
+    rows = text[text.index("## All options") :].splitlines()
+    cells = [row.split("|")[1] for row in rows if row.startswith("| `")]
+    named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    assert named == fields - {"model", "task", "optimizer"}
 
 
 def test_moved_modules_are_where_the_changelog_says() -> None:

@@ -53,6 +53,7 @@ def test_checkers_see_the_names_that_python_finds(package: str) -> None:
     module, seen = importlib.import_module(package), seen_by_checkers(package)
     assert {*seen, TABLE} - {*module.__all__} <= {TABLE}
     assert {*module.__all__} - {*seen} <= {TABLE}
+    assert {*module._FILES} == {name for name, source in seen.items() if source != package}
     assert dir(module) == sorted(module.__all__)
     for name, source in seen.items():
         assert getattr(module, name) is getattr(importlib.import_module(source), name), name
