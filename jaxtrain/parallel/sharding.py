@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain import messages, tree
@@ -166,7 +167,7 @@ def bytes_per_device(shapes: tree.PyTree, shardings: tree.PyTree) -> int:
 
 def _itemsize(leaf: Any) -> int:
     # A typed key has no itemsize of its own: threefry's is two 32-bit words.
-    return 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+    return 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
 
 
 def _flatten_axes(axes: tree.PyTree) -> list[tuple[Any, Any]]:

@@ -20,6 +20,7 @@ from jaxtrain.config import record as run_record
 from jaxtrain.data.splits import Splits
 from jaxtrain.errors import CheckpointError, UserError
 from jaxtrain.parallel import sharding
+from jaxtrain.parallel.mesh import Device
 from jaxtrain.processes import group, heartbeat
 from jaxtrain.processes.signals import StopSignals
 from jaxtrain.report.metrics_file import JsonlWriter, Writers
@@ -330,7 +331,7 @@ def _device_bytes(mesh: Mesh) -> int | None:
     return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 
 
-def _memory_in_use(device: jax.Device) -> int | None:
+def _memory_in_use(device: Device) -> int | None:
     """Bytes in use on the device; on CPU, where it does not say, those of the process."""
     stats = device.memory_stats()
     if stats:
