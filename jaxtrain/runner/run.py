@@ -210,7 +210,7 @@ def _show_parameters(opened: Opened, state: TrainState, first: int, progress: Pr
     rules, mesh = opened.run.shard, opened.mesh
     if rules or mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
         places = opened.programs.places
-        rows = sharding.table(state.params, places.axes, places.state.params, mesh, rules)
+        rows = sharding.rows(state.params, places.axes, places.state.params, mesh, rules)
         progress.show(tables.sharding_table(rows))
     else:
         progress.show(tables.parameter_table(tree.flatten(state.params)))
