@@ -210,8 +210,8 @@ def _by_rule(path: str, shape: Sequence[int], mesh: Mesh, rule: str) -> list[str
             )
         if entry != "-" and entries.count(entry) > 1:
             raise UserError(
-                f"{prefix} has axis {entry} twice; an axis splits one dim of an array, give - for the"
-                " other"
+                f"{prefix} has axis {entry} twice; an axis splits one dim of an array, give - for"
+                " the other"
             )
     if len(entries) != len(shape):
         unfit = (

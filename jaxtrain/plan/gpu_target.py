@@ -5,8 +5,9 @@ The extra `plan` brings NVIDIA's compiler as jax uses it: the CUDA plugin of jax
 in every process. It brings none of the large libraries, so nothing can run.
 
 jax loads its plugins once, at its first use of a device. The plugin then looks for those libraries.
-If they are missing it prints a traceback on stderr and is not loaded. `JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1` (or `JAX_PLATFORMS=cpu`), set before that first use,
-skips this check. `prepare` sets it where the machine has no NVIDIA device.
+If they are missing it prints a traceback on stderr and is not loaded.
+`JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1` (or `JAX_PLATFORMS=cpu`), set before that first use, skips this
+check. `prepare` sets it where the machine has no NVIDIA device.
 """
 
 import dataclasses
