@@ -86,7 +86,7 @@ def logical_axes(model: Any, inputs: Any) -> Variables:
     """
     model = model.model if isinstance(model, Functions) else model
     if isinstance(model, nn.Module):
-        options = {"train": False} if _takes(model.__call__, "train") else {}
+        options: dict[str, Any] = {"train": False} if _takes(model.__call__, "train") else {}
         boxes = jax.eval_shape(
             lambda key, x: model.init(key, x, **options), _abstract_key(), inputs
         )
@@ -102,18 +102,19 @@ def _linen(model: nn.Module) -> Functions:
     takes_train = _takes(model.__call__, "train")
 
     def init(key: jax.Array, inputs: jax.Array) -> Variables:
-        options = {"train": False} if takes_train else {}
+        options: dict[str, Any] = {"train": False} if takes_train else {}
         return nn.meta.unbox(dict(model.init(key, inputs, **options)))
 
     def apply(
         variables: Variables, inputs: jax.Array, *, train: bool, rngs: Keys | None = None
     ) -> tuple[Any, Variables]:
         collections = {name: tree for name, tree in variables.items() if name != "params"}
-        options = {"train": train} if takes_train else {}
+        options: dict[str, Any] = {"train": train} if takes_train else {}
+        keys = None if rngs is None else dict(rngs)
         if not (train and collections):
-            return model.apply(variables, inputs, rngs=rngs, **options), collections
+            return model.apply(variables, inputs, rngs=keys, **options), collections
         outputs, changed = model.apply(
-            variables, inputs, rngs=rngs, mutable=list(collections), **options
+            variables, inputs, rngs=keys, mutable=list(collections), **options
         )
         return outputs, collections | dict(changed)
 
@@ -178,8 +179,8 @@ def _nnx(model: Any) -> Functions:
         for _, layer in nnx.iter_modules(module):
             if isinstance(layer, nnx.BatchNorm) and layer.dtype is None:
                 # Its float32 averages would make its output float32, and all that comes after.
-                # Linen's averages do not.
-                layer.promote_dtype = _as_they_are
+                # Linen's averages do not. Flax declares this attribute as a method.
+                layer.promote_dtype = _as_they_are  # pyright: ignore[reportAttributeAccessIssue]
         outputs = module(inputs, **({"train": train} if takes_train else {}))
         source = pure(module) if train else variables
         return outputs, {name: source[name] for name in names[1:]}

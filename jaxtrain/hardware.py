@@ -63,8 +63,8 @@ CARDS = (
 
 
 def find_card(device_kind: str) -> Card | None:
-    """The card of a device kind as `jax.devices()[0].device_kind` words it, or None if it isn't in
-    the table.
+    """The card of a device kind as `jax.devices()[0].device_kind` words it, or None if it is
+    not in `CARDS`.
 
     >>> (
     ...     find_card("NVIDIA H100 80GB HBM3").name,
@@ -77,8 +77,8 @@ def find_card(device_kind: str) -> Card | None:
 
 
 def compute_capability(card: str) -> tuple[int, int] | None:
-    """The compute capability (major, minor) of a card, by its name in the table or its device kind,
-    or None if it isn't in the table.
+    """The compute capability (major, minor) of a card, by its name in `CARDS` or its device
+    kind, or None if it is not there.
 
     >>> (
     ...     compute_capability("TITAN RTX"),

@@ -5,11 +5,10 @@ Dims: B batch, C classes, D features.
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 
 def cross_entropy(
-    logits_BC: jax.Array, labels_B: jax.Array, *, label_smoothing: ArrayLike = 0.0
+    logits_BC: jax.Array, labels_B: jax.Array, *, label_smoothing: float | jax.Array = 0.0
 ) -> jax.Array:
     """The negative log-likelihood of each label, in nats, in float32.
 

@@ -62,7 +62,7 @@ class Cosine(Schedule):
     """The share of the peak rate at the end of the run."""
 
     def after_warmup(self, step: jax.Array, total_steps: jax.Array) -> jax.Array:
-        return _fall(_half_cosine(_progress(step, self.warmup, total_steps)), self.final)
+        return _fall(_half_cosine(_progress(step, _float(self.warmup), total_steps)), self.final)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Linear(Schedule):
     """The share of the peak rate at the end of the run."""
 
     def after_warmup(self, step: jax.Array, total_steps: jax.Array) -> jax.Array:
-        return _fall(1 - _progress(step, self.warmup, total_steps), self.final)
+        return _fall(1 - _progress(step, _float(self.warmup), total_steps), self.final)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +95,9 @@ class Rsqrt(Schedule):
         # A timescale under one step, as 5% of a very short run, would halve the rate within the
         # first update.
         timescale = jnp.maximum(_float(self.timescale), 1.0)
-        shape = jax.lax.rsqrt(1 + jnp.maximum(step - self.warmup, 0.0) / timescale)
+        shape = jax.lax.rsqrt(1 + jnp.maximum(step - _float(self.warmup), 0.0) / timescale)
         return shape * _fall(
-            1 - _progress(step, total_steps - self.cooldown, total_steps), self.final
+            1 - _progress(step, total_steps - _float(self.cooldown), total_steps), self.final
         )
 
 
@@ -116,7 +116,7 @@ class Step(Schedule):
     """What the rate is multiplied by at each drop."""
 
     def after_warmup(self, step: jax.Array, total_steps: jax.Array) -> jax.Array:
-        drops = jnp.floor((step - self.first) / self.every) + 1
+        drops = jnp.floor((step - _float(self.first)) / _float(self.every)) + 1
         return jnp.power(_float(self.factor), jnp.maximum(drops, 0.0))
 
 
@@ -135,7 +135,7 @@ class WarmupStableDecay(Schedule):
     """How the rate falls; sqrt is 1 - sqrt(progress)."""
 
     def after_warmup(self, step: jax.Array, total_steps: jax.Array) -> jax.Array:
-        done = _progress(step, total_steps - self.decay, total_steps)
+        done = _progress(step, total_steps - _float(self.decay), total_steps)
         if self.shape == "cosine":
             return _fall(_half_cosine(done), self.final)
         return _fall(1 - (jnp.sqrt(done) if self.shape == "sqrt" else done), self.final)

@@ -37,7 +37,7 @@ def match(rules: Rules[Value], tree: PyTree, *, name: str, default: Value | None
     {'bias': 0.0, 'kernel': 1.0}
 
     `name` is how messages call the rules. `ValueError` if a pattern is not a regular expression,
-    takes no leaf, or if a leaf is taken by none and there is no `default`.
+    matches no leaf, or if no pattern matches a leaf and there is no `default`.
     """
     compiled = [(_compile(pattern, name), value) for pattern, value in rules]
     idle = set(range(len(compiled)))
@@ -63,8 +63,8 @@ def match(rules: Rules[Value], tree: PyTree, *, name: str, default: Value | None
     return values
 
 
-def table(columns: Mapping[str, PyTree], tree: PyTree) -> list[tuple[str, ...]]:
-    """Rows (path, shape, value of each column) that show which rule took which leaf."""
+def rows_by_path(columns: Mapping[str, PyTree], tree: PyTree) -> list[tuple[str, ...]]:
+    """Rows (path, shape, value of each column) that show which rule each leaf follows."""
     flat = {name: flatten(column) for name, column in columns.items()}
     return [
         (path, str(tuple(leaf.shape)), *(str(flat[name][path]) for name in columns))
@@ -73,7 +73,7 @@ def table(columns: Mapping[str, PyTree], tree: PyTree) -> list[tuple[str, ...]]:
 
 
 def size(tree: PyTree) -> int:
-    """How many numbers the arrays of a tree hold.
+    """The number of array elements in a tree.
 
     >>> import numpy as np
     >>> size({"a": np.zeros((2, 3)), "b": np.zeros(4)})

@@ -93,7 +93,7 @@ def measure(case: Case, model: Transformer) -> dict[str, Any]:
                 tier: sum(
                     each.wire_bytes
                     for each in found
-                    if each.kind == kind and each.crosses(case.per_host) == far
+                    if each.kind == kind and each.crosses_hosts(case.per_host) == far
                 )
                 for tier, far in TIERS
             }
@@ -215,7 +215,7 @@ def options_of(argv: Sequence[str]) -> argparse.Namespace:
         help="folder of benchmarks/wire.json and scaling.md (default: docs)",
     )
     options = parser.parse_args(argv)
-    reason = gpu_target.available()
+    reason = gpu_target.unavailable_reason()
     if reason is not None:
         parser.error(reason)
     return options

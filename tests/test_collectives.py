@@ -227,8 +227,8 @@ def test_a_type_or_text_that_is_not_known() -> None:
 
 def test_hosts() -> None:
     line = "%r = f32[16,4]{{1,0}} all-reduce(%x), replica_groups={groups}, to_apply=%add"
-    assert not only(program(line.format(groups="[2,4]<=[8]"))).crosses(4)
-    assert only(program(line.format(groups="[4,2]<=[2,4]T(1,0)"))).crosses(4)
+    assert not only(program(line.format(groups="[2,4]<=[8]"))).crosses_hosts(4)
+    assert only(program(line.format(groups="[4,2]<=[2,4]T(1,0)"))).crosses_hosts(4)
 
 
 GRID = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)

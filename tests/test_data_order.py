@@ -66,7 +66,7 @@ def test_numpy_and_a_compiled_program_agree_in_every_bit(length: int) -> None:
     )
 
 
-def test_ids_born_sharded_over_all_devices_are_the_same() -> None:
+def test_ids_made_sharded_over_all_devices_are_the_same() -> None:
     devices = jax.devices()
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("data"))

@@ -38,7 +38,7 @@ def train() -> jaxtrain.train.steps.Update:
     return steps.make_train_step(*PARTS, **OPTIONS)
 
 
-def born() -> state.TrainState:
+def initial_state() -> state.TrainState:
     """The state before the first step, with a scale that overflows nothing by itself."""
     now = state.init_state(*PARTS, BATCHES[0], **OPTIONS)
     return dataclasses.replace(
@@ -49,8 +49,8 @@ def born() -> state.TrainState:
 def test_an_overflow_changes_nothing_but_the_scale_and_the_place(
     train: jaxtrain.train.steps.Update,
 ) -> None:
-    before = jax.device_get(born())
-    after, sums = train(born(), OVERFLOWING)
+    before = jax.device_get(initial_state())
+    after, sums = train(initial_state(), OVERFLOWING)
     for part in ("params", "opt_state", "collections", "ema"):
         jax.tree.map(
             np.testing.assert_array_equal,
@@ -76,7 +76,7 @@ def test_an_overflow_changes_nothing_but_the_scale_and_the_place(
 
 def test_a_run_with_overflows_is_the_run_without_them(train: jaxtrain.train.steps.Update) -> None:
     """A smaller scale moves gradients by the rounding of float16 at most."""
-    one, other = born(), born()
+    one, other = initial_state(), initial_state()
     for index, batch in enumerate(BATCHES):
         one, _ = train(one, batch)
         other, _ = train(other, batch)
@@ -91,7 +91,7 @@ def test_a_run_with_overflows_is_the_run_without_them(train: jaxtrain.train.step
 
 
 def test_the_scale_is_restored(train: jaxtrain.train.steps.Update, tmp_path: Path) -> None:
-    now, _ = train(born(), OVERFLOWING)
+    now, _ = train(initial_state(), OVERFLOWING)
     now, _ = train(now, BATCHES[1])
     kept = Checkpoints(tmp_path)
     kept.save(2, now, {}, wait=True)

@@ -263,7 +263,7 @@ def test_a_sharded_product_has_the_scale_of_the_whole():
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 @pytest.mark.parametrize("card", ["h100", "rtx_4090"])
 def test_the_compiler_makes_fp8_kernels(card):
-    reason = gpu_target.available()
+    reason = gpu_target.unavailable_reason()
     if reason is not None:
         pytest.skip(reason)
     try:

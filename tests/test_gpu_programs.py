@@ -21,7 +21,7 @@ from jaxtrain import hardware
 from jaxtrain.plan import gpu_target
 
 ROOT = Path(__file__).resolve().parent.parent
-REASON = gpu_target.available()
+REASON = gpu_target.unavailable_reason()
 NEEDS_COMPILER = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 CARDS = ("v100", "titan_rtx", "rtx_3090", "a100", "h100", "h200")
 EIGHT = 8
@@ -391,7 +391,7 @@ def test_words_for_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(metadata, "version", version)
     assert (
-        gpu_target.available()
+        gpu_target.unavailable_reason()
         == "nvidia-cuda-nvcc-cu12 is not installed; pip install 'jaxtrain[plan]'"
     )
     with pytest.raises(
@@ -404,7 +404,7 @@ def test_words_for_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu_target.devices("h100", 8)
     monkeypatch.setattr(metadata, "version", lambda name: versions.get(name, "0.10.2"))
     assert (
-        gpu_target.available()
+        gpu_target.unavailable_reason()
         == "jax-cuda12-plugin is 0.10.1 but jax is 0.10.2; pip install 'jax-cuda12-plugin==0.10.2'"
     )
 
@@ -429,7 +429,7 @@ def test_a_default_process_says_nothing_of_the_compiler() -> None:
         key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))
     }
     code = (
-        "from jaxtrain import gpu_target; gpu_target.prepare(); import jax;"
+        "from jaxtrain.plan import gpu_target; gpu_target.prepare(); import jax;"
         " print(jax.devices()[0].platform)"
     )
     done = subprocess.run(

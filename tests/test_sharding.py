@@ -187,7 +187,7 @@ def rows_of(model: Any, text: str, rules: tree.Rules[str] = ()) -> dict[str, sha
     grid, images = mesh.make(text), jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
     params = jax.eval_shape(adapters.functions(model).init, jax.random.key(0), images)["params"]
     axes = adapters.logical_axes(model, images)["params"]
-    rows = sharding.table(
+    rows = sharding.rows(
         params, axes, sharding.parameters(params, axes, grid, rules=rules), grid, rules
     )
     return {row.path: row for row in rows}

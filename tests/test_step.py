@@ -181,7 +181,7 @@ def test_any_mesh_gives_the_same_numbers(arrays, text):
     assert_close(many.ema, one.ema, 1e-5)
 
 
-def test_state_is_born_sharded_and_stays_so(arrays):
+def test_state_is_initialized_sharded_and_stays_so(arrays):
     grid = mesh.make("fsdp:8")
     model = MLP(num_classes=C, widths=(64,))
     state = init_state(model, Classification(), AdamW(), batch_of(arrays), mesh=grid)
@@ -195,11 +195,11 @@ def test_state_is_born_sharded_and_stays_so(arrays):
             "moment": moment.addressable_shards[0].data.size,
         }
 
-    born = shards(state)
+    initial = shards(state)
     state, _ = update(state, batch_of(arrays))
-    assert born == shards(state)
-    assert born["param"] == born["moment"]
-    assert born["param"] in (D * 64, D * 64 // 8)
+    assert initial == shards(state)
+    assert initial["param"] == initial["moment"]
+    assert initial["param"] in (D * 64, D * 64 // 8)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     update(state, batch_of(arrays))
     assert update._cache_size() == 1, "the state's layout changed between steps"

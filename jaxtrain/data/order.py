@@ -106,7 +106,9 @@ def example_ids(
     return permute(seed, epochs, position % xp.uint32(length), length, xp)
 
 
-def advance(epoch: Any, offset: Any, count: int, length: int) -> tuple[Any, Any]:
+def advance(
+    epoch: Any, offset: Any, count: int | np.uint32, length: int | np.uint32
+) -> tuple[Any, Any]:
     """The position (epoch, offset) after `count` further examples.
 
     >>> advance(0, 4, 3, 5)

@@ -212,6 +212,7 @@ def _local_rows(sharding: jax.sharding.Sharding, count: int) -> tuple[int, int]:
     rows = [
         index[0].indices(count)
         for index in sharding.addressable_devices_indices_map((count,)).values()
+        if index is not None
     ]
     return min(start for start, _, _ in rows), max(stop for _, stop, _ in rows)
 
@@ -223,7 +224,8 @@ def _put(
     if sharding.is_fully_addressable:
         return jax.device_put(dict(arrays), sharding)
 
-    def piece(array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+    def piece(array: np.ndarray, index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # jax asks for the parts of this process's devices only
         start, stop, _ = index[0].indices(count)
         return array[(slice(start - first_row, stop - first_row), *index[1:])]
 

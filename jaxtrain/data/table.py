@@ -201,14 +201,15 @@ def join(*tables: Table) -> Table:
             "parts of one split differ in fields or shapes:"
             f" {' and '.join(map(str, sorted(shapes)))}"
         )
-    if all(
-        table.arrays is not None
-        and not any(isinstance(a, np.memmap) for a in table.arrays.values())
+    in_memory = [
+        arrays
         for table in tables
-    ):
+        if (arrays := table.arrays) is not None
+        and not any(isinstance(array, np.memmap) for array in arrays.values())
+    ]
+    if len(in_memory) == len(tables):
         arrays = {
-            name: np.concatenate([table.arrays[name] for table in tables])
-            for name in tables[0].arrays
+            name: np.concatenate([arrays[name] for arrays in in_memory]) for name in in_memory[0]
         }
         return ArrayTable(arrays, tables[0].num_classes, tables[0].class_names)
     return JoinedTable(tuple(tables))

@@ -163,7 +163,7 @@ def match_table(optimizer: Optimizer, params: PyTree) -> list[tuple[str, ...]]:
             optimizer.decay_factors(params),
         ),
     }
-    return tree.table(show, params)
+    return tree.rows_by_path(show, params)
 
 
 def is_off(value: Number) -> bool:

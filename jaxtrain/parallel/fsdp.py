@@ -1,11 +1,11 @@
-"""Gathering: parameters split over the axis fsdp are made whole for the model, and their gradients
-come back split.
+"""FSDP all-gather: parameters that are split over the axis fsdp are gathered for the model, and
+their gradients are split again.
 
-Left to itself the compiler sees a product whose gradient must come out split over a dim of the
-model, and splits activations the same way: on 8 H100 a small ViT then sent 8 times, and a small
-decoder 17 times, the bytes that its parameters need (compiled, jax 0.10.2). Two words keep it from
-that: the model computes with whole parameters, and what comes back is split at once, so that a
-gradient is summed by a reduce-scatter.
+Without this, the compiler sees a product whose gradient must be split over a dim of the model, and
+splits activations the same way: on 8 H100 a small ViT then sent 8 times, and a small decoder 17
+times, the bytes that its parameters need (compiled, jax 0.10.2). Two sharding constraints prevent
+that: the model computes with whole parameters, and each gradient is split at once, so that a
+reduce-scatter sums it.
 """
 
 from typing import Any
@@ -17,18 +17,20 @@ from jaxtrain import tree
 from jaxtrain.adapters import Apply, Keys, Variables
 
 
-def gathering(apply: Apply, axes: tree.PyTree, placed: tree.PyTree, mesh: Mesh | None) -> Apply:
+def with_gathered_parameters(
+    apply: Apply, axes: tree.PyTree, placed: tree.PyTree, mesh: Mesh | None
+) -> Apply:
     """A model's `apply` that gathers its parameters first; unchanged where nothing is split over
     fsdp.
 
-    `axes` and `placed` say the logical axes and the sharding of each parameter. Tensor sharding
-    stays. Under rematerialisation the gathering is done again in the backward pass, for it is no
-    product and ends no block.
+    `axes` and `placed` are the logical axes and the sharding of each parameter. Tensor sharding
+    stays. Under rematerialisation the backward pass gathers again, because an all-gather is no
+    product and ends no block, so its result is not saved.
     """
     if mesh is None or mesh.shape["fsdp"] == 1:
         return apply
 
-    def whole_apply(
+    def gathered_apply(
         variables: Variables, inputs: Any, *, train: bool, rngs: Keys | None = None
     ) -> tuple[Any, Variables]:
         names = jax.tree.leaves(axes, is_leaf=lambda leaf: leaf is None or isinstance(leaf, tuple))
@@ -44,7 +46,7 @@ def gathering(apply: Apply, axes: tree.PyTree, placed: tree.PyTree, mesh: Mesh |
             rngs=rngs,
         )
 
-    return whole_apply
+    return gathered_apply
 
 
 def _gathered(
@@ -53,20 +55,21 @@ def _gathered(
     whole = NamedSharding(
         place.mesh, PartitionSpec(*(_without_fsdp(entry) for entry in place.spec))
     )
-    # A table of embeddings is read by rows, and the gradient of that is a scatter: asked to come
-    # out split, it has the compiler copy all activations to all devices first on a mesh of data and
-    # fsdp ("involuntary full rematerialization").
-    looked_up = bool(axes) and axes[0] == "vocab"
+    # The gradient of an embedding lookup is a scatter. If that must be split on a mesh of data and
+    # fsdp, the compiler first copies all activations to all devices ("involuntary full
+    # rematerialization").
+    is_embedding = bool(axes) and axes[0] == "vocab"
 
     @jax.custom_vjp
     def gather(array: jax.Array) -> jax.Array:
-        # Said twice, or the compiler gathers what the array was cast from, which is twice as large.
+        # Without the first constraint the compiler gathers the array before its cast to a narrower
+        # dtype, which is twice as large.
         return jax.lax.with_sharding_constraint(
             jax.lax.with_sharding_constraint(array, place), whole
         )
 
     def backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
-        gradient = jax.lax.with_sharding_constraint(gradient, whole) if looked_up else gradient
+        gradient = jax.lax.with_sharding_constraint(gradient, whole) if is_embedding else gradient
         return (jax.lax.with_sharding_constraint(gradient, place),)
 
     gather.defvjp(lambda array: (gather(array), None), backward)

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -13,6 +13,8 @@ from jax.sharding import AxisType, Mesh
 from jaxtrain import messages
 from jaxtrain.errors import UserError
 
+# jax exports this class as a variable, which a checker does not accept as a type.
+Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
 AXES = ("sweep", "pipeline", "data", "fsdp", "expert", "sequence", "tensor")
 """Every mesh has all of them, in this order; those not asked for have size 1. The last ones talk
 most, so they get the nearest devices."""
@@ -61,7 +63,7 @@ def parse(text: str, *, flag: str = "--mesh") -> dict[str, int]:
 
 
 def make(
-    text: str = "data:-1", devices: Sequence[jax.Device] | None = None, *, flag: str = "--mesh"
+    text: str = "data:-1", devices: Sequence[Device] | None = None, *, flag: str = "--mesh"
 ) -> Mesh:
     """A mesh over `devices` (all of them by default), with Auto axes.
 

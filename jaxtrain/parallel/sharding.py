@@ -1,9 +1,8 @@
-"""Sharding: one table from the models' logical axes to mesh axes, rules by path before it, and from
-both a sharding for each array.
+"""Sharding: the mesh axes of each array, from rules by path and from the models' logical axes.
 
-A parameter's place is decided by the first of these that has a word to say: a rule of `--shard`,
-the logical axes that its model gave it (the table `LOGICAL`), and for `fsdp`, where neither named
-it, the automatic rule: over it goes the largest dim left that divides.
+The first of these that applies decides a parameter's sharding: a rule of `--shard`, then its
+logical axes (`LOGICAL_TO_MESH`), then, for the mesh axis `fsdp` alone, the automatic rule: the
+largest remaining dim that is divisible by its size is split over it.
 """
 
 import math
@@ -11,22 +10,22 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain import messages, tree
 from jaxtrain.errors import UserError
 from jaxtrain.parallel.mesh import BATCH_AXES, OFFERED
 
-LOGICAL = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor"}
-"""Which mesh axis a logical axis is split over; dims with other names, or none, are left to the
-automatic rule."""
+LOGICAL_TO_MESH = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor"}
+"""The mesh axis over which a logical axis is split. The automatic rule decides dims with other
+names, or none."""
 AUTO = "auto"
-"""The rule that leaves a parameter to its model and the automatic rule, as if no rule had taken
-it."""
+"""The rule that leaves a parameter to its logical axes and the automatic rule."""
 
 
 class Row(NamedTuple):
-    """Where one parameter lies, and why."""
+    """The sharding of one parameter, and what decided it."""
 
     path: str
     shape: tuple[int, ...]
@@ -38,7 +37,7 @@ class Row(NamedTuple):
 
 
 def batch(mesh: Mesh) -> NamedSharding:
-    """How a batch lies: split over the data and fsdp axes along its first dim."""
+    """The sharding of a batch: its first dim is split over the axes data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -62,10 +61,10 @@ def parameter(
 
     `rule` has one entry a dim, with colons: the mesh axis that the dim is split over, or `-`; a
     single `-` is a whole copy for any number of dims, and `auto` is no rule. Axes of size 1 split
-    nothing and are left out. `ValueError` if a rule does not fit, or if a dim that a rule or the
-    table sends to an axis does not divide by it.
+    nothing and are left out. `UserError` if a rule does not fit, or if a dim is not
+    divisible by the size of its axis.
     """
-    return _decided(path, shape, axes, mesh, rule)[0]
+    return _spec_and_reason(path, shape, axes, mesh, rule)[0]
 
 
 def parameters(
@@ -75,7 +74,7 @@ def parameters(
     None for each.
 
     `rules` are (pattern, rule) pairs over the paths within `shapes`, first match wins (see
-    `parameter`). `ValueError` if a pattern decides nothing.
+    `parameter`). `UserError` if a pattern matches nothing.
     """
     flat_axes = {tree.path_text(path): names for path, names in _flatten_axes(axes)}
 
@@ -90,35 +89,38 @@ def parameters(
     )
 
 
-def table(
+def rows(
     params: tree.PyTree,
     axes: tree.PyTree,
     placed: tree.PyTree,
     mesh: Mesh,
     rules: tree.Rules[str] = (),
 ) -> list[Row]:
-    """A row for each parameter: where `placed` has put it, how many bytes of it a device holds, and
+    """A row for each parameter: its sharding in `placed`, how many bytes of it a device holds, and
     what decided that."""
     flat_axes = {tree.path_text(path): names for path, names in _flatten_axes(axes)}
-    taken = tree.match(
+    rule_indices = tree.match(
         tuple((pattern, index) for index, (pattern, _) in enumerate(rules)),
         params,
         name="--shard",
         default=-1,
     )
-    rows = []
+    found = []
     for (path, leaf), place, index in zip(
-        tree.flatten(params).items(), jax.tree.leaves(placed), jax.tree.leaves(taken), strict=True
+        tree.flatten(params).items(),
+        jax.tree.leaves(placed),
+        jax.tree.leaves(rule_indices),
+        strict=True,
     ):
         pattern, rule = rules[index] if index >= 0 else ("", AUTO)
         entries = [*place.spec, *(None,) * (len(leaf.shape) - len(place.spec))]
         spec = ":".join(_entry_text(entry) for entry in entries) if any(entries) else "-"
         why = (
-            _decided(f"params/{path}", leaf.shape, flat_axes.get(path), mesh, AUTO)[1]
+            _spec_and_reason(f"params/{path}", leaf.shape, flat_axes.get(path), mesh, AUTO)[1]
             if rule == AUTO
             else f"rule {pattern}"
         )
-        rows.append(
+        found.append(
             Row(
                 path,
                 tuple(leaf.shape),
@@ -127,7 +129,7 @@ def table(
                 why,
             )
         )
-    return rows
+    return found
 
 
 def like_parameters(
@@ -166,7 +168,7 @@ def bytes_per_device(shapes: tree.PyTree, shardings: tree.PyTree) -> int:
 
 def _itemsize(leaf: Any) -> int:
     # A typed key has no itemsize of its own: threefry's is two 32-bit words.
-    return 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+    return 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
 
 
 def _flatten_axes(axes: tree.PyTree) -> list[tuple[Any, Any]]:
@@ -179,14 +181,14 @@ def _entry_text(entry: Any) -> str:
     return "-" if not entry else "+".join(entry) if isinstance(entry, tuple) else entry
 
 
-def _decided(
+def _spec_and_reason(
     path: str, shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Mesh, rule: str | None
 ) -> tuple[PartitionSpec, str]:
     """The spec of one parameter, and the reason in words."""
     if rule is not None and rule != AUTO:
         entries, reasons = _by_rule(path, shape, mesh, rule), [f"rule {rule}"]
     else:
-        entries, reasons = _by_table(path, shape, axes, mesh)
+        entries, reasons = _by_logical_axes(path, shape, axes, mesh)
         reasons += _automatic(shape, entries, mesh)
     while entries and entries[-1] is None:
         # jax drops them too, and a spec that differs in writing alone would compile a second
@@ -196,35 +198,35 @@ def _decided(
 
 
 def _by_rule(path: str, shape: Sequence[int], mesh: Mesh, rule: str) -> list[str | None]:
-    said, entries = f"--shard: {path}: {rule!r}", [part.strip() for part in rule.split(":")]
+    prefix, entries = f"--shard: {path}: {rule!r}", [part.strip() for part in rule.split(":")]
     if entries == ["-"]:
         return [None] * len(shape)
     for entry in entries:
         if entry != "-" and entry not in OFFERED:
             near = messages.did_you_mean(entry, OFFERED)
             raise UserError(
-                f"{said} has the unknown axis {entry!r}; give {', '.join(OFFERED)} or - for each"
+                f"{prefix} has the unknown axis {entry!r}; give {', '.join(OFFERED)} or - for each"
                 f" dim{near}"
             )
         if entry != "-" and entries.count(entry) > 1:
             raise UserError(
-                f"{said} has axis {entry} twice; an axis splits one dim of an array, give - for the"
-                " other"
+                f"{prefix} has axis {entry} twice; an axis splits one dim of an array, give - for"
+                " the other"
             )
     if len(entries) != len(shape):
         unfit = (
             f"has {len(entries)} of {len(shape)} entries, one for each of its dims {list(shape)}"
         )
-        raise UserError(f"{said} {unfit}; a single - is a whole copy")
+        raise UserError(f"{prefix} {unfit}; a single - is a whole copy")
     for dim, (length, axis) in enumerate(zip(shape, entries, strict=True)):
         if axis != "-" and length % mesh.shape[axis]:
             near = messages.nearest_multiples(mesh.shape[axis], length)
             unfit = f"dim {dim} (={length}) not divisible by axis {axis}={mesh.shape[axis]}"
-            raise UserError(f"{said}: {unfit}; give - for it, or make it {near}")
+            raise UserError(f"{prefix}: {unfit}; give - for it, or make it {near}")
     return [axis if axis != "-" and mesh.shape[axis] > 1 else None for axis in entries]
 
 
-def _by_table(
+def _by_logical_axes(
     path: str, shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Mesh
 ) -> tuple[list[str | None], list[str]]:
     if axes is not None and len(axes) != len(shape):
@@ -235,7 +237,7 @@ def _by_table(
     entries: list[str | None] = [None] * len(shape)
     reasons = []
     for dim, (length, name) in enumerate(zip(shape, axes or entries, strict=True)):
-        axis = LOGICAL.get(name) if name else None
+        axis = LOGICAL_TO_MESH.get(name) if name else None
         size = mesh.shape[axis] if axis else 1
         if axis is None or size == 1 or axis in entries:
             continue
@@ -251,8 +253,8 @@ def _by_table(
 
 
 def _automatic(shape: Sequence[int], entries: list[str | None], mesh: Mesh) -> list[str]:
-    """Puts `fsdp` where nothing has put it yet, on the largest dim left that divides; says what it
-    did, if there is something to say."""
+    """Splits the largest remaining dim that is divisible over `fsdp`, in `entries`, unless that
+    axis is in use; returns the reason in words, or nothing."""
     size = mesh.shape["fsdp"]
     whole = not any(entries)
     if size == 1 or "fsdp" in entries:

@@ -85,7 +85,7 @@ class Collective:
         }.get(self.kind, (size - 1) / size)
         return share * self.bytes * self.count
 
-    def crosses(self, per_host: int) -> bool:
+    def crosses_hosts(self, per_host: int) -> bool:
         """Whether it goes from one host to another, where each has `per_host` devices in order."""
         return any(len({device // per_host for device in group}) > 1 for group in self.groups)
 

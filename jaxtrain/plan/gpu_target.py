@@ -1,13 +1,13 @@
-"""GPU targets: devices that a program can be compiled for on a machine without them.
+"""GPU targets: devices of a GPU that this machine lacks, for which programs can be compiled.
 
 The extra `plan` brings NVIDIA's compiler as jax uses it: the CUDA plugin of jax's own version,
 `ptxas`, and the small runtime library whose absence the plugin would report in four lines on stderr
 in every process. It brings none of the large libraries, so nothing can run.
 
-jax learns of its plugins at its first use of a device, once. The plugin then looks for those
-libraries, and its complaint that they are missing is a traceback on stderr; the plugin is not there
-afterwards. `JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1` (or `JAX_PLATFORMS=cpu`), set before that first use,
-leaves the question out. `prepare` sets it where the machine has no NVIDIA device.
+jax loads its plugins once, at its first use of a device. The plugin then looks for those libraries.
+If they are missing it prints a traceback on stderr and is not loaded.
+`JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1` (or `JAX_PLATFORMS=cpu`), set before that first use, skips this
+check. `prepare` sets it where the machine has no NVIDIA device.
 """
 
 import dataclasses
@@ -168,7 +168,7 @@ def text(target: Target) -> str:
     )
 
 
-def available() -> str | None:
+def unavailable_reason() -> str | None:
     """Why nothing can be compiled for GPUs here, or None if it can."""
     # not above: this file is imported in every process, and needs it in few
     from importlib import metadata
@@ -204,8 +204,8 @@ def devices(card: str, count: int, *, hosts: int = 1) -> list[Any]:
     """Devices to compile for: `count` cards in `hosts` hosts, in order of hosts. Nothing runs on
     them.
 
-    `ValueError` if the card is not known, the cards do not divide among the hosts, or `available`
-    says why not.
+    `ValueError` if the card is not known, the cards do not divide among the hosts, or
+    `unavailable_reason` has one.
     """
     target = find(card)
     if count < 1 or hosts < 1 or count % hosts:
@@ -213,7 +213,7 @@ def devices(card: str, count: int, *, hosts: int = 1) -> list[Any]:
             f"{count} {card} in {hosts} hosts: every host has the same number of cards; choose a"
             f" multiple of {max(hosts, 1)}"
         )
-    reason = available()
+    reason = unavailable_reason()
     if reason is not None:
         raise UserError(f"compiling for {card}: {reason}")
     prepare()

@@ -58,7 +58,7 @@ def welcome(
     return rows
 
 
-def precision_words(run: config.Run, device: jax.Device, *, asked: str) -> str:
+def precision_words(run: config.Run, device: meshes.Device, *, asked: str) -> str:
     """What is computed in what, TF32 included, which jax uses for float32 unless it is told not
     to."""
     words = [f"{run.precision} (auto)" if asked == "auto" else run.precision]

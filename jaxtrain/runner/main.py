@@ -254,7 +254,9 @@ def _join(run: config.Run, stop: StopSignals) -> None:
     cluster.join(found, on_arrival=lambda: heartbeat.beat("joining"), on_wait=on_wait)
 
 
-def _compare(run: config.Run, train: Table, recipe: Recipe, devices: Sequence[jax.Device]) -> int:
+def _compare(
+    run: config.Run, train: Table, recipe: Recipe, devices: Sequence[meshes.Device]
+) -> int:
     """Compares meshes instead of training; status 3 if one differs."""
     batches = build.host_batches(run, train, recipe)
     progress, count = Progress(run.compare_steps), len(run.compare_meshes)

@@ -21,6 +21,7 @@ from jaxtrain.config import record as run_record
 from jaxtrain.data.splits import Splits
 from jaxtrain.errors import CheckpointError, UserError
 from jaxtrain.parallel import sharding
+from jaxtrain.parallel.mesh import Device
 from jaxtrain.processes import group, heartbeat
 from jaxtrain.processes.signals import StopSignals
 from jaxtrain.report.metrics_file import JsonlWriter, Writers
@@ -203,7 +204,7 @@ def _show_parameters(opened: Opened, state: TrainState, first: int, progress: Pr
     rules, mesh = opened.run.shard, opened.mesh
     if rules or mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
         places = opened.programs.places
-        rows = sharding.table(state.params, places.axes, places.state.params, mesh, rules)
+        rows = sharding.rows(state.params, places.axes, places.state.params, mesh, rules)
         progress.show(tables.sharding_table(rows))
     else:
         progress.show(tables.parameter_table(tree.flatten(state.params)))
@@ -324,7 +325,7 @@ def _device_bytes(mesh: Mesh) -> int | None:
     return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 
 
-def _memory_in_use(device: jax.Device) -> int | None:
+def _memory_in_use(device: Device) -> int | None:
     """Bytes in use on the device; on CPU, where it does not say, those of the process."""
     stats = device.memory_stats()
     if stats:

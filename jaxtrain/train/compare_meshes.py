@@ -119,7 +119,7 @@ def compare(
     seed: int = 0,
     steps: int = 20,
     tolerance: float | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[meshes.Device] | None = None,
     **options: Any,
 ) -> Report:
     """`compare_recipe` for a model, a task, an optimizer and the other fields of `Recipe` by
@@ -143,7 +143,7 @@ def compare_recipe(
     seed: int = 0,
     steps: int = 20,
     tolerance: float | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[meshes.Device] | None = None,
 ) -> Report:
     """Trains on one device and on each mesh with the same batches, and says how far they are apart.
 
@@ -239,7 +239,12 @@ class _Layout:
 
     @classmethod
     def of(
-        cls, recipe: Recipe, seed: int, text: str, devices: Sequence[jax.Device], batch: HostBatch
+        cls,
+        recipe: Recipe,
+        seed: int,
+        text: str,
+        devices: Sequence[meshes.Device],
+        batch: HostBatch,
     ) -> "_Layout":
         """`ValueError` if the batch or a parameter does not fit the mesh."""
         mesh = meshes.make(text, devices, flag="--compare_meshes")

@@ -124,7 +124,7 @@ def _apply(recipe: Recipe, places: Placement | None) -> adapters.Apply:
     """The model on whole parameters, in the precision of the recipe."""
     apply = adapters.functions(recipe.model).apply
     if places is not None:
-        apply = fsdp.gathering(apply, places.axes, places.state.params, places.mesh)
+        apply = fsdp.with_gathered_parameters(apply, places.axes, places.state.params, places.mesh)
     # Cast first, gather then: half the bytes.
     return precision.apply_in(precision.POLICIES[recipe.precision], apply)
 
