@@ -29,7 +29,14 @@ def path_text(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def match(rules: Rules[Value], tree: PyTree, *, name: str, default: Value | None = None) -> PyTree:
+def match(
+    rules: Rules[Value],
+    tree: PyTree,
+    *,
+    name: str,
+    default: Value | None = None,
+    must_decide: bool = True,
+) -> PyTree:
     """A tree of values: for each leaf that of the first rule whose pattern is found in its path
     (`re.search`).
 
@@ -37,7 +44,8 @@ def match(rules: Rules[Value], tree: PyTree, *, name: str, default: Value | None
     {'bias': 0.0, 'kernel': 1.0}
 
     `name` is how messages call the rules. `ValueError` if a pattern is not a regular expression,
-    matches no leaf, or if no pattern matches a leaf and there is no `default`.
+    matches no leaf, or if no pattern matches a leaf and there is no `default`. Of rules that are made
+    for any tree, such as the optimizers' own names, some match no leaf: `must_decide=False`.
     """
     compiled = [(_compile(pattern, name), value) for pattern, value in rules]
     idle = set(range(len(compiled)))
@@ -53,7 +61,7 @@ def match(rules: Rules[Value], tree: PyTree, *, name: str, default: Value | None
         return default
 
     values = jax.tree_util.tree_map_with_path(value_at, tree)
-    if idle:
+    if idle and must_decide:
         first = rules[min(idle)][0]
         known = ", ".join(list(flatten(tree))[:6])
         raise UserError(

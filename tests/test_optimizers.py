@@ -129,7 +129,8 @@ ROWS: dict[str, tuple[dict[str, Any], Callable[[Any, Any], optax.GradientTransfo
         ),
     ),
     "muon": (
-        {},
+        # Optax's own takes every array of two dims.
+        {"muon": ("head/kernel",)},
         lambda o, rate: contrib.muon(
             rate, beta=o.beta, eps=o.eps, weight_decay=o.weight_decay, adam_b1=o.b1, adam_b2=o.b2
         ),
@@ -392,7 +393,8 @@ def test_frozen_parameters_stay_and_take_no_memory() -> None:
         ScheduleFreeAdamW(frozen=("^body/",)),
     ):
         params, state, values = begin(optimizer)
-        free = type(optimizer)().transform(params["head"], 0.1).init(params["head"])
+        head = {"head": params["head"]}
+        free = type(optimizer)().transform(head, 0.1).init(head)
         assert tree.num_bytes(state) == tree.num_bytes(free)
         before = jax.tree.map(np.array, params)
         new_params, state = train_step(optimizer)(params, state, values, jnp.float32(1))

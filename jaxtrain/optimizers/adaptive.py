@@ -1,5 +1,5 @@
 """The rarer optimizers that Optax ships, each as Optax has it; the common ones and all names are in
-`optimizers.py`.
+`common.py`.
 
 Left out are those that ask for more than gradients: L-BFGS, Polyak's and MoMo (loss values), Sophia
 (curvature), SAM (further gradients). Those without `weight_decay` have none in Optax nor in their

@@ -22,6 +22,7 @@ import optax
 from jaxtrain import tree
 from jaxtrain.errors import UserError
 from jaxtrain.fields import NonNegative, Positive
+from jaxtrain.optimizers import parameters
 from jaxtrain.tree import PyTree, Rules
 
 Number = float | jax.Array
@@ -47,7 +48,7 @@ class Optimizer:
     be."""
 
     def transform(
-        self, params: PyTree, learning_rate: Number
+        self, params: PyTree, learning_rate: Number, axes: PyTree = None
     ) -> optax.GradientTransformationExtraArgs:
         """The Optax transformation of one step, at this step's learning rate (a scalar, also a
         tracer).
@@ -60,10 +61,12 @@ class Optimizer:
         >>> updates["kernel"].tolist(), updates["bias"].tolist()
         ([-0.5, -0.5], [0.0, 0.0])
 
-        Of `params` only paths and shapes are read, so it may be abstract. State and updates keep
-        the dtypes of the parameters; the arithmetic is in float32 at least. `ValueError` if a
-        pattern decides nothing.
+        Of `params` only paths and shapes are read, so it may be abstract. `axes` are their logical
+        axes (`adapters.logical_axes`), which help to tell what each is (see `parameters.py`); give
+        the same ones at every step. State and updates keep the dtypes of the parameters; the
+        arithmetic is in float32 at least. `ValueError` if a pattern decides nothing.
         """
+        params = parameters.describe(params, axes)
         chain = self.chain(params, learning_rate)
         if self.frozen:
             chain = optax.partition(
@@ -72,7 +75,8 @@ class Optimizer:
         return _typed(chain)
 
     def chain(self, params: PyTree, learning_rate: Number) -> Transformation:
-        """The transformation of the parameters that are not frozen."""
+        """The transformation of the parameters that are not frozen; `params` is a tree of
+        `parameters.Parameter`, here and in all that follows."""
         return optax.chain(
             self.direction(params), descend(learning_rate, self.rate_factors(params))
         )
@@ -109,8 +113,8 @@ class Decaying(Optimizer):
     """Strength of the weight decay."""
 
     decay: Rules[float] = ()
-    """Factors of the weight decay by path pattern, first match wins; empty: 1 for arrays of 2 and
-    more dims, otherwise 0."""
+    """Factors of the weight decay by path pattern, first match wins; empty: 1 for kernels, 0 for
+    biases, norms, embeddings, positions and class tokens."""
 
     coupled: ClassVar[bool] = False
 
@@ -137,18 +141,19 @@ class Decaying(Optimizer):
     def decay_factors(self, params: PyTree) -> PyTree:
         if self.decay:
             return _factors(self.decay, params, "--optimizer.decay")
-        return jax.tree.map(lambda leaf: float(leaf.ndim >= 2), params)
+        return jax.tree.map(lambda parameter: float(parameter.decays), params)
 
 
-def match_table(optimizer: Optimizer, params: PyTree) -> list[tuple[str, ...]]:
+def match_table(optimizer: Optimizer, params: PyTree, axes: PyTree = None) -> list[tuple[str, ...]]:
     """Rows (path, shape, rate factor, decay factor) that show what the rules decide for every
-    parameter.
+    parameter; see `Optimizer.transform` for `params` and `axes`.
 
     >>> import jax.numpy as jnp
     >>> from jaxtrain.optimizers import AdamW
     >>> match_table(AdamW(frozen=("bias",)), {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))})
     [('bias', '(3,)', 'frozen', '-'), ('kernel', '(2, 3)', '1', '1')]
     """
+    params = parameters.describe(params, axes)
     labels = (
         optimizer._labels(params) if optimizer.frozen else jax.tree.map(lambda _: "trained", params)
     )

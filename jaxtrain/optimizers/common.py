@@ -3,17 +3,20 @@
 Each is a frozen dataclass over Optax's own transformations. Weight decay is what the literature of
 each means by it: SGD and Adam add it to the gradient (an L2 penalty, as in the ResNet papers), LARS
 and LAMB to what the trust ratio measures, all others to the update (decoupled, times the learning
-rate as in PyTorch). Biases and norms do not decay unless the `decay` rules say so. The rarer ones:
-`optimizer_zoo.py` and `optimizer_rare.py`.
+rate as in PyTorch). Kernels decay; biases, norms, embeddings, positions and class tokens do not,
+whatever their number of dims, unless the `decay` rules say so (see `parameters.py`). The rarer
+ones: `adaptive.py` and `rare.py`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
 import jax
 import optax
 
 from jaxtrain import tree
+from jaxtrain.errors import UserError
 from jaxtrain.fields import Above, AtLeast, Between, Count, Decay, NonNegative, Positive, Traced
 from jaxtrain.optimizers import adaptive as zoo
 from jaxtrain.optimizers import rare
@@ -28,6 +31,7 @@ from jaxtrain.optimizers.base import (
     map_present,
     match_table,
 )
+from jaxtrain.optimizers.parameters import Parameter
 from jaxtrain.tree import PyTree
 
 __all__ = [
@@ -194,15 +198,27 @@ class Adafactor(Decaying):
 
 @dataclasses.dataclass(frozen=True)
 class Muon(Betas):
-    """Orthogonalised momentum for matrices and convolutions (Jordan et al.), Adam for all other
+    """Orthogonalised momentum for the kernels between features (Jordan et al.), Adam for all other
     arrays."""
+
+    # A kernel is a matrix from all its inputs to its outputs: a convolution of (places * channels
+    # in, channels out), as its authors flatten it; attention's query, key and value one matrix
+    # (D, heads * width) each and its output one (heads * width, D), whole rather than by head:
+    # Jordan found query, key and value apart better than fused, and Moonshot's models (arXiv
+    # 2502.16982) were trained so. Layers that `nn.scan` stacked are matrices each on its own.
+    # Embeddings and the head are Adam's, as with the authors (kellerjordan.github.io/posts/muon).
+    # Theirs are also the first layers, which nothing in a tree of parameters sets apart: a first
+    # convolution and ViT's patches are Muon's here; `adam` takes them from it.
 
     learning_rate: Positive = 2e-2
     beta: Decay = 0.95
     """Decay of the momentum of the matrices."""
 
     adam: tuple[str, ...] = ()
-    """Path patterns of matrices that Adam takes too, such as embeddings and the head."""
+    """Path patterns of matrices that Adam takes too, such as the first layer."""
+
+    muon: tuple[str, ...] = ()
+    """Path patterns of embeddings and heads that Muon takes too."""
 
     newton_schulz_steps: Count = 5
     """Iterations of the orthogonalisation."""
@@ -211,23 +227,14 @@ class Muon(Betas):
     """Whether the momentum looks ahead."""
 
     consistent_rms: NonNegative = 0.0
-    """Size (RMS) that every matrix's update gets; 0.2 allows AdamW's rates. 0: sqrt(max(1, out /
-    in)) of the orthogonal matrix."""
+    """Size (RMS) that every matrix's update gets (Moonshot's convention); 0.2 allows AdamW's rates.
+    0: the orthogonal matrix times sqrt(max(1, out / in)), as Jordan has it."""
 
     def direction(self, params: PyTree) -> Transformation:
-        rules = tuple((pattern, "adam") for pattern in self.adam)
-        takes = tree.match(rules, params, name="--optimizer.adam", default="muon")
-        # A kernel (height, width, in, out) is a matrix from all its inputs to its outputs. Of other
-        # dims we cannot know.
-        dims = {
-            2: optax.contrib.MuonDimensionNumbers(0, 1),
-            4: optax.contrib.MuonDimensionNumbers((0, 1, 2), 3),
-        }
+        dims = self._dimension_numbers(params)
 
         def matrices(leaves: PyTree) -> PyTree:
-            return map_present(
-                lambda name, leaf: dims.get(leaf.ndim) if name == "muon" else None, takes, leaves
-            )
+            return map_present(lambda find, _: find(), dims, leaves)
 
         # At the rate -1 Optax's update is the direction itself; decay and rate are ours.
         return optax.contrib.muon(
@@ -240,6 +247,30 @@ class Muon(Betas):
             adam_b2=self.b2,
             consistent_rms=None if is_off(self.consistent_rms) else self.consistent_rms,
             muon_weight_dimension_numbers=matrices,
+        )
+
+    def _dimension_numbers(self, params: PyTree) -> PyTree:
+        """For each parameter a function that gives Optax's words for its matrix, or None where it
+        is Adam's: a function, since both would be nodes of the tree, not leaves."""
+
+        def patterns(given: tuple[str, ...], name: str) -> PyTree:
+            rules = tuple((pattern, True) for pattern in given)
+            return tree.match(rules, params, name=f"--optimizer.{name}", default=False)
+
+        def choose(parameter: Parameter, adam: bool, muon: bool) -> Callable[[], Any]:
+            if adam or not (muon or parameter.hidden):
+                return lambda: None
+            if parameter.matrix is None:
+                raise UserError(
+                    f"--optimizer.muon={','.join(self.muon)}: {parameter.path} of shape"
+                    f" {parameter.shape} is no matrix ({parameter.kind}); give patterns that take"
+                    " matrices only, such as head/kernel"
+                )
+            sides = parameter.matrix
+            return lambda: optax.contrib.MuonDimensionNumbers(sides.inputs, sides.outputs)
+
+        return jax.tree.map(
+            choose, params, patterns(self.adam, "adam"), patterns(self.muon, "muon")
         )
 
 

@@ -1,4 +1,4 @@
-"""More of Optax's optimizers: signs, rules of thumb and research; see `optimizer_zoo.py` for the
+"""More of Optax's optimizers: signs, rules of thumb and research; see `adaptive.py` for the
 adaptive ones and what is left out."""
 
 import dataclasses
@@ -73,8 +73,8 @@ class Fromage(Optimizer):
 
 @dataclasses.dataclass(frozen=True)
 class GaLore(Betas):
-    """Adam in a low-rank projection of the gradients of matrices (Zhao et al.), plain Adam for
-    other arrays."""
+    """Adam in a low-rank projection of the gradients of kernels of two dims (Zhao et al.), plain
+    Adam for other arrays."""
 
     rank: Count = 128
     """Rank of the projection."""
@@ -88,7 +88,9 @@ class GaLore(Betas):
     def direction(self, params: PyTree) -> Transformation:
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps)
         projected = contrib.scale_by_galore(self.rank, self.refresh_every, self.scale, adam)
-        labels = jax.tree.map(lambda leaf: "matrix" if leaf.ndim == 2 else "other", params)
+        labels = jax.tree.map(
+            lambda leaf: "matrix" if leaf.decays and len(leaf.shape) == 2 else "other", params
+        )
         # GaLore would handle the others too, but with arrays of no elements in its state, which
         # cannot be stored.
         return optax.partition({"matrix": projected, "other": adam}, labels)

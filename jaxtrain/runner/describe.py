@@ -132,7 +132,7 @@ def earlier_steps_per_call(record: dict[str, Any], run: config.Run, mesh: Mesh) 
     return record.get("steps_per_call") if same else None
 
 
-def rule_table(run: config.Run, state: TrainState) -> list[str]:
+def rule_table(run: config.Run, state: TrainState, axes: tree.PyTree) -> list[str]:
     """Which rule decides which parameter, if the optimizer has rules at all."""
     optimizer = run.optimizer
     if not (
@@ -143,5 +143,5 @@ def rule_table(run: config.Run, state: TrainState) -> list[str]:
         return []
     return [
         "parameter, shape, rate, decay",
-        *("  ".join(row) for row in optimizers.match_table(optimizer, state.params)),
+        *("  ".join(row) for row in optimizers.match_table(optimizer, state.params, axes)),
     ]

@@ -208,7 +208,7 @@ def _show_parameters(opened: Opened, state: TrainState, first: int, progress: Pr
         progress.show(tables.sharding_table(rows))
     else:
         progress.show(tables.parameter_table(tree.flatten(state.params)))
-    for row in describe.rule_table(opened.run, state):
+    for row in describe.rule_table(opened.run, state, opened.programs.places.axes):
         progress.line(row)
 
 

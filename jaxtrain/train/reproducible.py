@@ -30,7 +30,7 @@ from jaxtrain.processes import group
 from jaxtrain.tasks import Task
 from jaxtrain.train import train_step
 from jaxtrain.train.recipe import Batch, Recipe
-from jaxtrain.train.state import TrainState
+from jaxtrain.train.state import TrainState, parameter_axes
 
 COMPILER: dict[str, dict[str, Any]] = {
     # Eigen cuts long sums by the number of threads, which follows the number of devices and of
@@ -346,7 +346,8 @@ class Trainer:
             total, collections=train_step.mean_collections(total.collections, self._shards)
         )
         rows = self._shards * jax.tree.leaves(part)[0].shape[0]
-        return train_step.update(self._recipe, state, total, batch_size=rows)
+        axes = parameter_axes(self._recipe, part)
+        return train_step.update(self._recipe, state, total, batch_size=rows, axes=axes)
 
     def _rows(self, local: Batch) -> list[Batch]:
         rows = len(next(iter(local.values()))) // self._each

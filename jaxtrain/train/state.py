@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from jaxtrain import adapters, precision, rng, tree
@@ -105,6 +106,7 @@ def initializer(recipe: Recipe, batch: Batch) -> Callable[..., TrainState]:
             " round them; use --optimizer_state=fp32"
         )
     shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in batch.items()}
+    axes = parameter_axes(recipe, batch)
 
     def initialize(numbers: dict[str, jax.Array], seed: jax.Array) -> TrainState:
         key = rng.root(seed)
@@ -112,7 +114,7 @@ def initializer(recipe: Recipe, batch: Batch) -> Callable[..., TrainState]:
         variables = adapters.functions(recipe.model).init(rng.stream(key, "init", 0), inputs)
         params = variables.pop("params")
         transform = hyper.bind(recipe.optimizer, numbers, "optimizer").transform(
-            params, numbers["optimizer.learning_rate"]
+            params, numbers["optimizer.learning_rate"], axes
         )
         average = None if recipe.ema_decay is None else jax.tree.map(jnp.copy, params)
         opt_state = transform.init(params)
@@ -136,8 +138,7 @@ def initializer(recipe: Recipe, batch: Batch) -> Callable[..., TrainState]:
 
 def place(recipe: Recipe, state: TrainState, batch: Batch, mesh: Mesh) -> Placement:
     """Where each array of a state lies; `state` and `batch` may be abstract."""
-    inputs = jax.eval_shape(recipe.inputs, dict(batch))
-    axes = adapters.logical_axes(recipe.model, inputs)["params"]
+    axes = parameter_axes(recipe, batch)
     placed = sharding.parameters(state.params, axes, mesh, rules=recipe.shard)
     replicate = sharding.replicated(mesh)
     rest = jax.tree.map(lambda _: replicate, state)
@@ -149,19 +150,31 @@ def place(recipe: Recipe, state: TrainState, batch: Batch, mesh: Mesh) -> Placem
     return Placement(mesh, axes, everything)
 
 
+def parameter_axes(recipe: Recipe, batch: Batch) -> tree.PyTree:
+    """The logical axes of each parameter, by which sharding knows where it lies, and the optimizer
+    what it is; `batch` may be abstract."""
+    inputs = jax.eval_shape(recipe.inputs, dict(batch))
+    return adapters.logical_axes(recipe.model, inputs)["params"]
+
+
 def with_sharding(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
     """The shape and dtype of an array, and where it lies."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
-def working_opt_state(recipe: Recipe, state: TrainState) -> tree.PyTree:
-    """The optimizer's state as arithmetic wants it: in the device's memory, and in the dtypes that
-    the optimizer gave it."""
-    opt_state = state.opt_state
+def on_device(recipe: Recipe, opt_state: tree.PyTree) -> tree.PyTree:
+    """The optimizer's state in the device's memory."""
     if recipe.offload == "optimizer":
-        opt_state = jax.device_put(opt_state, jax.memory.Space.Device)
+        return jax.device_put(opt_state, jax.memory.Space.Device)
+    return opt_state
+
+
+def working_opt_state(
+    recipe: Recipe, state: TrainState, transform: optax.GradientTransformation
+) -> tree.PyTree:
+    """The optimizer's state as arithmetic wants it: in the device's memory, and in the dtypes that
+    `transform` gave it."""
+    opt_state = on_device(recipe, state.opt_state)
     if recipe.optimizer_state == "fp32":
         return opt_state
-    return stochastic_rounding.to_fp32(
-        opt_state, jax.eval_shape(recipe.optimizer.transform(state.params, 1.0).init, state.params)
-    )
+    return stochastic_rounding.to_fp32(opt_state, jax.eval_shape(transform.init, state.params))

@@ -21,7 +21,14 @@ from jaxtrain.parallel import fsdp, sharding
 from jaxtrain.precision import loss_scale, stochastic_rounding
 from jaxtrain.train import hyper
 from jaxtrain.train.recipe import Batch, Recipe
-from jaxtrain.train.state import Placement, TrainState, place, working_opt_state
+from jaxtrain.train.state import (
+    Placement,
+    TrainState,
+    on_device,
+    parameter_axes,
+    place,
+    working_opt_state,
+)
 
 REMAT: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_saveable,
@@ -57,10 +64,11 @@ def train_step(
 
     `places` spares the abstract initialization that else says where the state lies.
     """
+    axes = parameter_axes(recipe, batch) if places is None else places.axes
     places = _placement(recipe, state, batch, mesh, places)
     total = gradients(recipe, state, batch, mesh=mesh, places=places)
     size = jax.tree.leaves(dict(batch))[0].shape[0]
-    return update(recipe, state, total, batch_size=size, places=places)
+    return update(recipe, state, total, batch_size=size, axes=axes, places=places)
 
 
 def gradients(
@@ -223,11 +231,13 @@ def update(
     total: Total,
     *,
     batch_size: int,
+    axes: tree.PyTree,
     places: Placement | None = None,
 ) -> tuple[TrainState, metrics.Sums]:
     """One update by the total of a batch of `batch_size` examples.
 
-    The sums are those of the total and `learning_rate` and `grad_norm` (before clipping); under
+    `axes` are the logical axes of the parameters, by which the optimizer knows what each is. The
+    sums are those of the total and `learning_rate` and `grad_norm` (before clipping); under
     loss scaling `loss_scale` and `skipped`, and a skipped step counts in no other metric.
     """
     bound = hyper.bind(recipe, state.hyper)
@@ -239,8 +249,10 @@ def update(
             lambda gradient: gradient * jnp.minimum(1.0, bound.clip_norm / (norm + 1e-9)), gradients
         )
     rate = bound.optimizer.learning_rate * bound.schedule.multiplier(state.step, bound.total_steps)
-    transform = bound.optimizer.transform(state.params, rate)
-    updates, opt_state = transform.update(gradients, working_opt_state(bound, state), state.params)
+    transform = bound.optimizer.transform(state.params, rate, axes)
+    updates, opt_state = transform.update(
+        gradients, working_opt_state(bound, state, transform), state.params
+    )
     if recipe.optimizer_state == "bf16":
         opt_state = stochastic_rounding.to_bf16(
             opt_state, rng.stream(state.key, "rounding", state.step)
@@ -355,7 +367,8 @@ def outputs(
     parameters if there are."""
     params = state.ema
     if params is None:
-        params = evaluation_params(recipe.optimizer, working_opt_state(recipe, state), state.params)
+        opt_state = on_device(recipe, state.opt_state)
+        params = evaluation_params(recipe.optimizer, opt_state, state.params)
     variables = {"params": params} | state.collections
     return _apply(recipe, places)(variables, recipe.task.inputs(batch), train=False)[0]
 
