@@ -4,6 +4,8 @@ Dims: B batch, C classes, D features, N examples.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -159,22 +161,36 @@ def test_running_averages_move_once_a_step(arrays, count):
     np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * np.mean(variances, axis=0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("text", ["data:8", "fsdp:8", "data:2,fsdp:4", "data:2,fsdp:2,tensor:2"])
-def test_any_mesh_gives_the_same_numbers(arrays, text):
-    """Batch statistics, dropout, microbatches and clipping included."""
+@pytest.fixture(scope="module")
+def with_everything(arrays: dict[str, np.ndarray]) -> Callable[[str | None], Any]:
+    """A function of the mesh that trains with batch statistics, dropout, microbatches, clipping,
+    averaging and augmentation; each mesh is trained on once."""
     images = {
         "image": arrays["image"].reshape(N, 2, 6, 1)[:, :, :4].repeat(2, 1),
         "label": arrays["label"],
     }
-    model = ConvNet(num_classes=C, widths=(8, 16), dropout=0.3)
     options = {
         "clip_norm": 0.5,
         "microbatches": 2,
         "ema_decay": 0.99,
         "augment": ImageAugment(flip=0.5, crop_padding=1),
     }
-    one, losses = run(images, model, **options)
-    many, many_losses = run(images, model, mesh_text=text, **options)
+    model = ConvNet(num_classes=C, widths=(8, 16), dropout=0.3)
+    return functools.cache(lambda text: run(images, model, mesh_text=text, **options))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data:8",
+        "data:2,fsdp:2,tensor:2",
+        pytest.param("fsdp:8", marks=pytest.mark.slow),
+        pytest.param("data:2,fsdp:4", marks=pytest.mark.slow),
+    ],
+)
+def test_any_mesh_gives_the_same_numbers(with_everything, text):
+    one, losses = with_everything(None)
+    many, many_losses = with_everything(text)
     np.testing.assert_allclose(many_losses, losses, rtol=2e-6)
     assert_close(many.params, one.params, 1e-5)
     assert_close(many.collections, one.collections, 1e-5)
