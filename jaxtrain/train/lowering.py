@@ -25,6 +25,7 @@ from jaxtrain.train.state import (
     TrainState,
     initial_numbers,
     initializer,
+    parameter_axes,
     place,
     with_sharding,
 )
@@ -131,9 +132,10 @@ def lower(recipe: Recipe, batch: Batch, mesh: Mesh) -> Programs:
     shapes = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in dict(batch).items()
     }
-    made = jax.jit(initializer(recipe, shapes), inline=True)
+    axes = parameter_axes(recipe, shapes)  # read once, for the optimizer and the mesh
+    made = jax.jit(initializer(recipe, shapes, axes), inline=True)
     state = jax.eval_shape(made, initial_numbers(recipe), np.uint32(0))
-    places = place(recipe, state, shapes, mesh)
+    places = place(recipe, state, shapes, mesh, axes)
     laid = jax.tree.map(with_sharding, state, places.state)
     return Programs(recipe, mesh, shapes, laid, places, made)
 

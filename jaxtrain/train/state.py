@@ -96,9 +96,11 @@ def initial_numbers(recipe: Recipe) -> dict[str, np.float32]:
     return {name: np.float32(value) for name, value in hyper.collect(recipe).items()}
 
 
-def initializer(recipe: Recipe, batch: Batch) -> Callable[..., TrainState]:
+def initializer(
+    recipe: Recipe, batch: Batch, axes: tree.PyTree | None = None
+) -> Callable[..., TrainState]:
     """The pure function `(numbers, seed) -> state` that makes the state before the first step;
-    `batch` may be abstract."""
+    `batch` may be abstract, and `axes` spares the reading of the logical axes."""
     if recipe.optimizer_state == "bf16" and recipe.optimizer.keeps_parameters:
         kind = type(recipe.optimizer).__name__
         raise UserError(
@@ -106,7 +108,7 @@ def initializer(recipe: Recipe, batch: Batch) -> Callable[..., TrainState]:
             " round them; use --optimizer_state=fp32"
         )
     shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in batch.items()}
-    axes = parameter_axes(recipe, batch)
+    axes = parameter_axes(recipe, batch) if axes is None else axes
 
     def initialize(numbers: dict[str, jax.Array], seed: jax.Array) -> TrainState:
         key = rng.root(seed)
@@ -136,9 +138,16 @@ def initializer(recipe: Recipe, batch: Batch) -> Callable[..., TrainState]:
     return initialize
 
 
-def place(recipe: Recipe, state: TrainState, batch: Batch, mesh: Mesh) -> Placement:
-    """Where each array of a state lies; `state` and `batch` may be abstract."""
-    axes = parameter_axes(recipe, batch)
+def place(
+    recipe: Recipe,
+    state: TrainState,
+    batch: Batch,
+    mesh: Mesh,
+    axes: tree.PyTree | None = None,
+) -> Placement:
+    """Where each array of a state lies; `state` and `batch` may be abstract, and `axes` spares the
+    reading of the logical axes."""
+    axes = parameter_axes(recipe, batch) if axes is None else axes
     placed = sharding.parameters(state.params, axes, mesh, rules=recipe.shard)
     replicate = sharding.replicated(mesh)
     rest = jax.tree.map(lambda _: replicate, state)
