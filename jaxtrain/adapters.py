@@ -7,7 +7,6 @@ averages, say) and given back as they were by any other.
 """
 
 import dataclasses
-import functools
 import inspect
 import zlib
 from collections.abc import Mapping
@@ -86,23 +85,6 @@ def logical_axes(model: Any, inputs: Any) -> Variables:
     `inputs` may be abstract: nothing is computed.
     """
     model = model.model if isinstance(model, Functions) else model
-    leaves, structure = jax.tree.flatten(inputs)
-    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-    try:
-        axes = _cached_axes(model, shapes, structure)
-    except TypeError:  # a model with a list, or a traced number, among its fields has no hash
-        axes = _axes(model, structure.unflatten(shapes))
-    # new dicts, so that a caller may change them
-    return jax.tree.map(lambda names: names, axes, is_leaf=_is_names)
-
-
-@functools.lru_cache(maxsize=32)
-def _cached_axes(model: Any, shapes: tuple[Any, ...], structure: Any) -> Variables:
-    """An abstract init takes as long as tracing a step, and several programs ask."""
-    return _axes(model, structure.unflatten(shapes))
-
-
-def _axes(model: Any, inputs: Any) -> Variables:
     if isinstance(model, nn.Module):
         options: dict[str, Any] = {"train": False} if _takes(model.__call__, "train") else {}
         boxes = jax.eval_shape(
@@ -262,10 +244,6 @@ def _nnx_axes(model: Any) -> Variables:
 
 def _is_pair(model: Any) -> bool:
     return isinstance(model, tuple) and len(model) == 2 and all(callable(part) for part in model)
-
-
-def _is_names(leaf: Any) -> bool:
-    return leaf is None or isinstance(leaf, tuple)
 
 
 def _is_box(leaf: Any) -> bool:

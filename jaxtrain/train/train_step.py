@@ -65,7 +65,7 @@ def train_step(
     `places` spares the abstract initialization that else says where the state lies.
     """
     axes = parameter_axes(recipe, batch) if places is None else places.axes
-    places = _placement(recipe, state, batch, mesh, places)
+    places = _placement(recipe, state, batch, mesh, places, axes)
     total = gradients(recipe, state, batch, mesh=mesh, places=places)
     size = jax.tree.leaves(dict(batch))[0].shape[0]
     return update(recipe, state, total, batch_size=size, axes=axes, places=places)
@@ -374,9 +374,14 @@ def outputs(
 
 
 def _placement(
-    recipe: Recipe, state: TrainState, batch: Batch, mesh: Mesh | None, known: Placement | None
+    recipe: Recipe,
+    state: TrainState,
+    batch: Batch,
+    mesh: Mesh | None,
+    known: Placement | None,
+    axes: tree.PyTree | None = None,
 ) -> Placement | None:
     """Where the state lies, or None where there is only one place for it."""
     if mesh is None or (mesh.size == 1 and recipe.offload == "none"):
         return None
-    return known or place(recipe, state, batch, mesh)
+    return known or place(recipe, state, batch, mesh, axes)
