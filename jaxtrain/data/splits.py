@@ -36,6 +36,10 @@ class Splits:
     """A short text that changes when the data does (`digest_of_arrays`, `digest_of_files`)."""
     notes: tuple[str, ...] = ()
     """Warnings for the user, one line each, such as parts that overlap."""
+    modified_ns: int | None = None
+    """When the newest of its files was changed (`newest_change`); None for data that is made, or
+    lies in no file that is known. The fingerprint of large files does not read them, so whoever
+    keeps what it derived from the data asks this too."""
 
 
 Piece = tuple[str, int, int]
@@ -111,6 +115,7 @@ def choose(
     test: str,
     fingerprint: str,
     notes: tuple[str, ...] = (),
+    modified_ns: int | None = None,
 ) -> Splits:
     """Cuts a source's tables into the parts that its three expressions name; an empty validation or
     test means none.
@@ -142,7 +147,12 @@ def choose(
         if (share := _shared_percent(pieces[one], pieces[other]))
     )
     return Splits(
-        parts["train"], parts.get("validation"), parts.get("test"), fingerprint, notes + overlaps
+        parts["train"],
+        parts.get("validation"),
+        parts.get("test"),
+        fingerprint,
+        notes + overlaps,
+        modified_ns,
     )
 
 
@@ -208,3 +218,8 @@ def digest_of_files(files: Mapping[str, pathlib.Path]) -> str:
         if sum(sizes.values()) <= _SMALL_BYTES:
             digest.update(files[name].read_bytes())
     return f"{sum(sizes.values())} bytes in {len(sizes)} files, {digest.hexdigest()}"
+
+
+def newest_change(files: Iterable[pathlib.Path]) -> int | None:
+    """When the newest of some files was changed, in nanoseconds since 1970; None without files."""
+    return max((file.stat().st_mtime_ns for file in files), default=None)

@@ -1,11 +1,18 @@
-"""Mean and deviation of the images of a table, exact, and the normalisation by them.
+"""Mean and deviation of the images of a table, exact, kept on the disk where they take long to
+measure, and the normalisation by them.
 
 C: channels (one for signals without channels)
 """
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +20,12 @@ import numpy as np
 from jaxtrain.data.pipeline import Batch
 from jaxtrain.data.table import Table
 from jaxtrain.errors import UserError
+
+METHOD = 1
+"""The version of `measure`: one more whenever its numbers change, so that none that was kept before
+is taken for one of today."""
+PROBED = 16
+"""How many rows are read to see that the data is what it was."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +62,85 @@ def measure(table: Table, max_examples: int | None = None, chunk: int = 4096) ->
     if not all(map(math.isfinite, (*mean_C, *variance_C))):
         raise UserError("image: holds values that are not finite (nan or inf); mend the data")
     return Statistics(tuple(mean_C), tuple(math.sqrt(variance) or 1.0 for variance in variance_C))
+
+
+def measure_once(
+    table: Table,
+    max_examples: int | None = None,
+    *,
+    identity: Mapping[str, Any] | None,
+    folder: Path | None = None,
+) -> Statistics:
+    """`measure`, but what was measured before is taken from a file of `folder`: ten thousand images
+    take minutes to decode, at every start.
+
+    `identity` is any JSON that says what data this is, and changes when it does; with None nothing
+    is kept, nor for arrays in memory, which are measured as quickly as they are looked up. The file
+    is believed only if identity, fields, lengths, method and the bytes of some rows, which are
+    read, are those that it was made for, and its checksum is right; otherwise all is measured anew.
+    """
+    if identity is None or not _takes_long(table):
+        return measure(table, max_examples)
+    key = _key(table, max_examples, identity)
+    folder = Path.home() / ".cache" / "jaxtrain" / "statistics" if folder is None else folder
+    path = folder / f"{_digest(key)[:32]}.json"
+    found = _read_kept(path, key)
+    if found is None:
+        found = measure(table, max_examples)
+        _keep(path, key, found)
+    return found
+
+
+def _takes_long(table: Table) -> bool:
+    """Whether a table is read from files: decoded, or mapped into memory."""
+    return table.arrays is None or isinstance(table.arrays["image"], np.memmap)
+
+
+def _key(table: Table, max_examples: int | None, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the statistics depend on."""
+    rows = np.unique(np.linspace(0, len(table) - 1, PROBED).astype(np.int64))
+    field = table.fields["image"]
+    probe = np.ascontiguousarray(table.read(rows)["image"]).tobytes()
+    return {
+        "method": METHOD,
+        "identity": dict(identity),
+        "examples": len(table),
+        "most": max_examples,
+        "shape": list(field.shape),
+        "dtype": str(field.dtype),
+        "probe": hashlib.sha256(probe).hexdigest(),
+    }
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _read_kept(path: Path, key: Mapping[str, Any]) -> Statistics | None:
+    """What a file holds; None if there is none, or if it is damaged or of another key."""
+    try:
+        kept = json.loads(path.read_bytes())
+        checksum = kept.pop("checksum")
+        if checksum != _digest(kept) or kept["key"] != json.loads(json.dumps(key)):
+            return None
+        return Statistics(tuple(kept["mean_C"]), tuple(kept["std_C"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _keep(path: Path, key: Mapping[str, Any], found: Statistics) -> None:
+    """Writes a file whole or not at all; a disk that takes none is not worth a run."""
+    kept = {"key": dict(key), **dataclasses.asdict(found)}
+    text = json.dumps(kept | {"checksum": _digest(kept)}, indent=1) + "\n"
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own: several runs may measure the same data at once.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(text)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _histogram_statistics(

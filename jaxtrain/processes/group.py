@@ -3,6 +3,7 @@ alone is a group of one, and all of this costs it nothing."""
 
 import json
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxtrain import errors
 from jaxtrain.processes.signals import EXIT_STATUS, StopSignals
 
 
@@ -34,6 +36,33 @@ def from_main(value: Any) -> Any:
     padded = np.zeros(size, np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+
+
+def on_main(compute: Callable[[], Any]) -> Any:
+    """What `compute` returns in process 0, where alone it is called, as JSON in every process. All
+    processes must call this, and wait for process 0 here.
+
+    >>> on_main(lambda: {"step": 5})
+    {'step': 5}
+
+    An error is raised in all, so that none waits for ever: one of ours with its exit status, any
+    other as it is in process 0 and as `PeerLost` in the others.
+    """
+    if jax.process_count() == 1:
+        return compute()
+    try:
+        answer = {"value": compute()} if is_main() else None
+    except Exception as error:
+        kind, text = type(error).__name__, str(error)
+        from_main({"error": [kind if isinstance(error, errors.RunError) else "", kind, text]})
+        raise
+    answer = from_main(answer)
+    if "value" in answer:
+        return answer["value"]
+    known, kind, text = answer["error"]
+    if known:
+        raise getattr(errors, known)(text)
+    raise errors.PeerLost(f"process 0 failed ({kind}: {text})")
 
 
 def place(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -3,7 +3,7 @@ compiled."""
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import adapters, config, precision
+from jaxtrain.config import record as run_record
 from jaxtrain.config.step_options import options_of
 from jaxtrain.data import pipeline, statistics
 from jaxtrain.data.order import Shuffled
@@ -91,15 +92,28 @@ def chosen_precision(run: config.Run, mesh: Mesh) -> str:
     return run.precision
 
 
-def recipe_of(run: config.Run, train: Table, length: Lengths) -> Recipe:
-    """What one step of the run does."""
+def identity_of(run: config.Run, splits: Splits) -> dict[str, Any] | None:
+    """What says which data a run is trained on, for what is kept of it from run to run; None if it
+    comes from no files, so that nothing would tell a change."""
+    if not splits.fingerprint or splits.modified_ns is None:
+        return None
+    return {
+        "fingerprint": splits.fingerprint,
+        "modified_ns": splits.modified_ns,
+        "data": run_record.to_json(run)["data"],
+    }
+
+
+def recipe_of(
+    run: config.Run, train: Table, length: Lengths, *, identity: Mapping[str, Any] | None = None
+) -> Recipe:
+    """What one step of the run does; with the `identity` of the data, its statistics are kept."""
     prepare = None
     if "image" in train.fields:
         prepare = scaled
         if run.normalize:
-            limit = None if train.arrays is not None else MOST_MEASURED
             prepare = functools.partial(
-                statistics.standardize, statistics=statistics.measure(train, max_examples=limit)
+                statistics.standardize, statistics=_statistics(train, identity)
             )
     return Recipe(
         run.model,
@@ -112,6 +126,15 @@ def recipe_of(run: config.Run, train: Table, length: Lengths) -> Recipe:
         order=Shuffled(len(train)),
         **options_of(run),
     )
+
+
+def _statistics(train: Table, identity: Mapping[str, Any] | None) -> statistics.Statistics:
+    """Mean and deviation, measured by process 0 for all: they are constants of the one program."""
+    limit = None if train.arrays is not None else MOST_MEASURED
+    found = group.on_main(
+        lambda: dataclasses.asdict(statistics.measure_once(train, limit, identity=identity))
+    )
+    return statistics.Statistics(tuple(found["mean_C"]), tuple(found["std_C"]))
 
 
 def execution(run: config.Run, mesh: Mesh) -> Execution:

@@ -193,14 +193,14 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
             f"--profile_steps={first},{last}: the run ends at step {length.total}; profile earlier"
             " steps"
         )
-    recipe = build.recipe_of(run, splits.train, length)
+    recipe = build.recipe_of(run, splits.train, length, identity=build.identity_of(run, splits))
     batch = build.check_model(run, splits.train, recipe, execution)
     build.check_held_out(run, splits, recipe, batch)
     if run.compare_meshes:
         return _compare(run, splits.train, recipe, jax.devices(mesh.devices.flat[0].platform))
     programs = lowering.lower(recipe, batch, mesh)
     made = not run.workdir or not Path(run.workdir).exists()
-    folder = Path(group.from_main(str(workdir.place(run)) if group.is_main() else None))
+    folder = Path(group.on_main(lambda: str(workdir.place(run))))
     # Only process 0 writes into the folder.
     mine = Lock(folder, force=run.force_unlock) if group.is_main() else contextlib.nullcontext()
     with mine as lock, _deleted_if_refused(lock if made else None):

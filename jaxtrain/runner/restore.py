@@ -36,14 +36,16 @@ class Found:
 
 
 def look(run: config.Run, folder: Path, fingerprint: str) -> Found:
-    """What lies in the folder; `ValueError` if the run may not go on from it."""
-    if not group.is_main():
-        return Found(**group.from_main(None))
+    """What lies in the folder; `ValueError`, in every process, if the run may not go on from it."""
+    return Found(**group.on_main(lambda: dataclasses.asdict(_look(run, folder, fingerprint))))
+
+
+def _look(run: config.Run, folder: Path, fingerprint: str) -> Found:
     record = workdir.read(folder)
     notes = _drift(run, folder, record, fingerprint)
     run_id = (record or {}).get("run_id") or os.urandom(8).hex()
     newest = _newest(run, folder, Checkpoints(folder, run_id=run_id), record)
-    return Found(**group.from_main(dataclasses.asdict(Found(record, notes, run_id, newest))))
+    return Found(record, notes, run_id, newest)
 
 
 def _drift(

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from jaxtrain import messages
-from jaxtrain.data.splits import Splits, choose, digest_of_arrays
+from jaxtrain.data.splits import Splits, choose, digest_of_arrays, newest_change
 from jaxtrain.data.table import ArrayTable
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Public
@@ -96,8 +96,14 @@ class Arrays:
         num_classes = _count_classes(fields, names, origin)
         tables = {split: ArrayTable(arrays, num_classes, names) for split, arrays in fields.items()}
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        place = pathlib.Path(self.path).expanduser()
+        files = place.glob("*.npy") if place.is_dir() else [place]
         return choose(
-            tables, **parts, fingerprint=digest_of_arrays(raw), notes=tuple(dict.fromkeys(notes))
+            tables,
+            **parts,
+            fingerprint=digest_of_arrays(raw),
+            notes=tuple(dict.fromkeys(notes)),
+            modified_ns=newest_change(files) if self.path else None,
         )
 
     def _sort(self, raw: Mapping[str, np.ndarray], origin: str) -> dict[str, dict[str, np.ndarray]]:

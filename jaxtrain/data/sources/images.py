@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxtrain import extras
-from jaxtrain.data.splits import Splits, choose, digest_of_files
+from jaxtrain.data.splits import Splits, choose, digest_of_files, newest_change
 from jaxtrain.errors import UserError
 from jaxtrain.fields import AtLeast
 
@@ -81,15 +81,16 @@ class Images:
             tables[split] = ImageTable(
                 files, np.array(labels, np.int32), names, self.size, self.color, self.threads
             )
-        fingerprint = digest_of_files(
-            {str(file.relative_to(root)): file for table in tables.values() for file in table.files}
-        )
+        files = {
+            str(file.relative_to(root)): file for table in tables.values() for file in table.files
+        }
         return choose(
             tables,
             train=self.train,
             validation=self.validation,
             test=self.test,
-            fingerprint=fingerprint,
+            fingerprint=digest_of_files(files),
+            modified_ns=newest_change(files.values()),
         )
 
 

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from jaxtrain import extras
-from jaxtrain.data.splits import Splits, choose, digest_of_files
+from jaxtrain.data.splits import Splits, choose, digest_of_files, newest_change
 from jaxtrain.data.table import Table, device_dtype
 from jaxtrain.errors import UserError
 
@@ -70,6 +70,7 @@ class Records:
             validation=self.validation,
             test=self.test,
             fingerprint=digest_of_files(files),
+            modified_ns=newest_change(files.values()),
         )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtrain import extras, messages
 from jaxtrain.data.sources.images import fit
 from jaxtrain.data.sources.records import read_located
-from jaxtrain.data.splits import Splits, choose, digest_of_files
+from jaxtrain.data.splits import Splits, choose, digest_of_files, newest_change
 from jaxtrain.data.table import device_dtype, load, num_bytes
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Public
@@ -72,6 +72,7 @@ class Tfds:
             validation=self.validation,
             test=self.test,
             fingerprint=digest_of_files(files),
+            modified_ns=newest_change(files.values()),
         )
         parts = {
             role: part
