@@ -61,6 +61,8 @@ def resident_bytes() -> int:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """The whole suite runs on every CPU; a few named tests start faster in this process, and those
     that are slow or need a GPU want the machine for themselves."""
+    if hasattr(config, "workerinput"):
+        return  # a worker, which would start workers of its own without end
     option = config.option
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not option.keyword
     whole &= "not slow and not gpu" in option.markexpr and not option.usepdb

@@ -430,11 +430,12 @@ SMALL_IMAGES = [
     "--data.validation=",
 ]
 SHRUNKEN = {
-    "digits": [],
+    "digits": ["--data.train=train[:20%]", "--model.widths=8,8,8"],
     "fashion_mnist": [
         "--data.data_dir={fashion_mnist}",
         "--data.train=train[:80%]",
         "--data.validation=train[80%:]",
+        "--model.widths=4,4,8,8",
     ],
     "imagenet_resnet50": [
         *SMALL_IMAGES,
@@ -449,7 +450,7 @@ SHRUNKEN = {
         "--data.length=8",
         "--model.width=16",
     ],
-    "mnist1d": ["--data.path={mnist1d}"],
+    "mnist1d": ["--data.path={mnist1d}", "--model.widths=8,8,8"],
 }
 """What makes each experiment small enough for a test; everything that is not here is the
 experiment's own."""
