@@ -19,7 +19,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from jaxtrain.errors import UserError
@@ -287,6 +287,16 @@ def fields_of(component: Any) -> Iterator[Field]:
         )
         annotation = wanted.base | None if wanted.optional else wanted.base
         yield Field(field.name, annotation, wanted.marks, default)
+
+
+def replaced(component: Any, changes: Mapping[str, Any]) -> Any:
+    """The same component with other values in some fields; a Linen module is cloned, for it knows
+    more than its fields."""
+    if not changes:
+        return component
+    if hasattr(component, "clone"):
+        return component.clone(**changes)
+    return dataclasses.replace(component, **changes)
 
 
 def out_of_bounds(component: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

@@ -706,6 +706,15 @@ def test_wrong_commands_get_one_line(arguments: list[str], line: str) -> None:
     assert (done.returncode, done.stderr, done.stdout) == (2, f"jaxtrain: error: {line}\n", "")
 
 
+def test_a_missing_folder_has_a_near_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "digits").mkdir()
+    assert cli.main(["verify", f"{tmp_path}/digtis"]) == 2
+    line = f"verify {tmp_path}/digtis: no such directory; in {tmp_path}: digits; did you mean it?"
+    assert capsys.readouterr().err == f"jaxtrain: error: {line}\n"
+
+
 def test_list_names_components() -> None:
     done = command("list", "schedules", "models")
     assert done.returncode == 0, done.stderr

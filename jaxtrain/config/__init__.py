@@ -7,7 +7,7 @@ from jaxtrain.config.run import Run as Run
 from jaxtrain.config.run import check as check
 from jaxtrain.config.run import check_paths as check_paths
 from jaxtrain.config.run import marked as marked
-from jaxtrain.config.run import replaced as replaced
+from jaxtrain.fields import replaced as replaced
 
 __all__ = [
     "FAMILIES",

@@ -176,18 +176,6 @@ FAMILIES = marked(Mark.FAMILY)
 """The fields that hold a component."""
 
 
-def replaced(component: Any, changes: Mapping[str, Any]) -> Any:
-    """The same component with other values in some fields; a Linen module is cloned, for it knows
-    more than its fields."""
-    if not changes:
-        return component
-    return (
-        component.clone(**changes)
-        if hasattr(component, "clone")
-        else dataclasses.replace(component, **changes)
-    )
-
-
 def check(run: Run) -> None:
     """Raises `ValueError`, naming the flag, if a field is out of its bounds or two of them cannot
     go together.

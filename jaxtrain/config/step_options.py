@@ -25,7 +25,7 @@ class StepOptions:
     """Also keeps, and evaluates, an exponential moving average of the parameters with this decay;
     none = no average."""
 
-    precision: Annotated[Literal["fp32", "bf16", "fp16", "fp8"], Group.DEVICES] = "fp32"
+    precision: Annotated[str, Group.DEVICES] = "fp32"
     """What the model computes in: fp32, bf16, fp16 (with loss scaling) or fp8; parameters stay
     float32."""
     shard: Annotated[Rules[str], Group.DEVICES, FREE] = ()

@@ -7,7 +7,6 @@ rebuilds the components around the traced values. So a rate can change while a r
 sweep is one program over stacked dicts.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,10 +65,4 @@ def bind(component: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
             changes[field.name] = values[name]
         elif fields.is_component(value) and (bound := bind(value, values, name)) is not value:
             changes[field.name] = bound
-    if not changes:
-        return component
-    return (
-        component.clone(**changes)
-        if hasattr(component, "clone")
-        else dataclasses.replace(component, **changes)
-    )
+    return fields.replaced(component, changes)
