@@ -180,7 +180,8 @@ def parse(
     defined = _define(base)
     _absl_parse(defined, argv, base)
     typed = {name: flag.typed for name, flag in defined.items() if flag.present}
-    values = {name: defined[name].value for name in typed if name not in config.FAMILIES}
+    own = (name for name in typed if name not in config.FAMILIES)
+    values: dict[str, Any] = {name: defined[name].value for name in own}
     paths = config.marked(config.Mark.PATH)  # the shell leaves --workdir=~/x alone
     values |= {name: os.path.expanduser(values[name]) for name in typed if name in paths}
     values |= _from_environment(defined, typed, environ)
