@@ -44,8 +44,8 @@ def match(
     {'bias': 0.0, 'kernel': 1.0}
 
     `name` is how messages call the rules. `ValueError` if a pattern is not a regular expression,
-    matches no leaf, or if no pattern matches a leaf and there is no `default`. Of rules that are made
-    for any tree, such as the optimizers' own names, some match no leaf: `must_decide=False`.
+    matches no leaf, or if no pattern matches a leaf and there is no `default`. Of rules that are
+    made for any tree, such as the optimizers' own names, some match no leaf: `must_decide=False`.
     """
     compiled = [(_compile(pattern, name), value) for pattern, value in rules]
     idle = set(range(len(compiled)))

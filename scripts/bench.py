@@ -227,7 +227,7 @@ class HandLoop:
             batch_size,
             log_every,
         )
-        decays = jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+        decays = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
         optimizer = optax.adamw(RATE, weight_decay=WEIGHT_DECAY, mask=decays)
         self.params, self.opt_state = params, optimizer.init(params)
         self.step, self._losses = 0, []

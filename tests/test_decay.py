@@ -119,7 +119,7 @@ def spectrum(draw: np.random.Generator, count: int, rows: int, columns: int) -> 
 
 
 def kinds_of_models() -> dict[str, nn.Module]:
-    """Every shrunken model, but only one of those that are equal: sizes differ in width and depth."""
+    """The shrunken models, one of those that are equal: sizes differ in width and depth only."""
     kinds: dict[str, nn.Module] = {}
     for name in models.NAMES:
         if shrunk(name)[0] not in kinds.values():

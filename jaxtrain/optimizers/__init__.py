@@ -1,49 +1,20 @@
 """Optimizers as frozen dataclasses over Optax, and the table of their names."""
 
-from jaxtrain.optimizers.base import (
-    Decaying as Decaying,
-)
-from jaxtrain.optimizers.base import (
-    Optimizer as Optimizer,
-)
-from jaxtrain.optimizers.base import (
-    match_table as match_table,
-)
+from jaxtrain.optimizers import adaptive, parameters, rare
+from jaxtrain.optimizers.base import Decaying, Optimizer, match_table
 from jaxtrain.optimizers.common import (
-    NAMES as NAMES,
-)
-from jaxtrain.optimizers.common import (
-    SGD as SGD,
-)
-from jaxtrain.optimizers.common import (
-    Adafactor as Adafactor,
-)
-from jaxtrain.optimizers.common import (
-    Adam as Adam,
-)
-from jaxtrain.optimizers.common import (
-    AdamW as AdamW,
-)
-from jaxtrain.optimizers.common import (
-    Lamb as Lamb,
-)
-from jaxtrain.optimizers.common import (
-    Lars as Lars,
-)
-from jaxtrain.optimizers.common import (
-    Lion as Lion,
-)
-from jaxtrain.optimizers.common import (
-    Muon as Muon,
-)
-from jaxtrain.optimizers.common import (
-    ScheduleFreeAdamW as ScheduleFreeAdamW,
-)
-from jaxtrain.optimizers.common import (
-    ScheduleFreeSGD as ScheduleFreeSGD,
-)
-from jaxtrain.optimizers.common import (
-    evaluation_params as evaluation_params,
+    NAMES,
+    SGD,
+    Adafactor,
+    Adam,
+    AdamW,
+    Lamb,
+    Lars,
+    Lion,
+    Muon,
+    ScheduleFreeAdamW,
+    ScheduleFreeSGD,
+    evaluation_params,
 )
 
 __all__ = [
@@ -63,5 +34,6 @@ __all__ = [
     "adaptive",
     "evaluation_params",
     "match_table",
+    "parameters",
     "rare",
 ]

@@ -51,8 +51,9 @@ class Adaptive(Betas):
     def chain(self, params: PyTree, learning_rate: Number) -> Transformation:
         adaptive, factors = self.adaptive(learning_rate), self.decay_factors(params)
 
-        def update(updates: PyTree, state: Any, params: PyTree) -> tuple[PyTree, Any]:
-            new_updates, new_state = adaptive.update(updates, state, params)
+        def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
+            result: tuple[PyTree, Any] = adaptive.update(updates, state, params)
+            new_updates, new_state = result
             if not is_off(self.weight_decay):
                 # Optax can only decay all parameters alike, so this is its own formula for those
                 # that the rules choose.

@@ -230,7 +230,7 @@ def _typed(inner: Transformation) -> optax.GradientTransformationExtraArgs:
         return jax.tree.map(_own, inner.init(params))
 
     def update(
-        updates: PyTree, state: PyTree, params: PyTree, **extra: Any
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
         new_updates, new_state = inner.update(
             _widen(updates), _widen(state), _widen(params), **extra

@@ -7,8 +7,9 @@ query. Three sources have their say, in this order:
 
 1. The name at the end of the path (`KINDS`, rules of the house's one rule language): Flax's own
    names and the usual ones of Haiku, Equinox and PyTorch.
-2. The logical axes that the model gave (`adapters.logical_axes`): a stacked dim (`layers`) is no dim
-   of the matrix, `vocab` or `classes` at the end make a head, `vocab` at the start an embedding.
+2. The logical axes that the model gave (`adapters.logical_axes`): a stacked dim (`layers`) is no
+   dim of the matrix, `vocab` or `classes` at the end make a head, `vocab` at the start an
+   embedding.
 3. The shape, and the shapes beside it: the bias of a layer has the dims of its outputs.
 
 What none of them knows counts as a kernel if it has two dims and more, as a vector otherwise.
@@ -193,8 +194,8 @@ def _matrix(
 
 
 def _matrix_by_axes(names: Axes, own: list[int]) -> Matrix:
-    """A convolution's places (dims without a name) belong to its inputs. Beside heads, a dim without
-    a name is no place: it counts matrices, as the three of a fused query, key and value."""
+    """A convolution's places (dims without a name) belong to its inputs. Beside heads, a dim
+    without a name is no place: it counts matrices, as the three of a fused query, key and value."""
     split = len(own) - 1
     if names[own[-1]] in HEADS:
         while split > 1 and names[own[split - 1]] in HEADS:

@@ -2,6 +2,7 @@
 adaptive ones and what is left out."""
 
 import dataclasses
+from collections.abc import Hashable
 from typing import Annotated, ClassVar
 
 import jax
@@ -135,7 +136,7 @@ class NovoGrad(Betas):
 
         # Optax decays all arrays alike; each array's moments are its own, so the rules become one
         # transformation for each factor.
-        groups = {
+        groups: dict[Hashable, Transformation] = {
             str(factor): with_decay(factor) for factor in sorted(set(jax.tree.leaves(factors)))
         }
         return optax.chain(
