@@ -168,7 +168,8 @@ def _comparison(histories: Sequence[History]) -> str:
     )
     rows = []
     for index, (run, label) in enumerate(zip(histories, history.names(histories), strict=True)):
-        cells = f'<th scope=row><i class=chip style="--c:var(--{curve_color(index)})"></i>{_text(label)}</th>'
+        chip = f'<i class=chip style="--c:var(--{curve_color(index)})"></i>'
+        cells = f"<th scope=row>{chip}{_text(label)}</th>"
         for _, values, text, smaller in columns:
             finite = [value for value in values if value is not None and math.isfinite(value)]
             best = finite and values[index] == (min if smaller else max)(finite)
