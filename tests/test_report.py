@@ -11,13 +11,14 @@ import re
 import subprocess
 import sys
 import time
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from jaxtrain.hardware import CARDS, peak_flops
-from jaxtrain.report.page import chart, history, plots
-from jaxtrain.report.page.html import render, write_report
+from jaxtrain.report.page import history, plots, style
+from jaxtrain.report.page.html import write_report
 from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.report.terminal.tables import facts, memory_table, parameter_rows, parameter_table
 
@@ -335,7 +336,8 @@ class Checker(html.parser.HTMLParser):
         assert not [name for name, _ in attrs if name.startswith("on")]
         for name, value in attrs:
             if name in ("src", "href"):
-                assert value.startswith("data:image/png;base64,")
+                inside = value.startswith("#") and tag == "use"
+                assert inside or value.startswith("data:image/png;base64,")
         if tag not in ("meta", "img", "br", "link", "line", "circle", "path", "polyline"):
             self.open.append(tag)
 
@@ -487,7 +489,7 @@ def test_short_and_odd_metrics_do_not_break_the_page(tmp_path, lines):
     ],
 )
 def test_odd_predictions_do_not_break_the_page(tmp_path, predictions):
-    check_page(write_report([make_run(tmp_path / "a", full_lines(5), predictions=predictions)]))
+    check_page(write_report([make_run(tmp_path / "a", [], predictions=predictions)]))
 
 
 def test_damaged_files_are_named_or_left_out(tmp_path):
@@ -506,27 +508,96 @@ def test_damaged_files_are_named_or_left_out(tmp_path):
         write_report([])
 
 
-def test_a_long_run_is_thinned_but_keeps_its_spikes(tmp_path):
+def curves_of(page):
+    """The `<svg class="chart">` elements of a page, each parsed as XML."""
+    texts = re.findall(r'<svg class="chart".*?</svg>', page, re.DOTALL)
+    return [ElementTree.fromstring(text) for text in texts]
+
+
+def test_a_long_run_is_simplified_but_keeps_its_spikes(tmp_path):
     count = 20_000
-    values = [1.0] * count
-    values[7777] = 50.0
-    values[9999] = math.nan
-    steps, kept = chart.thin(range(count), values)
-    assert len(steps) < 1000
-    assert 50.0 in kept
-    assert any(math.isnan(value) for value in kept)
+    values = [1.0 + step % 2 for step in range(count)]
+    values[7777] = 1.9999e3  # 2% of the values may leave the axis at its upper end
+    values[9999] = "NaN"
+    lines = [
+        line(step, loss=value, rate=0.0 if step != 5555 else 7.0)
+        for step, value in enumerate(values)
+    ]
     start = time.monotonic()
-    lines = [line(step, loss=value, learning_rate=1e-3) for step, value in enumerate(values)]
-    page = render([history.History(tmp_path, {}, lines, {})])
-    assert len(page) < 60_000
-    assert time.monotonic() - start < 5
+    text = check_page(write_report([make_run(tmp_path / "run", lines)]))
+    assert time.monotonic() - start < 10
+    assert len(text) < 60_000
+    loss, rate = curves_of(text)
+    assert [note.text for note in rate.iter("title")] == ["Rate: 0"]
+    # The spike of one step in 20,000 reaches the top of the axes.
+    path = max((node.get("d") for node in rate.iter("path")), key=len)
+    heights = [float(y) for _, y in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path)]
+    box = next(rate.iter("rect"))
+    assert min(heights) - float(box.get("y")) < 0.05 * float(box.get("height"))
+    assert loss.findall(".//use"), "the mark of the value that is not a number"
+
+
+def test_the_curve_on_the_page_goes_through_its_points(tmp_path):
+    """The places of the points are found apart from what matplotlib writes: the corners of its
+    path are where the circles with the notes are."""
+    values = [3.0, 1.0, 2.0, 2.5, 0.5]
+    lines = [line(10 * index, loss=value) for index, value in enumerate(values)]
+    lines.insert(2, line(15, loss="NaN"))
+    (loss,) = curves_of(check_page(write_report([make_run(tmp_path / "run", lines)])))
+    assert loss.get("role") == "img"
+    assert loss[0].tag == "title"
+    assert loss[0].text == "Loss: 0.5"
+    circles = loss.findall("circle")
+    assert [circle[0].text for circle in circles] == [
+        "train, step 0: 3",
+        "train, step 10: 1",
+        "train, step 15: nan",
+        "train, step 20: 2",
+        "train, step 30: 2.5",
+        "train, step 40: 0.5",
+    ]
+    places = [(float(circle.get("cx")), float(circle.get("cy"))) for circle in circles]
+    (curve,) = [
+        node for node in loss.iter("path") if "stroke: var(--c0)" in (node.get("style") or "")
+    ]
+    corners = [(float(x), float(y)) for x, y in re.findall(r"([\d.]+) ([\d.]+)", curve.get("d"))]
+    assert np.allclose(corners, places[:2] + places[3:], atol=0.11)
+    assert curve.get("d").count("M") == 2, "a gap where the value is not a number"
+    (mark,) = loss.iter("use")
+    assert np.allclose([float(mark.get("x")), float(mark.get("y"))], places[2], atol=0.11)
+
+
+def test_no_colour_of_a_curve_is_fixed(tmp_path):
+    """Light and dark share one drawing, so that every colour in it must be a variable that the
+    style sheet sets for both."""
+    runs = [make_run(tmp_path / name, full_lines()) for name in ("a", "b", "c")]
+    for chosen in (runs[:1], runs):
+        text = check_page(write_report(chosen, tmp_path / "page.html"))
+        charts = curves_of(text)
+        assert len(charts) == 4
+        for chart in charts:
+            inside = ElementTree.tostring(chart, encoding="unicode")
+            assert not re.search(r"#[0-9a-fA-F]{6}", inside)
+            assert "black" not in inside
+        used = set(re.findall(r"var\(--(\w+)\)", "".join(text.split("<body>")[1:])))
+        assert used - {"c"} <= set(style.COLORS)
+        assert {"ink", "muted", "rule", "c0"} <= used
+        sheet = text.split("</style>")[0]
+        assert all(len(re.findall(rf"--{name}: #", sheet)) == 2 for name in used - {"c"})
+    assert len(set(style.LIGHT.values())) == len(style.LIGHT)
+
+
+def test_the_same_run_makes_the_same_page(tmp_path):
+    run = make_run(tmp_path / "run", full_lines())
+    pages = [write_report([run]).read_bytes() for _ in range(2)]
+    assert pages[0] == pages[1]
 
 
 def test_labels_do_not_meet_and_stay_inside():
     random = np.random.default_rng(0)
     for _ in range(50):
         positions = random.uniform(0, 100, random.integers(1, 9)).tolist()
-        placed = chart.spread(positions, 12.0, 0.0, 100.0)
+        placed = plots.spread(positions, 12.0, 0.0, 100.0)
         ordered = sorted(placed)
         assert all(b - a >= 12 - 1e-6 for a, b in itertools.pairwise(ordered))
         assert min(placed) >= -1e-6
@@ -551,4 +622,7 @@ def test_a_picture_of_the_regression_has_no_accuracy(tmp_path):
     loaded = history.load(folder)
     assert loaded.metric == "mean_squared_error"
     assert loaded.best("mean_squared_error", "train") == (8, 0.25)
-    assert [title for _, title, _ in plots.panels([loaded])] == ["Loss", "Mean squared error"]
+    assert [quantity.title for quantity in plots.quantities([loaded])] == [
+        "Loss",
+        "Mean squared error",
+    ]

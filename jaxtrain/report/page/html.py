@@ -1,5 +1,5 @@
-"""The page: report.html, one run or several as a self-contained document, and the PNG plots beside
-it.
+"""The page: report.html shows one run or several in one self-contained document; the PNG plots lie
+beside it.
 
 Everything is inline and nothing is a script, so the file can be mailed, archived and opened
 offline. All text from a run is escaped.
@@ -21,9 +21,9 @@ from jaxtrain import extras
 from jaxtrain.errors import UserError
 from jaxtrain.messages import bytes_text
 from jaxtrain.report.page import history, plots
-from jaxtrain.report.page.chart import chart, color
 from jaxtrain.report.page.history import History
-from jaxtrain.report.page.style import SHEET
+from jaxtrain.report.page.style import SHEET, curve_color
+from jaxtrain.report.page.svg import inline_svg
 from jaxtrain.report.terminal.tables import count_text, rate_text, value_text
 
 MOST_CLASSES_IN_TABLE = 30
@@ -51,14 +51,17 @@ def write_report(
     out.parent.mkdir(parents=True, exist_ok=True)
     # Whole or not at all: a reader never sees half a page.
     draft = out.with_name(f".{out.name}.{os.getpid()}")
-    draft.write_text(render(histories), encoding="utf-8")
-    draft.replace(out)
-    plots.write_plots(histories, out.parent / "plots")
+    with plots.look():
+        curves = plots.draw_curves(histories)
+        page = render(histories, [inline_svg(plot) for plot in curves])
+        draft.write_text(page, encoding="utf-8")
+        draft.replace(out)
+        plots.write_png([*curves, *plots.draw_predictions(histories)], out.parent / "plots")
     return out
 
 
-def render(histories: Sequence[History]) -> str:
-    """The page as text.
+def render(histories: Sequence[History], curves: Sequence[str] = ()) -> str:
+    """The page as text, with `curves` as SVG elements.
 
     >>> page = render([History(Path("r"), {"name": "<b>"}, [], {})])
     >>> "&lt;b&gt;" in page and "<b>" not in page
@@ -67,7 +70,7 @@ def render(histories: Sequence[History]) -> str:
     single = len(histories) == 1
     title = histories[0].name if single else f"{len(histories)} runs compared"
     sections = [_figures(histories[0])] if single else [_comparison(histories)]
-    sections.append(_curves(histories))
+    sections.append(_curves(curves))
     if single:
         sections += [
             _confusion(histories[0]),
@@ -165,7 +168,8 @@ def _comparison(histories: Sequence[History]) -> str:
     )
     rows = []
     for index, (run, label) in enumerate(zip(histories, history.names(histories), strict=True)):
-        cells = f'<th scope=row><i class=chip style="--c:{color(index)}"></i>{_text(label)}</th>'
+        chip = f'<i class=chip style="--c:var(--{curve_color(index)})"></i>'
+        cells = f"<th scope=row>{chip}{_text(label)}</th>"
         for _, values, text, smaller in columns:
             finite = [value for value in values if value is not None and math.isfinite(value)]
             best = finite and values[index] == (min if smaller else max)(finite)
@@ -180,16 +184,9 @@ def _comparison(histories: Sequence[History]) -> str:
     )
 
 
-def _curves(histories: Sequence[History]) -> str:
-    figures = []
-    for key, title, text in plots.panels(histories):
-        found = history.curves(histories, key)
-        drawn = chart(
-            found, title=title, text=text, log=plots.wants_log(key, found), cut=plots.cut_of(key)
-        )
-        if drawn:
-            figures.append(f"<figure><figcaption>{_text(title)}</figcaption>{drawn}</figure>")
-    return _section("Curves", f"<div class=charts>{''.join(figures)}</div>") if figures else ""
+def _curves(curves: Sequence[str]) -> str:
+    figures = "".join(f"<figure>{curve}</figure>" for curve in curves)
+    return _section("Curves", f"<div class=charts>{figures}</div>") if curves else ""
 
 
 def _confusion(run: History) -> str:
@@ -315,12 +312,12 @@ def _configuration(run: History) -> str:
         if isinstance(run.run.get(key), dict)
     }
     shown = " open" * (len(rows) <= 20)
-    settings = f"<details{shown}><summary>Settings</summary>{_facts(rows)}</details>"
+    settings = f"<details{shown}><summary>Settings</summary>{_named_values(rows)}</details>"
     blocks = [settings] if rows else []
     if apart:
         blocks.append(
             "<details><summary>Versions, hardware,"
-            f" data</summary>{_facts(history.flat(apart))}</details>"
+            f" data</summary>{_named_values(history.flat(apart))}</details>"
         )
     command = run.run.get("command")
     if command:
@@ -334,12 +331,12 @@ def _run_details(run: History, label: str) -> str:
     return f"<details class=run><summary>{_text(label)}</summary>{inner}</details>"
 
 
-def _facts(rows: Mapping[str, Any]) -> str:
+def _named_values(rows: Mapping[str, Any]) -> str:
     cells = (
         f"<tr><th scope=row>{_text(key)}</th><td>{_value(value)}</td></tr>"
         for key, value in rows.items()
     )
-    return f"<div class=wide><table class=facts><tbody>{''.join(cells)}</tbody></table></div>"
+    return f"<div class=wide><table class=settings><tbody>{''.join(cells)}</tbody></table></div>"
 
 
 def _section(title: str, *parts: str) -> str:

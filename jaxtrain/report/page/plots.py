@@ -1,42 +1,75 @@
-"""Plots: the curves, the confusion matrix and the worst mistakes as PNG files, drawn by matplotlib
-without a display or global state."""
+"""Plots: the curves, the confusion matrix and the worst mistakes, drawn by matplotlib without a
+display or global state.
 
+A figure is drawn once; the page embeds it as SVG (`svg.py`) and the run's folder gets it as PNG.
+"""
+
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from jaxtrain.report.metrics_file import is_clock
 from jaxtrain.report.page import history
-from jaxtrain.report.page.chart import (
-    Cut,
-    axis_range,
-    end_labels,
-    last_finite,
-    spread,
-    thin,
-    ticks,
-    y_ticks,
-)
 from jaxtrain.report.page.history import Curve, History
-from jaxtrain.report.terminal.tables import rate_text, value_text
+from jaxtrain.report.page.style import LIGHT, curve_color
+from jaxtrain.report.terminal.tables import clean, rate_text, value_text
 
-INK, MUTED, RULE = "#1c1e21", "#6a7078", "#e3e3de"
-RIGHT, WRONG = "#2f6fb0", "#d2553f"
-PALETTE = ("#2463a8", "#c2571a", "#1f7f5c", "#8348a8", "#b03052", "#7a6a10", "#1b7f92", "#5c6470")
+if TYPE_CHECKING:  # matplotlib takes a second to load
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Cut = Literal["", "upper", "lower", "zero"]
+
+CURVE_INCHES = (7.2, 3.8)
 DPI = 160
+"""Pixels an inch of the PNG files; figures have 72, which are the units of the SVG."""
+MARGIN = 3
+"""What matplotlib leaves free at the edge of a figure, in units of the SVG."""
 MOST_ANNOTATED = 25
+MOST_NOTES = 120
+LABEL_GAP = 0.07
+"""The least distance of two labels, as a part of the height of the axes."""
+ROUND_STEPS = (1, 2, 2.5, 5, 10)
 
-Panel = tuple[str, str, Callable[[float], str]]
+
+class Quantity(NamedTuple):
+    """Something to plot over the steps: its key in metrics.jsonl, its title, and how a value is
+    written."""
+
+    key: str
+    title: str
+    text: Callable[[float], str]
 
 
-def panels(histories: Sequence[History]) -> list[Panel]:
-    """What there is to plot: (key, title, how to word a value), the loss and the metric first, then
-    rate, throughput and the rest.
+class Point(NamedTuple):
+    """A point of a plot with a note: its place in units of the SVG, the name of its colour (see
+    `style.LIGHT`), and the note."""
+
+    x: float
+    y: float
+    color: str
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A drawn figure: `name` is that of its file, `description` what it shows, in words."""
+
+    name: str
+    description: str
+    figure: "Figure"
+    points: Sequence[Point] = ()
+
+
+def quantities(histories: Sequence[History]) -> list[Quantity]:
+    """What there is to plot: the loss and the metric first, then learning rate, throughput and the
+    rest.
 
     >>> run = History(
     ...     Path("r"),
@@ -44,7 +77,7 @@ def panels(histories: Sequence[History]) -> list[Panel]:
     ...     [{"step": 1, "split": "train", "loss": 2.0, "examples_per_second": 9.0}],
     ...     {},
     ... )
-    >>> [title for _, title, _ in panels([run])]
+    >>> [quantity.title for quantity in quantities([run])]
     ['Loss', 'Examples per second']
     """
     found = {
@@ -64,7 +97,10 @@ def panels(histories: Sequence[History]) -> list[Panel]:
         key for key in ("loss", metric, "learning_rate", "examples_per_second") if key in found
     ]
     others = sorted(key for key in found if key not in first and not is_clock(key))
-    return [(key, key.replace("_", " ").capitalize(), _wording(key)) for key in [*first, *others]]
+    return [
+        Quantity(key, clean(key.replace("_", " ").capitalize()), _writer_of(key))
+        for key in [*first, *others]
+    ]
 
 
 def wants_log(key: str, curves: Sequence[Curve]) -> bool:
@@ -79,132 +115,249 @@ def wants_log(key: str, curves: Sequence[Curve]) -> bool:
 
 
 def cut_of(key: str) -> Cut:
-    """Which wild values may leave the chart of `key` so that the rest can be read.
+    """Which extreme values of `key` the axis may leave out so that the rest can be read.
 
     >>> cut_of("loss"), cut_of("accuracy"), cut_of("examples_per_second"), cut_of("learning_rate")
     ('upper', 'lower', 'zero', '')
     """
     if is_clock(key):
         return "zero"
-    return (
-        "upper"
-        if history.smaller_is_better(key) or key == "grad_norm"
-        else "lower"
-        if "accuracy" in key
-        else ""
-    )
+    if history.smaller_is_better(key) or key == "grad_norm":
+        return "upper"
+    return "lower" if "accuracy" in key else ""
 
 
-def write_plots(histories: Sequence[History], folder: Path) -> list[Path]:
-    """Writes what can be drawn into `folder`: loss.png, accuracy.png, learning_rate.png,
-    throughput.png, and of a single run confusion.png and mistakes.png; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Any] = {}
-    with _style():
-        for key, title, text in panels(histories):
-            found = history.curves(histories, key)
-            if any(math.isfinite(value) for curve in found for value in curve.values):
-                figures[_file_name(key)] = _curve_figure(
-                    found, title, text, log=wants_log(key, found), cut=cut_of(key)
-                )
-        if len(histories) == 1:
-            found = history.confusion(histories[0].predictions)
-            if found is not None:
-                figures["confusion"] = _confusion_figure(*found)
-            if wrong := history.mistakes(histories[0].predictions):
-                figures["mistakes"] = _mistakes_figure(wrong)
-        paths = [folder / f"{name}.png" for name in figures]
-        for path, figure in zip(paths, figures.values(), strict=True):
-            figure.savefig(path, dpi=DPI)
-    return paths
+def axis_range(values: Sequence[float], *, log: bool, cut: Cut = "") -> tuple[float, float]:
+    """The range of an axis, never of size zero. `cut` leaves out the greatest 2% (`upper`: spikes
+    of a loss) or the least 10% (`lower`: an accuracy before the first epoch), or begins at `zero`
+    (a speed).
+
+    >>> axis_range([1.0, 1.0], log=False), axis_range([8.0, 9.0], log=False, cut="zero")
+    ((0.5, 1.5), (0.0, 9.0))
+    """
+    ordered = sorted(values)
+    low = 0.0 if cut == "zero" else ordered[len(ordered) // 10 if cut == "lower" else 0]
+    high = ordered[min(len(ordered) - 1, math.ceil(0.98 * len(ordered))) if cut == "upper" else -1]
+    if log:
+        return (low, high) if high > low * 1.01 else (low / 2, high * 2)
+    if high - low <= 1e-12 * max(abs(high), abs(low), 1e-300):
+        room = abs(high) / 2 or 1.0
+        return low - room, high + room
+    # A range that comes near zero begins there.
+    return (0.0 if 0 < low < 0.35 * high else low), high
 
 
-def _curve_figure(
-    curves: Sequence[Curve], title: str, text: Callable[[float], str], *, log: bool, cut: Cut
-) -> Any:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """The positions moved apart, as little as need be, so that neighbours are `gap` apart and (if
+    there is room) in [low, high].
 
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title)
-    finite = [
-        value
-        for curve in curves
-        for value in curve.values
-        if math.isfinite(value) and (value > 0 or not log)
+    >>> spread([10.0, 11.0, 50.0], 12.0, 0.0, 100.0)
+    [4.5, 16.5, 50.0]
+    """
+    order = sorted(range(len(positions)), key=lambda index: positions[index])
+    blocks: list[tuple[float, int]] = []  # (middle, number of members)
+    for index in order:
+        blocks.append((min(max(positions[index], low), high), 1))
+        while (
+            len(blocks) > 1
+            and blocks[-1][0] - blocks[-2][0] < gap * (blocks[-1][1] + blocks[-2][1]) / 2 - 1e-9
+        ):
+            (middle, size), (above, more) = blocks.pop(), blocks.pop()
+            half = gap * (size + more - 1) / 2
+            merged = (middle * size + above * more) / (size + more)
+            blocks.append((max(min(merged, high - half), low + half), size + more))
+    placed = [
+        middle + gap * (member - (size - 1) / 2)
+        for middle, size in blocks
+        for member in range(size)
     ]
-    low, high = axis_range(finite, log=log, cut=cut)
-    margin = (high / low) ** 0.04 if log else (high - low) * 0.04
-    axes.set_yscale("log" if log else "linear")
-    axes.set_ylim(
-        (low / margin, high * margin) if log else (low if low == 0 else low - margin, high + margin)
-    )
-    axes.yaxis.set_major_locator(FixedLocator(y_ticks(low, high, log=log)))
+    return [place for _, place in sorted(zip(order, placed, strict=True))]
+
+
+def end_labels(curves: Sequence[Curve], text: Callable[[float], str]) -> list[str]:
+    """What stands at the end of each curve: its name and last value, or the value alone where there
+    is no other curve.
+
+    >>> end_labels(
+    ...     [Curve("a", 0, [1], [2.0]), Curve("b", 1, [1], [3.0]), Curve("", 1, [1], [3.0])],
+    ...     "{:g}".format,
+    ... )
+    ['a 2', 'b 3', '']
+    """
+    texts = [text(last_finite(curve.values)) for curve in curves]
+    if len(curves) == 1:
+        return texts
+    return [
+        clean(f"{curve.label} {value}") if curve.label else ""
+        for curve, value in zip(curves, texts, strict=True)
+    ]
+
+
+def last_finite(values: Sequence[float]) -> float:
+    """The last finite value, or nan."""
+    return next((value for value in reversed(values) if math.isfinite(value)), math.nan)
+
+
+def draw_curves(histories: Sequence[History]) -> list[Plot]:
+    """A plot for each quantity that has a finite value, see `quantities`."""
+    plots = []
+    for quantity in quantities(histories):
+        found = history.curves(histories, quantity.key)
+        if any(math.isfinite(value) for curve in found for value in curve.values):
+            plots.append(_curve_plot(found, quantity))
+    return plots
+
+
+def draw_predictions(histories: Sequence[History]) -> list[Plot]:
+    """The confusion matrix and the worst mistakes of a single run that has predictions."""
+    if len(histories) != 1:
+        return []
+    plots = []
+    found = history.confusion(histories[0].predictions)
+    if found is not None:
+        plots.append(Plot("confusion", "Confusion", _confusion_figure(*found)))
+    if wrong := history.mistakes(histories[0].predictions):
+        plots.append(Plot("mistakes", "Worst mistakes", _mistakes_figure(wrong)))
+    return plots
+
+
+def write_png(plots: Sequence[Plot], folder: Path) -> None:
+    """Writes each plot as `NAME.png` into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for plot in plots:
+        plot.figure.savefig(folder / f"{plot.name}.png", dpi=DPI)
+
+
+def _curve_plot(curves: Sequence[Curve], quantity: Quantity) -> Plot:
+    from matplotlib.figure import Figure
+
+    log = wants_log(quantity.key, curves)
+    figure = Figure(figsize=CURVE_INCHES, dpi=72, layout="constrained")
+    figure.suptitle(quantity.title, x=MARGIN / figure.bbox.width, ha="left")
+    axes = figure.add_subplot()
+    _set_axes(axes, curves, quantity, log=log)
+    # Faint curves first, so that they lie behind.
+    for curve in sorted(curves, key=lambda curve: not curve.faint):
+        _draw_curve(axes, curve, log=log)
+    labels = _label_ends(axes, curves, quantity.text, log=log)
+    # The layout is found once; SVG and PNG share it, and the points are where the SVG has them.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    description = f"{quantity.title}: {', '.join(labels)}"
+    points = [point for curve in curves for point in _points(axes, curve, quantity.text, log=log)]
+    return Plot(_file_name(quantity.key), description, figure, points)
+
+
+def _set_axes(axes: "Axes", curves: Sequence[Curve], quantity: Quantity, *, log: bool) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    finite = [value for curve in curves for value in curve.values if _can_draw(value, log=log)]
+    low, high = axis_range(finite, log=log, cut=cut_of(quantity.key))
+    if log:
+        margin = (high / low) ** 0.04
+        axes.set_yscale("log")
+        axes.set_ylim(low / margin, high * margin)
+        factors = (1, 2, 5) if high < 100 * low else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=factors, numticks=6))
+    else:
+        margin = (high - low) * 0.04
+        axes.set_ylim(low if low == 0 else low - margin, high + margin)
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
-    end = max(step for curve in curves for step in curve.steps)
-    axes.xaxis.set_major_locator(
-        FixedLocator([tick for tick in ticks(0, end) if tick == int(tick)])
-    )
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: quantity.text(value)))
+    steps = [step for curve in curves for step in curve.steps]
+    first, last = min(0, *steps), max(steps)
+    margin = 0.012 * ((last - first) or 1)
+    axes.set_xlim(first - margin, last + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("step")
-    for curve in sorted(curves, key=lambda curve: not curve.faint):
-        steps, values = thin(
-            curve.steps,
-            [
-                value if math.isfinite(value) and (value > 0 or not log) else math.nan
-                for value in curve.values
-            ],
-        )
-        shade = MUTED if curve.color is None else PALETTE[curve.color % len(PALETTE)]
-        width = 0.8 if curve.faint else 1.1 if curve.color is None else 1.9
+
+
+def _draw_curve(axes: "Axes", curve: Curve, *, log: bool) -> None:
+    values = [value if _can_draw(value, log=log) else math.nan for value in curve.values]
+    axes.plot(
+        curve.steps,
+        values,
+        color=_hex(curve),
+        linewidth=1.1 if curve.faint else 1.25 if curve.color is None else 2,
+        alpha=0.4 if curve.faint else 1,
+        marker="o" if len(curve.steps) == 1 else None,
+        markersize=6,
+    )
+    # Where a value is not finite the line has a gap, and the upper edge a mark.
+    lost = [
+        step
+        for step, value in zip(curve.steps, curve.values, strict=True)
+        if not math.isfinite(value)
+    ]
+    if lost:
         axes.plot(
-            steps,
-            values,
-            color=shade,
-            linewidth=width,
-            alpha=0.35 if curve.faint else 1,
-            marker="o" if len(steps) == 1 else None,
+            lost[:MOST_NOTES],
+            [1.0] * len(lost[:MOST_NOTES]),
+            "x",
+            color=LIGHT["wrong"],
             markersize=5,
+            transform=axes.get_xaxis_transform(),
+            clip_on=False,
         )
-    _label_ends(axes, curves, text, log=log)
-    return figure
 
 
 def _label_ends(
-    axes: Any, curves: Sequence[Curve], text: Callable[[float], str], *, log: bool
-) -> None:
-    """Names at the ends of the curves instead of a legend, moved apart where they would meet."""
-    named = [
-        (curve, label, last_finite(curve.values))
-        for curve, label in zip(curves, end_labels(curves, text), strict=True)
-        if label
-    ]
-    named = [
-        (curve, label, value)
-        for curve, label, value in named
-        if math.isfinite(value) and (value > 0 or not log)
-    ]
+    axes: "Axes", curves: Sequence[Curve], text: Callable[[float], str], *, log: bool
+) -> list[str]:
+    """Writes the labels at the ends of the curves, which need no legend then, and moves them apart
+    where they would meet; returns them."""
+    labels = zip(curves, end_labels(curves, text), strict=True)
+    named = [(curve, label, last_finite(curve.values)) for curve, label in labels if label]
+    named = [found for found in named if _can_draw(found[2], log=log)]
     low, high = (math.log10(limit) if log else limit for limit in axes.get_ylim())
     heights = [
         ((math.log10(value) if log else value) - low) / ((high - low) or 1) for *_, value in named
     ]
     heights = [min(max(height, 0.0), 1.0) for height in heights]
-    for (curve, label, _), height in zip(
-        named, spread(heights, 0.065, 0.0, 1.0) if named else [], strict=True
-    ):
-        shade = MUTED if curve.color is None else PALETTE[curve.color % len(PALETTE)]
-        label = label if len(label) <= 29 else label[:28] + "…"
+    gap = min(LABEL_GAP, 1 / max(len(named), 1))
+    for (curve, label, _), height in zip(named, spread(heights, gap, 0.0, 1.0), strict=True):
         axes.annotate(
-            label,
-            (1.01, height),
+            _short(label, 29),
+            (1.015, height),
             xycoords="axes fraction",
-            color=shade,
+            color=_hex(curve),
             va="center",
             fontweight="bold",
             annotation_clip=False,
         )
+    return [label for _, label, _ in named]
+
+
+def _points(
+    axes: "Axes", curve: Curve, text: Callable[[float], str], *, log: bool
+) -> Iterator[Point]:
+    """The points of a curve that has few enough to be pointed at."""
+    if curve.faint or len(curve.steps) > MOST_NOTES:
+        return
+    height = axes.figure.bbox.height
+    low, high = axes.get_ylim()
+    for step, value in zip(curve.steps, curve.values, strict=True):
+        label = clean(f"{curve.label}, step {step:,}: ")
+        if not math.isfinite(value):
+            x, y = axes.get_xaxis_transform().transform((step, 1.0))
+            yield Point(x, height - y, "wrong", f"{label}{value}")
+        elif _can_draw(value, log=log) and low <= value <= high:
+            x, y = axes.transData.transform((step, value))
+            yield Point(x, height - y, curve_color(curve.color), f"{label}{text(value)}")
+
+
+def _can_draw(value: float, *, log: bool) -> bool:
+    return math.isfinite(value) and (value > 0 or not log)
+
+
+def _hex(curve: Curve) -> str:
+    return LIGHT[curve_color(curve.color)]
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _confusion_figure(counts: np.ndarray, names: Sequence[str]) -> Any:
@@ -224,7 +377,9 @@ def _confusion_figure(counts: np.ndarray, names: Sequence[str]) -> Any:
         right, 0.45 * counts / total, np.where(counts > 0, 0.15 + 0.6 * counts / worst, 0.0)
     )[..., None]
     axes.imshow(
-        1 - heat + heat * np.where(right[..., None], to_rgb(RIGHT), to_rgb(WRONG)),
+        1
+        - heat
+        + heat * np.where(right[..., None], to_rgb(LIGHT["right"]), to_rgb(LIGHT["wrong"])),
         interpolation="nearest",
     )
     axes.set_title(
@@ -237,7 +392,14 @@ def _confusion_figure(counts: np.ndarray, names: Sequence[str]) -> Any:
         axes.set_xticks(range(size), short, rotation=90 if max(map(len, short)) > 3 else 0)
         axes.set_yticks(range(size), short)
         for row, column in zip(*np.nonzero(counts), strict=True):
-            axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=INK)
+            axes.text(
+                column,
+                row,
+                f"{counts[row, column]:,}",
+                ha="center",
+                va="center",
+                color=LIGHT["ink"],
+            )
     axes.grid(visible=False)
     axes.tick_params(length=0)
     return figure
@@ -258,7 +420,7 @@ def _mistakes_figure(mistakes: Sequence[dict[str, Any]]) -> Any:
         picture = pictures[index]
         if picture.ndim <= 2:
             axes.plot(
-                picture if picture.ndim == 1 else picture[:, 0], color=PALETTE[0], linewidth=1.2
+                picture if picture.ndim == 1 else picture[:, 0], color=LIGHT["c0"], linewidth=1.2
             )
         else:
             axes.imshow(
@@ -272,49 +434,54 @@ def _mistakes_figure(mistakes: Sequence[dict[str, Any]]) -> Any:
         axes.set_title(
             "{} ({})".format(*(word if len(word) <= 12 else word[:11] + "…" for word in words)),
             loc="center",
-            color=WRONG,
+            color=LIGHT["wrong"],
         )
     return figure
 
 
 @contextmanager
-def _style() -> Iterator[None]:
-    """One look for all plots, for the time of drawing only; a glyph that the font lacks is a box,
-    not a warning."""
+def look() -> Iterator[None]:
+    """One look for all plots while they are drawn and written; a glyph that the font lacks is a
+    box, not a warning."""
     import matplotlib
 
-    look = {
-        "font.size": 9,
-        "axes.titlesize": 10,
+    settings: dict[Any, Any] = {
+        "font.size": 11,
+        "axes.titlesize": 13.5,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
-        "axes.labelcolor": MUTED,
-        "axes.edgecolor": RULE,
+        "axes.labelcolor": LIGHT["muted"],
+        "axes.edgecolor": LIGHT["rule"],
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.spines.left": False,
         "axes.grid": True,
         "axes.grid.axis": "y",
-        "grid.color": RULE,
+        "grid.color": LIGHT["rule"],
         "grid.linewidth": 0.8,
         "axes.axisbelow": True,
-        "text.color": INK,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
+        "text.color": LIGHT["ink"],
+        "xtick.color": LIGHT["muted"],
+        "ytick.color": LIGHT["muted"],
+        "xtick.bottom": False,
+        "ytick.left": False,
         "lines.solid_capstyle": "round",
         "figure.facecolor": "white",
-        "text.parse_math": False,
         "figure.titleweight": "bold",
-        "figure.titlesize": 10,
+        "figure.titlesize": 13.5,
+        "text.parse_math": False,
+        # A curve of many thousand points keeps its shape, and every spike, to within a pixel.
+        "path.simplify_threshold": 1.0,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "jaxtrain",
     }
-    with matplotlib.rc_context(look), warnings.catch_warnings():
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 
 
-def _wording(key: str) -> Callable[[float], str]:
+def _writer_of(key: str) -> Callable[[float], str]:
+    """The function that writes a value of `key` on an axis and at the end of a curve."""
     if "accuracy" in key:
         # Ticks are round; the ends of curves deserve their digits.
         return lambda value: (
@@ -324,7 +491,11 @@ def _wording(key: str) -> Callable[[float], str]:
         )
     if key.endswith("_per_second"):
         return lambda value: rate_text(value).replace(".0", "")
-    return lambda value: f"{value:.3g}" if abs(value) < 1e4 else value_text(key, float(value))
+    return lambda value: (
+        f"{value:.3g}"
+        if abs(value) < 1e4
+        else value_text(key, int(value) if float(value).is_integer() else value)
+    )
 
 
 def _file_name(key: str) -> str:

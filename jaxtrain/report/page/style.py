@@ -1,18 +1,48 @@
-"""The style sheet of the page: two palettes, one type family, figures that line up."""
+"""The look of the page and the plots: the colours of both, and the style sheet of the page."""
 
-SHEET = """
-:root {
-  --paper: #fcfcfa; --ink: #1c1e21; --muted: #6a7078; --rule: #e3e3de; --tint: #f3f3ef;
-  --right: #2f6fb0; --wrong: #d2553f;
-  --c0: #2463a8; --c1: #c2571a; --c2: #1f7f5c; --c3: #8348a8; --c4: #b03052; --c5: #7a6a10;
-  --c6: #1b7f92; --c7: #5c6470;
+COLORS = {
+    "paper": ("#fcfcfa", "#15171a"),
+    "ink": ("#1c1e21", "#e6e6e3"),
+    "muted": ("#6a7078", "#979da6"),
+    "rule": ("#e3e3de", "#2c3036"),
+    "tint": ("#f3f3ef", "#1d2024"),
+    "right": ("#2f6fb0", "#5b9be0"),
+    "wrong": ("#d2553f", "#e8705a"),
+    "c0": ("#2463a8", "#74b0f0"),
+    "c1": ("#c2571a", "#f0995c"),
+    "c2": ("#1f7f5c", "#62c79d"),
+    "c3": ("#8348a8", "#c294e6"),
+    "c4": ("#b03052", "#f0859f"),
+    "c5": ("#7a6a10", "#d4c257"),
+    "c6": ("#1b7f92", "#62c8da"),
+    "c7": ("#5c6470", "#a9b1bd"),
 }
-@media (prefers-color-scheme: dark) { :root {
-  --paper: #15171a; --ink: #e6e6e3; --muted: #979da6; --rule: #2c3036; --tint: #1d2024;
-  --right: #5b9be0; --wrong: #e8705a;
-  --c0: #74b0f0; --c1: #f0995c; --c2: #62c79d; --c3: #c294e6; --c4: #f0859f; --c5: #d4c257;
-  --c6: #62c8da; --c7: #a9b1bd;
-} }
+"""By name: a colour on a light page and on a dark one; `--NAME` in the style sheet."""
+
+LIGHT = {name: light for name, (light, _) in COLORS.items()}
+"""The colours of the PNG plots. No two are equal, so that a colour tells its name."""
+
+NUM_CURVE_COLORS = 8
+
+
+def curve_color(index: int | None) -> str:
+    """The name of a curve's colour.
+
+    >>> curve_color(None), curve_color(9)
+    ('muted', 'c1')
+    """
+    return "muted" if index is None else f"c{index % NUM_CURVE_COLORS}"
+
+
+def _variables(page: int) -> str:
+    return " ".join(f"--{name}: {colors[page]};" for name, colors in COLORS.items())
+
+
+SHEET = f"""
+:root {{ {_variables(0)} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {_variables(1)} }} }}
+"""
+SHEET += """
 * { box-sizing: border-box; }
 body {
   margin: 0; background: var(--paper); color: var(--ink);
@@ -39,20 +69,9 @@ footer { margin-top: 56px; font-size: 13px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr));
   gap: 30px 40px; }
 figure { margin: 0; }
-.charts figcaption { font-weight: 600; margin-bottom: 4px; }
-.chart { display: block; width: 100%; height: auto; overflow: visible; }
-.chart text { font-size: 11.5px; fill: var(--ink); }
-.chart .rule { stroke: var(--rule); stroke-width: 1; shape-rendering: crispEdges; }
-.chart .tick { fill: var(--muted); }
-.chart .name { fill: var(--c); font-weight: 600; }
-.chart .bad { fill: var(--wrong); font-weight: 700; }
-.chart .curve { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round;
-  stroke-linecap: round; }
-.chart .back { stroke-width: 1.25; }
-.chart .faint { stroke-width: 1.1; opacity: 0.32; }
-.chart .dot { fill: var(--c); }
-.chart .hit { fill: var(--c); opacity: 0; }
-.chart .hit:hover { opacity: 1; }
+.chart { display: block; width: 100%; height: auto; overflow: visible; stroke-linejoin: round; }
+.chart .point { fill: var(--c); opacity: 0; }
+.chart .point:hover { opacity: 1; }
 
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; }
@@ -63,8 +82,8 @@ tbody tr + tr > * { border-top: 1px solid var(--rule); }
 .best { font-weight: 700; }
 .chip { display: inline-block; width: 14px; height: 3px; margin: 0 8px 4px 0;
   background: var(--c); border-radius: 2px; }
-.facts th { color: var(--muted); width: 1%; white-space: nowrap; padding-right: 28px; }
-.facts td { overflow-wrap: anywhere; }
+.settings th { color: var(--muted); width: 1%; white-space: nowrap; padding-right: 28px; }
+.settings td { overflow-wrap: anywhere; }
 
 .confusion th, .confusion td { padding: 5px 9px; }
 .confusion thead th:first-child { padding-left: 0; white-space: nowrap; }
