@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Faults on purpose: runs killed at random moments, and checkpoints with one bit flipped; nothing
-may be lost, repeated or silently wrong.
+"""Fault injection: runs are killed at random moments, and single bits of checkpoints are flipped.
+Nothing may be lost, repeated or wrong without a message.
 
-    .venv/bin/python scripts/faults.py kills --trials=30 --seed=0     # SIGKILL, start again, until
-    done: equal in every bit to an unhurt run
-    .venv/bin/python scripts/faults.py flips --trials=100 --seed=0    # each falls back, loudly, or
-    says why not; verify exits 74
+    # SIGKILL and restart until the run is done; it must equal an undisturbed run in every bit
+    .venv/bin/python scripts/faults.py kills --trials=30 --seed=0
+    # each restore falls back to another checkpoint with a warning, or is refused; verify exits 74
+    .venv/bin/python scripts/faults.py flips --trials=100 --seed=0
 
-One JSON line a trial, then a table; exit status 1 if a trial fails.
+Prints one JSON line per trial, then a table; the exit status is 1 if a trial fails.
 """
 
 import argparse
@@ -62,8 +62,8 @@ and clipping."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Golden:
-    """A run that nobody disturbed."""
+class GoldenRun:
+    """An undisturbed run, to which all others must be equal."""
 
     folder: Path
     seconds: float
@@ -79,7 +79,7 @@ def command(recipe: str, folder: Path, *more: str) -> list[str]:
 
 
 def finish(recipe: str, folder: Path, *more: str) -> tuple[int, str]:
-    """Runs to the end; exit status and all that was said."""
+    """Runs to the end; the exit status and the output."""
     done = subprocess.run(
         command(recipe, folder, *more),
         stdout=subprocess.PIPE,
@@ -91,26 +91,26 @@ def finish(recipe: str, folder: Path, *more: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def golden(recipe: str, folder: Path) -> Golden:
-    """The run that all others must equal."""
-    # compiles, so that the clock below is that of the trials
+def golden(recipe: str, folder: Path) -> GoldenRun:
+    """Makes the golden run of a recipe."""
+    # The first run fills the compilation cache, so the second takes as long as those of the trials.
     finish(recipe, folder.with_name(f"warm-{recipe}"), "--steps=3")
     began = time.monotonic()
-    status, said = finish(recipe, folder)
+    status, output = finish(recipe, folder)
     seconds = time.monotonic() - began
     if status:
-        sys.exit(f"the undisturbed run of {recipe} failed with status {status}:\n{said}")
+        sys.exit(f"the undisturbed run of {recipe} failed with status {status}:\n{output}")
     last = folder / "checkpoints" / str(STEPS) / manifest.COMMIT
     loop_seconds = last.stat().st_mtime - (folder / "run.json").stat().st_mtime
-    return Golden(folder, seconds, loop_seconds, verified(folder)[1], metrics_of(folder))
+    return GoldenRun(folder, seconds, loop_seconds, verified(folder)[1], metrics_of(folder))
 
 
 def verified(folder: Path) -> tuple[int, str]:
     """Status and digest by `python -m jaxtrain verify`."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         status = checkpoint.verify_command(folder)
-    last = said.getvalue().strip().splitlines()[-1]
+    last = output.getvalue().strip().splitlines()[-1]
     return status, last.removeprefix("digest ") if last.startswith("digest ") else ""
 
 
@@ -124,7 +124,7 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
 
 def start(recipe: str, folder: Path, seconds: float | None, in_loop: bool) -> dict[str, Any]:
     """Starts the run, kills it so many seconds later (or after its first step; None: not at all),
-    and says what it said and left."""
+    and returns its output and what it left."""
     marker = folder / "run.json"
     before = marker.stat().st_mtime_ns if marker.exists() else 0
     with tempfile.TemporaryFile("w+") as output:
@@ -153,71 +153,77 @@ def start(recipe: str, folder: Path, seconds: float | None, in_loop: bool) -> di
         "committed": newest,
         "problems": problems,
     }
-    return found if status in (0, -signal.SIGKILL) else found | {"said": text[-2000:]}
+    return found if status in (0, -signal.SIGKILL) else found | {"output": text[-2000:]}
 
 
 def resumed(text: str) -> int | None:
-    """The step that a start said it resumed from."""
+    """The step from which a start resumed, by its own output."""
     match = re.search(r"resumed from step (\d+)", text)
     return int(match[1]) if match else None
 
 
-def kill_trial(recipe: str, folder: Path, draw: random.Random, whole: Golden) -> dict[str, Any]:
+def kill_trial(
+    recipe: str, folder: Path, randomness: random.Random, golden_run: GoldenRun
+) -> dict[str, Any]:
     """One run, killed one to four times before its last commit, and started again each time; the
     last start runs to the end."""
     starts: list[dict[str, Any]] = []
-    wanted = draw.randint(1, 4)
+    wanted = randomness.randint(1, 4)
     while not starts or starts[-1]["status"] == -signal.SIGKILL:
         if len(starts) == wanted:
             seconds, in_loop = None, False
         else:
             # most kills where most can go wrong: between the first step and the last commit
-            in_loop = draw.random() < 0.75
-            seconds = draw.uniform(0, whole.loop_seconds if in_loop else whole.seconds)
+            in_loop = randomness.random() < 0.75
+            seconds = randomness.uniform(
+                0, golden_run.loop_seconds if in_loop else golden_run.seconds
+            )
         starts.append(start(recipe, folder, seconds, in_loop))
         if len(starts) == 1 and starts[0]["committed"] == STEPS:
             starts.clear()  # it was faster than its killer: again
             shutil.rmtree(folder)
     kills = starts[:-1]
-    # A start that was killed before it could speak says nothing of where it resumed; one that
-    # speaks says the newest that verifies.
+    # A start that was killed early did not report where it resumed; one that
+    # reports it must name the newest that verifies.
     pairs = [
         (after["resumed"], before["committed"]) for before, after in itertools.pairwise(starts)
     ]
-    speaks = starts[-1]["resumed"] is not None or kills[-1]["committed"] in (None, STEPS)
+    reported = starts[-1]["resumed"] is not None or kills[-1]["committed"] in (None, STEPS)
     result = {
         "status": starts[-1]["status"],
         "kills": kills,
         "resumed": starts[-1]["resumed"],
-        "truthful": speaks and all(said in (None, due) for said, due in pairs),
+        "resumed_from_newest": reported and all(said in (None, due) for said, due in pairs),
         "undamaged": not any(kill["problems"] for kill in kills),
-        "again_most": max(kill["reached"] - (kill["committed"] or 0) for kill in kills),
-        "digest_equal": verified(folder) == (0, whole.digest),
-        "metrics_equal": metrics_of(folder) == whole.metrics,
+        "most_steps_repeated": max(kill["reached"] - (kill["committed"] or 0) for kill in kills),
+        "digest_equal": verified(folder) == (0, golden_run.digest),
+        "metrics_equal": metrics_of(folder) == golden_run.metrics,
     }
     # While a save is written in the background the next interval runs; its own save waits for the
     # one before.
-    result["ok"] = result["status"] == 0 and result["again_most"] <= INTERVAL
+    result["ok"] = result["status"] == 0 and result["most_steps_repeated"] <= INTERVAL
     result["ok"] &= all(
-        result[key] for key in ("truthful", "undamaged", "digest_equal", "metrics_equal")
+        result[key] for key in ("resumed_from_newest", "undamaged", "digest_equal", "metrics_equal")
     )
-    return result if result["ok"] else result | {"said": starts[-1].get("said", "")}
+    return result if result["ok"] else result | {"output": starts[-1].get("output", "")}
 
 
 def kills(trials: int, seed: int, folder: Path) -> list[dict[str, Any]]:
     """The campaign of SIGKILLs, the recipes in turn."""
-    wholes = {recipe: golden(recipe, folder / f"golden-{recipe}") for recipe in RECIPES}
+    golden_runs = {recipe: golden(recipe, folder / f"golden-{recipe}") for recipe in RECIPES}
     rows = []
     for trial in range(trials):
         recipe = list(RECIPES)[trial % len(RECIPES)]
-        place = folder / f"trial-{trial}"
+        trial_folder = folder / f"trial-{trial}"
         rows.append(
             {"trial": trial, "recipe": recipe}
-            | kill_trial(recipe, place, random.Random(f"{seed} {trial}"), wholes[recipe])
+            | kill_trial(
+                recipe, trial_folder, random.Random(f"{seed} {trial}"), golden_runs[recipe]
+            )
         )
         print(json.dumps(rows[-1]), flush=True)
         if rows[-1]["ok"]:
-            shutil.rmtree(place)
+            shutil.rmtree(trial_folder)
     return rows
 
 
@@ -239,31 +245,31 @@ def show_kills(rows: Sequence[dict[str, Any]]) -> None:
             f" {says}{'' if row['ok'] else '  FAILED'}"
         )
     count = sum(len(row["kills"]) for row in rows)
-    most = max((row["again_most"] for row in rows), default=0)
+    most = max((row["most_steps_repeated"] for row in rows), default=0)
     ok = sum(row["ok"] for row in rows)
     again = f"{most} (a commit every {INTERVAL})"
     print(f"{len(rows)} runs, {count} kills, {ok} ok; steps run again at most {again}")
 
 
-def flip(folder: Path, draw: random.Random) -> tuple[Path, int]:
+def flip(folder: Path, randomness: random.Random) -> tuple[Path, int]:
     """Flips one bit below `folder`: of a byte drawn from all, or of a file drawn from all, so that
     small files have their turn too."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     sizes = [path.stat().st_size for path in files]
-    path = draw.choices(files, weights=sizes if draw.random() < 0.5 else None)[0]
+    path = randomness.choices(files, weights=sizes if randomness.random() < 0.5 else None)[0]
     data = bytearray(path.read_bytes())
-    bit = draw.randrange(len(data) * 8)
+    bit = randomness.randrange(len(data) * 8)
     data[bit // 8] ^= 1 << bit % 8
     path.write_bytes(data)
     return path, bit
 
 
-def restored_digest(workdir: Path, said: list[str]) -> tuple[int | None, str]:
+def restored_digest(workdir: Path, messages: list[str]) -> tuple[int | None, str]:
     """Step and digest of the state that a restore gives, or why there is none; through the same
     calls as a run."""
     checkpoints = Checkpoints(workdir)
     try:
-        step = checkpoints.newest_verified(said.append)
+        step = checkpoints.newest_verified(messages.append)
         if step is None:
             return None, ""
         like = {
@@ -272,7 +278,7 @@ def restored_digest(workdir: Path, said: list[str]) -> tuple[int | None, str]:
         }
         return step, checkpoint.digest(checkpoints.restore(step, like)[0])
     except (CheckpointError, ValueError) as error:
-        said.append(str(error))
+        messages.append(str(error))
         return None, ""
 
 
@@ -285,65 +291,78 @@ def _abstract(dtype: str, shape: list[int]) -> jax.ShapeDtypeStruct:
 
 
 def flip_trial(
-    source: Path, place: Path, truth: dict[int, str], draw: random.Random
+    source: Path, trial_folder: Path, truth: dict[int, str], randomness: random.Random
 ) -> dict[str, Any]:
     """One bit flipped in a copy of a run's checkpoints, then a restore and a verify. One time in
     four there is nothing to fall back to."""
-    shutil.copytree(source / "checkpoints", place / "checkpoints")
+    shutil.copytree(source / "checkpoints", trial_folder / "checkpoints")
     newest = max(truth)
-    alone = draw.random() < 0.25
-    for step in truth if alone else ():
+    only_newest = randomness.random() < 0.25
+    for step in truth if only_newest else ():
         if step != newest:
-            shutil.rmtree(place / "checkpoints" / str(step))
-    where = place / "checkpoints" / str(newest) if draw.random() < 0.75 else place / "checkpoints"
-    path, bit = flip(where, draw)
-    hurt = int(path.relative_to(place / "checkpoints").parts[0])
-    said: list[str] = []
-    step, digest = restored_digest(place, said)
+            shutil.rmtree(trial_folder / "checkpoints" / str(step))
+    where = (
+        trial_folder / "checkpoints" / str(newest)
+        if randomness.random() < 0.75
+        else trial_folder / "checkpoints"
+    )
+    path, bit = flip(where, randomness)
+    damaged = int(path.relative_to(trial_folder / "checkpoints").parts[0])
+    messages: list[str] = []
+    step, digest = restored_digest(trial_folder, messages)
     if step is None:
-        outcome = "refused" if alone and said else "WRONG"
-    elif digest != truth[step] or step == hurt:
+        outcome = "refused" if only_newest and messages else "WRONG"
+    elif digest != truth[step] or step == damaged:
         outcome = "SILENTLY WRONG"
-    elif hurt == newest:
-        outcome = "fell back" if said and f"falling back to step {step}" in said[-1] else "NOT SAID"
+    elif damaged == newest:
+        outcome = (
+            "fell back"
+            if messages and f"falling back to step {step}" in messages[-1]
+            else "NO WARNING"
+        )
     else:
         outcome = "not the newest"
-    status = verified(place)[0]
-    file = str(path.relative_to(place / "checkpoints"))
+    status = verified(trial_folder)[0]
+    file = str(path.relative_to(trial_folder / "checkpoints"))
     return {
         "file": file,
         "bit": bit,
         "restored": step,
-        "said": said,
+        "messages": messages,
         "outcome": outcome,
         "verify": status,
         "ok": outcome.islower() and status == 74,
     }
 
 
-def flip_run(source: Path, place: Path, whole: Golden, draw: random.Random) -> dict[str, Any]:
+def flip_run(
+    source: Path, trial_folder: Path, golden_run: GoldenRun, randomness: random.Random
+) -> dict[str, Any]:
     """One bit flipped in the newest checkpoint of a run that was stopped, which then goes on: it
-    says so, and ends equal to the unhurt one."""
-    shutil.copytree(source, place)
-    newest = max(committed.numbered(place / "checkpoints"))
-    path, bit = flip(place / "checkpoints" / str(newest), draw)
-    before = verified(place)[0]
-    status, said = finish("mlp", place)
-    loud = [line for line in said.splitlines() if "warning: step" in line]
-    equal = metrics_of(place) == whole.metrics and Checkpoints(place).digest(STEPS) == whole.digest
-    ok = status == 0 and before == 74 and bool(loud) and equal
+    says so, and ends equal to the undisturbed one."""
+    shutil.copytree(source, trial_folder)
+    newest = max(committed.numbered(trial_folder / "checkpoints"))
+    path, bit = flip(trial_folder / "checkpoints" / str(newest), randomness)
+    before = verified(trial_folder)[0]
+    status, output = finish("mlp", trial_folder)
+    warnings = [line for line in output.splitlines() if "warning: step" in line]
+    equal = (
+        metrics_of(trial_folder) == golden_run.metrics
+        and Checkpoints(trial_folder).digest(STEPS) == golden_run.digest
+    )
+    ok = status == 0 and before == 74 and bool(warnings) and equal
     row = {
-        "file": str(path.relative_to(place / "checkpoints")),
+        "file": str(path.relative_to(trial_folder / "checkpoints")),
         "bit": bit,
-        "restored": resumed(said),
-        "said": loud,
+        "restored": resumed(output),
+        "messages": warnings,
         "verify": before,
         "ok": ok,
     }
     return (
         row
         | {"outcome": "run fell back, equal" if ok else "RUN FAILED"}
-        | ({} if ok else {"output": said[-2000:]})
+        | ({} if ok else {"output": output[-2000:]})
     )
 
 
@@ -363,23 +382,23 @@ def stopped(recipe: str, folder: Path) -> None:
 
 def flips(trials: int, seed: int, folder: Path, runs: int) -> list[dict[str, Any]]:
     """The campaign of bit flips: `trials` restores, and `runs` whole runs."""
-    whole = golden("mlp", folder / "golden-mlp")
+    golden_run = golden("mlp", folder / "golden-mlp")
     stopped("mlp", folder / "stopped-mlp")
     truth = {
-        step: Checkpoints(whole.folder).digest(step)
-        for step in committed.numbered(whole.folder / "checkpoints")
+        step: Checkpoints(golden_run.folder).digest(step)
+        for step in committed.numbered(golden_run.folder / "checkpoints")
     }
     rows = []
     for trial in range(trials + runs):
-        place, draw = folder / f"trial-{trial}", random.Random(f"{seed} {trial}")
+        trial_folder, randomness = folder / f"trial-{trial}", random.Random(f"{seed} {trial}")
         found = (
-            flip_trial(whole.folder, place, truth, draw)
+            flip_trial(golden_run.folder, trial_folder, truth, randomness)
             if trial < trials
-            else flip_run(folder / "stopped-mlp", place, whole, draw)
+            else flip_run(folder / "stopped-mlp", trial_folder, golden_run, randomness)
         )
         rows.append({"trial": trial} | found)
         print(json.dumps(rows[-1]), flush=True)
-        shutil.rmtree(place)
+        shutil.rmtree(trial_folder)
     return rows
 
 
