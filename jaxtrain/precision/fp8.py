@@ -8,12 +8,14 @@ bits): Micikevicius et al. 2022, arXiv 2209.05433. The scales come from the tens
 ("current scaling"), not from its past ("delayed scaling"), so there is no state; the price is one
 pass over each operand, and one number reduced over the devices where it is sharded.
 
-The function is traced to a jaxpr, which is then run with other products: any model will do, for
-none has to know.
+The function is traced to a jaxpr, which is then run with other products. A `dot_general` handed to
+each layer would be less code, but it reaches only layers that have such a field: not a pair of
+functions, not NNX modules once they are made, not a product that a model writes itself (the tied
+head of `Transformer`, an `einsum`, attention of somebody's own). Here any model will do.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -84,42 +86,33 @@ def _is_dense(equation: core.JaxprEqn) -> bool:
     )
 
 
-def _holds_dense(jaxpr: Any) -> bool:
-    """Whether there is a dense product anywhere inside a jaxpr, closed or not, or inside one of
-    several."""
-    if isinstance(jaxpr, tuple | list):
-        return any(map(_holds_dense, jaxpr))
-    return any(
-        _is_dense(equation)
-        or any(
-            _holds_dense(equation.params[name]) for name in WITHIN.get(equation.primitive.name, ())
-        )
-        for equation in jaxpr.eqns
-    )
-
-
 def _rewritten(jaxpr: Any) -> Any:
     """The jaxpr (closed or not, or several) with other products; its inputs, outputs, constants,
-    names and sources are as they were."""
+    names and sources are as they were. Where it holds none, it is the same object."""
     if isinstance(jaxpr, tuple | list):
-        return type(jaxpr)(map(_rewritten, jaxpr))
+        several = type(jaxpr)(map(_rewritten, jaxpr))
+        return jaxpr if _same(several, jaxpr) else several
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     # from jax 0.12 on open and closed are one type, which keeps its constants
     if type(inner) is not type(jaxpr):
-        return jaxpr.replace(jaxpr=_rewritten(inner))
-    return jaxpr.replace(eqns=[_replaced(equation) for equation in jaxpr.eqns])
+        changed = _rewritten(inner)
+        return jaxpr if changed is inner else jaxpr.replace(jaxpr=changed)
+    equations = [_replaced(equation) for equation in jaxpr.eqns]
+    return jaxpr if _same(equations, jaxpr.eqns) else jaxpr.replace(eqns=equations)
+
+
+def _same(first: Iterable[Any], second: Iterable[Any]) -> bool:
+    return all(one is other for one, other in zip(first, second, strict=True))
 
 
 def _replaced(equation: core.JaxprEqn) -> core.JaxprEqn:
-    """One equation with other products."""
+    """One equation with other products, or the same object."""
     if not _is_dense(equation):
         names = WITHIN.get(equation.primitive.name, ())
-        inner = {
-            name: _rewritten(equation.params[name])
-            for name in names
-            if _holds_dense(equation.params[name])
-        }
-        return equation.replace(params=equation.params | inner) if inner else equation
+        inner = {name: _rewritten(equation.params[name]) for name in names}
+        if all(value is equation.params[name] for name, value in inner.items()):
+            return equation
+        return equation.replace(params=equation.params | inner)
     contracting, _ = equation.params["dimension_numbers"]
     dtype = equation.outvars[0].aval.dtype
     shapes = [
