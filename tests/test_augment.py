@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtrain import augment as augmentation
 from jaxtrain import fields
-from jaxtrain.augment import ImageAugment, NoAugment, SignalAugment, mixup
-from jaxtrain.augment import image as augmentation
+from jaxtrain.augment import ImageAugment, NoAugment, SignalAugment, draws, mixup
 from jaxtrain.train import hyper
 
 BATCH, SIDES, LENGTH = 16, (6, 5), 20
 KEYS = jax.random.split(jax.random.key(7), BATCH)
 KEY = jax.random.key(8)
-DRAWS = np.asarray(augmentation._draws(KEYS), np.float64)
+DRAWS = np.asarray(draws.uniform(KEYS), np.float64)
 ALL_IMAGE = ImageAugment(
     flip=0.5, flip_vertical=0.5, crop_padding=2.0, translate=0.2, erase=0.5, mixup=0.4, cutmix=1.0
 )
@@ -75,24 +75,24 @@ def everything(kind: str) -> dict[str, np.ndarray]:
 def test_crops_are_those_of_a_padded_image(padding: str) -> None:
     found = run(ImageAugment(crop_padding=2.0, padding=padding), images())["image"]
     mode = {"reflect": "reflect", "zero": "constant"}[padding]
-    for image, out, draws in zip(np.asarray(images()["image"]), found, DRAWS, strict=True):
+    for image, out, row in zip(np.asarray(images()["image"]), found, DRAWS, strict=True):
         padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode=mode)
-        top, left = (2 + whole(draw, 2) for draw in draws[augmentation._CROP])
+        top, left = (2 + whole(draw, 2) for draw in row[draws.CROP])
         np.testing.assert_array_equal(out, padded[top : top + SIDES[0], left : left + SIDES[1]])
 
 
 def test_flips_and_translations() -> None:
     found = run(ImageAugment(flip=0.5, flip_vertical=0.3, translate=0.4), images())["image"]
-    for image, out, draws in zip(np.asarray(images()["image"]), found, DRAWS, strict=True):
+    for image, out, row in zip(np.asarray(images()["image"]), found, DRAWS, strict=True):
         down, right = (
             whole(draw, round(0.4 * side))
-            for draw, side in zip(draws[augmentation._TRANSLATE], SIDES, strict=True)
+            for draw, side in zip(row[draws.TRANSLATE], SIDES, strict=True)
         )
         expected = np.pad(image, ((5, 5), (5, 5), (0, 0)))[
             5 + down : 5 + down + SIDES[0], 5 + right : 5 + right + SIDES[1]
         ]
-        expected = expected[::-1] if draws[augmentation._FLIP_VERTICAL] < 0.3 else expected
-        expected = expected[:, ::-1] if draws[augmentation._FLIP] < 0.5 else expected
+        expected = expected[::-1] if row[draws.FLIP_VERTICAL] < 0.3 else expected
+        expected = expected[:, ::-1] if row[draws.FLIP] < 0.5 else expected
         # The image is flipped after it was moved; a flipped move is as likely as the move itself.
         np.testing.assert_array_equal(out, expected)
 
@@ -102,7 +102,7 @@ def test_reflection_of_any_reach(size: int) -> None:
     reach = 3 * size + 1 if size > 1 else 4
     expected = np.pad(np.arange(size), reach, mode="reflect")
     np.testing.assert_array_equal(
-        augmentation._reflect(jnp.arange(-reach, size + reach), size), expected
+        augmentation.image._reflect(jnp.arange(-reach, size + reach), size), expected
     )
 
 
@@ -110,14 +110,14 @@ def test_reflection_of_any_reach(size: int) -> None:
 def test_erasing_takes_one_rectangle(fill: str) -> None:
     before = np.asarray(images()["image"])
     found = run(ImageAugment(erase=0.6, erase_area=0.5, erase_fill=fill), images())["image"]
-    for image, out, draws in zip(before, found, DRAWS, strict=True):
+    for image, out, row in zip(before, found, DRAWS, strict=True):
         erased = (image != out).any(-1)
-        if draws[augmentation._ERASE] >= 0.6:
+        if row[draws.ERASE] >= 0.6:
             assert not erased.any()
             continue
         area, aspect = (
-            (0.02 + draws[3] * 0.48) * math.prod(SIDES),
-            math.exp((2 * draws[4] - 1) * math.log(1 / 0.3)),
+            (0.02 + row[3] * 0.48) * math.prod(SIDES),
+            math.exp((2 * row[4] - 1) * math.log(1 / 0.3)),
         )
         height, width = (
             min(round(math.sqrt(area * aspect)), SIDES[0]),
@@ -168,33 +168,29 @@ def test_mixing_weights_are_beta() -> None:
 
 def test_a_circular_shift_is_a_roll() -> None:
     found = run(SignalAugment(shift=0.25), signals())["image"]
-    for signal, out, draws in zip(np.asarray(signals()["image"]), found, DRAWS, strict=True):
-        np.testing.assert_array_equal(
-            out, np.roll(signal, -whole(draws[augmentation._TRANSLATE][0], 5))
-        )
+    for signal, out, row in zip(np.asarray(signals()["image"]), found, DRAWS, strict=True):
+        np.testing.assert_array_equal(out, np.roll(signal, -whole(row[draws.TRANSLATE][0], 5)))
 
 
 @pytest.mark.parametrize("fill", ["circular", "edge", "zero"])
 def test_resampling_is_linear_interpolation(fill: str) -> None:
     found = run(SignalAugment(shift=0.1, stretch=0.3, warp=0.08, fill=fill), signals())["image"]
     grid = np.arange(LENGTH)
-    for signal, out, draws in zip(
+    for signal, out, row in zip(
         np.asarray(signals()["image"], np.float64), found, DRAWS, strict=True
     ):
         amplitudes, phases = (
-            2 * draws[augmentation._WARP][:3] - 1,
-            2 * np.pi * draws[augmentation._WARP][3:],
+            2 * row[draws.WARP][:3] - 1,
+            2 * np.pi * row[draws.WARP][3:],
         )
         waves = sum(
             amplitudes[k] / (k + 1) * np.sin(2 * np.pi * (k + 1) * grid / LENGTH + phases[k])
             for k in range(3)
         ) / (11 / 6)
         time = (
-            9.5
-            + (grid - 9.5) * np.exp((2 * draws[augmentation._STRETCH] - 1) * 0.3)
-            + 0.08 * LENGTH * waves
+            9.5 + (grid - 9.5) * np.exp((2 * row[draws.STRETCH] - 1) * 0.3) + 0.08 * LENGTH * waves
         )
-        time = time + whole(draws[augmentation._TRANSLATE][0], 2)
+        time = time + whole(row[draws.TRANSLATE][0], 2)
         if fill == "circular":
             expected = np.interp(time, grid, signal, period=LENGTH)
         elif fill == "edge":
@@ -207,17 +203,17 @@ def test_resampling_is_linear_interpolation(fill: str) -> None:
 
 
 def test_the_strongest_warp_keeps_the_order_of_time() -> None:
-    draws = jax.random.uniform(KEY, (1000, 6)).at[0].set(jnp.array([1.0, 1.0, 1.0, 0.5, 0.5, 0.5]))
-    time = np.arange(200) + 0.09 * 200 * np.asarray(augmentation._waves(draws, 200), np.float64)
-    assert np.abs(np.asarray(augmentation._waves(draws, 200))).max() <= 1
+    rows = jax.random.uniform(KEY, (1000, 6)).at[0].set(jnp.array([1.0, 1.0, 1.0, 0.5, 0.5, 0.5]))
+    time = np.arange(200) + 0.09 * 200 * np.asarray(
+        augmentation.signal._waves(rows, 200), np.float64
+    )
+    assert np.abs(np.asarray(augmentation.signal._waves(rows, 200))).max() <= 1
     assert (np.diff(time) > 0).all()
 
 
 def test_scale_and_shear() -> None:
     found = run(SignalAugment(scale=0.4, shear=0.75), signals())["image"]
-    scale, shear = (
-        2 * DRAWS[:, place, None] - 1 for place in (augmentation._SCALE, augmentation._SHEAR)
-    )
+    scale, shear = (2 * DRAWS[:, place, None] - 1 for place in (draws.SCALE, draws.SHEAR))
     expected = np.asarray(signals()["image"], np.float64) * (
         1 + 0.4 * scale
     ) + 0.75 * shear * np.linspace(-1, 1, LENGTH)
@@ -236,12 +232,8 @@ def test_noise_has_its_deviation_and_correlation(field: str, neighbours: float) 
 
 def test_erased_spans() -> None:
     found = run(SignalAugment(erase=0.5, erase_length=0.5), signals())["image"]
-    for out, draws in zip(found, DRAWS, strict=True):
-        expected = (
-            round(draws[augmentation._AREA] * 0.5 * LENGTH)
-            if draws[augmentation._ERASE] < 0.5
-            else 0
-        )
+    for out, row in zip(found, DRAWS, strict=True):
+        expected = round(row[draws.AREA] * 0.5 * LENGTH) if row[draws.ERASE] < 0.5 else 0
         assert (out == 0).sum() == expected
 
 

@@ -4,6 +4,7 @@ every place where products hide.
 Letters of the products: a, b, c, d free dims, k, l, m contracted ones.
 """
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,8 +15,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxtrain import adapters
+from jaxtrain.models import MLP, Transformer, ViT
 from jaxtrain.parallel import mesh
 from jaxtrain.plan import gpu_target
 from jaxtrain.precision import fp8
@@ -72,7 +76,7 @@ def both(
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
 def test_rounds_as_ml_dtypes_does(dtype, scale):
     values = normal(40, 50, scale=scale)
-    few, factor = jax.jit(lambda values: fp8.quantised(values, jnp.dtype(dtype)))(values)
+    few, factor = jax.jit(lambda values: fp8.quantize(values, jnp.dtype(dtype)))(values)
     assert few.dtype == dtype
     few = np.asarray(few)
     np.testing.assert_allclose(
@@ -82,9 +86,9 @@ def test_rounds_as_ml_dtypes_does(dtype, scale):
 
 
 def test_a_tensor_without_a_usable_scale_keeps_scale_one():
-    quantised = jax.jit(lambda values: fp8.quantised(values, jnp.float8_e4m3fn))
+    quantize = jax.jit(lambda values: fp8.quantize(values, jnp.float8_e4m3fn))
     for values in ([0.0, 0.0], [1e-35, 0.0], []):
-        few, factor = quantised(np.array(values, np.float32))
+        few, factor = quantize(np.array(values, np.float32))
         assert float(factor) == 1.0
         assert np.asarray(few).astype(np.float32).tolist() == [0.0] * len(values)
 
@@ -124,11 +128,11 @@ def test_products_and_gradients_are_those_of_numpy(letters, dtype):
 
     assert count(fp8.with_fp8_products(function), x, y) == {"float8_e4m3fn": 1}
     value, (to_x, to_y) = both(fp8.with_fp8_products(function), x, y, upstream)
-    few_x, few_y, few_up = rounded(x, E4M3), rounded(y, E4M3), rounded(upstream, E5M2)
+    x_fp8, y_fp8, up_fp8 = rounded(x, E4M3), rounded(y, E4M3), rounded(upstream, E5M2)
     wanted = {
-        "value": (value, np.einsum(letters, few_x, few_y)),
-        "to x": (to_x, np.einsum(f"{out},{second}->{first}", few_up, few_y)),
-        "to y": (to_y, np.einsum(f"{out},{first}->{second}", few_up, few_x)),
+        "value": (value, np.einsum(letters, x_fp8, y_fp8)),
+        "to x": (to_x, np.einsum(f"{out},{second}->{first}", up_fp8, y_fp8)),
+        "to y": (to_y, np.einsum(f"{out},{first}->{second}", up_fp8, x_fp8)),
     }
     for name, (found, right) in wanted.items():
         assert found.dtype == dtype, name
@@ -178,6 +182,33 @@ def test_products_are_found_where_they_hide(place):
             found,
             wanted,
         )
+
+
+def test_products_are_found_in_models_of_any_kind():
+    """Also those that no layer makes: the tied head of a decoder, and a function's own."""
+    tokens, rows = jnp.ones((2, 8), jnp.int32), jnp.ones((2, 4))
+    width = {"width": 8, "depth": 1, "heads": 2}
+    by_hand = (lambda key, x: jnp.ones((4, 3))), lambda w, x: jnp.einsum("bd,de->be", x, w)
+    models = {
+        "mlp": (MLP(widths=(8,)), rows, 2),
+        "vit": (ViT(**width, patch=4), jnp.ones((2, 8, 8, 1)), 1 + 6 + 1),
+        "decoder, tied": (Transformer(**width), tokens, 6 + 1),
+        "decoder": (Transformer(**width, tied=False), tokens, 6 + 1),
+        "nnx": (lambda rngs: nnx.Linear(4, 3, rngs=rngs), rows, 1),
+        "functions": (by_hand, rows, 1),
+    }
+    for name, (model, inputs, dense) in models.items():
+        net = adapters.functions(model)
+        variables = jax.eval_shape(net.init, jax.random.key(0), inputs)
+        apply = functools.partial(net.apply, train=False)
+        found = count(fp8.with_fp8_products(apply), variables, inputs)
+        batched = {"float32": 2} if isinstance(model, ViT | Transformer) else {}
+        assert found == {"float8_e4m3fn": dense} | batched, name
+
+
+def test_what_holds_no_product_stays_the_same_object():
+    traced = jax.make_jaxpr(jax.jit(lambda x: jnp.where(x > 0, x, 0.0)))(normal(3))
+    assert fp8._rewrite(traced) is traced
 
 
 def test_what_is_left_alone():

@@ -6,19 +6,25 @@ import numpy as np
 import pytest
 
 from jaxtrain.precision import loss_scale
-from jaxtrain.precision.loss_scale import GROWTH_STEPS, LARGEST, SMALLEST, START, LossScale
+from jaxtrain.precision.loss_scale import (
+    GROWTH_STEPS,
+    INITIAL_SCALE,
+    MAX_SCALE,
+    MIN_SCALE,
+    LossScale,
+)
 
 
 def reference(finite: np.ndarray) -> list[tuple[float, int, int]]:
     """(scale, good steps, skipped) after each step, by if and else."""
-    scale, good, skipped, seen = START, 0, 0, []
+    scale, good, skipped, seen = INITIAL_SCALE, 0, 0, []
     for fine in finite:
         if fine:
             good += 1
             if good == GROWTH_STEPS:
-                scale, good = min(2 * scale, LARGEST), 0
+                scale, good = min(2 * scale, MAX_SCALE), 0
         else:
-            scale, good, skipped = max(scale / 2, SMALLEST), 0, skipped + 1
+            scale, good, skipped = max(scale / 2, MIN_SCALE), 0, skipped + 1
         seen.append((scale, good, skipped))
     return seen
 
@@ -43,7 +49,7 @@ def test_updates_are_those_of_the_reference(share):
         jnp.int32,
         jnp.int32,
     )
-    assert share not in (0.0, 1.0) or wanted[-1][0] == (LARGEST if share == 0.0 else SMALLEST)
+    assert share not in (0.0, 1.0) or wanted[-1][0] == (MAX_SCALE if share == 0.0 else MIN_SCALE)
 
 
 def test_a_tree_is_finite_if_every_number_is():
@@ -75,7 +81,7 @@ def test_keep_selects_whole_trees(finite):
         "count": jnp.int32(7),
         "key": jax.random.key(0),
     }
-    kept = jax.jit(loss_scale.keep)(finite, new, old)
+    kept = jax.jit(loss_scale.select)(finite, new, old)
     for name, wanted in (new if finite else old).items():
         found = kept[name]
         assert found.dtype == wanted.dtype
@@ -94,4 +100,4 @@ def test_gradients_too_small_for_float16_survive_by_the_scale():
         return float(jax.grad(loss)(jnp.float32(1.0))) / scale
 
     assert gradient(1.0) == 0.0
-    assert abs(gradient(START) / 1e-8 - 1) < 2**-11
+    assert abs(gradient(INITIAL_SCALE) / 1e-8 - 1) < 2**-11

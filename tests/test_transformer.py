@@ -60,7 +60,7 @@ def numpy_norm(x: np.ndarray, params: Any) -> np.ndarray:
     )
 
 
-def numpy_turn(x_BTK: np.ndarray) -> np.ndarray:
+def numpy_rotary(x_BTK: np.ndarray) -> np.ndarray:
     """Rotary positions as complex numbers."""
     pairs = x_BTK.shape[-1] // 2
     angles = np.arange(x_BTK.shape[1])[:, None] * (10000.0 ** -(np.arange(pairs) / pairs))[None]
@@ -77,7 +77,7 @@ def numpy_attention(x_BTD: np.ndarray, params: Any, heads: int, rotary: bool) ->
             for name in ("query", "key", "value")
         )
         if rotary:
-            query, key = numpy_turn(query), numpy_turn(key)
+            query, key = numpy_rotary(query), numpy_rotary(key)
         for place in range(x_BTD.shape[1]):
             scores = np.einsum("bk,bsk->bs", query[:, place], key[:, : place + 1]) / math.sqrt(
                 query.shape[-1]
@@ -152,7 +152,7 @@ def test_rotary_scores_depend_on_the_distance_only() -> None:
     angles_TR = transformer.rotary_angles(20, 8)
     scores_NTS = np.einsum(
         "btnk,bsnk->nts",
-        *(np.asarray(transformer.turned(x, angles_TR), np.float64) for x in (query, key)),
+        *(np.asarray(transformer.apply_rotary(x, angles_TR), np.float64) for x in (query, key)),
     )
     for distance in range(-19, 20):
         diagonals = np.diagonal(scores_NTS, distance, axis1=1, axis2=2)
@@ -165,14 +165,14 @@ def test_rotary_scores_depend_on_the_distance_only() -> None:
 def test_without_positions_the_past_has_no_order() -> None:
     """What learned positions are for: set to zero, the last place sees a bag of tokens."""
     params = random_params(TINY)
-    turned = np.concatenate([TOKENS_BT[:, 6::-1], TOKENS_BT[:, 7:]], axis=1)
+    reversed_BT = np.concatenate([TOKENS_BT[:, 6::-1], TOKENS_BT[:, 7:]], axis=1)
     plain = params | {"positions": np.zeros_like(params["positions"])}
     one = TINY.clone(depth=1)
     np.testing.assert_allclose(
-        run(one, plain, turned)[:, -1], run(one, plain, TOKENS_BT)[:, -1], rtol=1e-3, atol=1e-4
+        run(one, plain, reversed_BT)[:, -1], run(one, plain, TOKENS_BT)[:, -1], rtol=1e-3, atol=1e-4
     )
     assert not np.allclose(
-        run(one, params, turned)[:, -1], run(one, params, TOKENS_BT)[:, -1], atol=1e-2
+        run(one, params, reversed_BT)[:, -1], run(one, params, TOKENS_BT)[:, -1], atol=1e-2
     )
 
 
@@ -292,7 +292,7 @@ ERRORS = [
         TINY.clone(heads=16, positions="rotary"),
         (2, 8),
         "int32",
-        r"Transformer.heads=16: heads of 1 are odd, and positions=rotary turns pairs",
+        r"Transformer.heads=16: heads of 1 are odd, and positions=rotary rotates pairs",
     ),
 ]
 
@@ -418,7 +418,7 @@ def test_products_of_rows_are_those_of_einsum() -> None:
         generator.normal(size=shape).astype(np.float32)
         for shape in ((2, 3, 4), (4, 5, 2), (2, 3, 5, 2))
     )
-    y, pull = jax.vjp(layers.product_of_rows, x, kernel)
+    y, pull = jax.vjp(layers.dot_general_by_rows, x, kernel)
     np.testing.assert_allclose(y, np.einsum("bld,dnk->blnk", x, kernel), rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(
         pull(back),

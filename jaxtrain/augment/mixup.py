@@ -1,5 +1,4 @@
-"""Mixtures of two examples of a batch, mixup and cutmix, and the masks of boxes that they and
-erasing are made of.
+"""Two examples of a batch made into one: mixup and cutmix.
 
 B batch, A spatial axes (height and width, or time).
 """
@@ -11,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.augment import draws
+from jaxtrain.augment.protocol import Batch
 from jaxtrain.errors import UserError
-
-Batch = dict[str, jax.Array]
 
 
 def mix(batch: Batch, mixup: Any, cutmix: Any, draws_BA: jax.Array, key: jax.Array) -> Batch:
@@ -28,7 +27,7 @@ def mix(batch: Batch, mixup: Any, cutmix: Any, draws_BA: jax.Array, key: jax.Arr
     `draws_BA` are uniform numbers that place the boxes of cutmix. `ValueError` if there are no
     labels to mix.
     """
-    if off(mixup) and off(cutmix):
+    if draws.is_off(mixup) and draws.is_off(cutmix):
         return batch
     if "label" not in batch:
         raise UserError(
@@ -39,56 +38,21 @@ def mix(batch: Batch, mixup: Any, cutmix: Any, draws_BA: jax.Array, key: jax.Arr
     image = batch["image"]
     partner = image[::-1]
     blended = cut = (image, jnp.ones(len(image)))
-    if not off(mixup):
+    if not draws.is_off(mixup):
         weight = _weight(blend_key, mixup)
         share = weight.astype(image.dtype)
         blended = (share * image + (1 - share) * partner, jnp.broadcast_to(weight, (len(image),)))
-    if not off(cutmix):
+    if not draws.is_off(cutmix):
         inside, weight_B = _cut(image.shape[1:-1], _weight(cut_key, cutmix), draws_BA)
         cut = (jnp.where(inside, partner, image), weight_B)
-    if off(cutmix) or off(mixup):
-        mixed, weight_B = cut if off(mixup) else blended
+    if draws.is_off(cutmix) or draws.is_off(mixup):
+        mixed, weight_B = cut if draws.is_off(mixup) else blended
     else:
         chosen = jax.random.bernoulli(choice_key)
         mixed, weight_B = (
             jnp.where(chosen, one, other) for one, other in zip(blended, cut, strict=True)
         )
     return {**batch, "image": mixed, "label_other": batch["label"][::-1], "label_weight": weight_B}
-
-
-def off(strength: Any) -> bool:
-    """Whether an effect is switched off for good; a traced strength never is, though its value may
-    be 0.
-
-    >>> off(0.0), off(jnp.float32(0))
-    (True, False)
-    """
-    return isinstance(strength, int | float) and strength == 0
-
-
-def column(values_B: jax.Array, rank: int) -> jax.Array:
-    """Gives a number an example the trailing axes that let it meet a batch.
-
-    >>> column(jnp.ones(3), 4).shape
-    (3, 1, 1, 1)
-    """
-    return values_B.reshape(-1, *([1] * (rank - 1)))
-
-
-def box(sides_A: Sequence[int], lows: Sequence[jax.Array], highs: Sequence[jax.Array]) -> jax.Array:
-    """A mask (B, *A, 1): true where every axis has low <= place < high.
-
-    >>> box([4], [jnp.array([1.0])], [jnp.array([3.0])])[0, :, 0].tolist()
-    [False, True, True, False]
-    """
-    rank = len(sides_A) + 2
-    mask = jnp.ones([1] * rank, bool)
-    for axis, (side, low_B, high_B) in enumerate(zip(sides_A, lows, highs, strict=True)):
-        places = jnp.arange(side, dtype=jnp.float32).reshape(
-            [side if axis + 1 == other else 1 for other in range(rank)]
-        )
-        mask = mask & (places >= column(low_B, rank)) & (places < column(high_B, rank))
-    return mask
 
 
 def _weight(key: jax.Array, alpha: Any) -> jax.Array:
@@ -109,4 +73,4 @@ def _cut(
         lows.append(jnp.clip(center_B - half, 0, side))
         highs.append(jnp.clip(center_B + half, 0, side))
     area_B = math.prod(high_B - low_B for low_B, high_B in zip(lows, highs, strict=True))
-    return box(sides_A, lows, highs), 1 - area_B / math.prod(sides_A)
+    return draws.box_mask(sides_A, lows, highs), 1 - area_B / math.prod(sides_A)

@@ -63,17 +63,21 @@ class ConvNet(nn.Module):
                 f"ConvNet: input shape {inputs.shape} is neither (batch, length[, channels]) nor"
                 " (batch, height, width, channels)"
             )
-        x = layers.spatial_to_channels(x, self.block) if self.block > 1 else x
+        x = layers.space_to_depth(x, self.block) if self.block > 1 else x
         for stage, width in enumerate(self.widths):
             for index in range(self.depth):
                 last = index == self.depth - 1 and stage < len(self.widths) - 1
-                x = self._unit(x, width, halve=last, train=train, name=f"stage{stage}_{index}")
+                x = self._conv_block(
+                    x, width, halve=last, train=train, name=f"stage{stage}_{index}"
+                )
             x = layers.block_end(x)
-        x = layers.mean_places(x)
+        x = layers.global_average_pool(x)
         x = layers.Dropout(self.dropout)(x, train)
         return layers.head(self.num_classes, "conv_out")(x)
 
-    def _unit(self, x: jax.Array, width: int, *, halve: bool, train: bool, name: str) -> jax.Array:
+    def _conv_block(
+        self, x: jax.Array, width: int, *, halve: bool, train: bool, name: str
+    ) -> jax.Array:
         """One convolution with its pooling, norm and activation."""
         kernel = (self.kernel,) * (x.ndim - 2)
         circular, bias = self.padding == "circular", self.norm == "none"

@@ -126,16 +126,16 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     return (x.astype(wide) + bias.astype(wide)[(None,) * (x.ndim - bias.ndim)]).astype(x.dtype)
 
 
-def product_of_rows(
+def dot_general_by_rows(
     x: jax.Array, kernel: jax.Array, dims: Any = None, precision: Any = None, **options: Any
 ) -> jax.Array:
     """The product over the last dim of `x` and the first of `kernel`, as one of rows; has the
     arguments of `lax.dot_general`.
 
-    >>> product_of_rows(jnp.ones((2, 3, 4)), jnp.ones((4, 5, 6))).shape
+    >>> dot_general_by_rows(jnp.ones((2, 3, 4)), jnp.ones((4, 5, 6))).shape
     (2, 3, 5, 6)
 
-    With (B, L, D) as it is, XLA on CPU turns round a copy of what comes back for the kernel's
+    With (B, L, D) as it is, XLA on CPU transposes a copy of what comes back for the kernel's
     gradient: 16 ms there and back, where rows take 7 (64 x 64 places, widths 64 and 256, two
     cores). A batch split over devices stays as it is; places that are split would have to be
     gathered.
@@ -187,7 +187,7 @@ def dense(
     return Dense(
         features,
         bias=bias,
-        dot_general=product_of_rows,
+        dot_general=dot_general_by_rows,
         kernel_init=kernel_init,
         bias_init=bias_init,
         name=name,
@@ -209,7 +209,7 @@ def head_projection(heads: int, head_dim: int, *, name: str) -> DenseGeneral:
     kernel_init = boxed(XAVIER, "embed", "heads", "head_dim")
     return DenseGeneral(
         (heads, head_dim),
-        dot_general=product_of_rows,
+        dot_general=dot_general_by_rows,
         kernel_init=kernel_init,
         bias_init=boxed(ZEROS, "heads", "head_dim"),
         name=name,
@@ -306,13 +306,13 @@ def check_counts(counts: Sequence[int], name: str, *, example: str = "") -> None
         raise UserError(f"{name}=(): needs at least one entry, e.g. {example}")
 
 
-def spatial_to_channels(x: jax.Array, block: int) -> jax.Array:
+def space_to_depth(x: jax.Array, block: int) -> jax.Array:
     """Moves each block of neighbouring places into the channels: (B, H, W, C) -> (B, H/b, W/b,
     b*b*C), likewise in 1-D.
 
     >>> (
-    ...     spatial_to_channels(jnp.zeros((2, 8, 6, 3)), 2).shape,
-    ...     spatial_to_channels(jnp.zeros((2, 8, 3)), 4).shape,
+    ...     space_to_depth(jnp.zeros((2, 8, 6, 3)), 2).shape,
+    ...     space_to_depth(jnp.zeros((2, 8, 3)), 4).shape,
     ... )
     ((2, 4, 3, 12), (2, 2, 12))
 
@@ -358,7 +358,7 @@ def halve(x: jax.Array, kind: Literal["max", "mean"] = "max") -> jax.Array:
     return x
 
 
-def mean_places(x: jax.Array) -> jax.Array:
+def global_average_pool(x: jax.Array) -> jax.Array:
     """Global average pooling: the mean over all spatial dims, (B, ..., C) -> (B, C)."""
     places = math.prod(x.shape[1:-1])
     return x.reshape(x.shape[0], places, x.shape[-1]).mean(axis=1)

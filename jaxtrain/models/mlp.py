@@ -46,12 +46,12 @@ class MLP(nn.Module):
             x_BD = layers.dense(
                 width, ("mlp_in", "mlp"), initializer=layers.HE_FAN_IN, name=f"hidden{index}"
             )(x_BD)
-            x_BD = self._normalised(x_BD, train=train, name=f"norm{index}")
+            x_BD = self._normalize(x_BD, train=train, name=f"norm{index}")
             x_BD = layers.ACTIVATIONS[self.activation](x_BD)
             x_BD = layers.Dropout(self.dropout)(x_BD, train)
         return layers.head(self.num_classes, "mlp_in")(x_BD)
 
-    def _normalised(self, x_BD: jax.Array, *, train: bool, name: str) -> jax.Array:
+    def _normalize(self, x_BD: jax.Array, *, train: bool, name: str) -> jax.Array:
         if self.norm == "batch":
             return layers.batch_norm(train, axis="mlp", name=name)(x_BD)
         return layers.layer_norm("mlp", name=name)(x_BD) if self.norm == "layer" else x_BD

@@ -69,7 +69,7 @@ class ResNet(nn.Module):
                 x_BHWC = layers.block_end(block(x_BHWC, train))
         if preactivation:
             x_BHWC = nn.relu(layers.batch_norm(train, name="norm")(x_BHWC))
-        x_BC = layers.mean_places(x_BHWC)
+        x_BC = layers.global_average_pool(x_BHWC)
         x_BC = x_BC if preactivation else layers.Dropout(self.dropout)(x_BC, train)
         return layers.head(self.num_classes, "conv_in")(x_BC)
 
@@ -106,7 +106,7 @@ class BasicBlock(nn.Module):
         branch = layers.batch_norm(
             train, scale=layers.ZEROS if self.zero_init else layers.ONES, name="norm1"
         )(branch)
-        return nn.relu(branch + cross(self, x_BHWC, branch.shape[-1], train))
+        return nn.relu(branch + shortcut(self, x_BHWC, branch.shape[-1], train))
 
 
 class BottleneckBlock(nn.Module):
@@ -128,7 +128,7 @@ class BottleneckBlock(nn.Module):
         branch = layers.batch_norm(
             train, scale=layers.ZEROS if self.zero_init else layers.ONES, name="norm2"
         )(branch)
-        return nn.relu(branch + cross(self, x_BHWC, branch.shape[-1], train))
+        return nn.relu(branch + shortcut(self, x_BHWC, branch.shape[-1], train))
 
 
 class PreactivationBlock(nn.Module):
@@ -153,7 +153,7 @@ class PreactivationBlock(nn.Module):
         )
 
 
-def cross(
+def shortcut(
     block: BasicBlock | BottleneckBlock, x_BHWC: jax.Array, channels: int, train: bool
 ) -> jax.Array:
     """The shortcut of a block: the identity where shapes agree, else zero channels added or a

@@ -47,8 +47,8 @@ class Transformer(nn.Module):
     mlp_ratio: Count = 4
     "hidden width of each block's dense layers, as a multiple of the width"
     positions: Literal["learned", "rotary"] = "learned"
-    """how places are told apart: a learned embedding of each, or queries and keys turned by their
-    place (no parameters)"""
+    """how places are told apart: a learned embedding of each, or queries and keys rotated by
+    their place (no parameters)"""
     max_length: Count = 1024
     "how many places a learned embedding has; of no effect with rotary positions"
     tied: bool = True
@@ -106,8 +106,8 @@ class Transformer(nn.Module):
         if self.positions == "rotary" and self.width // self.heads % 2:
             raise UserError(
                 f"Transformer.heads={self.heads}: heads of {self.width // self.heads} are odd, and"
-                f" positions=rotary turns pairs; choose heads so that width={self.width} / heads is"
-                " even"
+                f" positions=rotary rotates pairs; choose heads so that width={self.width} / heads"
+                " is even"
             )
 
 
@@ -145,7 +145,7 @@ class Attention(nn.Module):
     def __call__(self, x_BTD: jax.Array, angles_TR: jax.Array | None) -> jax.Array:
         query, key, value = layers.query_key_value(x_BTD, self.heads)
         if angles_TR is not None:
-            query, key = turned(query, angles_TR), turned(key, angles_TR)
+            query, key = apply_rotary(query, angles_TR), apply_rotary(key, angles_TR)
         mixed_BTNK = layers.attention(query, key, value, causal=True)
         return layers.output_projection(x_BTD.shape[-1], name="out")(mixed_BTNK)
 
@@ -169,7 +169,7 @@ def look_up(embed_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 
 def rotary_angles(length: int, head_dim: int) -> jax.Array:
-    """By how much each pair of numbers turns at each place (T, R), in radians: from 1 down to
+    """The rotation of each pair of numbers at each place (T, R), in radians: from 1 down to
     nearly 1/10000 a place (Su et al. 2021).
 
     >>> rotary_angles(3, 4).tolist()[1]
@@ -180,11 +180,11 @@ def rotary_angles(length: int, head_dim: int) -> jax.Array:
     return jnp.arange(length, dtype=jnp.float32)[:, None] * rates_R[None]
 
 
-def turned(x_BTNK: jax.Array, angles_TR: jax.Array) -> jax.Array:
-    """Each pair (number i, number i + R) turned by its angle, so that a product of two depends on
+def apply_rotary(x_BTNK: jax.Array, angles_TR: jax.Array) -> jax.Array:
+    """Each pair (number i, number i + R) rotated by its angle, so that a product of two depends on
     the distance of their places only.
 
-    >>> turned(jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2), jnp.array([[jnp.pi / 2]])).round(
+    >>> apply_rotary(jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2), jnp.array([[jnp.pi / 2]])).round(
     ...     3
     ... ).ravel().tolist()
     [-0.0, 1.0]

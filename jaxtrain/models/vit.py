@@ -50,7 +50,7 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
         self._check(inputs)
-        patches_BHWD = layers.spatial_to_channels(layers.as_float(inputs), self.patch)
+        patches_BHWD = layers.space_to_depth(layers.as_float(inputs), self.patch)
         batch, rows, columns, _ = patches_BHWD.shape
         x_BLD = layers.dense(self.width, ("patch", "embed"), name="embed")(
             patches_BHWD.reshape(batch, rows * columns, -1)

@@ -8,12 +8,14 @@ bits): Micikevicius et al. 2022, arXiv 2209.05433. The scales come from the tens
 ("current scaling"), not from its past ("delayed scaling"), so there is no state; the price is one
 pass over each operand, and one number reduced over the devices where it is sharded.
 
-The function is traced to a jaxpr, which is then run with other products: any model will do, for
-none has to know.
+The function is traced to a jaxpr, which is then run with other products. A `dot_general` handed to
+each layer would be less code, but it reaches only layers that have such a field: not a pair of
+functions, not NNX modules once they are made, not a product that a model writes itself (the tied
+head of `Transformer`, an `einsum`, attention of somebody's own). Here any model will do.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -25,7 +27,7 @@ Dims = tuple[tuple[int, ...], tuple[int, ...]]
 """The contracting dims of the left and of the right operand."""
 
 FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
-SMALLEST_SCALED = 1e-30
+MIN_SCALED = 1e-30
 """A tensor with no number as large as this keeps scale 1: the inverse of its scale would overflow
 float32."""
 
@@ -54,13 +56,13 @@ def with_fp8_products(function: Callable[..., Any]) -> Callable[..., Any]:
 
         traced, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)
         return jax.tree.unflatten(
-            jax.tree.structure(shapes), core.jaxpr_as_fun(_rewritten(traced))(*leaves)
+            jax.tree.structure(shapes), core.jaxpr_as_fun(_rewrite(traced))(*leaves)
         )
 
     return in_fp8
 
 
-WITHIN: dict[str, tuple[str, ...]] = {
+INNER_JAXPRS: dict[str, tuple[str, ...]] = {
     "jit": ("jaxpr",),
     "pjit": ("jaxpr",),
     "closed_call": ("call_jaxpr",),
@@ -84,42 +86,33 @@ def _is_dense(equation: core.JaxprEqn) -> bool:
     )
 
 
-def _holds_dense(jaxpr: Any) -> bool:
-    """Whether there is a dense product anywhere inside a jaxpr, closed or not, or inside one of
-    several."""
-    if isinstance(jaxpr, tuple | list):
-        return any(map(_holds_dense, jaxpr))
-    return any(
-        _is_dense(equation)
-        or any(
-            _holds_dense(equation.params[name]) for name in WITHIN.get(equation.primitive.name, ())
-        )
-        for equation in jaxpr.eqns
-    )
-
-
-def _rewritten(jaxpr: Any) -> Any:
+def _rewrite(jaxpr: Any) -> Any:
     """The jaxpr (closed or not, or several) with other products; its inputs, outputs, constants,
-    names and sources are as they were."""
+    names and sources are as they were. Where it holds none, it is the same object."""
     if isinstance(jaxpr, tuple | list):
-        return type(jaxpr)(map(_rewritten, jaxpr))
+        several = type(jaxpr)(map(_rewrite, jaxpr))
+        return jaxpr if _same(several, jaxpr) else several
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     # from jax 0.12 on open and closed are one type, which keeps its constants
     if type(inner) is not type(jaxpr):
-        return jaxpr.replace(jaxpr=_rewritten(inner))
-    return jaxpr.replace(eqns=[_replaced(equation) for equation in jaxpr.eqns])
+        changed = _rewrite(inner)
+        return jaxpr if changed is inner else jaxpr.replace(jaxpr=changed)
+    equations = [_replace(equation) for equation in jaxpr.eqns]
+    return jaxpr if _same(equations, jaxpr.eqns) else jaxpr.replace(eqns=equations)
 
 
-def _replaced(equation: core.JaxprEqn) -> core.JaxprEqn:
-    """One equation with other products."""
+def _same(first: Iterable[Any], second: Iterable[Any]) -> bool:
+    return all(one is other for one, other in zip(first, second, strict=True))
+
+
+def _replace(equation: core.JaxprEqn) -> core.JaxprEqn:
+    """One equation with other products, or the same object."""
     if not _is_dense(equation):
-        names = WITHIN.get(equation.primitive.name, ())
-        inner = {
-            name: _rewritten(equation.params[name])
-            for name in names
-            if _holds_dense(equation.params[name])
-        }
-        return equation.replace(params=equation.params | inner) if inner else equation
+        names = INNER_JAXPRS.get(equation.primitive.name, ())
+        inner = {name: _rewrite(equation.params[name]) for name in names}
+        if all(value is equation.params[name] for name, value in inner.items()):
+            return equation
+        return equation.replace(params=equation.params | inner)
     contracting, _ = equation.params["dimension_numbers"]
     dtype = equation.outvars[0].aval.dtype
     shapes = [
@@ -147,9 +140,9 @@ def _forward(
 
     The empty arrays carry the dtypes of the operands, for what is kept must be arrays.
     """
-    few_left, few_right = quantised(left, FORWARD), quantised(right, FORWARD)
-    kept = few_left, few_right, jnp.zeros(0, left.dtype), jnp.zeros(0, right.dtype)
-    return _product(few_left, few_right, contracting, lax.Precision.DEFAULT).astype(dtype), kept
+    left_fp8, right_fp8 = quantize(left, FORWARD), quantize(right, FORWARD)
+    kept = left_fp8, right_fp8, jnp.zeros(0, left.dtype), jnp.zeros(0, right.dtype)
+    return _product(left_fp8, right_fp8, contracting, lax.Precision.DEFAULT).astype(dtype), kept
 
 
 def _backward(
@@ -159,7 +152,7 @@ def _backward(
     operand, in e4m3."""
     del dtype
     left, right, like_left, like_right = kept
-    few = quantised(gradient, BACKWARD)
+    gradient_fp8 = quantize(gradient, BACKWARD)
     over_left, over_right = contracting
     free_left = tuple(dim for dim in range(left[0].ndim) if dim not in over_left)
     free_right = tuple(dim for dim in range(right[0].ndim) if dim not in over_right)
@@ -170,21 +163,21 @@ def _backward(
         sorted(zip(over_right, over_left, strict=True)),
         sorted(zip(over_left, over_right, strict=True)),
     )
-    to_left = _product(few, right, (columns, free_right), lax.Precision.HIGHEST)
-    to_left = _placed(to_left, (*free_left, *(dim for _, dim in pairs_right)))
-    to_right = _product(left, few, (free_left, rows), lax.Precision.HIGHEST)
-    to_right = _placed(to_right, (*(dim for _, dim in pairs_left), *free_right))
+    to_left = _product(gradient_fp8, right, (columns, free_right), lax.Precision.HIGHEST)
+    to_left = _move_dims(to_left, (*free_left, *(dim for _, dim in pairs_right)))
+    to_right = _product(left, gradient_fp8, (free_left, rows), lax.Precision.HIGHEST)
+    to_right = _move_dims(to_right, (*(dim for _, dim in pairs_left), *free_right))
     return to_left.astype(like_left.dtype), to_right.astype(like_right.dtype)
 
 
 _dense.defvjp(_forward, _backward)
 
 
-def quantised(values: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def quantize(values: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """An array in an fp8 format and the float32 scale that it has to be multiplied with.
 
-    >>> few, scale = quantised(jnp.array([0.5, -1.0, 2.0]), jnp.float8_e4m3fn)
-    >>> few.tolist(), round(448 * float(scale), 5)
+    >>> eight_bits, scale = quantize(jnp.array([0.5, -1.0, 2.0]), jnp.float8_e4m3fn)
+    >>> eight_bits.tolist(), round(448 * float(scale), 5)
     ([112.0, -224.0, 448.0], 2.0)
 
     The scale is 1 where the largest magnitude is below 1e-30 or not finite. Infinities become NaN,
@@ -192,7 +185,7 @@ def quantised(values: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """
     largest = jnp.max(jnp.abs(values), initial=0.0).astype(jnp.float32)
     top = float(jnp.finfo(dtype).max)
-    usable = jnp.isfinite(largest) & (largest >= SMALLEST_SCALED)
+    usable = jnp.isfinite(largest) & (largest >= MIN_SCALED)
     safe = jnp.where(usable, largest, top)
     # A product with the inverse: XLA makes one of a division on some layouts only, and layouts
     # should agree in every bit.
@@ -224,6 +217,6 @@ def _product(
     return wide * (left[1] * right[1])
 
 
-def _placed(values: jax.Array, dims: tuple[int, ...]) -> jax.Array:
+def _move_dims(values: jax.Array, dims: tuple[int, ...]) -> jax.Array:
     """An array whose dim i becomes dim `dims[i]`."""
     return jnp.transpose(values, [dims.index(dim) for dim in range(len(dims))])

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from jaxtrain.tree import PyTree
 
-START, SMALLEST, LARGEST = 2.0**15, 1.0, 2.0**24
+INITIAL_SCALE, MIN_SCALE, MAX_SCALE = 2.0**15, 1.0, 2.0**24
 GROWTH_STEPS = 2000
 """After so many finite steps in a row the scale is doubled."""
 
@@ -42,7 +42,7 @@ class LossScale:
     @classmethod
     def new(cls) -> "LossScale":
         """The state before the first step."""
-        return cls(jnp.float32(START), jnp.int32(0), jnp.int32(0))
+        return cls(jnp.float32(INITIAL_SCALE), jnp.int32(0), jnp.int32(0))
 
 
 def update(state: LossScale, finite: ArrayLike) -> LossScale:
@@ -53,9 +53,9 @@ def update(state: LossScale, finite: ArrayLike) -> LossScale:
     """
     good_steps = jnp.where(finite, state.good_steps + 1, 0)
     grows = good_steps >= GROWTH_STEPS
-    grown = jnp.where(grows, jnp.minimum(state.scale * 2.0, LARGEST), state.scale)
+    grown = jnp.where(grows, jnp.minimum(state.scale * 2.0, MAX_SCALE), state.scale)
     return LossScale(
-        scale=jnp.where(finite, grown, jnp.maximum(state.scale * 0.5, SMALLEST)),
+        scale=jnp.where(finite, grown, jnp.maximum(state.scale * 0.5, MIN_SCALE)),
         good_steps=jnp.where(grows, 0, good_steps),
         skipped=state.skipped + jnp.where(finite, 0, 1),
     )
@@ -76,10 +76,10 @@ def all_finite(tree: PyTree) -> jax.Array:
     )
 
 
-def keep(finite: ArrayLike, new: PyTree, old: PyTree) -> PyTree:
+def select(finite: ArrayLike, new: PyTree, old: PyTree) -> PyTree:
     """The new tree if `finite`, else the old one, of the same structure, shapes and dtypes.
 
-    >>> keep(False, {"a": jnp.ones(2)}, {"a": jnp.zeros(2)})["a"].tolist()
+    >>> select(False, {"a": jnp.ones(2)}, {"a": jnp.zeros(2)})["a"].tolist()
     [0.0, 0.0]
 
     A selection, not an `if`: both are computed, and under jit it costs one pass over the arrays.

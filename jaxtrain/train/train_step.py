@@ -295,7 +295,7 @@ def _unless_overflown(
     finite = loss_scale.all_finite((total.gradients, total.sums["loss"]))
     parts = ("params", "opt_state", "collections", "ema")
     kept = {
-        name: loss_scale.keep(finite, getattr(new, name), getattr(state, name)) for name in parts
+        name: loss_scale.select(finite, getattr(new, name), getattr(state, name)) for name in parts
     }
     scaling = loss_scale.update(state.scaling, finite)
     zero, one = jnp.float32(0), jnp.float32(1)
