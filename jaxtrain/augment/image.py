@@ -42,6 +42,7 @@ class Augment(Protocol):
 
     def __call__(self, batch: Batch, keys_B: jax.Array, key: jax.Array) -> Batch:
         """A changed batch, from one typed key an example and one for the whole batch."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,9 +336,8 @@ def _smooth_normal(keys_B: jax.Array, like_BLC: jax.Array) -> jax.Array:
     longer_BLC = _normal(
         keys_B, "smooth", jnp.broadcast_to(like_BLC[:, :1], (batch, size + 2 * reach, channels))
     )
-    return sum(
-        (weight / norm) * longer_BLC[:, tap : tap + size] for tap, weight in enumerate(weights)
-    )
+    taps = ((weight / norm) * longer_BLC[:, tap : tap + size] for tap, weight in enumerate(weights))
+    return jnp.asarray(sum(taps))
 
 
 def _whole(draw_B: jax.Array, limit: Any) -> jax.Array:

@@ -109,4 +109,4 @@ def _cut(
         lows.append(jnp.clip(center_B - half, 0, side))
         highs.append(jnp.clip(center_B + half, 0, side))
     area_B = math.prod(high_B - low_B for low_B, high_B in zip(lows, highs, strict=True))
-    return box(sides_A, lows, highs), 1 - area_B / math.prod(sides_A)
+    return box(sides_A, lows, highs), jnp.asarray(1 - area_B / math.prod(sides_A))

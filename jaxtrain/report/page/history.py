@@ -239,10 +239,10 @@ def confusion(predictions: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[s
 def mistakes(predictions: Mapping[str, np.ndarray], limit: int = 24) -> list[dict[str, Any]]:
     """The worst of the wrong predictions: id, image, names of label and prediction, and the
     probability the label was given."""
-    table = confusion(predictions)
-    if table is None or "worst_id" not in predictions or "worst_image" not in predictions:
+    counted = confusion(predictions)
+    if counted is None or "worst_id" not in predictions or "worst_image" not in predictions:
         return []
-    names_C, found = table[1], []
+    names_C, found = counted[1], []
     for row, image in zip(
         predictions["worst_id"].tolist(), predictions["worst_image"], strict=False
     ):
@@ -298,17 +298,17 @@ def _read_predictions(path: Path) -> dict[str, np.ndarray]:
             arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError):
         return {}
-    pair = [arrays.get("label"), arrays.get("prediction")]
-    if any(
-        array is None
-        or array.ndim != 1
-        or array.dtype.kind not in "iu"
-        or array.size == 0
-        or array.min() < 0
-        for array in pair
-    ):
+    label, prediction = (_class_numbers(arrays.get(key)) for key in ("label", "prediction"))
+    if label is None or prediction is None or len(label) != len(prediction):
         return {}
-    return arrays if len(pair[0]) == len(pair[1]) else {}
+    return arrays
+
+
+def _class_numbers(array: np.ndarray | None) -> np.ndarray | None:
+    """The array, or None if it does not hold a class for each of at least one example."""
+    if array is None or array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
+        return None
+    return None if array.min() < 0 else array
 
 
 def _is_number(value: Any) -> bool:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -74,7 +74,7 @@ class Progress:
         self._display: Live | None = None
         self._printed = -float("inf")
         self._lock = threading.RLock()
-        self._over = threading.Event()
+        self._stopped = threading.Event()
 
     def start(self, step: int = 0, phase: str = "compiling") -> None:
         """Begins at `step`; until the first `update` the live line says what is going on, such as
@@ -84,8 +84,8 @@ class Progress:
             self._display = Live(
                 self._line, console=self.console, auto_refresh=False, vertical_overflow="crop"
             )
-            self._quietly(self._display.start)
-            self._over.clear()
+            self._ignoring_errors(self._display.start)
+            self._stopped.clear()
             # Ours instead of rich's refresh thread: that one would print a traceback when the
             # terminal goes away.
             threading.Thread(target=self._tick, name="progress", daemon=True).start()
@@ -145,33 +145,33 @@ class Progress:
         """Leaves the line as it stands and gives the terminal back; calling it twice is allowed."""
         display, self._display = self._display, None
         if display is not None:
-            self._over.set()
+            self._stopped.set()
             self._line.phase = ""
             self._line.still = True
             with self._lock:
-                self._quietly(display.refresh)
-                self._quietly(display.stop)
+                self._ignoring_errors(display.refresh)
+                self._ignoring_errors(display.stop)
 
     def _tick(self) -> None:
-        while not self._over.wait(TICK_SECONDS):
+        while not self._stopped.wait(TICK_SECONDS):
             display = self._display
             with self._lock:
-                if display is not None and not self._over.is_set():
-                    self._quietly(display.refresh)
+                if display is not None and not self._stopped.is_set():
+                    self._ignoring_errors(display.refresh)
 
     def _print(self, renderable: Any) -> None:
         with self._lock:
-            self._quietly(
+            self._ignoring_errors(
                 self.console.print,
                 renderable,
                 soft_wrap=isinstance(renderable, Text) and not self.live,
             )
 
-    def _quietly(self, action: Any, *arguments: Any, **options: Any) -> None:
+    def _ignoring_errors(self, action: Any, *arguments: Any, **options: Any) -> None:
         try:
             action(*arguments, **options)
         except Exception as error:  # noqa: BLE001 - a picture of the run is not the run
-            self.trouble = error
+            self.last_error = error
 
 
 def make_console(stream: TextIO | None = None) -> Console:
@@ -184,11 +184,15 @@ def make_console(stream: TextIO | None = None) -> Console:
         else int(os.environ.get("COLUMNS") or 100)
     )
     return Console(
-        file=_Unbreakable(stream), width=width, highlight=False, markup=False, emoji=False
+        file=cast(TextIO, _SafeStream(stream)),
+        width=width,
+        highlight=False,
+        markup=False,
+        emoji=False,
     )
 
 
-class _Unbreakable:
+class _SafeStream:
     """A text stream that takes everything, and drops it once the stream behind it is broken."""
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -196,11 +200,11 @@ class _Unbreakable:
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        self._attempt("write", text)
+        self._call("write", text)
         return len(text)
 
     def flush(self) -> None:
-        self._attempt("flush")
+        self._call("flush")
 
     def isatty(self) -> bool:
         return self._stream is not None and _is_terminal(self._stream)
@@ -210,20 +214,20 @@ class _Unbreakable:
             raise OSError("no file")
         return self._stream.fileno()
 
-    def _attempt(self, method: str, *arguments: str) -> None:
+    def _call(self, method: str, *arguments: str) -> None:
         if self._stream is None:
             return
         try:
             getattr(self._stream, method)(*arguments)
         except UnicodeEncodeError:
-            self._attempt(method, *(text.encode("ascii", "replace").decode() for text in arguments))
+            self._call(method, *(text.encode("ascii", "replace").decode() for text in arguments))
         except (OSError, ValueError):
             broken, self._stream = self._stream, None
-            _discard(broken)
+            _redirect_to_devnull(broken)
 
 
-def _discard(stream: TextIO) -> None:
-    """Points the stream's descriptor at nothing; else Python fails at exit (status 120) when it
+def _redirect_to_devnull(stream: TextIO) -> None:
+    """Points the stream's descriptor at /dev/null; else Python fails at exit (status 120) when it
     flushes what is left in the buffer."""
     try:
         nothing = os.open(os.devnull, os.O_WRONLY)
