@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxtrain import extras
 from jaxtrain.messages import one_line
-from jaxtrain.report.metrics_file import note_on_stderr
+from jaxtrain.report.metrics_file import warn_on_stderr
 
 
 class TensorBoardWriter:
@@ -86,7 +86,7 @@ class WandbWriter:
     network that hangs reaches the run.
 
     The key comes from WANDB_API_KEY only; without it the run is kept offline in `folder`, where
-    `wandb sync` finds it. Failures are counted in `failures`, and the first one is told to `note`.
+    `wandb sync` finds it. Failures are counted in `failures`, and the first one is passed to `note`.
     Lines that find the queue full are dropped, and counted too.
     """
 
@@ -102,7 +102,7 @@ class WandbWriter:
         patience_seconds: float = 15.0,
     ) -> None:
         self.failures = 0
-        self._note = note or note_on_stderr
+        self._note = note or warn_on_stderr
         self._patience_seconds = patience_seconds
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(maxsize=1000)
         mode = os.environ.get("WANDB_MODE") or (
@@ -132,7 +132,7 @@ class WandbWriter:
             self._failed("it does not keep up; lines are dropped")
 
     def rewind(self, step: int) -> None:
-        """Nothing: every line carries its own `step`, against which W&B plots."""
+        """Does nothing: every line carries its own `step`, against which W&B plots."""
 
     def close(self) -> None:
         """Waits for the queue to empty, but not for longer than `patience_seconds`."""

@@ -69,7 +69,7 @@ def render(histories: Sequence[History], curves: Sequence[str] = ()) -> str:
     """
     single = len(histories) == 1
     title = histories[0].name if single else f"{len(histories)} runs compared"
-    sections = [_figures(histories[0])] if single else [_comparison(histories)]
+    sections = [_main_numbers(histories[0])] if single else [_comparison(histories)]
     sections.append(_curves(curves))
     if single:
         sections += [
@@ -108,8 +108,8 @@ def _subtitle(histories: Sequence[History]) -> str:
     return f"<p>{' · '.join(_text(part) for part in parts if part)}</p>"
 
 
-def _figures(run: History) -> str:
-    """The five numbers that one looks for first."""
+def _main_numbers(run: History) -> str:
+    """The main numbers of a run: its last metric and loss, steps, parameters and speed."""
     shown: list[tuple[str, str, str]] = []
     for key in dict.fromkeys([run.metric, "loss"]):
         last = ((split, run.last(key, split)) for split in reversed(history.SPLITS) if key)
@@ -133,7 +133,7 @@ def _figures(run: History) -> str:
         f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd><dd class=note>{_text(note)}</dd></div>"
         for name, value, note in shown
     )
-    return f"<dl class=figures>{''.join(items)}</dl>"
+    return f"<dl class=numbers>{''.join(items)}</dl>"
 
 
 def _comparison(histories: Sequence[History]) -> str:
@@ -322,7 +322,7 @@ def _configuration(run: History) -> str:
 
 
 def _run_details(run: History, label: str) -> str:
-    inner = _figures(run) + _confusion(run) + _mistakes(run) + _configuration(run)
+    inner = _main_numbers(run) + _confusion(run) + _mistakes(run) + _configuration(run)
     return f"<details class=run><summary>{_text(label)}</summary>{inner}</details>"
 
 

@@ -189,7 +189,7 @@ def value_text(name: str, value: float) -> str:
         return f"{value:,}"
     if value and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.2e}"
-    # Not "g": digits that come and go would make the live line twitch.
+    # Not "g": digits that come and go would make the live line jump.
     return f"{value:,.{4 if abs(value) < 10 else 2}f}"
 
 
