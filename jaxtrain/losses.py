@@ -26,9 +26,8 @@ def cross_entropy(
     likelihood_B = jnp.sum(jnp.where(chosen_BC, log_probabilities_BC, 0.0), axis=-1)
     if isinstance(label_smoothing, float) and label_smoothing == 0.0:
         return -likelihood_B
-    return -(1.0 - label_smoothing) * likelihood_B - label_smoothing * jnp.mean(
-        log_probabilities_BC, axis=-1
-    )
+    mean_B = jnp.mean(log_probabilities_BC, axis=-1)
+    return likelihood_B * -(1.0 - label_smoothing) - mean_B * label_smoothing
 
 
 def squared_error(outputs_BD: jax.Array, targets_BD: jax.Array) -> jax.Array:

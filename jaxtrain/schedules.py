@@ -194,7 +194,7 @@ def _float(value: Any) -> jax.Array:
     return jnp.asarray(value, jnp.float32)
 
 
-def _progress(step: jax.Array, begin: Number, end: jax.Array) -> jax.Array:
+def _progress(step: jax.Array, begin: jax.Array, end: jax.Array) -> jax.Array:
     """How far `step` is from begin to end, in 0..1; a stretch shorter than a step counts as one
     step."""
     return jnp.clip((step - begin) / jnp.maximum(end - begin, 1.0), 0.0, 1.0)

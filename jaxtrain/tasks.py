@@ -27,9 +27,11 @@ class Task(Protocol):
 
     def inputs(self, batch: Batch) -> Any:
         """What the model is called with."""
+        ...
 
     def loss(self, outputs: Any, batch: Batch, *, train: bool = True) -> metrics.Sums:
         """The loss, under "loss", and other metrics; `train` is False in evaluation."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,12 @@ from jaxtrain.hardware import CARDS, peak_flops
 from jaxtrain.report.page import history, plots, style
 from jaxtrain.report.page.html import write_report
 from jaxtrain.report.terminal.progress import Progress
-from jaxtrain.report.terminal.tables import facts, memory_table, parameter_rows, parameter_table
+from jaxtrain.report.terminal.tables import (
+    memory_table,
+    named_values,
+    parameter_rows,
+    parameter_table,
+)
 
 VALUES = {"loss": 0.3124, "accuracy": 0.912, "learning_rate": 1e-3, "step_seconds": 0.1}
 SPEED = {"examples_per_second": 48210.0, "eta_seconds": 34.0, "memory_bytes": 1.2e9, "mfu": 0.413}
@@ -216,12 +221,12 @@ def test_tables_survive_any_width_and_no_rows(width):
         parameter_table({}),
         memory_table({"parameters": 4e9, "[b]": 0}, device_bytes=141e9),
         memory_table({}),
-        facts("run [x]", {"model": "[red]" + "x" * 300, "": ""}),
-        facts("", {}),
+        named_values("run [x]", {"model": "[red]" + "x" * 300, "": ""}),
+        named_values("", {}),
     ):
         text_of(table, width)
     assert "2.8%" in text_of(memory_table({"parameters": 4e9}, device_bytes=141e9))
-    assert "[red]" in text_of(facts("run", {"model": "[red]"}))
+    assert "[red]" in text_of(named_values("run", {"model": "[red]"}))
 
 
 # Hardware

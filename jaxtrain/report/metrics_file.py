@@ -1,8 +1,8 @@
-"""Writers: where the numbers of a run go.
+"""Writers: they write the numbers of a run to metrics.jsonl and to trackers.
 
-`metrics.jsonl` is the truth: it is written durably before a step is committed, and cut back to the
-committed offset when a run resumes, so that no line is lost or repeated. Trackers (`trackers.py`)
-are copies for the eye; `Writers` lets them fail without ending a run.
+`metrics.jsonl` is the complete record: it is written durably before a step is committed, and cut
+back to the committed offset when a run resumes, so that no line is lost or repeated. Trackers
+(`trackers.py`) hold copies to look at; `Writers` lets them fail without ending a run.
 """
 
 import io
@@ -31,7 +31,7 @@ class Writer(Protocol):
         ...
 
     def rewind(self, step: int) -> None:
-        """The run resumes after `step`: whatever was written of later steps is void."""
+        """Drops what was written of steps after `step`, after which the run resumes."""
         ...
 
     def close(self) -> None:
@@ -40,7 +40,7 @@ class Writer(Protocol):
 
 
 class JsonlWriter:
-    """One JSON object a line, appended to `path`; the last word on what happened.
+    """Writes metrics.jsonl: one JSON object a line, appended to `path`.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
@@ -51,8 +51,8 @@ class JsonlWriter:
     >>> writer.close()
 
     Floats keep every bit; non-finite ones become the strings "NaN", "Infinity" and "-Infinity",
-    which Python's `float` and JavaScript's `Number` read back. Clock keys come last. `OSError` (a
-    full disk) is for the caller: this writer is never silently incomplete.
+    which Python's `float` and JavaScript's `Number` read back. Clock keys come last. An `OSError` (a
+    full disk) reaches the caller, so that no line is ever missing in silence.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -107,7 +107,7 @@ class JsonlWriter:
         self.sync()
 
     def rewind(self, step: int) -> None:
-        """Nothing: this file goes by offsets, see `truncate`."""
+        """Does nothing: this file is cut back by `truncate`, to an offset in bytes."""
 
     def close(self) -> None:
         """Makes all durable and closes the file."""
@@ -119,7 +119,7 @@ class JsonlWriter:
 
 
 class Writers:
-    """The metrics file and any number of others behind it; only the metrics file may fail the run.
+    """The metrics file and any number of trackers; only the metrics file may fail the run.
 
     >>> import tempfile
     >>> writers = Writers(JsonlWriter(Path(tempfile.mkdtemp()) / "metrics.jsonl"))
@@ -128,8 +128,8 @@ class Writers:
     43
     >>> writers.close()
 
-    Another writer that raises is counted in `failures` (by class name) and told to `note` once; it
-    stays in use, as it may recover. `metrics` is None in a process that writes nothing: every
+    A tracker that raises is counted in `failures` (by class name), and its first error is passed to
+    `note`; it stays in use, as it may recover. `metrics` is None in a process that writes nothing: every
     process of a run calls the same methods, and only process 0 has a file.
     """
 
@@ -143,7 +143,7 @@ class Writers:
         self.metrics = metrics
         self.others = tuple(others)
         self.failures: dict[str, int] = {}
-        self._note = note or note_on_stderr
+        self._note = note or warn_on_stderr
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Writes to all, the metrics file first."""
@@ -156,8 +156,7 @@ class Writers:
         return 0 if self.metrics is None else self.metrics.sync()
 
     def resume(self, step: int, offset: int) -> None:
-        """The run goes on after `step`, whose commit stores `offset`: what was written later is
-        taken back everywhere."""
+        """Drops from all writers what was written after `step`, whose commit stores `offset`."""
         if self.metrics is not None:
             self.metrics.truncate(offset)
         self._each("rewind", step)
@@ -246,6 +245,6 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def note_on_stderr(text: str) -> None:
-    """Where notes go if nobody asked for them."""
+def warn_on_stderr(text: str) -> None:
+    """Prints a warning to standard error: the default of `note`."""
     print(f"jaxtrain: warning: {text}", file=sys.stderr)

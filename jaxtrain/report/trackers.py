@@ -1,6 +1,7 @@
 """Trackers: copies of a run's numbers for TensorBoard and for Weights & Biases. Neither is imported
 before it is used."""
 
+import importlib
 import io
 import os
 import queue
@@ -13,7 +14,7 @@ from typing import Any
 
 from jaxtrain import extras
 from jaxtrain.messages import one_line
-from jaxtrain.report.metrics_file import note_on_stderr
+from jaxtrain.report.metrics_file import warn_on_stderr
 
 
 class TensorBoardWriter:
@@ -32,8 +33,7 @@ class TensorBoardWriter:
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Writes one event with a scalar for each value."""
-        from tensorboard.compat.proto import summary_pb2
-
+        summary_pb2 = _protocol("summary")
         scalars = [
             summary_pb2.Summary.Value(tag=f"{key}/{split}", simple_value=float(value))
             for key, value in values.items()
@@ -43,8 +43,7 @@ class TensorBoardWriter:
     def rewind(self, step: int) -> None:
         """Makes TensorBoard drop what it has of steps after `step`, from this or earlier
         processes."""
-        from tensorboard.compat.proto import event_pb2
-
+        event_pb2 = _protocol("event")
         self._event(step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def close(self) -> None:
@@ -54,9 +53,9 @@ class TensorBoardWriter:
             self._file = self._records = None
 
     def _event(self, step: int, **content: Any) -> None:
-        from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
+        event_pb2 = _protocol("event")
         if self._file is None:
             # tensorboard's own EventFileWriter opens files through TensorFlow if that is installed,
             # which then takes the GPU's memory.
@@ -76,12 +75,18 @@ class TensorBoardWriter:
         self._records.flush()
 
 
+def _protocol(name: str) -> Any:
+    """A module of TensorBoard's protocol buffers; their classes are made at import, where no type
+    checker sees them."""
+    return importlib.import_module(f"tensorboard.compat.proto.{name}_pb2")
+
+
 class WandbWriter:
-    """Weights & Biases, at arm's length: a thread of its own talks to it, so that no exception and
-    no hanging network reaches the run.
+    """Weights & Biases. A thread of its own talks to it, so that neither an exception nor a
+    network that hangs reaches the run.
 
     The key comes from WANDB_API_KEY only; without it the run is kept offline in `folder`, where
-    `wandb sync` finds it. Failures are counted in `failures`, and the first one is told to `note`.
+    `wandb sync` finds it. Failures are counted in `failures`, and the first one is passed to `note`.
     Lines that find the queue full are dropped, and counted too.
     """
 
@@ -97,7 +102,7 @@ class WandbWriter:
         patience_seconds: float = 15.0,
     ) -> None:
         self.failures = 0
-        self._note = note or note_on_stderr
+        self._note = note or warn_on_stderr
         self._patience_seconds = patience_seconds
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(maxsize=1000)
         mode = os.environ.get("WANDB_MODE") or (
@@ -127,7 +132,7 @@ class WandbWriter:
             self._failed("it does not keep up; lines are dropped")
 
     def rewind(self, step: int) -> None:
-        """Nothing: every line carries its own `step`, against which W&B plots."""
+        """Does nothing: every line carries its own `step`, against which W&B plots."""
 
     def close(self) -> None:
         """Waits for the queue to empty, but not for longer than `patience_seconds`."""
@@ -149,7 +154,8 @@ class WandbWriter:
             self._attempt(run.finish)
 
     def _begin(self, settings: dict[str, Any]) -> Any:
-        import wandb
+        # Optional; a checker finds it only where it is installed.
+        import wandb  # pyright: ignore[reportMissingImports]
 
         run = wandb.init(**settings)
         run.define_metric("*", step_metric="step")

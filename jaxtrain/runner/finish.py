@@ -65,7 +65,7 @@ def finish(
         }
         rows |= {"time": tables.duration_text(seconds), "workdir": str(folder)}
         progress.show(
-            tables.facts(f"{run.name}: done", rows | ({"report": str(page)} if page else {}))
+            tables.named_values(f"{run.name}: done", rows | ({"report": str(page)} if page else {}))
         )
 
 

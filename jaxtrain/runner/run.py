@@ -109,7 +109,7 @@ def _banner(opened: Opened, found: restore.Found, progress: Progress) -> None:
         str(opened.folder),
         asked=opened.asked_precision,
     )
-    progress.show(tables.facts(f"jaxtrain {opened.run.name}", rows))
+    progress.show(tables.named_values(f"jaxtrain {opened.run.name}", rows))
 
 
 def _nothing_to_do(opened: Opened, newest: int, progress: Progress) -> int:

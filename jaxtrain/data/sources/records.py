@@ -118,7 +118,9 @@ class RecordTable:
         self._files, self._counts, self._layout = files, counts, layout
         for file, count in zip(files, counts, strict=True):
             try:
-                found = len(grain.sources.ArrayRecordDataSource(file))
+                # grain's class has its length from a base class that is not typed.
+                source: Any = grain.sources.ArrayRecordDataSource(file)
+                found = len(source)
             except (RuntimeError, ValueError, OSError) as error:
                 raise UserError(
                     f"{file}: not a readable ArrayRecord file ({_first_line(error)}); write it anew"

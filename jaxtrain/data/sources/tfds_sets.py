@@ -103,9 +103,12 @@ class Tfds:
         import tensorflow_datasets as tfds
 
         data_dir = str(pathlib.Path(self.data_dir).expanduser()) if self.data_dir else None
+        core: Any = (
+            tfds.core
+        )  # both modules are there at run time; the package doesn't declare them
         try:
-            return tfds.core.read_only_builder.builder_from_files(self.name, data_dir=data_dir)
-        except (tfds.core.registered.DatasetNotFoundError, OSError) as error:
+            return core.read_only_builder.builder_from_files(self.name, data_dir=data_dir)
+        except (core.registered.DatasetNotFoundError, OSError) as error:
             if not self.download:
                 raise UserError(self._missing(tfds)) from error
         return self._prepare(tfds, data_dir)
@@ -201,8 +204,9 @@ class _Description:
                 )
             fields[field] = jax.ShapeDtypeStruct(shape, device_dtype(features[key].np_dtype))
         label = features[source.label_key] if source.label_key else None
-        names = tuple(label.names) if getattr(label, "num_classes", None) else None
-        return cls(fields, keys, source.size, getattr(label, "num_classes", None), names)
+        num_classes = getattr(label, "num_classes", None)
+        names = tuple(label.names) if label is not None and num_classes else None
+        return cls(fields, keys, source.size, num_classes, names)
 
     def rows(self, examples: list[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """The columns of a list of TFDS examples."""
@@ -213,19 +217,19 @@ class _Description:
         for place, example in enumerate(examples):
             for name, key in self.keys.items():
                 rows[name][place] = (
-                    self._resized(example[key]) if name == "image" and self.size else example[key]
+                    _resized(example[key], self.size)
+                    if name == "image" and self.size
+                    else example[key]
                 )
         return rows
 
-    def _resized(self, pixels: np.ndarray) -> np.ndarray:
-        from PIL import Image
 
-        gray = pixels.shape[-1] == 1
-        return fit(
-            Image.fromarray(pixels[..., 0] if gray else pixels),
-            self.size,
-            "gray" if gray else "rgb",
-        )
+def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    from PIL import Image
+
+    gray = pixels.shape[-1] == 1
+    image = Image.fromarray(pixels[..., 0] if gray else pixels)
+    return fit(image, size, "gray" if gray else "rgb")
 
 
 class RandomAccessTable:

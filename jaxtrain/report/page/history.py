@@ -1,8 +1,8 @@
-"""A run as its folder tells it: configuration, metrics and predictions read back, and the curves
-that can be drawn from them.
+"""A run read back from its folder: configuration, metrics and predictions, and the curves that can
+be drawn from them.
 
-Reading is lenient where the picture survives it: what is missing or odd is left out; a folder that
-holds no run at all is an error.
+What is missing or malformed is left out of the report; a folder that holds no run at all is an
+error.
 """
 
 import dataclasses
@@ -82,8 +82,8 @@ class History:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """One line of a chart: how it is called, which colour it takes (None is neutral), and whether
-    it stands back behind another."""
+    """One line of a plot: its label, the number of its colour (None is gray), and whether it is
+    drawn faint, behind the others."""
 
     label: str
     color: int | None
@@ -143,11 +143,11 @@ def curves(histories: Sequence[History], key: str) -> list[Curve]:
                     Curve(split, {"train": None, "validation": 0, "test": 1}[split], steps, values)
                 )
             elif split == "validation" or split == "train":
-                behind = split == "train" and held_out
+                faint = split == "train" and held_out
                 found.append(
-                    Curve("" if behind else labels[index], index, steps, values, faint=behind)
+                    Curve("" if faint else labels[index], index, steps, values, faint=faint)
                 )
-    # Neutral is for what stands beside something else.
+    # A single curve takes the first colour: gray is for the training curve beside others.
     return [dataclasses.replace(found[0], color=0)] if len(found) == 1 else found
 
 
@@ -239,10 +239,10 @@ def confusion(predictions: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[s
 def mistakes(predictions: Mapping[str, np.ndarray], limit: int = 24) -> list[dict[str, Any]]:
     """The worst of the wrong predictions: id, image, names of label and prediction, and the
     probability the label was given."""
-    table = confusion(predictions)
-    if table is None or "worst_id" not in predictions or "worst_image" not in predictions:
+    counted = confusion(predictions)
+    if counted is None or "worst_id" not in predictions or "worst_image" not in predictions:
         return []
-    names_C, found = table[1], []
+    names_C, found = counted[1], []
     for row, image in zip(
         predictions["worst_id"].tolist(), predictions["worst_image"], strict=False
     ):
@@ -276,7 +276,7 @@ def grey(images: np.ndarray) -> np.ndarray:
 
 
 def _drawable(value: float) -> float:
-    """The value, unless it is beyond what arithmetic on axes can bear."""
+    """The value, unless arithmetic on axes would overflow or underflow with it."""
     if abs(value) > 1e100:
         return math.copysign(math.inf, value)
     return 0.0 if abs(value) < 1e-100 else value
@@ -298,17 +298,17 @@ def _read_predictions(path: Path) -> dict[str, np.ndarray]:
             arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError):
         return {}
-    pair = [arrays.get("label"), arrays.get("prediction")]
-    if any(
-        array is None
-        or array.ndim != 1
-        or array.dtype.kind not in "iu"
-        or array.size == 0
-        or array.min() < 0
-        for array in pair
-    ):
+    label, prediction = (_class_numbers(arrays.get(key)) for key in ("label", "prediction"))
+    if label is None or prediction is None or len(label) != len(prediction):
         return {}
-    return arrays if len(pair[0]) == len(pair[1]) else {}
+    return arrays
+
+
+def _class_numbers(array: np.ndarray | None) -> np.ndarray | None:
+    """The array, or None if it does not hold a class for each of at least one example."""
+    if array is None or array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
+        return None
+    return None if array.min() < 0 else array
 
 
 def _is_number(value: Any) -> bool:

@@ -69,7 +69,7 @@ def render(histories: Sequence[History], curves: Sequence[str] = ()) -> str:
     """
     single = len(histories) == 1
     title = histories[0].name if single else f"{len(histories)} runs compared"
-    sections = [_figures(histories[0])] if single else [_comparison(histories)]
+    sections = [_main_numbers(histories[0])] if single else [_comparison(histories)]
     sections.append(_curves(curves))
     if single:
         sections += [
@@ -108,22 +108,16 @@ def _subtitle(histories: Sequence[History]) -> str:
     return f"<p>{' · '.join(_text(part) for part in parts if part)}</p>"
 
 
-def _figures(run: History) -> str:
-    """The five numbers that one looks for first."""
+def _main_numbers(run: History) -> str:
+    """The main numbers of a run: its last metric and loss, steps, parameters and speed."""
     shown: list[tuple[str, str, str]] = []
     for key in dict.fromkeys([run.metric, "loss"]):
-        split = next(
-            (
-                split
-                for split in ("test", "validation", "train")
-                if key and run.last(key, split) is not None
-            ),
-            None,
-        )
-        if key and split:
+        last = ((split, run.last(key, split)) for split in reversed(history.SPLITS) if key)
+        split, value = next((found for found in last if found[1] is not None), ("", None))
+        if key and value is not None:
             best = run.best(key, "validation") if split == "test" else None
             note = f"best validation {value_text(key, best[1])} at step {best[0]:,}" if best else ""
-            shown.append((f"{split} {_words(key)}", value_text(key, run.last(key, split)), note))
+            shown.append((f"{split} {_words(key)}", value_text(key, value), note))
     steps = max(
         (line["step"] for line in run.metrics if isinstance(line.get("step"), int)), default=0
     )
@@ -139,7 +133,7 @@ def _figures(run: History) -> str:
         f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd><dd class=note>{_text(note)}</dd></div>"
         for name, value, note in shown
     )
-    return f"<dl class=figures>{''.join(items)}</dl>"
+    return f"<dl class=numbers>{''.join(items)}</dl>"
 
 
 def _comparison(histories: Sequence[History]) -> str:
@@ -172,8 +166,9 @@ def _comparison(histories: Sequence[History]) -> str:
         cells = f"<th scope=row>{chip}{_text(label)}</th>"
         for _, values, text, smaller in columns:
             finite = [value for value in values if value is not None and math.isfinite(value)]
-            best = finite and values[index] == (min if smaller else max)(finite)
-            shown = "" if values[index] is None else _text(text(values[index]))
+            value = values[index]
+            best = finite and value == (min if smaller else max)(finite)
+            shown = "" if value is None else _text(text(value))
             cells += f"<td class='number{' best' if best else ''}'>{shown}</td>"
         cells += "".join(f"<td>{_value(run.config.get(key))}</td>" for key in settings)
         rows.append(f"<tr>{cells}</tr>")
@@ -327,7 +322,7 @@ def _configuration(run: History) -> str:
 
 
 def _run_details(run: History, label: str) -> str:
-    inner = _figures(run) + _confusion(run) + _mistakes(run) + _configuration(run)
+    inner = _main_numbers(run) + _confusion(run) + _mistakes(run) + _configuration(run)
     return f"<details class=run><summary>{_text(label)}</summary>{inner}</details>"
 
 

@@ -60,11 +60,11 @@ h2 { margin: 48px 0 14px; padding-top: 14px; border-top: 1px solid var(--rule); 
 section > p { margin: -8px 0 14px; }
 footer { margin-top: 56px; font-size: 13px; }
 
-.figures { display: flex; flex-wrap: wrap; gap: 20px 44px; margin: 34px 0 0; }
-.figures dt { color: var(--muted); font-size: 13px; }
-.figures dd { margin: 0; font-size: 30px; line-height: 1.2; font-weight: 600;
+.numbers { display: flex; flex-wrap: wrap; gap: 20px 44px; margin: 34px 0 0; }
+.numbers dt { color: var(--muted); font-size: 13px; }
+.numbers dd { margin: 0; font-size: 30px; line-height: 1.2; font-weight: 600;
   letter-spacing: -0.02em; }
-.figures dd.note { font-size: 13px; font-weight: 400; letter-spacing: 0; }
+.numbers dd.note { font-size: 13px; font-weight: 400; letter-spacing: 0; }
 
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr));
   gap: 30px 40px; }
@@ -115,8 +115,8 @@ details.run > summary { font-size: 17px; }
 @media (max-width: 560px) {
   main { padding: 28px 18px 40px; }
   h1 { font-size: 26px; }
-  .figures { gap: 16px 28px; }
-  .figures dd { font-size: 24px; }
+  .numbers { gap: 16px 28px; }
+  .numbers dd { font-size: 24px; }
 }
 @media print { .charts, .mistakes { break-inside: avoid; } body { background: none; } }
 """

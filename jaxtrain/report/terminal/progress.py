@@ -1,4 +1,4 @@
-"""The live line: where a run stands, on one line that never wraps; plain lines where there is no
+"""The live line: how far a run is, on one line that never wraps; plain lines where there is no
 terminal.
 
     ⠙ 1,240/2,000 ━━━━━━━━╸─────  loss 0.0312 ▇▅▄▃▂▁  accuracy 99.10%  48.2k ex/s  1.2 GB  MFU 41.3%
@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -28,8 +28,8 @@ from jaxtrain.report.terminal.tables import clean, duration_text, rate_text, val
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 SPARKS = "▁▂▃▄▅▆▇█"
 TICK_SECONDS = 0.2
-QUIET_KEYS = ("loss", "learning_rate", "grad_norm", "epoch")
-"""Values that aren't a metric to print besides the loss."""
+NOT_SHOWN_AS_METRIC = ("loss", "learning_rate", "grad_norm", "epoch")
+"""Values that the line doesn't show as the metric beside the loss."""
 
 
 class Progress:
@@ -74,7 +74,7 @@ class Progress:
         self._display: Live | None = None
         self._printed = -float("inf")
         self._lock = threading.RLock()
-        self._over = threading.Event()
+        self._stopped = threading.Event()
 
     def start(self, step: int = 0, phase: str = "compiling") -> None:
         """Begins at `step`; until the first `update` the live line says what is going on, such as
@@ -84,10 +84,9 @@ class Progress:
             self._display = Live(
                 self._line, console=self.console, auto_refresh=False, vertical_overflow="crop"
             )
-            self._quietly(self._display.start)
-            self._over.clear()
-            # Ours instead of rich's refresh thread: that one would print a traceback when the
-            # terminal goes away.
+            self._ignoring_errors(self._display.start)
+            self._stopped.clear()
+            # Rich's own refresh thread would print a traceback when the terminal goes away.
             threading.Thread(target=self._tick, name="progress", daemon=True).start()
 
     def update(
@@ -142,36 +141,36 @@ class Progress:
         self._print(renderable)
 
     def stop(self) -> None:
-        """Leaves the line as it stands and gives the terminal back; calling it twice is allowed."""
+        """Leaves the line as it is and frees the terminal; calling it twice is allowed."""
         display, self._display = self._display, None
         if display is not None:
-            self._over.set()
+            self._stopped.set()
             self._line.phase = ""
-            self._line.still = True
+            self._line.stopped = True
             with self._lock:
-                self._quietly(display.refresh)
-                self._quietly(display.stop)
+                self._ignoring_errors(display.refresh)
+                self._ignoring_errors(display.stop)
 
     def _tick(self) -> None:
-        while not self._over.wait(TICK_SECONDS):
+        while not self._stopped.wait(TICK_SECONDS):
             display = self._display
             with self._lock:
-                if display is not None and not self._over.is_set():
-                    self._quietly(display.refresh)
+                if display is not None and not self._stopped.is_set():
+                    self._ignoring_errors(display.refresh)
 
     def _print(self, renderable: Any) -> None:
         with self._lock:
-            self._quietly(
+            self._ignoring_errors(
                 self.console.print,
                 renderable,
                 soft_wrap=isinstance(renderable, Text) and not self.live,
             )
 
-    def _quietly(self, action: Any, *arguments: Any, **options: Any) -> None:
+    def _ignoring_errors(self, action: Any, *arguments: Any, **options: Any) -> None:
         try:
             action(*arguments, **options)
-        except Exception as error:  # noqa: BLE001 - a picture of the run is not the run
-            self.trouble = error
+        except Exception as error:  # noqa: BLE001 - a failed drawing must not end a run
+            self.last_error = error
 
 
 def make_console(stream: TextIO | None = None) -> Console:
@@ -184,23 +183,27 @@ def make_console(stream: TextIO | None = None) -> Console:
         else int(os.environ.get("COLUMNS") or 100)
     )
     return Console(
-        file=_Unbreakable(stream), width=width, highlight=False, markup=False, emoji=False
+        file=cast(TextIO, _SafeStream(stream)),
+        width=width,
+        highlight=False,
+        markup=False,
+        emoji=False,
     )
 
 
-class _Unbreakable:
-    """A text stream that takes everything, and drops it once the stream behind it is broken."""
+class _SafeStream:
+    """A text stream that accepts everything, and drops it once the stream behind it is broken."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        self._attempt("write", text)
+        self._call("write", text)
         return len(text)
 
     def flush(self) -> None:
-        self._attempt("flush")
+        self._call("flush")
 
     def isatty(self) -> bool:
         return self._stream is not None and _is_terminal(self._stream)
@@ -210,20 +213,20 @@ class _Unbreakable:
             raise OSError("no file")
         return self._stream.fileno()
 
-    def _attempt(self, method: str, *arguments: str) -> None:
+    def _call(self, method: str, *arguments: str) -> None:
         if self._stream is None:
             return
         try:
             getattr(self._stream, method)(*arguments)
         except UnicodeEncodeError:
-            self._attempt(method, *(text.encode("ascii", "replace").decode() for text in arguments))
+            self._call(method, *(text.encode("ascii", "replace").decode() for text in arguments))
         except (OSError, ValueError):
             broken, self._stream = self._stream, None
-            _discard(broken)
+            _redirect_to_devnull(broken)
 
 
-def _discard(stream: TextIO) -> None:
-    """Points the stream's descriptor at nothing; else Python fails at exit (status 120) when it
+def _redirect_to_devnull(stream: TextIO) -> None:
+    """Points the stream's descriptor at /dev/null; else Python fails at exit (status 120) when it
     flushes what is left in the buffer."""
     try:
         nothing = os.open(os.devnull, os.O_WRONLY)
@@ -247,13 +250,13 @@ class _Line:
         self.total_steps = total_steps
         self.unicode = unicode
         self.phase = ""
-        self.still = False
+        self.stopped = False
         self._began = time.monotonic()
         self._losses: deque[float] = deque(maxlen=200)
         self._step, self._parts, self._eta, self._eta_set = 0, {}, None, 0.0
 
     def begin(self, step: int, phase: str) -> None:
-        self._step, self.phase, self.still, self._began = (
+        self._step, self.phase, self.stopped, self._began = (
             step,
             clean(phase),
             False,
@@ -270,7 +273,9 @@ class _Line:
         self._step, self.phase, self._eta, self._eta_set = step, "", eta_seconds, time.monotonic()
         if "loss" in values:
             self._losses.append(values["loss"])
-        metric = next((key for key in values if key not in QUIET_KEYS and not is_clock(key)), None)
+        metric = next(
+            (key for key in values if key not in NOT_SHOWN_AS_METRIC and not is_clock(key)), None
+        )
         shown = {
             key: f"{clean(key)} {value_text(key, values[key])}"
             for key in ("loss", metric)
@@ -299,11 +304,11 @@ class _Line:
         """One line of at most `width` columns; what matters least leaves first."""
         now = time.monotonic()
         parts: list[tuple[str, str, str]] = [
-            ("mark", self._mark(now), "green" if self._step >= self.total_steps else "cyan")
+            ("mark", self._spinner(now), "green" if self._step >= self.total_steps else "cyan")
         ]
         parts.append(("step", f"{self._step:,}/{self.total_steps:,}", "bold"))
         parts += [(key, text, "bold" if key == "loss" else "") for key, text in self._parts.items()]
-        parts.append(("left", self._left(now), "cyan"))
+        parts.append(("left", self._time_text(now), "cyan"))
         parts = [part for part in parts if part[1]]
         # In the order in which they go when the terminal is narrow.
         for key in (
@@ -325,7 +330,7 @@ class _Line:
             if key == "step" and bar:
                 line.append_text(self._bar(bar)).append("  ")
             if key == "loss" and spark:
-                line.append(self._spark(spark), "cyan").append("  ")
+                line.append(self._sparkline(spark), "cyan").append("  ")
         line.rstrip()
         line.truncate(width)
         return line
@@ -342,24 +347,24 @@ class _Line:
         bar = min(24, room - 3)
         return spark, bar if bar >= 6 else 0
 
-    def _mark(self, now: float) -> str:
+    def _spinner(self, now: float) -> str:
         if self._step >= self.total_steps:
             return "✓" if self.unicode else "+"
         frames = SPINNER if self.unicode else "|/-\\"
         return (
             ("■" if self.unicode else "*")
-            if self.still
+            if self.stopped
             else frames[int(now / TICK_SECONDS) % len(frames)]
         )
 
-    def _left(self, now: float) -> str:
+    def _time_text(self, now: float) -> str:
         if self.phase:
             return (
                 f"{self.phase} {duration_text(now - self._began)}"
                 if self.phase == "compiling"
                 else self.phase
             )
-        if self._step >= self.total_steps or self.still:
+        if self._step >= self.total_steps or self.stopped:
             return duration_text(now - self._began)
         return (
             ""
@@ -375,7 +380,7 @@ class _Line:
         half = "╸" if done - full >= 0.5 else ""
         return Text("━" * full + half, "cyan").append("─" * (width - full - len(half)), "dim")
 
-    def _spark(self, width: int) -> str:
+    def _sparkline(self, width: int) -> str:
         """The losses so far, averaged into `width` columns; a non-finite one is a cross."""
         losses = list(self._losses)
         edges = [len(losses) * column // width for column in range(width + 1)]

@@ -1,10 +1,11 @@
 """Tables for the terminal: what a run is made of before its first step, and what came out at its
 end; and numbers as people read them."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.panel import Panel
@@ -14,7 +15,8 @@ from rich.text import Text
 from jaxtrain.messages import bytes_text, scaled
 
 
-class ParameterRow(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ParameterRow:
     """One line of the parameter summary; `arrays` of the same shape may share it."""
 
     path: str
@@ -148,8 +150,8 @@ def memory_table(
     return table
 
 
-def facts(title: str, rows: Mapping[str, str], *, width: int | None = None) -> Panel:
-    """A panel of named facts: the head of a run, or its summary at the end."""
+def named_values(title: str, rows: Mapping[str, str], *, width: int | None = None) -> Panel:
+    """A panel of names and values: what a run is at its start, or what came out at its end."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -187,7 +189,7 @@ def value_text(name: str, value: float) -> str:
         return f"{value:,}"
     if value and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.2e}"
-    # Not "g": digits that come and go would make the live line twitch.
+    # Not "g": digits that come and go would make the live line jump.
     return f"{value:,.{4 if abs(value) < 10 else 2}f}"
 
 
@@ -270,7 +272,12 @@ def _merge(rows: Sequence[ParameterRow], keys: Sequence[tuple[str, str]]) -> lis
         (
             group[0]
             if len(group) == 1
-            else ParameterRow(*key, *(sum(row[column] for row in group) for column in (2, 3, 4)))
+            else ParameterRow(
+                *key,
+                sum(row.arrays for row in group),
+                sum(row.count for row in group),
+                sum(row.bytes for row in group),
+            )
         )
         for key, group in groups.items()
     ]
