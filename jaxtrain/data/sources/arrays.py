@@ -111,6 +111,8 @@ class Arrays:
         sorted_arrays: dict[str, dict[str, np.ndarray]] = {}
         for name, array in raw.items():
             match = _NAME.fullmatch(name)
+            if match is None:
+                raise UserError(f"{origin}: {name!r} cannot name an array; rename it")
             split = _SPLITS[match["before"] or match["after"] or "train"]
             arrays = sorted_arrays.setdefault(split, {})
             if match["field"] in arrays:

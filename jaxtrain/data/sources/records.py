@@ -118,7 +118,9 @@ class RecordTable:
         self._files, self._counts, self._layout = files, counts, layout
         for file, count in zip(files, counts, strict=True):
             try:
-                found = len(grain.sources.ArrayRecordDataSource(file))
+                source = grain.sources.ArrayRecordDataSource(file)
+                # Grain hides the types of its lazy modules, so a checker sees no length.
+                found = len(source)  # pyright: ignore[reportArgumentType]
             except (RuntimeError, ValueError, OSError) as error:
                 raise UserError(
                     f"{file}: not a readable ArrayRecord file ({_first_line(error)}); write it anew"

@@ -101,11 +101,13 @@ class Tfds:
             raise UserError("--data.name='': no set named; e.g. --data.name=fashion_mnist")
         extras.require(f"--data.name={self.name}", "tensorflow_datasets", "PIL")
         import tensorflow_datasets as tfds
+        from tensorflow_datasets.core import read_only_builder
+        from tensorflow_datasets.core.registered import DatasetNotFoundError
 
         data_dir = str(pathlib.Path(self.data_dir).expanduser()) if self.data_dir else None
         try:
-            return tfds.core.read_only_builder.builder_from_files(self.name, data_dir=data_dir)
-        except (tfds.core.registered.DatasetNotFoundError, OSError) as error:
+            return read_only_builder.builder_from_files(self.name, data_dir=data_dir)
+        except (DatasetNotFoundError, OSError) as error:
             if not self.download:
                 raise UserError(self._missing(tfds)) from error
         return self._prepare(tfds, data_dir)
@@ -201,8 +203,9 @@ class _Description:
                 )
             fields[field] = jax.ShapeDtypeStruct(shape, device_dtype(features[key].np_dtype))
         label = features[source.label_key] if source.label_key else None
-        names = tuple(label.names) if getattr(label, "num_classes", None) else None
-        return cls(fields, keys, source.size, getattr(label, "num_classes", None), names)
+        num_classes = None if label is None else getattr(label, "num_classes", None)
+        names = tuple(label.names) if label is not None and num_classes else None
+        return cls(fields, keys, source.size, num_classes, names)
 
     def rows(self, examples: list[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """The columns of a list of TFDS examples."""
@@ -220,6 +223,7 @@ class _Description:
     def _resized(self, pixels: np.ndarray) -> np.ndarray:
         from PIL import Image
 
+        assert self.size is not None
         gray = pixels.shape[-1] == 1
         return fit(
             Image.fromarray(pixels[..., 0] if gray else pixels),
