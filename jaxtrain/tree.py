@@ -43,7 +43,7 @@ def match(
     >>> match((("bias", 0.0), (".*", 1.0)), {"kernel": 3, "bias": 4}, name="decay")
     {'bias': 0.0, 'kernel': 1.0}
 
-    `name` is how messages call the rules. `ValueError` if a pattern is not a regular expression,
+    `name` is how messages call the rules. `UserError` if a pattern is not a regular expression,
     matches no leaf, or if no pattern matches a leaf and there is no `default`. Of rules that are
     made for any tree, such as the optimizers' own names, some match no leaf: `must_decide=False`.
     """

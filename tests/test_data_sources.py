@@ -375,6 +375,7 @@ ARRAY_ERRORS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {},
         "arrays: label 3 has no name; class_names has 1",
     ),
+    ({"x\n": PIXELS}, {}, "arrays: 'x\\n' cannot name an array; rename it"),
 ]
 
 

@@ -112,7 +112,7 @@ class Arrays:
         for name, array in raw.items():
             match = _NAME.fullmatch(name)
             if match is None:
-                raise UserError(f"{origin}: array {name!r} names no field; call it image, say")
+                raise UserError(f"{origin}: {name!r} cannot name an array; rename it")
             split = _SPLITS[match["before"] or match["after"] or "train"]
             arrays = sorted_arrays.setdefault(split, {})
             if match["field"] in arrays:
