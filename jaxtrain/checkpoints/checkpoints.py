@@ -124,6 +124,10 @@ class Checkpoints:
         """Waits until the last save is committed; `CheckpointError` if it was not."""
         self.close(timeout=None)
 
+    def is_saving(self) -> bool:
+        """Whether a save is in flight."""
+        return self._thread is not None and self._thread.is_alive()
+
     def close(self, timeout: float | None = CLOSE_SECONDS) -> None:
         """Waits until the save in flight is committed, but not for ever; `CheckpointError` if it
         failed, or hangs."""
