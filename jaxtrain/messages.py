@@ -1,10 +1,12 @@
 """The words of messages: how names, values and sizes are shown, and the nearest of the names or
 numbers that would have been right."""
 
+import contextlib
 import difflib
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -76,6 +78,13 @@ def printable(name: str) -> str:
     ('runs/a b', "'runs/a\\\\nb'")
     """
     return name if name.isprintable() else repr(name)
+
+
+def warn(text: str) -> None:
+    """One line of warning on stderr."""
+    # a pipe that nobody reads any more; a warning is not worth a run
+    with contextlib.suppress(OSError):
+        print(f"jaxtrain: warning: {text}", file=sys.stderr, flush=True)
 
 
 def one_line(text: str) -> str:

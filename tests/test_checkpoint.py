@@ -1,6 +1,8 @@
 """Checkpoints against real damage: what is restored is what was saved, or it is said why not."""
 
+import ctypes
 import json
+import mmap
 import os
 import random
 import re
@@ -867,3 +869,39 @@ def test_killed_and_restarted_it_ends_in_the_same_bits(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_thirty_kills(tmp_path: Path) -> None:
     kill_and_restart(tmp_path, kills=30, total=200, golden=golden_digest(200))
+
+
+def share_in_page_cache(path: Path) -> float:
+    """How much of a file the system's page cache holds."""
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | 2)
+    pages = -(-len(mapped) // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * pages)()
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+    assert (
+        ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(address), len(mapped), found) == 0
+    )
+    return sum(page & 1 for page in found) / pages
+
+
+def test_what_was_saved_is_read_back_from_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not from the memory in which the system keeps what was just written."""
+    (tmp_path / "probe").write_bytes(bytes(1 << 20))
+    assert share_in_page_cache(tmp_path / "probe") == 1
+    manifest.fsync(tmp_path / "probe")
+    manifest.evict_from_page_cache(tmp_path)
+    if share_in_page_cache(tmp_path / "probe"):
+        pytest.skip("this file system keeps its files in memory")
+    seen: dict[str, float] = {}
+    verify = committed.verify
+
+    def look(folder: Path, step: int) -> list[str]:
+        files = [path for path in (folder / str(step)).rglob("*") if path.is_file()]
+        seen.update({path.name: share_in_page_cache(path) for path in files if path.stat().st_size})
+        return verify(folder, step)
+
+    monkeypatch.setattr(committed, "verify", look)
+    Checkpoints(tmp_path).save(1, {"params": jnp.arange(1e6)}, {}, wait=True)
+    assert seen and not any(seen.values()), seen

@@ -2,8 +2,12 @@
 arrive, threads that end."""
 
 import itertools
+import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +19,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 from jaxtrain.data import order, pipeline
 from jaxtrain.data.statistics import Statistics, measure, standardize
 from jaxtrain.data.table import ArrayTable, SliceTable, join, load, num_bytes, select
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -254,3 +260,55 @@ def test_statistics_of_odd_tables() -> None:
     assert tenth.mean_C == (45.0,)
     with pytest.raises(ValueError, match="image: holds values that are not finite"):
         measure(ArrayTable({"image": np.array([[1.0], [np.nan]])}))
+
+
+STUCK = """
+import sys, threading, time
+import jax
+from test_data_pipeline import numbered
+from jaxtrain.data import pipeline
+from jaxtrain.data.order import Shuffled
+
+
+class Stuck:
+    arrays = num_classes = class_names = None
+    fields = numbered(4).fields
+
+    def __len__(self):
+        return 4
+
+    def read(self, indices):
+        print("reading", flush=True)
+        time.sleep(1000)
+
+
+pipeline.CLOSE_SECONDS = 0.5
+stream = pipeline.Stream(
+    Stuck(), order=Shuffled(4), position=Shuffled(4).start(0), batch_size=2,
+    sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+)
+stream._batches._submit()
+time.sleep(0.2)
+began = time.monotonic()
+stream.close()
+stream.close()
+print("closed after", round(time.monotonic() - began, 1), flush=True)
+"""
+
+
+def test_a_reader_that_is_stuck_keeps_neither_the_run_nor_the_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "closed after 0.5"
+    assert done.stderr == (
+        "jaxtrain: warning: 2 reading threads do not end: no answer from the data for 0.5 s; they"
+        " are left behind\n"
+    )

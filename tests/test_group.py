@@ -350,3 +350,41 @@ def test_a_signal_to_one_process_saves_the_same_step_in_all(
     done = launch([str(experiment), "--mesh=data:1"], 1, 1, workdir)
     assert done.returncode == 0, done.stderr
     assert digest_of(workdir) == digest_of(golden)
+
+
+@pytest.mark.slow
+def test_predictions_that_fail_in_one_process_end_the_group(
+    experiment: Path, tmp_path: Path
+) -> None:
+    """All is committed; the other process waits in the collective for the one that failed."""
+    workdir, errors, order = tmp_path / "run", tmp_path / "errors", tmp_path / "fault"
+    order.write_text("raise")
+    # without evaluations, the predictions at the end are the first to read this split
+    arguments = [str(experiment), "--mesh=data:2", "--data.validation=test", "--steps=20"]
+    environ = {"FAULT": str(order), "FAULT_IN": "validation"}
+    began = time.monotonic()
+    process = begin(arguments, 2, 1, workdir, errors, **environ)
+    try:
+        status = process.wait(120)
+    finally:
+        process.kill()
+    print(f"{time.monotonic() - began:.1f} s; status {status}; {errors.read_text()}")
+    assert status == 75
+    line = "jaxtrain: process 1 of 2 ended with status 1 while ending at step 20"
+    assert line in errors.read_text()
+    assert committed(workdir) == 20
+
+
+@pytest.mark.slow
+def test_the_statistics_are_those_of_process_0(experiment: Path, tmp_path: Path) -> None:
+    """Process 1 reads nothing at all: its data is on its devices, and process 0 has measured."""
+    order = tmp_path / "fault"
+    order.write_text("raise")
+    arguments = [
+        *(str(experiment), "--mesh=data:2", "--noreproducible", "--device_data=yes"),
+        *("--data.validation=", "--steps=20"),
+    ]
+    errors = tmp_path / "errors"
+    process = begin(arguments, 2, 1, tmp_path / "run", errors, FAULT=str(order))
+    assert process.wait(120) == 0, errors.read_text()
+    assert order.exists()

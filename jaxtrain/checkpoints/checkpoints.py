@@ -2,8 +2,9 @@
 byte of them is believed.
 
 Saving, in order: copy the state to the host (all that the loop waits for), refuse what is not
-finite, write under a temporary name, seal, rename, verify, and only then delete what the rules no
-longer keep. So a kill at any moment leaves every committed step whole.
+finite, write under a temporary name, seal, rename, read all of it back from the disk (where the
+system lets us pass by its page cache, see `manifest.evict_from_page_cache`), and only then delete
+what the rules no longer keep. So a kill at any moment leaves every committed step whole.
 """
 
 import json
@@ -122,6 +123,10 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits until the last save is committed; `CheckpointError` if it was not."""
         self.close(timeout=None)
+
+    def is_saving(self) -> bool:
+        """Whether a save is in flight."""
+        return self._thread is not None and self._thread.is_alive()
 
     def close(self, timeout: float | None = CLOSE_SECONDS) -> None:
         """Waits until the save in flight is committed, but not for ever; `CheckpointError` if it
@@ -246,6 +251,7 @@ class Checkpoints:
             arrays.write(temporary / PAYLOAD, state)
             manifest.seal(temporary, record | {"versions": _versions()})
             manifest.publish(temporary, self.folder / str(step))
+            manifest.evict_from_page_cache(self.folder / str(step))
             if found := self.verify(step):
                 raise CheckpointError(
                     f"step {step}: written, but reads back wrong ({found[0]}); is the disk failing?"

@@ -8,6 +8,7 @@ folder was looked at without following links, and answers in words what is wrong
 arrays or jax.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -80,6 +81,24 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def evict_from_page_cache(folder: Path) -> None:
+    """Makes the system forget the contents of files that are on the disk already, so that whoever
+    reads them next reads the disk and not what was just written to memory.
+
+    A request, and only where the system knows it (Linux): a file system in memory (tmpfs) has no
+    other copy, one in the network has its server's cache, and a disk its own.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for name in entries(folder):
+        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            with contextlib.suppress(OSError):  # not every file system takes the advice
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def checksum(path: Path) -> list[int | str]:

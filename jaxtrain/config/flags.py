@@ -7,7 +7,6 @@ fields that there are. Values are strict (see `values.py`), nothing is given twi
 left over.
 """
 
-import contextlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from jaxtrain.config import record, secrets, settings
 from jaxtrain.config import values as flag_values
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Field
+from jaxtrain.messages import warn
 
 HELP = ("help", "helpfull", "helpshort", "h", "?")
 _ALIASES = {
@@ -199,13 +199,6 @@ def wants_traceback(argv: Sequence[str]) -> bool:
     return any(
         name == "traceback" and value in (None, "true", "True", "1") for name, value in _scan(argv)
     )
-
-
-def warn(text: str) -> None:
-    """One line of warning on stderr."""
-    # a pipe that nobody reads any more; a warning is not worth a run
-    with contextlib.suppress(OSError):
-        print(f"jaxtrain: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _scan(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:

@@ -9,17 +9,25 @@ B: examples of a batch, N: of the table
 
 import collections
 import concurrent.futures
+import queue
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, Self, TypeVar
 
 import jax
 import numpy as np
 
+from jaxtrain import messages
 from jaxtrain.data.order import Order
 from jaxtrain.data.table import Table, num_bytes
 
 Batch = dict[str, jax.Array]
 Item = TypeVar("Item")
+_Task = tuple[Callable[[], Any], "concurrent.futures.Future[Any]"]
+
+CLOSE_SECONDS = 10.0
+"""How long `close` waits for readers; what they read is no longer wanted."""
 
 # where the device does not say how much it has (CPU), a table of up to this half is put there whole
 _UNKNOWN_MEMORY = 2**30
@@ -57,6 +65,18 @@ def gather(arrays: Mapping[str, jax.Array], ids_B: jax.Array) -> Batch:
     return rows | {"id": ids_B}
 
 
+def _work(tasks: "queue.SimpleQueue[_Task | None]") -> None:
+    """A reading thread: does jobs until it is told to end."""
+    while (task := tasks.get()) is not None:
+        job, future = task
+        if not future.set_running_or_notify_cancel():
+            continue
+        try:
+            future.set_result(job())
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            future.set_exception(error)
+
+
 class Prefetch(Iterator[Item], Generic[Item]):
     """Runs jobs in background threads, at most `depth` ahead, and hands out their results in order.
 
@@ -72,9 +92,15 @@ class Prefetch(Iterator[Item], Generic[Item]):
     ) -> None:
         self._jobs = jobs
         self._depth = depth
-        self._pool = concurrent.futures.ThreadPoolExecutor(
-            threads, thread_name_prefix="jaxtrain-data"
-        )
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        # Not an executor: Python waits at its exit for an executor's threads, for ever if one is
+        # stuck. They begin with the first job, so that what is never read leaves none behind.
+        self._threads = [
+            threading.Thread(
+                target=_work, args=(self._tasks,), name=f"jaxtrain-data-{number}", daemon=True
+            )
+            for number in range(threads)
+        ]
         self._waiting: collections.deque[concurrent.futures.Future[Item]] = collections.deque()
         self._closed = False
 
@@ -98,13 +124,38 @@ class Prefetch(Iterator[Item], Generic[Item]):
             and len(self._waiting) < self._depth
             and (job := next(self._jobs, None)) is not None
         ):
-            self._waiting.append(self._pool.submit(job))
+            future: concurrent.futures.Future[Item] = concurrent.futures.Future()
+            self._tasks.put((job, future))
+            self._waiting.append(future)
+            for thread in self._threads:
+                if thread.ident is None:
+                    thread.start()
 
     def close(self) -> None:
-        """Drops what was read ahead and ends the threads; may be called twice."""
+        """Drops what was read ahead and ends the threads; may be called twice.
+
+        Waits for the jobs that are being done, but for no more than `CLOSE_SECONDS`: a thread that
+        is stuck in a dead disk or server is left behind, with a line that says so.
+        """
+        if self._closed:
+            return
         self._closed = True
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for future in self._waiting:
+            future.cancel()
         self._waiting.clear()
+        started = [thread for thread in self._threads if thread.ident is not None]
+        for _ in started:
+            self._tasks.put(None)
+        until = time.monotonic() + CLOSE_SECONDS
+        for thread in started:
+            thread.join(max(0.0, until - time.monotonic()))
+        if stuck := sum(thread.is_alive() for thread in started):
+            what = "1 reading thread does" if stuck == 1 else f"{stuck} reading threads do"
+            left = "it is" if stuck == 1 else "they are"
+            messages.warn(
+                f"{what} not end: no answer from the data for {CLOSE_SECONDS:g} s; {left} left"
+                " behind"
+            )
 
     def __enter__(self) -> Self:
         return self

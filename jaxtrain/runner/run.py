@@ -76,8 +76,7 @@ def start(opened: Opened) -> int:
         writes=group.is_main(),
     )
     progress = Progress(total, quiet=not group.is_main())
-    saving = functools.partial(heartbeat.beat, "saving")  # which may last, also after an error
-    with closing.closed_in_order(progress.stop, saving, checkpoints.close):
+    with closing.closed_in_order(progress.stop, functools.partial(_close, checkpoints)):
         _banner(opened, found, progress)
         if found.newest is not None and found.newest >= total and not run.eval_only:
             return _nothing_to_do(opened, found.newest, progress)
@@ -96,6 +95,13 @@ def start(opened: Opened) -> int:
         if run.eval_only:
             return _evaluate_only(opened, state, progress)
         return _train(opened, found, state, kept, checkpoints, progress, stop)
+
+
+def _close(checkpoints: Checkpoints) -> None:
+    """Waits for the save in flight, which after an error may take longer than a step may."""
+    if checkpoints.is_saving():
+        heartbeat.beat("saving")
+    checkpoints.close()
 
 
 def _banner(opened: Opened, found: restore.Found, progress: Progress) -> None:
