@@ -16,8 +16,8 @@ import jax
 from flax import linen as nn
 
 from jaxtrain.errors import UserError
+from jaxtrain.tree import PyTree
 
-PyTree = Any
 Variables = dict[str, PyTree]
 Keys = Mapping[str, jax.Array]
 

@@ -7,7 +7,7 @@ import jax
 from jax.typing import ArrayLike
 
 
-def root(seed: int) -> jax.Array:
+def root(seed: ArrayLike) -> jax.Array:
     """The root key of a run: typed, threefry (the one generator whose bits do not depend on the
     layout of the arrays)."""
     return jax.random.key(seed, impl="threefry2x32")

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 
 from jaxtrain import fields, losses, metrics
 from jaxtrain.errors import UserError
-
-Batch = Mapping[str, jax.Array]
+from jaxtrain.tree import Batch
 
 
 class Task(Protocol):

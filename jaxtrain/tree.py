@@ -10,6 +10,10 @@ import jax
 from jaxtrain.errors import UserError
 
 PyTree = Any
+Batch = Mapping[str, jax.Array]
+"""Examples by field, each array with a leading batch dim."""
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+"""The shapes and dtypes of a batch that need not exist."""
 Value = TypeVar("Value")
 Rules = tuple[tuple[str, Value], ...]
 

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.augment import draws, mixup
-from jaxtrain.augment.protocol import Batch, Fraction, check
+from jaxtrain.augment.protocol import Fraction, check
 from jaxtrain.fields import NonNegative, Probability
+from jaxtrain.tree import Batch
 
 
 @dataclasses.dataclass(frozen=True)

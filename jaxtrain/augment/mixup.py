@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.augment import draws
-from jaxtrain.augment.protocol import Batch
 from jaxtrain.errors import UserError
+from jaxtrain.tree import Batch
 
 
 def mix(batch: Batch, mixup: Any, cutmix: Any, draws_BA: jax.Array, key: jax.Array) -> Batch:

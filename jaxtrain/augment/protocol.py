@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Between, Traced
+from jaxtrain.tree import Batch
 
-Batch = dict[str, jax.Array]
 Fraction = Annotated[float, Between(0, 1), Traced()]
 
 

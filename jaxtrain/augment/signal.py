@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.augment import draws, mixup
-from jaxtrain.augment.protocol import Batch, Fraction, check
+from jaxtrain.augment.protocol import Fraction, check
 from jaxtrain.fields import Between, NonNegative, Probability, Traced
+from jaxtrain.tree import Batch
 
 _WAVES = 3
 _SMOOTH_STEPS = 2.0  # width of the Gaussian filter of smooth noise, in samples

@@ -21,8 +21,8 @@ import numpy as np
 from jaxtrain import messages
 from jaxtrain.data.order import Order
 from jaxtrain.data.table import Table, num_bytes
+from jaxtrain.tree import Batch
 
-Batch = dict[str, jax.Array]
 Item = TypeVar("Item")
 _Task = tuple[Callable[[], Any], "concurrent.futures.Future[Any]"]
 

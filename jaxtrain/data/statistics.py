@@ -17,9 +17,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.data.pipeline import Batch
 from jaxtrain.data.table import Table
 from jaxtrain.errors import UserError
+from jaxtrain.tree import Batch
 
 METHOD = 1
 """The version of `measure`: one more whenever its numbers change, so that none that was kept before
@@ -194,4 +194,4 @@ def standardize(batch: Batch, statistics: Statistics) -> Batch:
         for values in (statistics.mean_C, statistics.std_C)
     )
     images = images.astype(jnp.float32)
-    return batch | {"image": (images - scale * mean) * (1 / (scale * std))}
+    return {**batch, "image": (images - scale * mean) * (1 / (scale * std))}

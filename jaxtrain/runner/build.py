@@ -26,8 +26,9 @@ from jaxtrain.runner.compile import Execution, Reproducible, Sharded
 from jaxtrain.schedules import resolve
 from jaxtrain.train import loop
 from jaxtrain.train.lowering import Programs
-from jaxtrain.train.recipe import Batch, Recipe
+from jaxtrain.train.recipe import Recipe
 from jaxtrain.train.state import TrainState
+from jaxtrain.tree import Batch
 
 MOST_MEASURED = 10_000
 """How many examples of a data set that is not in memory its statistics are measured on."""

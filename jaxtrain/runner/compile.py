@@ -21,8 +21,8 @@ from jaxtrain.parallel import mesh as meshes
 from jaxtrain.parallel import sharding
 from jaxtrain.train import evaluate, feeds, reproducible, train_step
 from jaxtrain.train.lowering import Programs
-from jaxtrain.train.recipe import Batch
 from jaxtrain.train.state import TrainState
+from jaxtrain.tree import Batch
 
 Source = Batch | Stream
 """Where training batches come from: data in device memory, or a stream."""

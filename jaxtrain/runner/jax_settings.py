@@ -46,7 +46,7 @@ def restored() -> Iterator[None]:
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, where the user has not said otherwise."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update(
             "jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxtrain" / "xla")
         )

@@ -156,7 +156,7 @@ def compare_recipe(
         dry = "XLA_FLAGS=--xla_force_host_platform_device_count=8"
         raise UserError(f"--compare_meshes: needs all devices in one process; rehearse with {dry}")
     devices = jax.devices() if devices is None else devices
-    asked = jax.config.jax_default_matmul_precision
+    asked = jax.config.values["jax_default_matmul_precision"]
     if tolerance is None:
         tf32 = asked == "tensorfloat32" and devices[0].platform == "gpu"
         tolerance = max(TOLERANCES[recipe.precision], TF32 if tf32 else 0.0)
@@ -249,7 +249,7 @@ class _Layout:
         """`ValueError` if the batch or a parameter does not fit the mesh."""
         mesh = meshes.make(text, devices, flag="--compare_meshes")
         meshes.check_batch("batch_size", lowering.num_examples(batch), mesh)
-        return cls(lowering.lower(recipe, batch, mesh), seed)
+        return cls(lowering.lower(recipe, jax.eval_shape(dict, batch), mesh), seed)
 
     def initial(self) -> TrainState:
         """The state before the first step."""

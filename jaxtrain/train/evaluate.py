@@ -10,8 +10,8 @@ import numpy as np
 from jaxtrain import metrics
 from jaxtrain.errors import UserError
 from jaxtrain.processes import heartbeat
-from jaxtrain.train.recipe import Batch
 from jaxtrain.train.state import TrainState
+from jaxtrain.tree import Batch
 
 Shapes = tuple[tuple[Any, ...], ...]
 

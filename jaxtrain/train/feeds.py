@@ -11,10 +11,11 @@ import jax
 import numpy as np
 
 from jaxtrain import metrics
-from jaxtrain.data.pipeline import Batch, Stream
+from jaxtrain.data.pipeline import Stream
 from jaxtrain.processes import group
 from jaxtrain.train.reproducible import Trainer
 from jaxtrain.train.state import TrainState
+from jaxtrain.tree import Batch
 
 CALL_FLOPS = {"cpu": 1e8, "gpu": 2e11}
 """How much work a dispatch should hold, so that starting it (about 0.1 ms) costs nothing that can

@@ -77,7 +77,7 @@ def train(
 
     # --debug_nans runs a bad step again operation by operation, and each of them brings its
     # constants along.
-    with jax.transfer_guard("allow" if jax.config.jax_debug_nans else "disallow"):
+    with jax.transfer_guard("allow" if jax.config.values["jax_debug_nans"] else "disallow"):
         while step < cadence.total and stop.status is None:
             at_step(step, state)
             count = cadence.next(step) - step

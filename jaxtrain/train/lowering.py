@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jaxtrain.parallel import sharding
 from jaxtrain.train import steps
-from jaxtrain.train.recipe import Batch, Recipe
+from jaxtrain.train.recipe import Recipe
 from jaxtrain.train.state import (
     Placement,
     TrainState,
@@ -29,6 +29,7 @@ from jaxtrain.train.state import (
     place,
     with_sharding,
 )
+from jaxtrain.tree import Batch, Shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Programs:
 
     recipe: Recipe
     mesh: Mesh
-    batch: Batch
+    batch: Shapes
     """Shapes and dtypes of one global training batch."""
     state: TrainState
     """Shapes, dtypes and shardings."""
@@ -62,7 +63,7 @@ class Programs:
 
     def batch_with_ids(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of a batch as the data pipeline gives it, with the `id` of each example."""
-        return {"id": jax.ShapeDtypeStruct((self.batch_size,), jnp.int32)} | dict(self.batch)
+        return {"id": jax.ShapeDtypeStruct((self.batch_size,), jnp.int32), **self.batch}
 
     @functools.cached_property
     def train_step(self) -> Any:
@@ -110,7 +111,7 @@ class Programs:
         return sharding.bytes_per_device(rows, {name: leaf.sharding for name, leaf in rows.items()})
 
 
-def lower(recipe: Recipe, batch: Batch, mesh: Mesh) -> Programs:
+def lower(recipe: Recipe, batch: Batch | Shapes, mesh: Mesh) -> Programs:
     """The programs of a recipe for batches of these shapes on this mesh.
 
     >>> from jaxtrain.models import MLP

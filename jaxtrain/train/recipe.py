@@ -2,10 +2,8 @@
 `TrainState.hyper` (see `hyper.py`)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any
-
-import jax
 
 from jaxtrain.config.step_options import StepOptions
 from jaxtrain.data.order import Order, Shuffled
@@ -13,8 +11,8 @@ from jaxtrain.fields import Above, Traced
 from jaxtrain.optimizers import Optimizer
 from jaxtrain.schedules import Constant, Schedule
 from jaxtrain.tasks import Task
+from jaxtrain.tree import Batch
 
-Batch = Mapping[str, jax.Array]
 Prepare = Callable[[Batch], Batch]
 
 

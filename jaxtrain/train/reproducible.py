@@ -29,8 +29,9 @@ from jaxtrain.parallel import sharding
 from jaxtrain.processes import group
 from jaxtrain.tasks import Task
 from jaxtrain.train import train_step
-from jaxtrain.train.recipe import Batch, Recipe
+from jaxtrain.train.recipe import Recipe
 from jaxtrain.train.state import TrainState, parameter_axes
+from jaxtrain.tree import Batch
 
 COMPILER: dict[str, dict[str, Any]] = {
     # Eigen cuts long sums by the number of threads, which follows the number of devices and of

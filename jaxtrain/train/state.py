@@ -19,7 +19,8 @@ from jaxtrain.precision import stochastic_rounding
 from jaxtrain.precision.loss_scale import LossScale
 from jaxtrain.tasks import Task
 from jaxtrain.train import hyper
-from jaxtrain.train.recipe import Batch, Recipe
+from jaxtrain.train.recipe import Recipe
+from jaxtrain.tree import Batch, Shapes
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +61,7 @@ def init_state(
     model: Any,
     task: Task,
     optimizer: Optimizer,
-    batch: Batch,
+    batch: Batch | Shapes,
     *,
     seed: int | jax.Array = 0,
     mesh: Mesh | None = None,
@@ -83,12 +84,12 @@ def init_state(
     """
     recipe = Recipe(model, task, optimizer, **options)
     initialize, numbers = initializer(recipe, batch), initial_numbers(recipe)
-    seed = np.uint32(seed) if isinstance(seed, int) else seed
+    start: Any = np.uint32(seed) if isinstance(seed, int) else seed
     if mesh is None:
-        return jax.jit(initialize)(numbers, seed)
-    state = jax.eval_shape(initialize, numbers, seed)
+        return jax.jit(initialize)(numbers, start)
+    state = jax.eval_shape(initialize, numbers, start)
     places = place(recipe, state, batch, mesh)
-    return jax.jit(initialize, out_shardings=places.state)(numbers, seed)
+    return jax.jit(initialize, out_shardings=places.state)(numbers, start)
 
 
 def initial_numbers(recipe: Recipe) -> dict[str, np.float32]:
@@ -97,7 +98,7 @@ def initial_numbers(recipe: Recipe) -> dict[str, np.float32]:
 
 
 def initializer(
-    recipe: Recipe, batch: Batch, axes: tree.PyTree | None = None
+    recipe: Recipe, batch: Batch | Shapes, axes: tree.PyTree | None = None
 ) -> Callable[..., TrainState]:
     """The pure function `(numbers, seed) -> state` that makes the state before the first step;
     `batch` may be abstract, and `axes` spares the reading of the logical axes."""
@@ -141,7 +142,7 @@ def initializer(
 def place(
     recipe: Recipe,
     state: TrainState,
-    batch: Batch,
+    batch: Batch | Shapes,
     mesh: Mesh,
     axes: tree.PyTree | None = None,
 ) -> Placement:
@@ -159,7 +160,7 @@ def place(
     return Placement(mesh, axes, everything)
 
 
-def parameter_axes(recipe: Recipe, batch: Batch) -> tree.PyTree:
+def parameter_axes(recipe: Recipe, batch: Batch | Shapes) -> tree.PyTree:
     """The logical axes of each parameter, by which sharding knows where it lies, and the optimizer
     what it is; `batch` may be abstract."""
     inputs = jax.eval_shape(recipe.inputs, dict(batch))

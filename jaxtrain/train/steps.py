@@ -20,8 +20,9 @@ from jaxtrain.optimizers import Optimizer
 from jaxtrain.parallel import sharding
 from jaxtrain.tasks import Task
 from jaxtrain.train import train_step
-from jaxtrain.train.recipe import Batch, Recipe
+from jaxtrain.train.recipe import Recipe
 from jaxtrain.train.state import Placement, TrainState
+from jaxtrain.tree import Batch
 
 Update = Callable[[TrainState, Batch], tuple[TrainState, metrics.Sums]]
 

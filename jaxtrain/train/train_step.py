@@ -20,7 +20,7 @@ from jaxtrain.optimizers import evaluation_params
 from jaxtrain.parallel import fsdp, sharding
 from jaxtrain.precision import loss_scale, stochastic_rounding
 from jaxtrain.train import hyper
-from jaxtrain.train.recipe import Batch, Recipe
+from jaxtrain.train.recipe import Recipe
 from jaxtrain.train.state import (
     Placement,
     TrainState,
@@ -29,6 +29,7 @@ from jaxtrain.train.state import (
     place,
     working_opt_state,
 )
+from jaxtrain.tree import Batch
 
 REMAT: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_saveable,
