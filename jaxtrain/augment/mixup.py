@@ -5,7 +5,7 @@ B batch, A spatial axes (height and width, or time).
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -72,5 +72,6 @@ def _cut(
         center_B = jnp.floor(draws_BA[:, axis] * side)
         lows.append(jnp.clip(center_B - half, 0, side))
         highs.append(jnp.clip(center_B + half, 0, side))
-    area_B = math.prod(high_B - low_B for low_B, high_B in zip(lows, highs, strict=True))
+    lengths = (high_B - low_B for low_B, high_B in zip(lows, highs, strict=True))
+    area_B = cast(jax.Array, math.prod(lengths))
     return draws.box_mask(sides_A, lows, highs), 1 - area_B / math.prod(sides_A)

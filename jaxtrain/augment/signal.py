@@ -6,7 +6,7 @@ B batch, L length, C channels, N numbers drawn an example.
 
 import dataclasses
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -138,8 +138,11 @@ def _smooth_normal(keys_B: jax.Array, like_BLC: jax.Array) -> jax.Array:
     longer_BLC = draws.normal(
         keys_B, "smooth", jnp.broadcast_to(like_BLC[:, :1], (batch, size + 2 * reach, channels))
     )
-    return sum(
-        (weight / norm) * longer_BLC[:, tap : tap + size] for tap, weight in enumerate(weights)
+    return cast(
+        jax.Array,
+        sum(
+            (weight / norm) * longer_BLC[:, tap : tap + size] for tap, weight in enumerate(weights)
+        ),
     )
 
 

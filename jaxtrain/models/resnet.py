@@ -8,7 +8,7 @@ convolution ("v1.5"), and norms that end a branch start at zero there.
 Dims: B batch, H height, W width, C channels.
 """
 
-from typing import Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,9 @@ class ResNet(nn.Module):
             x_BHWC = nn.relu(layers.batch_norm(train, name="stem_norm")(x_BHWC))
         if self.stem == "imagenet":
             # Windows of 3 at stride 2 overlap, so no reshape can do this one.
-            x_BHWC = nn.max_pool(x_BHWC, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            # Flax takes pairs as well as a word, though its annotation says a word.
+            padding = cast(Any, ((1, 1), (1, 1)))
+            x_BHWC = nn.max_pool(x_BHWC, (3, 3), strides=(2, 2), padding=padding)
         return x_BHWC
 
     def _block(self, width: int, stride: int, *, name: str) -> nn.Module:

@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Count, DropRate
@@ -80,7 +81,7 @@ class Transformer(nn.Module):
             x_BTD = layers.block_end(block(x_BTD, angles_TR, train))
         x_BTD = layers.layer_norm("embed", name="norm")(x_BTD)
         if self.tied:
-            return jnp.einsum("btd,vd->btv", *nn.dtypes.promote_dtype(x_BTD, embed_VD))
+            return jnp.einsum("btd,vd->btv", *promote_dtype(x_BTD, embed_VD))
         return layers.dense(
             self.vocabulary, ("embed", "vocab"), bias=False, initializer=SMALL_NORMAL, name="head"
         )(x_BTD)

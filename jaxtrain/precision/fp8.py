@@ -75,6 +75,11 @@ INNER_JAXPRS: dict[str, tuple[str, ...]] = {
 only what they compute changes."""
 
 
+def _spec(atom: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of what goes into an equation, or comes out."""
+    return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
+
+
 def _is_dense(equation: core.JaxprEqn) -> bool:
     if equation.primitive.name != "dot_general":
         return False
@@ -82,7 +87,7 @@ def _is_dense(equation: core.JaxprEqn) -> bool:
     return (
         bool(over_left)
         and not batch
-        and all(jnp.issubdtype(operand.aval.dtype, jnp.floating) for operand in equation.invars)
+        and all(jnp.issubdtype(_spec(operand).dtype, jnp.floating) for operand in equation.invars)
     )
 
 
@@ -114,10 +119,8 @@ def _replace(equation: core.JaxprEqn) -> core.JaxprEqn:
             return equation
         return equation.replace(params=equation.params | inner)
     contracting, _ = equation.params["dimension_numbers"]
-    dtype = equation.outvars[0].aval.dtype
-    shapes = [
-        jax.ShapeDtypeStruct(operand.aval.shape, operand.aval.dtype) for operand in equation.invars
-    ]
+    dtype = _spec(equation.outvars[0]).dtype
+    shapes = [_spec(operand) for operand in equation.invars]
     (call,) = jax.make_jaxpr(lambda left, right: _dense(left, right, contracting, dtype))(
         *shapes
     ).eqns
