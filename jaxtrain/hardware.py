@@ -10,9 +10,6 @@ A100 (stas00/ml-engineering, compute/accelerator), which is the ceiling for mode
 
 import dataclasses
 import re
-from typing import Literal
-
-Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +88,7 @@ def compute_capability(card: str) -> tuple[int, int] | None:
     return None if found is None else found.capability
 
 
-def peak_flops(device_kind: str, precision: Precision) -> float | None:
+def peak_flops(device_kind: str, precision: str) -> float | None:
     """Peak FLOP/s of one device, or None where it isn't known or the card has no units for it; then
     no MFU is shown.
 

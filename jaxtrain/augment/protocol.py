@@ -23,6 +23,7 @@ class Augment(Protocol):
     def __call__(self, batch: Batch, keys_B: jax.Array, key: jax.Array) -> Batch:
         """A changed batch, from one typed key an example and one for the whole batch."""
         ...
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

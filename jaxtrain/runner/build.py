@@ -28,7 +28,7 @@ from jaxtrain.train import loop
 from jaxtrain.train.lowering import Programs
 from jaxtrain.train.recipe import Recipe
 from jaxtrain.train.state import TrainState
-from jaxtrain.tree import Batch
+from jaxtrain.tree import Batch, Shapes
 
 MOST_MEASURED = 10_000
 """How many examples of a data set that is not in memory its statistics are measured on."""
@@ -194,7 +194,7 @@ def check_model(
     return batch
 
 
-def check_held_out(run: config.Run, splits: Splits, recipe: Recipe, batch: Batch) -> None:
+def check_held_out(run: config.Run, splits: Splits, recipe: Recipe, batch: Shapes) -> None:
     """Runs model and task on the shapes of the held-out splits; a test split without labels must
     not be found out after the training."""
 

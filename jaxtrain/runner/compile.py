@@ -46,9 +46,15 @@ class Training:
 class Execution(Protocol):
     """How the programs of a run are executed."""
 
-    mesh: Mesh
-    parts_word: str
-    """What a batch is divided among, for messages."""
+    @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        ...
+
+    @property
+    def parts_word(self) -> str:
+        """What a batch is divided among, for messages."""
+        ...
 
     @property
     def parts(self) -> int:
@@ -173,7 +179,7 @@ class Reproducible:
         chosen = (per_call or feeds.steps_per_call(lowered, platform, most)) if resident else 1
         trainer = reproducible.Trainer(recipe, self.mesh, self.parts)
         each = self.parts // self.mesh.size
-        data = source if resident else None
+        data = None if isinstance(source, Stream) else source
         return Training(
             feeds.ReproducibleFeed(trainer, source, programs.batch_size),
             chosen,

@@ -4,6 +4,7 @@ committed, so nothing that a process does here alone may fail it."""
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,7 +93,8 @@ def write_predictions(folder: Path, table: Table, found: dict[str, np.ndarray]) 
     names = np.array(
         table.class_names or [str(label) for label in range(int(found["label"].max()) + 1)]
     )
-    np.savez(folder / "predictions.npz", **found, worst_id=ids, class_names=names, **images)
+    arrays: dict[str, Any] = {**found, "worst_id": ids, "class_names": names, **images}
+    np.savez(folder / "predictions.npz", **arrays)
 
 
 @contextlib.contextmanager

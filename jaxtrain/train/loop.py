@@ -103,7 +103,7 @@ def train(
             # Who sends a signal grants seconds, and an evaluation may take minutes: it is put off,
             # and done first when the run goes on.
             put_off = evaluates and stop.status is not None and step < cadence.total
-            if evaluates and not put_off:
+            if validate is not None and evaluates and not put_off:
                 # 3. Evaluation before the commit: the commit holds the offset of its line, and
                 # whether it is the best.
                 reached, higher = _evaluate(

@@ -281,7 +281,7 @@ def update(
                 state, opt_state=jax.device_put(state.opt_state, jax.memory.Space.Device)
             )
         )
-        new, sums = _unless_overflown(old, new, sums, total)
+        new, sums = _unless_overflown(old, new, sums, total, state.scaling)
     if places is not None:
         # Nothing else says that the new state should lie as the old one did.
         new = _placed(new, places.state, offload=recipe.offload)
@@ -289,7 +289,11 @@ def update(
 
 
 def _unless_overflown(
-    state: TrainState, new: TrainState, sums: metrics.Sums, total: Total
+    state: TrainState,
+    new: TrainState,
+    sums: metrics.Sums,
+    total: Total,
+    scaling: loss_scale.LossScale,
 ) -> tuple[TrainState, metrics.Sums]:
     """The new state, or the old one where a gradient is not finite: then only the step, the
     position and the scale move on."""
@@ -298,14 +302,13 @@ def _unless_overflown(
     kept = {
         name: loss_scale.select(finite, getattr(new, name), getattr(state, name)) for name in parts
     }
-    scaling = loss_scale.update(state.scaling, finite)
     zero, one = jnp.float32(0), jnp.float32(1)
     counted = jax.tree.map(lambda number: jnp.where(finite, number, zero), dict(sums))
     counted |= {
-        "loss_scale": (state.scaling.scale, one),
+        "loss_scale": (scaling.scale, one),
         "skipped": (jnp.where(finite, zero, one), one),
     }
-    return dataclasses.replace(new, **kept, scaling=scaling), counted
+    return dataclasses.replace(new, **kept, scaling=loss_scale.update(scaling, finite)), counted
 
 
 def _placed(new: TrainState, places: TrainState, *, offload: str) -> TrainState:
