@@ -89,7 +89,7 @@ CASES: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
 }
 
 
-def compared(name: str, mesh_texts: tuple[str, ...], steps: int) -> compare_meshes.Report:
+def compared(name: str, mesh_texts: tuple[str, ...], steps: int) -> compare_meshes.Comparison:
     """One of the cases, trained by AdamW at a rate at which digits are learnt."""
     model, task, source, options = CASES[name]
     return compare_meshes.compare(
@@ -97,7 +97,7 @@ def compared(name: str, mesh_texts: tuple[str, ...], steps: int) -> compare_mesh
     )
 
 
-def check(report: compare_meshes.Report) -> None:
+def check(report: compare_meshes.Comparison) -> None:
     """What issue 3 asks for."""
     for found in report.meshes:
         assert max(found.free) <= 1e-6, found
@@ -372,10 +372,10 @@ def test_the_report_in_words():
         "tensor:2", (1e-7,), 2e-7, 0.5, compare_meshes.Difference(3, "head/kernel", 0.5)
     )
     assert (
-        compare_meshes.Report((good, drifting), 20, 1e-5).summary()
+        compare_meshes.Comparison((good, drifting), 20, 1e-5).summary()
         == "--compare_meshes: fsdp:8 differs from one device beyond 1e-05: losses by 3.0e-04"
     )
-    report = compare_meshes.Report((good, broken), 20, 1e-5)
+    report = compare_meshes.Comparison((good, broken), 20, 1e-5)
     assert report.agrees(good) and not report.agree
     console = Console(width=140, file=io.StringIO())
     console.print(tables.comparison_table(report.rows()))

@@ -54,14 +54,14 @@ def data_threads() -> list[str]:
     ]
 
 
-def stream_of(table: Any, *, seed: int, offset: int = 0, **more: Any) -> pipeline.Stream:
+def stream_of(table: Any, *, seed: int, offset: int = 0, **more: Any) -> pipeline.BatchLoader:
     """A stream of a table, shuffled, that begins so many examples into the first epoch."""
     shuffled = order.Shuffled(len(table))
     position = shuffled.advance(shuffled.start(seed), offset)
-    return pipeline.Stream(table, order=shuffled, position=position, **more)
+    return pipeline.BatchLoader(table, order=shuffled, position=position, **more)
 
 
-def take(stream: pipeline.Stream, count: int) -> list[list[int]]:
+def take(stream: pipeline.BatchLoader, count: int) -> list[list[int]]:
     return [next(stream)["id"].tolist() for _ in range(count)]
 
 
@@ -71,7 +71,7 @@ def test_a_stream_resumed_at_any_position_goes_on_as_if_never_interrupted(
 ) -> None:
     table, steps = numbered(length), 3 * length
     epoch = order.Shuffled(length)
-    with pipeline.Stream(
+    with pipeline.BatchLoader(
         table, order=epoch, position=epoch.start(5), batch_size=batch_size, sharding=one
     ) as stream:
         golden, positions = [], []
@@ -83,7 +83,7 @@ def test_a_stream_resumed_at_any_position_goes_on_as_if_never_interrupted(
         assert sorted(flat[number * length : (number + 1) * length]) == list(range(length))
     for step, position in enumerate(positions):
         prefetch = 1 + step % 3
-        with pipeline.Stream(
+        with pipeline.BatchLoader(
             table,
             order=epoch,
             position=position,
@@ -283,7 +283,7 @@ class Stuck:
 
 
 pipeline.CLOSE_SECONDS = 0.5
-stream = pipeline.Stream(
+stream = pipeline.BatchLoader(
     Stuck(), order=Shuffled(4), position=Shuffled(4).start(0), batch_size=2,
     sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
 )

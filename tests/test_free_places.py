@@ -99,7 +99,7 @@ def test_another_order_takes_the_place_of_the_shuffled_one() -> None:
     once, _ = steps(init_state(*PARTS, BATCH, order=mixture), data, jnp.int32(3))
     assert once.position["taken"].tolist() == [24, 3]
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with pipeline.Stream(
+    with pipeline.BatchLoader(
         ArrayTable(dict(ROWS)),
         order=mixture,
         position=jax.device_get(state.position),

@@ -159,7 +159,7 @@ def test_streamed_data_trains_like_resident_data(grid):
     finals = []
     for data in (None, build.place_data(run, train, where)):
         state = execution.initialize(lowered, 0)
-        source = data or build.stream(run, state, train, recipe, where)
+        source = data or build.open_loader(run, state, train, recipe, where)
         compiled = execution.training(lowered, source, per_call=None, most=50)
         assert compiled.per_call == (1 if data is None else 50)
         done, losses = 0, []

@@ -48,7 +48,7 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
     """Does something as soon as the dispatch that reaches `step` is on its way, once."""
     left = [action]
-    for kind in (feeds.ResidentFeed, feeds.StreamFeed):
+    for kind in (feeds.ResidentFeed, feeds.LoaderFeed):
         advance = kind.advance
 
         def watched(self: Any, state: Any, count: int, advance: Any = advance) -> Any:

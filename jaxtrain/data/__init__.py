@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what editors and type checkers see; tests/test_exports.py compares the two
     from collections.abc import Mapping
 
-    from jaxtrain.data.pipeline import Stream
+    from jaxtrain.data.pipeline import BatchLoader
     from jaxtrain.data.sources.arrays import Arrays
     from jaxtrain.data.sources.digits import Digits
     from jaxtrain.data.sources.images import Images
@@ -23,11 +23,11 @@ if TYPE_CHECKING:  # what editors and type checkers see; tests/test_exports.py c
 __all__ = [
     "NAMES",
     "Arrays",
+    "BatchLoader",
     "Digits",
     "Images",
     "Records",
     "Splits",
-    "Stream",
     "Synthetic",
     "SyntheticTokens",
     "Table",
@@ -40,7 +40,7 @@ _FILES = {
     "Images": "sources.images",
     "Records": "sources.records",
     "Splits": "splits",
-    "Stream": "pipeline",
+    "BatchLoader": "pipeline",
     "Synthetic": "sources.synthetic",
     "SyntheticTokens": "sources.markov",
     "Table": "table",

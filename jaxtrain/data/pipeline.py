@@ -164,7 +164,7 @@ class Prefetch(Iterator[Item], Generic[Item]):
         self.close()
 
 
-class Stream(Iterator[Batch]):
+class BatchLoader(Iterator[Batch]):
     """The endless shuffled batches of a table from a position on, read and put on the devices ahead
     of the step.
 

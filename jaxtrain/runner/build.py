@@ -16,7 +16,7 @@ from jaxtrain.config import record as run_record
 from jaxtrain.config.step_options import options_of
 from jaxtrain.data import pipeline, statistics
 from jaxtrain.data.order import Shuffled
-from jaxtrain.data.pipeline import Stream
+from jaxtrain.data.pipeline import BatchLoader
 from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import Table, classes_of
 from jaxtrain.errors import UserError
@@ -264,9 +264,11 @@ def evaluators(
     return {name: evaluator(table) for name, table in tables.items() if table is not None}
 
 
-def stream(run: config.Run, state: TrainState, train: Table, recipe: Recipe, mesh: Mesh) -> Stream:
+def open_loader(
+    run: config.Run, state: TrainState, train: Table, recipe: Recipe, mesh: Mesh
+) -> BatchLoader:
     """The train split as batches read ahead, from where the state stands."""
-    return Stream(
+    return BatchLoader(
         train,
         order=recipe.order,
         position=jax.device_get(state.position),

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxtrain import metrics, tree
 from jaxtrain.checkpoints import arrays
-from jaxtrain.data.pipeline import Stream
+from jaxtrain.data.pipeline import BatchLoader
 from jaxtrain.parallel import mesh as meshes
 from jaxtrain.parallel import sharding
 from jaxtrain.train import evaluate, feeds, reproducible, train_step
@@ -24,7 +24,7 @@ from jaxtrain.train.lowering import Programs
 from jaxtrain.train.state import TrainState
 from jaxtrain.tree import Batch
 
-Source = Batch | Stream
+Source = Batch | BatchLoader
 """Where training batches come from: data in device memory, or a stream."""
 Evaluate = Callable[[TrainState, Iterator[Batch]], dict[str, float]]
 
@@ -109,11 +109,11 @@ class Sharded:
         platform = self.mesh.devices.flat[0].platform
         # XLA counts the body of a loop once, and off the CPU the microbatches are a loop.
         repeats = 1 if platform == "cpu" else programs.recipe.microbatches
-        if isinstance(source, Stream):
+        if isinstance(source, BatchLoader):
             step, chosen, data = programs.train_step, 1, None
             lowered = programs.lower_train_step()
             compiled = lowered.compile()
-            feed: feeds.Feed = feeds.StreamFeed(
+            feed: feeds.Feed = feeds.LoaderFeed(
                 _checked(step) if self.debug_nans else compiled, source
             )
         else:
@@ -163,7 +163,7 @@ class Reproducible:
         self, programs: Programs, source: Source, *, per_call: int | None, most: int
     ) -> Training:
         """Training by programs that are compiled at their first call."""
-        recipe, resident = programs.recipe, not isinstance(source, Stream)
+        recipe, resident = programs.recipe, not isinstance(source, BatchLoader)
         rows = programs.batch_size // self.parts
         part = {
             name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
@@ -179,7 +179,7 @@ class Reproducible:
         chosen = (per_call or feeds.steps_per_call(lowered, platform, most)) if resident else 1
         trainer = reproducible.Trainer(recipe, self.mesh, self.parts)
         each = self.parts // self.mesh.size
-        data = None if isinstance(source, Stream) else source
+        data = None if isinstance(source, BatchLoader) else source
         return Training(
             feeds.ReproducibleFeed(trainer, source, programs.batch_size),
             chosen,

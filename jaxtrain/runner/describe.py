@@ -20,7 +20,7 @@ from jaxtrain.train.lowering import Programs
 from jaxtrain.train.state import TrainState
 
 
-def welcome(
+def start_banner(
     run: config.Run, splits: Splits, length: Lengths, mesh: Mesh, folder: str, *, asked: str
 ) -> dict[str, str]:
     """What a run is, a row each; `asked` is the precision of the command line."""

@@ -43,16 +43,16 @@ def finish(
     heartbeat.beat("ending")
     table = splits.test if splits.test is not None else splits.validation
     if hasattr(run.task, "examine") and table is not None and "label" in table.fields:
-        with _harmless("predictions", collective=True):
+        with _warn_on_error("predictions", collective=True):
             batches = build.batches(run, table, execution)
             found = evaluate.predictions(programs.predict_step, state, batches)
             if group.is_main():
-                with _harmless("predictions"):
+                with _warn_on_error("predictions"):
                     write_predictions(folder, table, found)
     if not group.is_main():
         return
-    page = report(run, folder)
-    with _harmless("summary"):
+    page = write_report(run, folder)
+    with _warn_on_error("summary"):
         done = history.load(folder)
         values = {
             (split, name): done.last(name, split)
@@ -70,11 +70,11 @@ def finish(
         )
 
 
-def report(run: config.Run, folder: Path) -> Path | None:
+def write_report(run: config.Run, folder: Path) -> Path | None:
     """Writes report.html and the plots, if the run wants them."""
     if not run.report:
         return None
-    with _harmless("report"):
+    with _warn_on_error("report"):
         from jaxtrain.report.page import html  # draws with matplotlib, which takes a second to load
 
         return html.write_report([folder], folder / "report.html")
@@ -98,7 +98,7 @@ def write_predictions(folder: Path, table: Table, found: dict[str, np.ndarray]) 
 
 
 @contextlib.contextmanager
-def _harmless(what: str, *, collective: bool = False) -> Iterator[None]:
+def _warn_on_error(what: str, *, collective: bool = False) -> Iterator[None]:
     """Turns an error into a warning: the training is done and committed, a picture of it may fail.
 
     Not so the error of one process in what all processes of a group do together: the others wait

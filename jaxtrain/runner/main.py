@@ -200,7 +200,7 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
         return _compare(run, splits.train, recipe, jax.devices(mesh.devices.flat[0].platform))
     programs = lowering.lower(recipe, batch, mesh)
     made = not run.workdir or not Path(run.workdir).exists()
-    folder = Path(group.on_main(lambda: str(workdir.place(run))))
+    folder = Path(group.on_main(lambda: str(workdir.choose_folder(run))))
     # Only process 0 writes into the folder.
     mine = Lock(folder, force=run.force_unlock) if group.is_main() else contextlib.nullcontext()
     with mine as lock, _deleted_if_refused(lock if made else None):

@@ -35,7 +35,7 @@ class Found:
     """The step to go on from."""
 
 
-def look(run: config.Run, folder: Path, fingerprint: str) -> Found:
+def inspect(run: config.Run, folder: Path, fingerprint: str) -> Found:
     """What lies in the folder; `ValueError`, in every process, if the run may not go on from it."""
     return Found(**group.on_main(lambda: dataclasses.asdict(_look(run, folder, fingerprint))))
 

@@ -66,7 +66,7 @@ def start(opened: Opened) -> int:
     """Resumes or starts, trains or evaluates, and sums up; the exit status."""
     heartbeat.send_workdir(opened.folder)
     run, total = opened.run, opened.length.total
-    found = restore.look(run, opened.folder, opened.splits.fingerprint)
+    found = restore.inspect(run, opened.folder, opened.splits.fingerprint)
     # Only process 0 writes: the others help to gather, and leave no trace.
     checkpoints = Checkpoints(
         opened.folder,
@@ -107,7 +107,7 @@ def _close(checkpoints: Checkpoints) -> None:
 def _banner(opened: Opened, found: restore.Found, progress: Progress) -> None:
     for note in found.notes:
         progress.line(note)
-    rows = describe.welcome(
+    rows = describe.start_banner(
         opened.run,
         opened.splits,
         opened.length,
@@ -125,7 +125,7 @@ def _nothing_to_do(opened: Opened, newest: int, progress: Progress) -> int:
         f"{flag}: checkpoint is already at step {newest}; nothing to do, raise it to go on"
     )
     if group.is_main():
-        finish.report(run, opened.folder)
+        finish.write_report(run, opened.folder)
     return 0
 
 
@@ -226,7 +226,7 @@ def _compile(
     heartbeat.beat("data")
     train = opened.splits.train
     resident = build.place_data(run, train, mesh)
-    source = resident or build.stream(run, state, train, opened.programs.recipe, mesh)
+    source = resident or build.open_loader(run, state, train, opened.programs.recipe, mesh)
     chosen = run.steps_per_call or describe.earlier_steps_per_call(earlier, run, mesh)
     heartbeat.beat("compiling")
     trained = opened.execution.training(

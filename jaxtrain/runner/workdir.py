@@ -23,7 +23,7 @@ from jaxtrain.errors import UserError
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "jaxtrain")
 
 
-def place(run: config.Run) -> Path:
+def choose_folder(run: config.Run) -> Path:
     """The folder of a run: --workdir, or runs/NAME/TIME, made here and now so that runs started in
     one second have one each."""
     if run.workdir:

@@ -67,7 +67,7 @@ class Compared:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Comparison:
     """What was found on each mesh."""
 
     meshes: tuple[Compared, ...]
@@ -88,7 +88,13 @@ class Report:
     def rows(self) -> list[tuple[str, tuple[float, ...], float, float, str]]:
         """The rows of `tables.comparison_table`."""
         return [
-            (found.mesh, found.free, found.loss, found.gradient, _said(found.first) or "none")
+            (
+                found.mesh,
+                found.free,
+                found.loss,
+                found.gradient,
+                _difference_text(found.first) or "none",
+            )
             for found in self.meshes
         ]
 
@@ -97,7 +103,7 @@ class Report:
         for found in self.meshes:
             if not self.agrees(found):
                 what = (
-                    f"gradient of {_said(found.first)}"
+                    f"gradient of {_difference_text(found.first)}"
                     if found.first
                     else f"losses by {max(*found.free, found.loss):.1e}"
                 )
@@ -121,7 +127,7 @@ def compare(
     tolerance: float | None = None,
     devices: Sequence[meshes.Device] | None = None,
     **options: Any,
-) -> Report:
+) -> Comparison:
     """`compare_recipe` for a model, a task, an optimizer and the other fields of `Recipe` by
     name."""
     return compare_recipe(
@@ -144,7 +150,7 @@ def compare_recipe(
     steps: int = 20,
     tolerance: float | None = None,
     devices: Sequence[meshes.Device] | None = None,
-) -> Report:
+) -> Comparison:
     """Trains on one device and on each mesh with the same batches, and says how far they are apart.
 
     `batches` are whole batches in host memory, at least `steps` of them; `mesh_texts` are what
@@ -179,7 +185,7 @@ def compare_recipe(
             found.append(
                 Compared(meshes.describe(layout.programs.mesh), free, loss, gradient, first)
             )
-    return Report(tuple(found), steps, tolerance)
+    return Comparison(tuple(found), steps, tolerance)
 
 
 def relative(value: float, reference: float) -> float:
@@ -310,7 +316,7 @@ def _mean_loss(sums: metrics.Sums) -> float:
     return float(total) / max(float(count), 1e-9)
 
 
-def _said(difference: Difference | None) -> str:
+def _difference_text(difference: Difference | None) -> str:
     return (
         ""
         if difference is None

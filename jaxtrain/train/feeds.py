@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxtrain import metrics
-from jaxtrain.data.pipeline import Stream
+from jaxtrain.data.pipeline import BatchLoader
 from jaxtrain.processes import group
 from jaxtrain.train.reproducible import Trainer
 from jaxtrain.train.state import TrainState
@@ -76,14 +76,14 @@ class ReproducibleFeed:
 
     compiles_late: ClassVar[bool] = True
     trainer: Trainer
-    source: Batch | Stream
+    source: Batch | BatchLoader
     batch_size: int
 
     def advance(self, state: TrainState, count: int) -> tuple[TrainState, metrics.Sums]:
         """Dispatches `count` steps."""
         copies, sums = self.trainer.copies(state), None
         for _ in range(count):
-            if isinstance(self.source, Stream):
+            if isinstance(self.source, BatchLoader):
                 parts = self.trainer.cut(next(self.source))
             else:
                 parts = self.trainer.draw(copies, self.source, self.batch_size)
@@ -94,29 +94,29 @@ class ReproducibleFeed:
 
     def close(self) -> None:
         """Ends the reading threads."""
-        if isinstance(self.source, Stream):
+        if isinstance(self.source, BatchLoader):
             self.source.close()
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamFeed:
+class LoaderFeed:
     """Batches read ahead in the background: one step a dispatch."""
 
     compiles_late: ClassVar[bool] = False
     step: Any
-    stream: Stream
+    loader: BatchLoader
 
     def advance(self, state: TrainState, count: int) -> tuple[TrainState, metrics.Sums]:
         """Dispatches `count` steps, each as soon as its batch is there."""
-        state, sums = self.step(state, next(self.stream))
+        state, sums = self.step(state, next(self.loader))
         for _ in range(count - 1):
-            state, more = self.step(state, next(self.stream))
+            state, more = self.step(state, next(self.loader))
             sums = metrics.add(sums, more)
         return state, sums
 
     def close(self) -> None:
         """Ends the reading threads."""
-        self.stream.close()
+        self.loader.close()
 
 
 def steps_per_call(lowered: Any, platform: str, log_every: int) -> int:
