@@ -51,8 +51,8 @@ class JsonlWriter:
     >>> writer.close()
 
     Floats keep every bit; non-finite ones become the strings "NaN", "Infinity" and "-Infinity",
-    which Python's `float` and JavaScript's `Number` read back. Clock keys come last. An `OSError` (a
-    full disk) reaches the caller, so that no line is ever missing in silence.
+    which Python's `float` and JavaScript's `Number` read back. Clock keys come last. An `OSError`
+    (a full disk) reaches the caller, so that no line is ever missing in silence.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -129,8 +129,8 @@ class Writers:
     >>> writers.close()
 
     A tracker that raises is counted in `failures` (by class name), and its first error is passed to
-    `note`; it stays in use, as it may recover. `metrics` is None in a process that writes nothing: every
-    process of a run calls the same methods, and only process 0 has a file.
+    `note`; it stays in use, as it may recover. `metrics` is None in a process that writes nothing:
+    every process of a run calls the same methods, and only process 0 has a file.
     """
 
     def __init__(

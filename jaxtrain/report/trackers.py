@@ -86,8 +86,8 @@ class WandbWriter:
     network that hangs reaches the run.
 
     The key comes from WANDB_API_KEY only; without it the run is kept offline in `folder`, where
-    `wandb sync` finds it. Failures are counted in `failures`, and the first one is passed to `note`.
-    Lines that find the queue full are dropped, and counted too.
+    `wandb sync` finds it. Failures are counted in `failures`, and the first one is passed to
+    `note`. Lines that find the queue full are dropped, and counted too.
     """
 
     def __init__(
