@@ -419,6 +419,17 @@ def test_ruff_has_nothing_to_say(command: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_the_type_checker_has_nothing_to_say() -> None:
+    """pyright's rules at the level `standard`, over the package and the experiments."""
+    done = subprocess.run(
+        [sys.executable, "-m", "basedpyright", "--project", ROOT],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
 SMALL_IMAGES = [
     "--data=synthetic",
     "--data.shape=32,32,3",
