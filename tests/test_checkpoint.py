@@ -281,7 +281,7 @@ def pipe(folder: Path) -> None:
     os.mkfifo(folder / "state" / "pipe")
 
 
-def reseal(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+def rewrite_manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     """A hostile maker's manifest, with a COMMIT that fits it."""
 
     def damage(folder: Path) -> None:
@@ -289,7 +289,7 @@ def reseal(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         change(record)
         text = json.dumps(record).encode()
         (folder / "MANIFEST.json").write_bytes(text)
-        (folder / "COMMIT").write_bytes(manifest._seal_of(text))
+        (folder / "COMMIT").write_bytes(manifest._commit_of(text))
 
     return damage
 
@@ -325,19 +325,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "symlink": (link_out, r"holds symlink state/\S+ -> /etc/passwd; refused"),
     "pipe": (pipe, "holds special file state/pipe; refused"),
     "other format": (
-        reseal(lambda record: record.update(format=99)),
+        rewrite_manifest(lambda record: record.update(format=99)),
         r"MANIFEST.json: not of format 1; made by another version of jaxtrain\?",
     ),
     "no tree": (
-        reseal(lambda record: record.update(tree=[])),
+        rewrite_manifest(lambda record: record.update(tree=[])),
         "MANIFEST.json: does not describe a checkpoint",
     ),
     "odd tree": (
-        reseal(lambda record: record["tree"].update(step=["int32", [-1]])),
+        rewrite_manifest(lambda record: record["tree"].update(step=["int32", [-1]])),
         "MANIFEST.json: does not describe a checkpoint",
     ),
     "names outside": (
-        reseal(lambda record: record["files"].update({"../../x": [0, ""]})),
+        rewrite_manifest(lambda record: record["files"].update({"../../x": [0, ""]})),
         r"\.\./\.\./x: missing",
     ),
 }
@@ -396,7 +396,7 @@ def test_a_manifest_that_lies_about_the_arrays(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, words: str
 ) -> None:
     checkpoints = filled(tmp_path, (75, 80))
-    reseal(lambda record: change(record["tree"]))(checkpoints.folder / "80")
+    rewrite_manifest(lambda record: change(record["tree"]))(checkpoints.folder / "80")
     assert verify_command(tmp_path) == 74
     assert re.fullmatch(f"step 80: state: {words}", capsys.readouterr().out.splitlines()[-1])
     with pytest.raises(

@@ -65,7 +65,7 @@ def test_a_second_run_is_refused_and_a_killed_one_leaves_nothing_behind(tmp_path
         ):
             pass
     assert holder.returncode == -signal.SIGKILL
-    # its words are still there, and mean nothing
+    # what it wrote is still there, and holds no lock
     assert json.loads((tmp_path / NAME).read_text())["pid"] == holder.pid
     with Lock(tmp_path) as lock:
         assert lock.held()

@@ -1,4 +1,5 @@
-"""States on the disk: written durably, sealed by a manifest, verified before they are read."""
+"""Checkpoints: states written durably, with a manifest of checksums, and verified before they are
+read; and the lock on a run's folder."""
 
 __all__ = [
     "arrays",

@@ -1,8 +1,8 @@
-"""Checkpoints: saved in the background, sealed by a manifest, kept by rule, and verified before a
-byte of them is believed.
+"""Checkpoints: saved in the background with a manifest of checksums, kept by rule, and verified
+before they are restored.
 
 Saving, in order: copy the state to the host (all that the loop waits for), refuse what is not
-finite, write under a temporary name, seal, rename, read all of it back from the disk (where the
+finite, write under a temporary name, write the manifest, rename, read all of it back from the disk (where the
 system lets us pass by its page cache, see `manifest.evict_from_page_cache`), and only then delete
 what the rules no longer keep. So a kill at any moment leaves every committed step whole.
 """
@@ -249,7 +249,7 @@ class Checkpoints:
             if self._is_there(step, state, record):
                 return
             arrays.write(temporary / PAYLOAD, state)
-            manifest.seal(temporary, record | {"versions": _versions()})
+            manifest.write_manifest(temporary, record | {"versions": _versions()})
             manifest.publish(temporary, self.folder / str(step))
             manifest.evict_from_page_cache(self.folder / str(step))
             if found := self.verify(step):

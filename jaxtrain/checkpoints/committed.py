@@ -1,5 +1,5 @@
 """Which steps a folder of checkpoints holds, as the disk says at this moment; a step exists only if
-its COMMIT and every byte prove it."""
+its COMMIT and the checksum of every file are right."""
 
 import os
 import re
@@ -79,8 +79,8 @@ def newest(folder: Path, on_problem: Callable[[str], None]) -> int | None:
 
 
 def _record_problems(record: Record, step: int) -> list[str]:
-    """Whether a manifest, sealed though it is, says what a checkpoint's must say: others may have
-    sealed it."""
+    """Whether a manifest that matches its COMMIT describes a checkpoint: other programs may have
+    written both."""
     if record.get("step") != step:
         return [f"{manifest.MANIFEST}: is of step {record.get('step')}; was the folder renamed?"]
     arrays = record.get("tree")

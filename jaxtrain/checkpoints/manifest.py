@@ -1,11 +1,11 @@
-"""Proof that a folder is whole: a manifest of every file's size and checksum, and a COMMIT that
-seals the manifest.
+"""Whether a folder is whole: a manifest of every file's size and checksum, and a COMMIT with the
+hash of the manifest.
 
 A folder is written in this order: its files, `MANIFEST.json` over them, `COMMIT` with the SHA-256
 of the manifest's bytes, then everything is forced to the disk; only then may it be renamed to its
-final name (`publish`). `problems` is the way back: it reads no file before every entry of the
-folder was looked at without following links, and answers in words what is wrong. Nothing here knows
-arrays or jax.
+final name (`publish`). `problems` checks it: it looks at every entry of the folder, without
+following links, before it opens a file, and says in words what is wrong. Nothing here knows arrays
+or jax.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ from jaxtrain.messages import printable
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 COMMIT = "COMMIT"
-MANIFEST_LIMIT = 256 << 20  # bytes; a hostile manifest must not fill the memory before it is judged
+MANIFEST_LIMIT = 256 << 20  # bytes; a forged manifest must not fill the memory before it is checked
 CHUNK = 1 << 20
 
 Record = dict[str, Any]
 
 
 class Damaged(Exception):
-    """A folder that does not prove to be whole; the text says which entry and why."""
+    """A folder that is not whole; the text says which entry is wrong, and why."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -49,7 +49,7 @@ def write_json(path: Path, value: Any) -> None:
     publish(temporary, path)
 
 
-def seal(folder: Path, record: Record) -> None:
+def write_manifest(folder: Path, record: Record) -> None:
     """Writes the manifest (`record` and all files of the folder) and COMMIT, and forces the whole
     folder to the disk."""
     files = {name: checksum(folder / name) for name in entries(folder)}
@@ -58,7 +58,7 @@ def seal(folder: Path, record: Record) -> None:
         + b"\n"
     )
     (folder / MANIFEST).write_bytes(text)
-    (folder / COMMIT).write_bytes(_seal_of(text))
+    (folder / COMMIT).write_bytes(_commit_of(text))
     for name in entries(folder):
         fsync(folder / name)
     # deepest first: a folder is durable once its entries are
@@ -67,7 +67,7 @@ def seal(folder: Path, record: Record) -> None:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Renames a file or sealed folder to its final name, and makes the name itself durable."""
+    """Renames a file, or a folder with its manifest, to its final name, and makes the name itself durable."""
     if temporary.is_file():
         fsync(temporary)
     os.rename(temporary, path)
@@ -145,11 +145,11 @@ def entries(folder: Path, prefix: str = "") -> Iterator[str]:
 
 
 def read(folder: Path) -> Record:
-    """The manifest's record, if COMMIT seals exactly these bytes; `Damaged` otherwise. Looks at no
+    """The manifest's record, if COMMIT is the hash of its bytes; `Damaged` otherwise. Looks at no
     other file."""
     commit = _read_small(folder, COMMIT, 1 << 10)
     text = _read_small(folder, MANIFEST, MANIFEST_LIMIT)
-    if commit != _seal_of(text):
+    if commit != _commit_of(text):
         raise Damaged(f"{COMMIT}: does not match {MANIFEST}")
     try:
         record = json.loads(text)
@@ -165,13 +165,13 @@ def read(folder: Path) -> Record:
 
 
 def problems(folder: Path) -> list[str]:
-    """What is wrong with a sealed folder, in words; an empty list if every byte is the one that was
-    sealed.
+    """What is wrong with a folder, one line for each problem; an empty list if every byte is the one
+    that the manifest was written for.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> _ = (folder / "data").write_bytes(b"abc")
-    >>> seal(folder, {"step": 5})
+    >>> write_manifest(folder, {"step": 5})
     >>> problems(folder)
     []
     >>> _ = (folder / "data").write_bytes(b"abd")
@@ -218,7 +218,7 @@ def _read_small(folder: Path, name: str, limit: int) -> bytes:
         return file.read(limit)
 
 
-def _seal_of(text: bytes) -> bytes:
+def _commit_of(text: bytes) -> bytes:
     return hashlib.sha256(text).hexdigest().encode() + b"\n"
 
 
