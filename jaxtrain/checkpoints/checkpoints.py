@@ -2,9 +2,10 @@
 before they are restored.
 
 Saving, in order: copy the state to the host (all that the loop waits for), refuse what is not
-finite, write under a temporary name, write the manifest, rename, read all of it back from the disk (where the
-system lets us pass by its page cache, see `manifest.evict_from_page_cache`), and only then delete
-what the rules no longer keep. So a kill at any moment leaves every committed step whole.
+finite, write under a temporary name, write the manifest, rename, read all of it back from the disk
+(where the system lets us pass by its page cache, see `manifest.evict_from_page_cache`), and only
+then delete what the rules no longer keep. So a kill at any moment leaves every committed step
+whole.
 """
 
 import json

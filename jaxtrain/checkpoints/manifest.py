@@ -67,7 +67,8 @@ def write_manifest(folder: Path, record: Record) -> None:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Renames a file, or a folder with its manifest, to its final name, and makes the name itself durable."""
+    """Renames a file, or a folder with its manifest, to its final name, and makes the name itself
+    durable."""
     if temporary.is_file():
         fsync(temporary)
     os.rename(temporary, path)
@@ -165,8 +166,8 @@ def read(folder: Path) -> Record:
 
 
 def problems(folder: Path) -> list[str]:
-    """What is wrong with a folder, one line for each problem; an empty list if every byte is the one
-    that the manifest was written for.
+    """What is wrong with a folder, one line for each problem; an empty list if every byte is the
+    one that the manifest was written for.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())

@@ -28,20 +28,22 @@ def closed_in_order(*closers: Callable[[], object]) -> Iterator[None]:
         first = error
         raise
     finally:
-        later = _call(closers, known=first is not None)
-        if later is not None:
+        later = _call(closers, first)
+        if first is None and later is not None:
             raise later
 
 
-def _call(closers: tuple[Callable[[], object], ...], *, known: bool) -> Exception | None:
-    """The error to be raised, if none is `known` yet."""
-    first: Exception | None = None
+def _call(
+    closers: tuple[Callable[[], object], ...], first: BaseException | None
+) -> BaseException | None:
+    """Calls every closer; the first error, which may be theirs. Those after it become warnings, but
+    for one that only says the same again, such as a disk that is still full."""
     for close in closers:
         try:
             close()
         except Exception as error:  # noqa: BLE001 - whatever it is, the others are closed first
-            if known or first is not None:
-                flags.warn(" ".join((str(error) or type(error).__name__).split())[:300])
-            else:
+            if first is None:
                 first = error
+            elif str(error) != str(first):
+                flags.warn(" ".join((str(error) or type(error).__name__).split())[:300])
     return first
