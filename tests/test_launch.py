@@ -161,7 +161,7 @@ def test_a_refused_run_leaves_the_folder_to_the_one_that_took_the_lock_after_it(
         raise UserError("--data: refused")
 
     monkeypatch.setattr(lock.Lock, "__exit__", release_to_another)
-    monkeypatch.setattr(restore, "look", refuse)
+    monkeypatch.setattr(restore, "inspect", refuse)
     assert start(tmp_path / "run") == 2
     assert second.held()
     second.__exit__(None, None, None)
@@ -173,7 +173,7 @@ def test_a_refused_run_takes_the_folder_along_that_was_made_for_it(
     def refuse(*_: Any) -> None:
         raise UserError("--data: refused")
 
-    monkeypatch.setattr(restore, "look", refuse)
+    monkeypatch.setattr(restore, "inspect", refuse)
     (tmp_path / "mine").mkdir()
     assert start(tmp_path / "run") == start(tmp_path / "mine") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

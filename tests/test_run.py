@@ -427,15 +427,15 @@ def test_runs_of_one_second_have_a_folder_each(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(workdirs.time, "strftime", lambda _: "now")
-    assert [str(workdirs.place(toy())) for _ in range(3)] == [
+    assert [str(workdirs.choose_folder(toy())) for _ in range(3)] == [
         "runs/toy/now",
         "runs/toy/now-2",
         "runs/toy/now-3",
     ]
     with pytest.raises(ValueError, match="^--eval_only: needs --workdir, the folder of a run$"):
-        workdirs.place(toy(eval_only=True))
+        workdirs.choose_folder(toy(eval_only=True))
     assert (
-        workdirs.place(toy(workdir="x")) == Path("x")
+        workdirs.choose_folder(toy(workdir="x")) == Path("x")
         and len(list((tmp_path / "runs" / "toy").iterdir())) == 3
     )
 

@@ -37,10 +37,10 @@ class Found:
 
 def inspect(run: config.Run, folder: Path, fingerprint: str) -> Found:
     """What lies in the folder; `ValueError`, in every process, if the run may not go on from it."""
-    return Found(**group.on_main(lambda: dataclasses.asdict(_look(run, folder, fingerprint))))
+    return Found(**group.on_main(lambda: dataclasses.asdict(_inspect(run, folder, fingerprint))))
 
 
-def _look(run: config.Run, folder: Path, fingerprint: str) -> Found:
+def _inspect(run: config.Run, folder: Path, fingerprint: str) -> Found:
     record = workdir.read(folder)
     notes = _drift(run, folder, record, fingerprint)
     run_id = (record or {}).get("run_id") or os.urandom(8).hex()
