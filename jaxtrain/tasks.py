@@ -3,22 +3,23 @@
 A task is two functions: `inputs(batch)` picks what the model sees, `loss(outputs, batch,
 train=...)` gives `{name: (sum, count)}` with "loss" among the names; that one is minimised.
 `examine` says what a prediction was, for confusion matrices and the worst mistakes; `check` refuses
-outputs that cannot name every class of the data; `score` chooses the best checkpoint. Outputs may
-be any pytree that the task's own `loss` understands.
+outputs that cannot name every class of the data; `score` chooses the best checkpoint; `unit` and
+`units` say what speed is counted in. Outputs may be any pytree that the task's own `loss`
+understands.
 
 Dims: B batch, C classes, D features, T tokens to predict, V vocabulary.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from jaxtrain import fields, losses, metrics
 from jaxtrain.errors import UserError
-from jaxtrain.tree import Batch
+from jaxtrain.tree import Batch, Shapes
 
 
 class Task(Protocol):
@@ -140,6 +141,9 @@ class NextToken:
     sequence have, 0 for padding.
     """
 
+    unit: ClassVar[str] = "tokens"
+    """What speed is counted in."""
+
     input: str = "tokens"
     """The batch's field that holds the tokens."""
 
@@ -153,6 +157,11 @@ class NextToken:
                 " length of 2 or more; give it such tokens, or set --task.input"
             )
         return tokens[:, :-1]
+
+    def units(self, batch: Batch | Shapes) -> int:
+        """How many tokens are predicted in a batch."""
+        rows, length = batch[self.input].shape
+        return rows * (length - 1)
 
     def check(self, outputs: Any, num_classes: int | None) -> None:
         """`ValueError` if the (abstract) outputs have fewer tokens than the data."""
@@ -188,6 +197,18 @@ def _check_width(outputs: Any, wanted: int | None, field: str, what: str) -> Non
             f"--model.{field}={shape[-1]}: the data has {wanted} {what}; set"
             f" --model.{field}={wanted}"
         )
+
+
+def units_of(task: Any, batch: Batch | Shapes) -> tuple[str, int]:
+    """What a task counts speed in, and how many of them a batch holds: its own `unit` and `units`,
+    or examples.
+
+    >>> units_of(NextToken(), {"tokens": jnp.zeros((2, 9), jnp.int32)})
+    ('tokens', 16)
+    """
+    if hasattr(task, "units"):
+        return task.unit, task.units(batch)
+    return "examples", next(iter(batch.values())).shape[0]
 
 
 def score_of(task: Any) -> Callable[[Mapping[str, float]], float]:

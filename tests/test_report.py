@@ -28,7 +28,7 @@ from jaxtrain.report.terminal.tables import (
 )
 
 VALUES = {"loss": 0.3124, "accuracy": 0.912, "learning_rate": 1e-3, "step_seconds": 0.1}
-SPEED = {"examples_per_second": 48210.0, "eta_seconds": 34.0, "memory_bytes": 1.2e9, "mfu": 0.413}
+SPEED = {"per_second": 48210.0, "eta_seconds": 34.0, "memory_bytes": 1.2e9, "mfu": 0.413}
 
 
 # The live line
@@ -70,7 +70,7 @@ def test_the_line_fits_any_width(width, unicode):
         line.set(
             100 * step,
             {"loss": loss, "accuracy": 0.5},
-            {k: SPEED[k] for k in ("examples_per_second", "memory_bytes", "mfu")},
+            {k: SPEED[k] for k in ("per_second", "memory_bytes", "mfu")},
             7.0,
         )
         drawn = line.draw(width)
@@ -97,7 +97,7 @@ from jaxtrain.report.terminal.progress import Progress
 progress = Progress(30, plain_seconds=0)
 progress.start()
 for step in range(1, 31):
-    progress.update(step, {"loss": 1 / step}, examples_per_second=1e4, eta_seconds=3)
+    progress.update(step, {"loss": 1 / step}, per_second=1e4, eta_seconds=3)
     progress.line(f"note {step} " + "x" * 5000)
     time.sleep(0.01)
 progress.stop()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxtrain import losses, metrics
-from jaxtrain.tasks import Classification, Regression
+from jaxtrain.tasks import Classification, NextToken, Regression, units_of
 from jaxtrain.train.feeds import steps_per_call
 
 
@@ -149,3 +149,10 @@ def test_steps_per_call_by_work():
     assert steps_per_call(large, "cpu", 50) == 1
     assert steps_per_call(conv, "cpu", 50) == 1
     assert steps_per_call(conv, "gpu", 50) == 50
+
+
+def test_speed_is_counted_in_the_unit_of_the_task() -> None:
+    """Of sequences of nine tokens eight are predicted; tasks that say nothing count examples."""
+    assert units_of(NextToken(), {"tokens": jnp.zeros((3, 9), jnp.int32)}) == ("tokens", 24)
+    assert units_of(Classification(), {"image": jnp.zeros((5, 2))}) == ("examples", 5)
+    assert units_of(object(), {"x": jnp.zeros((7, 2))}) == ("examples", 7)

@@ -6,11 +6,12 @@ C: channels (one for signals without channels)
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +196,24 @@ def standardize(batch: Batch, statistics: Statistics) -> Batch:
     )
     images = images.astype(jnp.float32)
     return {**batch, "image": (images - scale * mean) * (1 / (scale * std))}
+
+
+def scaled(batch: Batch) -> Batch:
+    """The batch with its image as float32, bytes as 0..1: what is done where images are not
+    standardized."""
+    image = batch["image"]
+    return dict(batch) | {
+        "image": image.astype(jnp.float32) * np.float32(1 / 255 if image.dtype == jnp.uint8 else 1)
+    }
+
+
+def preparation(
+    table: Table, measure: Callable[[], Statistics] | None
+) -> Callable[[Batch], Batch] | None:
+    """What every batch of a table goes through first: images standardized by what `measure` finds,
+    or only scaled without it; None where there are no images."""
+    if "image" not in table.fields:
+        return None
+    if measure is None:
+        return scaled
+    return functools.partial(standardize, statistics=measure())

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import adapters, config, precision
@@ -69,15 +67,6 @@ def lengths(run: config.Run, num_examples: int) -> Lengths:
     return Lengths(total, per_epoch, every(run.eval_every), every(run.checkpoint_every), keep_every)
 
 
-def scaled(batch: Batch) -> Batch:
-    """The batch with its image as float32, bytes as 0..1: what is done where images are not
-    standardized."""
-    image = batch["image"]
-    return dict(batch) | {
-        "image": image.astype(jnp.float32) * np.float32(1 / 255 if image.dtype == jnp.uint8 else 1)
-    }
-
-
 def chosen_precision(run: config.Run, mesh: Mesh) -> str:
     """The precision of the run on the devices of the mesh, with `auto` decided by the card;
     `ValueError` if the card does not have it."""
@@ -109,20 +98,14 @@ def recipe_of(
     run: config.Run, train: Table, length: Lengths, *, identity: Mapping[str, Any] | None = None
 ) -> Recipe:
     """What one step of the run does; with the `identity` of the data, its statistics are kept."""
-    prepare = None
-    if "image" in train.fields:
-        prepare = scaled
-        if run.normalize:
-            prepare = functools.partial(
-                statistics.standardize, statistics=_statistics(train, identity)
-            )
+    measure = functools.partial(_statistics, train, identity) if run.normalize else None
     return Recipe(
         run.model,
         run.task,
         run.optimizer,
         schedule=resolve(run.schedule, total_steps=length.total, steps_per_epoch=length.per_epoch),
         total_steps=float(length.total),
-        prepare=prepare,
+        prepare=statistics.preparation(train, measure),
         augment=run.augment,
         order=Shuffled(len(train)),
         **options_of(run),

@@ -75,7 +75,8 @@ def start(opened: Opened) -> int:
         run_id=found.run_id,
         writes=group.is_main(),
     )
-    progress = Progress(total, quiet=not group.is_main())
+    unit, _ = tasks.units_of(run.task, opened.programs.batch)
+    progress = Progress(total, quiet=not group.is_main(), unit=unit)
     with closing.closed_in_order(progress.stop, functools.partial(_close, checkpoints)):
         _banner(opened, found, progress)
         if found.newest is not None and found.newest >= total and not run.eval_only:
@@ -293,6 +294,7 @@ def _metrics_log(
     device, run = opened.mesh.local_devices[0], opened.run
     on_gpu = device.platform == "gpu"
     peak = hardware.peak_flops(device.device_kind, run.precision) if on_gpu else None
+    unit, units = tasks.units_of(run.task, opened.programs.batch)
     return metrics_log.MetricsLog(
         writers,
         progress,
@@ -300,6 +302,8 @@ def _metrics_log(
         step=first,
         total_steps=opened.length.total,
         batch_size=run.batch_size,
+        unit=unit,
+        units=units,
         interval=kept.get("interval"),
         flops_per_step=trained.flops_per_step,
         peak_flops=peak and peak * opened.mesh.size,

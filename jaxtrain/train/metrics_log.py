@@ -31,6 +31,8 @@ class MetricsLog:
         step: int,
         total_steps: int,
         batch_size: int,
+        unit: str = "examples",
+        units: int | None = None,
         interval: Mapping[str, Any] | None = None,
         flops_per_step: float = 0.0,
         peak_flops: float | None = None,
@@ -38,6 +40,7 @@ class MetricsLog:
     ) -> None:
         self._writers, self._progress = writers, progress
         self._every, self._total_steps, self._batch_size = every, total_steps, batch_size
+        self._unit, self._units = unit, batch_size if units is None else units
         self._flops, self._peak, self._memory = flops_per_step, peak_flops, memory_bytes
         self._totals = metrics.Totals(interval)
         self._step = self._timed_step = step
@@ -89,7 +92,11 @@ class MetricsLog:
             speed = (
                 {}
                 if seconds is None
-                else {"step_seconds": seconds, "examples_per_second": self._batch_size / seconds}
+                else {
+                    "step_seconds": seconds,
+                    "examples_per_second": self._batch_size / seconds,
+                    f"{self._unit}_per_second": self._units / seconds,
+                }
             )
             self._writers.write(step, "train", means | speed)
             self._show(step, means)
@@ -125,7 +132,7 @@ class MetricsLog:
         self._progress.update(
             step,
             means,
-            examples_per_second=None if not seconds else self._batch_size / seconds,
+            per_second=None if not seconds else self._units / seconds,
             eta_seconds=None if not seconds else seconds * (self._total_steps - step),
             memory_bytes=self._memory() if self._memory else None,
             mfu=(

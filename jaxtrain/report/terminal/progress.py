@@ -38,7 +38,7 @@ class Progress:
     >>> progress = Progress(2000, live=False, plain_seconds=0)
     >>> progress.start()
     >>> progress.update(
-    ...     200, {"loss": 0.3124, "accuracy": 0.912}, examples_per_second=48210.0, eta_seconds=34
+    ...     200, {"loss": 0.3124, "accuracy": 0.912}, per_second=48210.0, eta_seconds=34
     ... )
     step 200/2,000  loss 0.3124  accuracy 91.20%  48.2k examples/s  0:34 left
     >>> progress.evaluation(200, "validation", {"loss": 0.298, "accuracy": 0.93}, best=True)
@@ -59,6 +59,7 @@ class Progress:
         live: bool | None = None,
         plain_seconds: float = 2.0,
         quiet: bool = False,
+        unit: str = "examples",
     ) -> None:
         self.total_steps = total_steps
         self.plain_seconds = plain_seconds
@@ -70,7 +71,7 @@ class Progress:
             if live is None
             else live
         ) and not quiet
-        self._line = _Line(total_steps, self.console.encoding.startswith("utf"))
+        self._line = _Line(total_steps, self.console.encoding.startswith("utf"), unit)
         self._display: Live | None = None
         self._printed = -float("inf")
         self._lock = threading.RLock()
@@ -94,14 +95,15 @@ class Progress:
         step: int,
         values: Mapping[str, float],
         *,
-        examples_per_second: float | None = None,
+        per_second: float | None = None,
         eta_seconds: float | None = None,
         memory_bytes: float | None = None,
         mfu: float | None = None,
     ) -> None:
-        """Takes the numbers of a step; what is None isn't shown. `mfu` in 0..1."""
+        """Takes the numbers of a step; what is None isn't shown. `per_second` counts units, `mfu`
+        is in 0..1."""
         speed = {
-            "examples_per_second": examples_per_second,
+            "per_second": per_second,
             "memory_bytes": memory_bytes,
             "mfu": mfu,
         }
@@ -246,9 +248,9 @@ def _is_terminal(stream: TextIO) -> bool:
 class _Line:
     """The numbers of the line, and how they are drawn in the width that there is."""
 
-    def __init__(self, total_steps: int, unicode: bool) -> None:
+    def __init__(self, total_steps: int, unicode: bool, unit: str) -> None:
         self.total_steps = total_steps
-        self.unicode = unicode
+        self.unicode, self._unit = unicode, unit
         self.phase = ""
         self.stopped = False
         self._began = time.monotonic()
@@ -281,8 +283,8 @@ class _Line:
             for key in ("loss", metric)
             if key is not None and key in values
         }
-        rate, memory, mfu = speed["examples_per_second"], speed["memory_bytes"], speed["mfu"]
-        shown["rate"] = "" if rate is None else f"{rate_text(rate)} examples/s"
+        rate, memory, mfu = speed["per_second"], speed["memory_bytes"], speed["mfu"]
+        shown["rate"] = "" if rate is None else f"{rate_text(rate)} {self._unit}/s"
         shown["memory"] = "" if memory is None else bytes_text(memory)
         shown["mfu"] = "" if mfu is None else f"MFU {100 * mfu:.1f}%"
         self._parts = {key: text for key, text in shown.items() if text}
