@@ -59,7 +59,7 @@ def functions(model: Any) -> Functions:
     `model` is a Linen module; an NNX module, or a function `rngs -> NNX module` (then `init` uses
     its key; a module that is already made keeps its own numbers); or a pair `(init, apply)` with
     `init(key, inputs) -> params` and `apply(params, inputs)`, whose `apply` may also take `train`
-    and `rngs` by name. `ValueError` for anything else.
+    and `rngs` by name. `UserError` for anything else.
     """
     if isinstance(model, Functions):
         return model

@@ -311,7 +311,7 @@ def out_of_bounds(component: Any, prefix: str = "") -> Iterator[tuple[str, Any, 
 
 
 def check(component: Any, name: str = "") -> None:
-    """Raises `ValueError` if a field of `component`, or of one nested in it, is out of its
+    """Raises `UserError` if a field of `component`, or of one nested in it, is out of its
     bounds."""
     for where, value, wrong in out_of_bounds(component, f"{name or type(component).__name__}."):
         raise UserError(f"{where}={value}: {wrong}")

@@ -34,7 +34,7 @@ class Horizon:
 
     @classmethod
     def parse(cls, text: str) -> "Horizon":
-        """Reads `200`, `200steps`, `2epochs` or `5%`; `ValueError` for anything else."""
+        """Reads `200`, `200steps`, `2epochs` or `5%`; `UserError` for anything else."""
         match = _TEXT.fullmatch(text.strip())
         if match is None:
             raise UserError(f"{text!r}: not a horizon; expected e.g. 200, 200steps, 2epochs or 5%")

@@ -147,7 +147,7 @@ def resolve(schedule: AnySchedule, *, total_steps: float, steps_per_epoch: float
     >>> resolve(Cosine(warmup=Horizon(2, "epochs")), total_steps=100, steps_per_epoch=10)
     Cosine(warmup=20.0, final=0.0)
 
-    `ValueError` if a length is negative, or the warm-up and what must follow it do not fit into the
+    `UserError` if a length is negative, or the warm-up and what must follow it do not fit into the
     run.
     """
     given = {field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)}

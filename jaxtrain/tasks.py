@@ -55,7 +55,7 @@ class Classification:
     """The batch's field that the model sees."""
 
     def inputs(self, batch: Batch) -> jax.Array:
-        """The field named by `input`; `ValueError` if the batch has none."""
+        """The field named by `input`; `UserError` if the batch has none."""
         return _field(batch, self.input, "; set --task.input")
 
     def loss(self, outputs: jax.Array, batch: Batch, *, train: bool = True) -> metrics.Sums:
@@ -77,7 +77,7 @@ class Classification:
         }
 
     def check(self, outputs: Any, num_classes: int | None) -> None:
-        """`ValueError` if the (abstract) outputs have fewer classes than the data."""
+        """`UserError` if the (abstract) outputs have fewer classes than the data."""
         _check_width(outputs, num_classes, "num_classes", "classes")
 
     def examine(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
@@ -109,7 +109,7 @@ class Regression:
     """The batch's field that the model should give."""
 
     def inputs(self, batch: Batch) -> jax.Array:
-        """The field named by `input`; `ValueError` if the batch has none."""
+        """The field named by `input`; `UserError` if the batch has none."""
         return _field(batch, self.input, "; set --task.input")
 
     def loss(self, outputs: jax.Array, batch: Batch, *, train: bool = True) -> metrics.Sums:
@@ -148,7 +148,7 @@ class NextToken:
     """The batch's field that holds the tokens."""
 
     def inputs(self, batch: Batch) -> jax.Array:
-        """All tokens but the last, (B, T); `ValueError` if the batch has none, or none to
+        """All tokens but the last, (B, T); `UserError` if the batch has none, or none to
         predict."""
         tokens = _field(batch, self.input, "; set --task.input")
         if tokens.ndim != 2 or tokens.shape[1] < 2:
@@ -164,7 +164,7 @@ class NextToken:
         return rows * (length - 1)
 
     def check(self, outputs: Any, num_classes: int | None) -> None:
-        """`ValueError` if the (abstract) outputs have fewer tokens than the data."""
+        """`UserError` if the (abstract) outputs have fewer tokens than the data."""
         _check_width(outputs, num_classes, "vocabulary", "tokens")
 
     def loss(self, outputs: jax.Array, batch: Batch, *, train: bool = True) -> metrics.Sums:

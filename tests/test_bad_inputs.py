@@ -236,11 +236,13 @@ ROWS = [
     Row("--model=mlp --model=cnn", "--model is given twice, as 'mlp' and 'cnn'; give it once"),
     Row(
         "--data=cifra10",
-        "--data='cifra10': unknown; did you mean 'cifar10'? (list: python -m jaxtrain list data)",
+        "--data='cifra10': not offered by this experiment; did you mean 'cifar10'? (all: python -m"
+        " jaxtrain list data)",
     ),
     Row(
         "--data=xyzzy",
-        "--data='xyzzy': unknown; valid: digits, cifar10 (list: python -m jaxtrain list data)",
+        "--data='xyzzy': not offered by this experiment; valid: digits, cifar10 (all: python -m"
+        " jaxtrain list data)",
     ),
     Row("--schedule=linear", "--schedule='linear': this experiment offers no other schedule"),
     # 7, 9, 14, 16, 27, 68: integers

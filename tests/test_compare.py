@@ -100,7 +100,7 @@ def compared(name: str, mesh_texts: tuple[str, ...], steps: int) -> compare_mesh
 def check(report: compare_meshes.Comparison) -> None:
     """What issue 3 asks for."""
     for found in report.meshes:
-        assert max(found.free) <= 1e-6, found
+        assert max(found.free_run_losses) <= 1e-6, found
         assert found.loss <= 1e-5 and found.gradient <= 1e-5 and found.first is None, found
     assert report.agree
 
@@ -137,7 +137,7 @@ def test_an_mlp_with_batch_norm_agrees():
     )
     check(report)
     assert [found.mesh for found in report.meshes] == ["data:2,fsdp:2,tensor:2"]
-    assert len(report.meshes[0].free) == compare_meshes.FREE_STEPS
+    assert len(report.meshes[0].free_run_losses) == compare_meshes.FREE_STEPS
     assert report.meshes[0].gradient > 0, "the same program twice compares nothing"
     assert report.summary() == "1 mesh agrees with one device within 1e-05 over 6 steps"
 
@@ -252,7 +252,9 @@ def test_a_broken_gradient_is_named():
     assert bad.first.size > 0.1 and bad.loss < 1e-6, (
         "a single step's loss knows nothing of gradients"
     )
-    assert bad.free[0] < 1e-6 < bad.free[1], "the run itself does, a step later"
+    assert bad.free_run_losses[0] < 1e-6 < bad.free_run_losses[1], (
+        "the run itself does, a step later"
+    )
     assert not report.agree
     said = (
         "--compare_meshes: data:4 differs from one device beyond 1e-05: gradient of b by"
@@ -295,7 +297,7 @@ def test_a_task_that_looks_at_one_device_only_is_caught():
     )
     (bad,) = report.meshes
     assert not report.agree
-    assert bad.loss > 1e-3 and bad.free[0] > 1e-3
+    assert bad.loss > 1e-3 and bad.free_run_losses[0] > 1e-3
     assert bad.first is not None and (bad.first.path, bad.first.step) == ("head/bias", 1)
 
 

@@ -2,7 +2,9 @@
 its words, and every experiment runs."""
 
 import ast
+import dataclasses
 import graphlib
+import importlib
 import json
 import re
 import runpy
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxtrain import config
 from jaxtrain.config import flags
 from jaxtrain.runner import main as runner_main
 
@@ -381,6 +384,31 @@ def test_everything_is_annotated() -> None:
                     " a type"
                 )
     assert not found, "\n".join(found)
+
+
+def test_every_field_of_a_run_is_read() -> None:
+    """A flag that nothing reads is a promise that nobody keeps."""
+    read = {
+        node.attr
+        for path in PACKAGE
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    # Two are looked for on the command line before there is a run.
+    flags_file = parsed(MODULES["jaxtrain.config.flags"])
+    read |= {node.value for node in ast.walk(flags_file) if isinstance(node, ast.Constant)}
+    own = {field.name for field in dataclasses.fields(config.Run)}
+    assert own <= read, f"nothing reads {own - read}"
+
+
+def test_doors_name_files_that_are_there() -> None:
+    for path in PACKAGE:
+        if path.name != "__init__.py":
+            continue
+        module = importlib.import_module(module_of(path))
+        for name in getattr(module, "__all__", ()):
+            whole = f"{module_of(path)}.{name}"
+            assert whole in MODULES or hasattr(module, name), f"{name_of(path)}: no {name}"
 
 
 def test_every_file_compiles() -> None:

@@ -106,7 +106,7 @@ def diverges_after_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
         take(self, step, sums)
 
     monkeypatch.setattr(MetricsLog, "take", diverge)
-    monkeypatch.setattr(loop, "SMALL", 0)
+    monkeypatch.setattr(loop, "MAX_AWAITED_NUMBERS", 0)
 
 
 @pytest.mark.usefixtures("diverges_after_a_save")

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain.parallel import mesh
+from jaxtrain.parallel import mesh, sharding
 
 
 @pytest.mark.parametrize(
@@ -182,3 +182,9 @@ def test_every_process_has_its_part(text, hosts, local, message):
     with pytest.raises(ValueError, match="^--mesh") as caught:
         mesh.make(text, machine(hosts, local))
     assert str(caught.value) == f"--mesh={text}: {message}"
+
+
+def test_something_is_split_over_every_axis_that_is_offered() -> None:
+    """Over another one devices would do the same work twice, and nobody would be told."""
+    used = {*mesh.BATCH_AXES, *sharding.LOGICAL_TO_MESH.values()}
+    assert set(mesh.OFFERED) <= used

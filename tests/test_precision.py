@@ -2,6 +2,7 @@
 kind compute in."""
 
 import types
+import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxtrain import adapters, hardware, models, precision
+from jaxtrain import adapters, config, hardware, models, precision
 from jaxtrain.precision import POLICIES
 from jaxtrain.runner import build, describe
+from jaxtrain.train import compare_meshes
 
 
 @pytest.mark.parametrize(
@@ -317,3 +319,13 @@ def test_collections_come_back_in_the_dtype_they_were_stored_in():
     assert outputs.dtype == changed["seen"].dtype == jnp.float16
     assert changed["averages"].dtype == jnp.float32
     assert precision.apply_in(POLICIES["fp32"], apply) is apply
+
+
+def test_every_policy_is_known_everywhere() -> None:
+    """To flags, to comparisons of meshes, and to the table of cards."""
+    names = set(POLICIES)
+    offered = typing.get_args(typing.get_type_hints(config.Run)["precision"])
+    assert names | {"auto"} == set(offered)
+    assert names <= set(compare_meshes.TOLERANCES)
+    for name in names:
+        assert hardware.peak_flops("NVIDIA H100 80GB HBM3", name)

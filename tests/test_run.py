@@ -708,7 +708,7 @@ def test_only_what_compiles_has_the_long_limit_of_compiling(
     """The first dispatch, and the first batch of each shape that a program evaluates; a hang
     anywhere else is found within --hang_seconds."""
     said = [""]
-    known: set[evaluate.Shapes] = set()
+    known: set[evaluate.ShapeKey] = set()
     seen: list[tuple[str, int | str]] = []
     monkeypatch.setattr(heartbeat, "beat", lambda phase, step=None: said.append(phase))
 

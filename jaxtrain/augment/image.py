@@ -26,7 +26,7 @@ class ImageAugment:
     >>> sorted(augment(batch, jax.random.split(jax.random.key(0), 8), jax.random.key(1)))
     ['image', 'label', 'label_other', 'label_weight']
 
-    `ValueError` if the images have another rank or are not floats, or if there are no labels to
+    `UserError` if the images have another rank or are not floats, or if there are no labels to
     mix.
     """
 

@@ -24,7 +24,7 @@ def mix(batch: Batch, mixup: Any, cutmix: Any, draws_BA: jax.Array, key: jax.Arr
     >>> mixed["label_other"].tolist(), bool(jnp.allclose(mixed["image"].sum(), 1))
     ([4, 3], True)
 
-    `draws_BA` are uniform numbers that place the boxes of cutmix. `ValueError` if there are no
+    `draws_BA` are uniform numbers that place the boxes of cutmix. `UserError` if there are no
     labels to mix.
     """
     if draws.is_off(mixup) and draws.is_off(cutmix):

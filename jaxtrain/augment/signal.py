@@ -32,7 +32,7 @@ class SignalAugment:
     (4, 40)
 
     Values are linearly interpolated in time; a shift alone is by whole samples and so exact.
-    `ValueError` as in `ImageAugment`.
+    `UserError` as in `ImageAugment`.
     """
 
     shift: Probability = 0.0

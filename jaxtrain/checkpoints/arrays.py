@@ -38,7 +38,7 @@ def to_host(state: PyTree) -> HostState:
     >>> to_host({"params": {"bias": jnp.zeros(2)}, "ema": None})
     {'params/bias': array([0., 0.], dtype=float32)}
 
-    `ValueError` if two leaves have one path, or a path could not be stored.
+    `UserError` if two leaves have one path, or a path could not be stored.
     """
     leaves = tree.flatten(state)
     if len(leaves) != len(jax.tree.leaves(state)):
@@ -123,7 +123,7 @@ def misfit(stored: Specs, wanted: Specs) -> str:
 
 
 def check_fit(step: int, stored: Specs, wanted: Specs) -> None:
-    """`ValueError` if the paths, shapes or dtypes of a checkpoint are not the wanted ones."""
+    """`UserError` if the paths, shapes or dtypes of a checkpoint are not the wanted ones."""
     if said := former_layouts.fused_attention(stored, wanted):
         raise UserError(f"checkpoint step {step} {said}")
     if problem := misfit(stored, wanted):
@@ -175,7 +175,7 @@ def write(folder: Path, arrays: HostState) -> None:
 
 
 def read(folder: Path, stored: Specs) -> HostState:
-    """The arrays of a folder, which must be as `stored` says; `ValueError` if they are not, before
+    """The arrays of a folder, which must be as `stored` says; `UserError` if they are not, before
     anything large is read."""
     dtypes = {
         path: np.dtype(np.uint32) if dtype.startswith("key<") else jnp.dtype(dtype)

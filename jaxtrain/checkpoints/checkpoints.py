@@ -152,7 +152,7 @@ class Checkpoints:
                 shutil.rmtree(leftover)
 
     def check_space(self, like: PyTree) -> None:
-        """`ValueError` if the disk cannot hold as many checkpoints of this (abstract) state as will
+        """`UserError` if the disk cannot hold as many checkpoints of this (abstract) state as will
         lie there at once."""
         if not self._writes:
             return
@@ -209,7 +209,7 @@ class Checkpoints:
     ) -> tuple[PyTree, dict[str, Any]]:
         """The state of a verified step, laid out like `like` (shapes, dtypes, shardings), and its
         loop record; `partial`: `like` may lack whole parts (`params`) that the step holds.
-        `CheckpointError` if it does not verify, `ValueError` if its paths, shapes or dtypes are not
+        `CheckpointError` if it does not verify, `UserError` if its paths, shapes or dtypes are not
         those of `like`."""
         if found := self.verify(step):
             raise CheckpointError(f"step {step}: {found[0]}")

@@ -39,7 +39,7 @@ class Lock:
     True
 
     `force` takes the lock from a holder that this machine cannot see, such as one on another host.
-    `ValueError` if the folder is in use, is a file, or cannot be written. Force takes nothing from
+    `UserError` if the folder is in use, is a file, or cannot be written. Force takes nothing from
     a holder that is seen to be alive, nor from one that came after this start began.
     """
 
@@ -131,7 +131,7 @@ class Lock:
             os.close(descriptor)
 
     def _check_force(self, descriptor: int, seen: "_State | None") -> None:
-        """`ValueError` if the lock must not be taken from its holder."""
+        """`UserError` if the lock must not be taken from its holder."""
         now = _State.of(descriptor)
         holder = _parse_holder(now.text)
         if not self._force:

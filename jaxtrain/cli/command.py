@@ -21,13 +21,13 @@ class Command:
 
 
 def refuse_flags(command: str, arguments: Sequence[str]) -> None:
-    """Raises `ValueError` for a flag, of a command that takes none."""
+    """Raises `UserError` for a flag, of a command that takes none."""
     if flag := next((argument for argument in arguments if argument.startswith("-")), None):
         raise UserError(f"{command}: unknown flag {messages.printable(flag)}; it takes none")
 
 
 def workdirs(command: str, arguments: Sequence[str], *, several: bool) -> list[Path]:
-    """The folders of runs that a command was given, at least one; `ValueError` for anything
+    """The folders of runs that a command was given, at least one; `UserError` for anything
     else."""
     refuse_flags(command, arguments)
     if not arguments or (len(arguments) > 1 and not several):

@@ -85,7 +85,7 @@ class SettingFlag(absl_flags.Flag):
         )
 
     def parse(self, argument: str) -> None:
-        """Reads one value from the command line; `ValueError` with the whole line that the user
+        """Reads one value from the command line; `UserError` with the whole line that the user
         sees."""
         if argument.startswith("--"):
             raise UserError(
@@ -131,7 +131,10 @@ class FamilyFlag(SettingFlag):
             raise UserError(f"--{self.name}={shown}: this experiment offers no other {self.name}")
         if self.name == "data":  # names of data sets are often looked for here
             valid = near or f"; valid: {', '.join(self.names)}"
-            raise UserError(f"--data={shown}: unknown{valid} (list: python -m jaxtrain list data)")
+            raise UserError(
+                f"--data={shown}: not offered by this experiment{valid} (all: python -m jaxtrain"
+                " list data)"
+            )
         raise UserError(f"--{self.name}={shown}: unknown; valid: {', '.join(self.names)}{near}")
 
 
@@ -153,7 +156,7 @@ def parse(
     >>> parse(run, ["--batch_size=32", "--epochs=2.5"]).batch_size
     32
 
-    `argv` holds the arguments only (`sys.argv[1:]`). `ValueError`, with the one line that the user
+    `argv` holds the arguments only (`sys.argv[1:]`). `UserError`, with the one line that the user
     sees, for anything wrong; help prints and raises `SystemExit(0)`.
     """
     scanned = list(_scan(argv))

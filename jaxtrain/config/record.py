@@ -65,7 +65,7 @@ def from_json(run: config.Run, record: Mapping[str, Any]) -> config.Run:
     """The run that `to_json` recorded, with what JSON cannot hold taken from `run`, the same
     experiment's own configuration.
 
-    `ValueError` if a field is missing, unknown, of another type or out of bounds, or if a kind is
+    `UserError` if a field is missing, unknown, of another type or out of bounds, or if a kind is
     none of the experiment's.
     """
     names = [field.name for field in fields_of(run) if Mark.EXPERIMENT not in field.marks]
@@ -82,7 +82,7 @@ def from_json(run: config.Run, record: Mapping[str, Any]) -> config.Run:
 
 
 def load(run: config.Run, workdir: str) -> config.Run:
-    """The configuration of the run in `workdir`; `ValueError` naming `--from_run` if it cannot be
+    """The configuration of the run in `workdir`; `UserError` naming `--from_run` if it cannot be
     read or belongs to another experiment."""
     flag, path = f"--from_run={messages.printable(workdir)}", Path(workdir) / "run.json"
     if Path(workdir).is_file():

@@ -177,7 +177,7 @@ FAMILIES = marked(Mark.FAMILY)
 
 
 def check(run: Run) -> None:
-    """Raises `ValueError`, naming the flag, if a field is out of its bounds or two of them cannot
+    """Raises `UserError`, naming the flag, if a field is out of its bounds or two of them cannot
     go together.
 
     >>> check(
@@ -238,7 +238,7 @@ def check(run: Run) -> None:
 
 
 def check_paths(run: Run) -> None:
-    """Raises `ValueError` if the workdir cannot be written or `init_from` is not there; leaves no
+    """Raises `UserError` if the workdir cannot be written or `init_from` is not there; leaves no
     trace on the disk."""
     if run.workdir:
         _check_workdir(run.workdir)

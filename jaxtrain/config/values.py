@@ -43,7 +43,7 @@ def read(text: str, annotation: Any, marks: Sequence[Any] = ()) -> Any:
     >>> read("3,5", tuple[int, ...]), read("none", float | None), str(read("5%", Horizon))
     ((3, 5), None, '5%')
 
-    `ValueError` whose text is the problem alone, without the flag's name and value.
+    `UserError` whose text is the problem alone, without the flag's name and value.
     """
     wanted = field_type(annotation, marks)
     if wanted.optional and text.lower() == "none":
@@ -71,7 +71,7 @@ def from_json(value: Any, annotation: Any, marks: Sequence[Any] = ()) -> Any:
     >>> from_json([1, 2], tuple[int, ...])
     (1, 2)
 
-    `ValueError` if the JSON has another type or is out of bounds: nothing is converted but lists,
+    `UserError` if the JSON has another type or is out of bounds: nothing is converted but lists,
     horizons and whole floats.
     """
     wanted = field_type(annotation, marks)

@@ -54,7 +54,7 @@ def parse(
     >>> parse("train[:90%]+test", {"train": 1000, "test": 10})
     (('train', 0, 900), ('test', 0, 10))
 
-    `ValueError` naming `flag` if it is no expression, names an unknown split, goes past an end,
+    `UserError` naming `flag` if it is no expression, names an unknown split, goes past an end,
     names an example twice or is empty.
     """
     problem = f"{flag}={expression!r}"

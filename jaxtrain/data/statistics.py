@@ -47,7 +47,7 @@ def measure(table: Table, max_examples: int | None = None, chunk: int = 4096) ->
     Statistics(mean_C=(0.5, 1.0), std_C=(0.5, 1.0))
 
     A channel that never changes gets deviation 1. With `max_examples`, that many evenly spaced rows
-    are read instead of all. `ValueError` if an image holds a value that is not finite.
+    are read instead of all. `UserError` if an image holds a value that is not finite.
     """
     rows = np.arange(len(table))
     if max_examples is not None and max_examples < len(rows):

@@ -289,7 +289,7 @@ def as_float(inputs: jax.Array) -> jax.Array:
 
 
 def check_image(inputs: jax.Array, model: str) -> None:
-    """`ValueError` unless `inputs` are images (B, H, W, C)."""
+    """`UserError` unless `inputs` are images (B, H, W, C)."""
     if inputs.ndim != 4:
         raise UserError(
             f"{model}: input shape {inputs.shape} is not (batch, height, width, channels); add the"
@@ -298,7 +298,7 @@ def check_image(inputs: jax.Array, model: str) -> None:
 
 
 def check_counts(counts: Sequence[int], name: str, *, example: str = "") -> None:
-    """`ValueError` if a count is below 1, or, where an `example` says that one is needed, if there
+    """`UserError` if a count is below 1, or, where an `example` says that one is needed, if there
     is none."""
     if any(count < 1 for count in counts):
         raise UserError(f"{name}={tuple(counts)}: every entry must be >= 1")
@@ -316,7 +316,7 @@ def space_to_depth(x: jax.Array, block: int) -> jax.Array:
     ... )
     ((2, 4, 3, 12), (2, 2, 12))
 
-    `ValueError` if a spatial size is no multiple of `block`.
+    `UserError` if a spatial size is no multiple of `block`.
     """
     spatial = x.shape[1:-1]
     if any(size % block for size in spatial):

@@ -33,7 +33,7 @@ class Transformer(nn.Module):
     (2, 8, 11)
 
     A place sees itself and what is before it. Any length will do with rotary positions, up to
-    `max_length` with learned ones. `ValueError` if the input is no (batch, length) of integers or
+    `max_length` with learned ones. `UserError` if the input is no (batch, length) of integers or
     too long, or `heads` do not fit. A token beyond the vocabulary makes its sequence nan.
     """
 

@@ -24,7 +24,7 @@ class ViT(nn.Module):
     >>> model.apply(variables, jnp.zeros((2, 8, 8, 1))).shape
     (2, 10)
 
-    Inputs are images (B, H, W, C). `ValueError` if a side is no multiple of `patch`, or `width`
+    Inputs are images (B, H, W, C). `UserError` if a side is no multiple of `patch`, or `width`
     none of `heads`.
     """
 

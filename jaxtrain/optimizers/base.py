@@ -64,7 +64,7 @@ class Optimizer:
         Of `params` only paths and shapes are read, so it may be abstract. `axes` are their logical
         axes (`adapters.logical_axes`), which help to tell what each is (see `parameters.py`); give
         the same ones at every step. State and updates keep the dtypes of the parameters; the
-        arithmetic is in float32 at least. `ValueError` if a pattern decides nothing.
+        arithmetic is in float32 at least. `UserError` if a pattern decides nothing.
         """
         params = parameters.describe(params, axes)
         chain = self.chain(params, learning_rate)

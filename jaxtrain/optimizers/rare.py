@@ -293,7 +293,7 @@ class Yogi(Optimizer):
 
 
 def refuse_rates(optimizer: Optimizer) -> None:
-    """`ValueError` for rules of rates where the update is not proportional to a rate."""
+    """`UserError` for rules of rates where the update is not proportional to a rate."""
     if optimizer.rates:
         text = ",".join(f"{pattern}={factor:g}" for pattern, factor in optimizer.rates)
         name = type(optimizer).__name__.lower()

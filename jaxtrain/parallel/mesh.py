@@ -71,7 +71,7 @@ def make(
     1
 
     A mesh smaller than the machine takes the first devices, and as many of each process.
-    `ValueError` if there are too few, if -1 does not come out whole, or if a process would have no
+    `UserError` if there are too few, if -1 does not come out whole, or if a process would have no
     part.
     """
     devices = list(jax.devices() if devices is None else devices)
@@ -140,7 +140,7 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def check_batch(name: str, size: int, mesh: Mesh) -> None:
-    """`ValueError` if a batch of `size` cannot be split evenly."""
+    """`UserError` if a batch of `size` cannot be split evenly."""
     shards = batch_shards(mesh)
     if size % shards:
         what = f"{shards} devices" if shards == mesh.size else f"data x fsdp = {shards}"

@@ -114,7 +114,7 @@ def read(text: str, *, unknown_trips: int | None = None) -> list[Collective]:
     ... ]
     [('all-reduce', 16, 8, 28.0)]
 
-    A loop with collectives whose number of trips XLA does not know is a `ValueError` unless
+    A loop with collectives whose number of trips XLA does not know is a `UserError` unless
     `unknown_trips` says it. Of the branches of a condition the one that sends most is counted.
     """
     computations, entry = _computations(text)

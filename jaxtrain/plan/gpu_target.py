@@ -114,7 +114,7 @@ def find(card: str) -> Target:
     >>> find("titan_rtx").capability
     (7, 5)
 
-    `ValueError` with the nearest name if there is none.
+    `UserError` with the nearest name if there is none.
     """
     if card not in TARGETS:
         near = messages.did_you_mean(card, TARGETS)
@@ -204,7 +204,7 @@ def devices(card: str, count: int, *, hosts: int = 1) -> list[Any]:
     """Devices to compile for: `count` cards in `hosts` hosts, in order of hosts. Nothing runs on
     them.
 
-    `ValueError` if the card is not known, the cards do not divide among the hosts, or
+    `UserError` if the card is not known, the cards do not divide among the hosts, or
     `unavailable_reason` has one.
     """
     target = find(card)

@@ -124,7 +124,7 @@ def choose(platform: str, capability: Capability) -> str:
 
 
 def check(name: str, platform: str, capability: Capability, device_kind: str) -> None:
-    """`ValueError` if a card cannot compute in this policy; the message says which one it can.
+    """`UserError` if a card cannot compute in this policy; the message says which one it can.
 
     >>> check("bf16", "gpu", "7.0", "Tesla V100-SXM2-16GB")
     Traceback (most recent call last):

@@ -63,7 +63,7 @@ class JsonlWriter:
         self._last_step = -1
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Appends one line; the reader of `tail -f` sees it at once. `ValueError` if `step` is
+        """Appends one line; the reader of `tail -f` sees it at once. `UserError` if `step` is
         smaller than the one before."""
         if step < self._last_step:
             raise UserError(
@@ -86,7 +86,7 @@ class JsonlWriter:
     def truncate(self, offset: int) -> None:
         """Cuts the file to the offset of the commit that the run resumes from.
 
-        `ValueError` if the file is shorter than that or the offset isn't the end of a line: then it
+        `UserError` if the file is shorter than that or the offset isn't the end of a line: then it
         isn't the file that was committed.
         """
         size = self.sync()
@@ -190,7 +190,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     >>> read_metrics("/nonexistent/metrics.jsonl")
     []
 
-    `ValueError` if another line is not a JSON object.
+    `UserError` if another line is not a JSON object.
     """
     try:
         content = Path(path).read_bytes()

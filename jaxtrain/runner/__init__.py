@@ -8,6 +8,8 @@ __all__ = [
     "finish",
     "jax_settings",
     "main",
+    "profiler",
+    "restore",
     "run",
     "workdir",
 ]

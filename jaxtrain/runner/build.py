@@ -1,5 +1,5 @@
-"""What a run is built of: its lengths in steps, its recipe, and the checks that need nothing
-compiled."""
+"""The parts of a run, built from its configuration: lengths, recipe, data feeds and evaluators; and
+the checks before anything is compiled."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ class Lengths:
 def lengths(run: config.Run, num_examples: int) -> Lengths:
     """Turns epochs, percentages and horizons into steps.
 
-    `ValueError` if the batch is larger than the train split: it would hold an example twice.
+    `UserError` if the batch is larger than the train split: it would hold an example twice.
     """
     if run.batch_size > num_examples:
         raise UserError(
@@ -69,7 +69,7 @@ def lengths(run: config.Run, num_examples: int) -> Lengths:
 
 def chosen_precision(run: config.Run, mesh: Mesh) -> str:
     """The precision of the run on the devices of the mesh, with `auto` decided by the card;
-    `ValueError` if the card does not have it."""
+    `UserError` if the card does not have it."""
     devices = [
         (device, getattr(device, "compute_capability", None) if device.platform == "gpu" else None)
         for device in mesh.devices.flat
@@ -122,7 +122,7 @@ def _statistics(train: Table, identity: Mapping[str, Any] | None) -> statistics.
 
 
 def execution(run: config.Run, mesh: Mesh) -> Execution:
-    """How the programs of the run are executed; `ValueError` if its batch does not fit the mesh."""
+    """How the programs of the run are executed; `UserError` if its batch does not fit the mesh."""
     chosen = (
         Reproducible(mesh, run.logical_shards)
         if run.reproducible
@@ -133,11 +133,11 @@ def execution(run: config.Run, mesh: Mesh) -> Execution:
 
 
 def check_model(
-    run: config.Run, train: Table, recipe: Recipe, executed: Execution
+    run: config.Run, train: Table, recipe: Recipe, execution: Execution
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Runs model and task on shapes alone; returns the abstract batch. Whatever does not fit is an
     error here, before anything is compiled."""
-    device = executed.mesh.local_devices[0]
+    device = execution.mesh.local_devices[0]
     if run.offload != "none" and "pinned_host" not in {
         memory.kind for memory in device.addressable_memories()
     }:
@@ -146,10 +146,10 @@ def check_model(
             " memory; drop it"
         )
     part = run.batch_size // run.microbatches
-    if run.microbatches > 1 and part % executed.parts:
+    if run.microbatches > 1 and part % execution.parts:
         raise UserError(
             f"--microbatches={run.microbatches}: a part of {part} examples is not divisible by"
-            f" {executed.parts} {executed.parts_word}; use fewer parts"
+            f" {execution.parts} {execution.parts_word}; use fewer parts"
         )
     batch = {
         name: jax.ShapeDtypeStruct((run.batch_size, *field.shape), field.dtype)
@@ -210,7 +210,7 @@ def check_held_out(run: config.Run, splits: Splits, recipe: Recipe, batch: Shape
 
 
 def place_data(run: config.Run, train: Table, mesh: Mesh) -> Batch | None:
-    """The train split in device memory, or None if it is to be streamed; `ValueError` if it was
+    """The train split in device memory, or None if it is to be streamed; `UserError` if it was
     asked for and cannot be."""
     if run.device_data == "no":
         return None
@@ -228,20 +228,20 @@ def place_data(run: config.Run, train: Table, mesh: Mesh) -> Batch | None:
     return pipeline.resident_arrays(train, sharding.replicated(mesh))
 
 
-def evaluation_size(run: config.Run, table: Table, executed: Execution) -> int:
+def evaluation_size(run: config.Run, table: Table, execution: Execution) -> int:
     """The batch size of evaluation: as asked for, but no larger than the set needs, and rounded up
     so that each device has its share."""
-    return -(-min(run.eval_batch_size, len(table)) // executed.parts) * executed.parts
+    return -(-min(run.eval_batch_size, len(table)) // execution.parts) * execution.parts
 
 
 def evaluators(
-    run: config.Run, splits: Splits, programs: Programs, executed: Execution
+    run: config.Run, splits: Splits, programs: Programs, execution: Execution
 ) -> dict[str, loop.Evaluate]:
     """What evaluates each held-out split that there is; one program for both."""
-    means = executed.evaluation(programs)
+    means = execution.evaluation(programs)
 
     def evaluator(table: Table) -> loop.Evaluate:
-        return lambda state: means(state, batches(run, table, executed))
+        return lambda state: means(state, batches(run, table, execution))
 
     tables = {"validation": splits.validation, "test": splits.test}
     return {name: evaluator(table) for name, table in tables.items() if table is not None}
@@ -269,8 +269,8 @@ def host_batches(run: config.Run, train: Table, recipe: Recipe) -> Iterator[dict
         position = recipe.order.advance(position, run.batch_size)
 
 
-def batches(run: config.Run, table: Table, executed: Execution) -> Iterator[Batch]:
+def batches(run: config.Run, table: Table, execution: Execution) -> Iterator[Batch]:
     """One pass over a table for evaluation."""
     return pipeline.evaluation_batches(
-        table, evaluation_size(run, table, executed), sharding.batch(executed.mesh)
+        table, evaluation_size(run, table, execution), sharding.batch(execution.mesh)
     )

@@ -4,7 +4,7 @@ counts."""
 import contextlib
 from collections.abc import Callable, Iterator
 
-from jaxtrain.config import flags
+from jaxtrain import messages
 
 
 @contextlib.contextmanager
@@ -45,5 +45,5 @@ def _call(
             if first is None:
                 first = error
             elif str(error) != str(first):
-                flags.warn(" ".join((str(error) or type(error).__name__).split())[:300])
+                messages.warn(" ".join((str(error) or type(error).__name__).split())[:300])
     return first

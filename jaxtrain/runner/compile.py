@@ -26,7 +26,7 @@ from jaxtrain.tree import Batch
 
 Source = Batch | BatchLoader
 """Where training batches come from: data in device memory, or a stream."""
-Evaluate = Callable[[TrainState, Iterator[Batch]], dict[str, float]]
+EvaluateBatches = Callable[[TrainState, Iterator[Batch]], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Execution(Protocol):
         ...
 
     def check(self, batch_size: int) -> None:
-        """`ValueError` if the batch cannot be divided on this mesh."""
+        """`UserError` if the batch cannot be divided on this mesh."""
         ...
 
     def initialize(self, programs: Programs, seed: int) -> TrainState:
@@ -76,7 +76,7 @@ class Execution(Protocol):
         steps a dispatch runs, at most `most`."""
         ...
 
-    def evaluation(self, programs: Programs) -> Evaluate:
+    def evaluation(self, programs: Programs) -> EvaluateBatches:
         """`(state, batches) -> means of the metrics`; one program for all splits."""
         ...
 
@@ -95,7 +95,7 @@ class Sharded:
         return meshes.batch_shards(self.mesh)
 
     def check(self, batch_size: int) -> None:
-        """`ValueError` if the batch cannot be split over the mesh."""
+        """`UserError` if the batch cannot be split over the mesh."""
         meshes.check_batch("batch_size", batch_size, self.mesh)
 
     def initialize(self, programs: Programs, seed: int) -> TrainState:
@@ -124,16 +124,16 @@ class Sharded:
             chosen = 1 if self.debug_nans else chosen
             looped = steps.several.lower(programs.state, data, count) if chosen > 1 else lowered
             compiled = looped.compile()
-            single = _checked(steps.single) if self.debug_nans else compiled
-            feed = feeds.ResidentFeed(single, None if chosen == 1 else compiled, data)
+            program = _checked(steps.single) if self.debug_nans else compiled
+            feed = feeds.ResidentFeed(program, data)
         flops = repeats * feeds.flops_of(lowered)
         needs = _memory(programs.state, data, compiled)
-        copied = 0 if self.debug_nans else _copied(programs.state, compiled)
+        copied = 0 if self.debug_nans else _undonated_bytes(programs.state, compiled)
         return Training(feed, chosen, flops, needs, copied)
 
-    def evaluation(self, programs: Programs) -> Evaluate:
+    def evaluation(self, programs: Programs) -> EvaluateBatches:
         """Evaluation by one program over the mesh."""
-        compiled: set[evaluate.Shapes] = set()
+        compiled: set[evaluate.ShapeKey] = set()
 
         def means(state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
             return evaluate.evaluate(programs.eval_step, state, batches, compiled=compiled)
@@ -150,7 +150,7 @@ class Reproducible:
     parts_word = "logical shards"
 
     def check(self, batch_size: int) -> None:
-        """`ValueError` if the mesh or the batch cannot be cut into the logical shards."""
+        """`UserError` if the mesh or the batch cannot be cut into the logical shards."""
         reproducible.check(self.mesh, self.parts, batch_size)
         meshes.check_batch("batch_size", batch_size, self.mesh)
 
@@ -187,10 +187,10 @@ class Reproducible:
             _reproducible_memory(programs.state, data, self.mesh, each),
         )
 
-    def evaluation(self, programs: Programs) -> Evaluate:
+    def evaluation(self, programs: Programs) -> EvaluateBatches:
         """Evaluation by logical shards."""
         trainer = reproducible.Trainer(programs.recipe, self.mesh, self.parts)
-        compiled: set[evaluate.Shapes] = set()
+        compiled: set[evaluate.ShapeKey] = set()
 
         def means(state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
             copies = trainer.copies(state)  # once a pass, and freed after it
@@ -250,8 +250,8 @@ def _reproducible_memory(
     return _memory(state, data, None) | {name: size for name, size in more.items() if size}
 
 
-def _copied(state: TrainState, compiled: Any) -> int:
-    """Bytes of a donated state that its successor does not lie in."""
+def _undonated_bytes(state: TrainState, compiled: Any) -> int:
+    """Bytes of the donated state whose buffers the compiled program does not use again."""
     analysis = compiled.memory_analysis()
     taken = getattr(analysis, "alias_size_in_bytes", None)
     if taken is None:

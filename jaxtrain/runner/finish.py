@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain import config
-from jaxtrain.config import flags
+from jaxtrain import config, messages
 from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import Table
 from jaxtrain.processes import group, heartbeat
@@ -109,6 +108,6 @@ def _warn_on_error(what: str, *, collective: bool = False) -> Iterator[None]:
     except Exception as error:
         if collective and jax.process_count() > 1:
             raise
-        flags.warn(
+        messages.warn(
             f"{what} not written: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         )

@@ -44,6 +44,13 @@ def restored() -> Iterator[None]:
             compilation_cache.reset_cache()  # jax holds on to the folder that it used first
 
 
+def apply(*, debug_nans: bool, matmul_precision: str) -> None:
+    """What a run asks of jax: its compilation cache, and what two of its flags say."""
+    use_compilation_cache()
+    jax.config.update("jax_debug_nans", debug_nans)
+    jax.config.update("jax_default_matmul_precision", MATMUL_PRECISION[matmul_precision])
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, where the user has not said otherwise."""
     if jax.config.values["jax_compilation_cache_dir"] is None:

@@ -15,7 +15,7 @@ from typing import NoReturn
 import jax
 from jax.sharding import Mesh
 
-from jaxtrain import config, extras
+from jaxtrain import config, extras, messages
 from jaxtrain.checkpoints.lock import Lock
 from jaxtrain.config import flags
 from jaxtrain.data.table import Table
@@ -62,8 +62,8 @@ ValueError."""
 
 
 def main(run: config.Run, argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs an experiment as the command line says, and exits with the status of the contract
-    (design, section 3)."""
+    """Runs an experiment as the command line says, and exits with its status (see
+    `jaxtrain/errors.py`)."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         status = guarded(
@@ -172,20 +172,14 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
     heartbeat.beat("starting")
     _join(run, stop)
     mesh = _mesh(run)
-    asked, run = (
-        run.precision,
-        config.replaced(run, {"precision": build.chosen_precision(run, mesh)}),
-    )
+    asked_precision = run.precision
+    run = config.replaced(run, {"precision": build.chosen_precision(run, mesh)})
     execution = build.execution(run, mesh)  # before the data, which may take a while
-    jax_settings.use_compilation_cache()
-    jax.config.update("jax_debug_nans", run.debug_nans)
-    jax.config.update(
-        "jax_default_matmul_precision", jax_settings.MATMUL_PRECISION[run.matmul_precision]
-    )
+    jax_settings.apply(debug_nans=run.debug_nans, matmul_precision=run.matmul_precision)
     heartbeat.beat("data")
     splits = run.data.open()
     for note in splits.notes:
-        flags.warn(note)
+        messages.warn(note)
     length = build.lengths(run, len(splits.train))
     if run.profile_steps is not None and run.profile_steps[0] >= length.total:
         first, last = run.profile_steps
@@ -199,13 +193,23 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
     if run.compare_meshes:
         return _compare(run, splits.train, recipe, jax.devices(mesh.devices.flat[0].platform))
     programs = lowering.lower(recipe, batch, mesh)
-    made = not run.workdir or not Path(run.workdir).exists()
+    folder_is_new = not run.workdir or not Path(run.workdir).exists()
     folder = Path(group.on_main(lambda: str(workdir.choose_folder(run))))
     # Only process 0 writes into the folder.
     mine = Lock(folder, force=run.force_unlock) if group.is_main() else contextlib.nullcontext()
-    with mine as lock, _deleted_if_refused(lock if made else None):
+    with mine as lock, _deleted_if_refused(lock if folder_is_new else None):
         opened = Opened(
-            run, argv, splits, length, programs, execution, folder, lock, stop, began, asked
+            run,
+            argv,
+            splits,
+            length,
+            programs,
+            execution,
+            folder,
+            lock,
+            stop,
+            began,
+            asked_precision,
         )
         status = start(opened)
     heartbeat.beat("ending")

@@ -9,10 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain import config
+from jaxtrain import config, messages
 from jaxtrain.checkpoints import arrays
 from jaxtrain.checkpoints.checkpoints import Checkpoints
-from jaxtrain.config import flags
 from jaxtrain.errors import CheckpointError, UserError
 from jaxtrain.precision.loss_scale import LossScale
 from jaxtrain.processes import group
@@ -36,22 +35,22 @@ class Found:
 
 
 def inspect(run: config.Run, folder: Path, fingerprint: str) -> Found:
-    """What lies in the folder; `ValueError`, in every process, if the run may not go on from it."""
+    """What lies in the folder; `UserError`, in every process, if the run may not go on from it."""
     return Found(**group.on_main(lambda: dataclasses.asdict(_inspect(run, folder, fingerprint))))
 
 
 def _inspect(run: config.Run, folder: Path, fingerprint: str) -> Found:
     record = workdir.read(folder)
-    notes = _drift(run, folder, record, fingerprint)
+    notes = _check_folder(run, folder, record, fingerprint)
     run_id = (record or {}).get("run_id") or os.urandom(8).hex()
     newest = _newest(run, folder, Checkpoints(folder, run_id=run_id), record)
     return Found(record, notes, run_id, newest)
 
 
-def _drift(
+def _check_folder(
     run: config.Run, folder: Path, record: dict[str, Any] | None, fingerprint: str
 ) -> list[str]:
-    """What differs from the run that is there; `ValueError` if it may not."""
+    """What differs from the run that is there; `UserError` if it may not."""
     if record is None:
         if (folder / "metrics.jsonl").exists():
             raise UserError(
@@ -73,7 +72,7 @@ def _drift(
 def _newest(
     run: config.Run, folder: Path, checkpoints: Checkpoints, record: dict[str, Any] | None
 ) -> int | None:
-    """The step to go on from; `ValueError` where --resume forbids or demands it."""
+    """The step to go on from; `UserError` where --resume forbids or demands it."""
     place = folder / "checkpoints"
     if run.resume == "never":
         if checkpoints.steps():
@@ -82,7 +81,7 @@ def _newest(
                 f" {max(checkpoints.steps())}; use a new --workdir"
             )
         return None
-    newest = checkpoints.resume_step(run.resume, flags.warn)
+    newest = checkpoints.resume_step(run.resume, messages.warn)
     if newest is None and run.eval_only:
         raise UserError(f"--eval_only: no committed checkpoint in {place}")
     if newest is not None and record is None:
@@ -130,7 +129,7 @@ def _warm(source: str, abstract: TrainState) -> dict[str, Any]:
     single = path.name.isdecimal() and path.parent.name == "checkpoints"
     checkpoints = Checkpoints(path.parent.parent if single else path)
     try:
-        newest = int(path.name) if single else checkpoints.newest_verified(flags.warn)
+        newest = int(path.name) if single else checkpoints.newest_verified(messages.warn)
         if newest is None:
             raise UserError(
                 f"{flag}: no committed checkpoint there; give a workdir, or"

@@ -13,10 +13,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxtrain import config, hardware, tasks, tree
+from jaxtrain import config, hardware, messages, tasks, tree
 from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.checkpoints.lock import Lock
-from jaxtrain.config import flags
 from jaxtrain.config import record as run_record
 from jaxtrain.data.splits import Splits
 from jaxtrain.errors import CheckpointError, UserError
@@ -186,7 +185,7 @@ def _train(
             score=tasks.score_of(run.task),
             best=kept.get("best"),
             evaluation_due=kept.get("evaluation_due", False),
-            at_step=_watch(opened, profiler),
+            at_step=_dispatch_hook(opened, profiler),
         )
     progress.stop()
     if not outcome.finished:
@@ -269,8 +268,8 @@ def _stopped(opened: Opened, step: int, stop: group.StopAgreement, progress: Pro
     return status
 
 
-def _watch(opened: Opened, profiler: Profiler) -> Callable[[int, TrainState], None]:
-    """What is called at the end of every dispatch."""
+def _dispatch_hook(opened: Opened, profiler: Profiler) -> Callable[[int, TrainState], None]:
+    """What is called at the end of every dispatch: checks the lock and drives the profiler."""
 
     def at_step(step: int, state: TrainState) -> None:
         if opened.lock is not None and not opened.lock.held():
@@ -325,10 +324,10 @@ def _writers(opened: Opened, run_id: str) -> Writers:
                 run_id=run_id,
                 folder=folder,
                 config=record,
-                note=flags.warn,
+                note=messages.warn,
             )
         )
-    return Writers(JsonlWriter(folder / "metrics.jsonl"), others, note=flags.warn)
+    return Writers(JsonlWriter(folder / "metrics.jsonl"), others, note=messages.warn)
 
 
 def _device_bytes(mesh: Mesh) -> int | None:

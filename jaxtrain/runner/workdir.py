@@ -35,11 +35,11 @@ def choose_folder(run: config.Run) -> Path:
         )
     folder = Path("runs") / run.name / time.strftime("%Y%m%d-%H%M%S")
     others = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
-    return next(each for each in itertools.chain([folder], others) if _is_mine(each))
+    return next(each for each in itertools.chain([folder], others) if _create(each))
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What run.json says, or None if no run is there; `ValueError` if it is damaged."""
+    """What run.json says, or None if no run is there; `UserError` if it is damaged."""
     path = folder / "run.json"
     if not path.is_file():
         return None
@@ -75,7 +75,7 @@ def check_drift(folder: Path, record: Mapping[str, Any], run: config.Run) -> lis
     """Compares the run that is there with the one that wants to go on; returns a line for each
     harmless or allowed difference.
 
-    `ValueError` for the first that is neither, naming old and new and what allows it.
+    `UserError` for the first that is neither, naming old and new and what allows it.
     """
     if record.get("name") != run.name:
         raise UserError(
@@ -111,8 +111,8 @@ def describe(run: config.Run, argv: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _is_mine(folder: Path) -> bool:
-    """Makes a folder; False if another start has just made it."""
+def _create(folder: Path) -> bool:
+    """Creates a folder; False if it was there already."""
     with contextlib.suppress(OSError):  # the lock, which comes next, says what is wrong
         try:
             folder.mkdir(parents=True)

@@ -1,16 +1,17 @@
 """What training is: the recipe, the state, the pure step, its compiled programs, and the loop."""
 
 __all__ = [
+    "cadence",
     "compare_meshes",
     "evaluate",
     "feeds",
-    "gradients",
     "hyper",
     "loop",
+    "lowering",
     "metrics_log",
     "recipe",
     "reproducible",
     "state",
     "steps",
-    "update",
+    "train_step",
 ]

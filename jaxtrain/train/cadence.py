@@ -15,16 +15,21 @@ class Cadence:
     """
 
     total: int
+    """The last step of the run."""
     per_call: int = 1
+    """Steps of one dispatch."""
     log: int = 50
+    """Steps between two lines of metrics."""
     evaluate: int = 0
+    """Steps between two evaluations; 0 is never."""
     save: int = 0
-    """Steps between two; 0 is never."""
+    """Steps between two commits; 0 is at the end only."""
     marks: tuple[int, ...] = ()
     """Steps at which something begins or ends, such as a profile."""
 
     def next(self, step: int) -> int:
-        """The step at which the dispatch after `step` ends: the next multiple of any of them."""
+        """The next step after `step` at which anything is due: a multiple of an interval, a mark or
+        the end; a dispatch goes no further."""
         multiples = [
             every * (step // every + 1)
             for every in (self.per_call, self.log, self.evaluate, self.save)

@@ -55,7 +55,7 @@ class Compared:
     """What was found on one mesh; all differences are relative to one device."""
 
     mesh: str
-    free: tuple[float, ...]
+    free_run_losses: tuple[float, ...]
     """Of the losses of the first steps of its own run."""
     loss: float
     """The largest of the losses of the single steps."""
@@ -77,7 +77,8 @@ class Comparison:
     def agrees(self, found: Compared) -> bool:
         """Whether a mesh gave the numbers of one device, up to rounding."""
         return (
-            found.first is None and max(*found.free, found.loss, found.gradient) <= self.tolerance
+            found.first is None
+            and max(*found.free_run_losses, found.loss, found.gradient) <= self.tolerance
         )
 
     @property
@@ -90,7 +91,7 @@ class Comparison:
         return [
             (
                 found.mesh,
-                found.free,
+                found.free_run_losses,
                 found.loss,
                 found.gradient,
                 _difference_text(found.first) or "none",
@@ -105,7 +106,7 @@ class Comparison:
                 what = (
                     f"gradient of {_difference_text(found.first)}"
                     if found.first
-                    else f"losses by {max(*found.free, found.loss):.1e}"
+                    else f"losses by {max(*found.free_run_losses, found.loss):.1e}"
                 )
                 return (
                     f"--compare_meshes: {found.mesh} differs from one device beyond"
@@ -155,7 +156,7 @@ def compare_recipe(
 
     `batches` are whole batches in host memory, at least `steps` of them; `mesh_texts` are what
     `--mesh` takes, with `x` or commas between axes; `tolerance` None is that of the precision.
-    Compiles two programs a mesh. `ValueError` if a mesh, the batch or a parameter does not fit,
+    Compiles two programs a mesh. `UserError` if a mesh, the batch or a parameter does not fit,
     before anything is compiled.
     """
     if jax.process_count() > 1:
@@ -252,7 +253,7 @@ class _Layout:
         devices: Sequence[meshes.Device],
         batch: HostBatch,
     ) -> "_Layout":
-        """`ValueError` if the batch or a parameter does not fit the mesh."""
+        """`UserError` if the batch or a parameter does not fit the mesh."""
         mesh = meshes.make(text, devices, flag="--compare_meshes")
         meshes.check_batch("batch_size", lowering.num_examples(batch), mesh)
         return cls(lowering.lower(recipe, jax.eval_shape(dict, batch), mesh), seed)

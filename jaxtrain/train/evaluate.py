@@ -13,7 +13,7 @@ from jaxtrain.processes import heartbeat
 from jaxtrain.train.state import TrainState
 from jaxtrain.tree import Batch
 
-Shapes = tuple[tuple[Any, ...], ...]
+ShapeKey = tuple[tuple[Any, ...], ...]
 
 
 def evaluate(
@@ -21,7 +21,7 @@ def evaluate(
     state: TrainState,
     batches: Iterable[Batch],
     *,
-    compiled: set[Shapes] | None = None,
+    compiled: set[ShapeKey] | None = None,
     fetch: Callable[[Any], Any] = jax.device_get,
 ) -> dict[str, float]:
     """The means of a task's metrics over all batches, summed in float64.
@@ -37,7 +37,7 @@ def evaluate(
     {'loss': 3.3333333333333335}
 
     Padding has `weight` 0 (see `pipeline.evaluation_batches`); `eval_step` comes from
-    `step.make_eval_step`. `compiled` holds the shapes of the batches that it has been called with,
+    `steps.make_eval_step`. `compiled` holds the shapes of the batches that it has been called with,
     and is added to: a batch of other shapes may take as long as a compilation.
     """
     totals = metrics.Totals()

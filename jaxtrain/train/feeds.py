@@ -43,10 +43,9 @@ class ResidentFeed:
     """Data in device memory: one dispatch gathers and trains any number of steps."""
 
     compiles_late: ClassVar[bool] = False
-    single: Any
-    several: Any
-    """Compiled programs of one step and of many; the second may be None if no call has more than
-    one."""
+    program: Any
+    """The compiled program: one step, or as many as it is told. It is the same for every call, so a
+    resumed run repeats the same bits."""
     data: Batch
     counts: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
     """The few numbers of steps that occur, as device scalars: an implicit transfer would be refused
@@ -56,9 +55,7 @@ class ResidentFeed:
         """Dispatches `count` steps."""
         if count not in self.counts:
             self.counts[count] = device_count(count, self.data)
-        # Which program runs hangs on whether calls may be long at all, not on this one's length: a
-        # resumed run repeats the same bits.
-        return (self.several or self.single)(state, self.data, self.counts[count])
+        return self.program(state, self.data, self.counts[count])
 
     def close(self) -> None:
         """Nothing reads in the background."""

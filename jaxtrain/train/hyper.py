@@ -26,7 +26,7 @@ def collect(component: Any, prefix: str = "") -> dict[str, float]:
     >>> collect(Thing(), "optimizer")
     {'optimizer.rate': 0.1}
 
-    `ValueError` if a field is out of bounds or a horizon was not yet turned into steps.
+    `UserError` if a field is out of bounds or a horizon was not yet turned into steps.
     """
     values: dict[str, float] = {}
     for field in fields.fields_of(component):

@@ -23,7 +23,7 @@ from jaxtrain.train.feeds import Feed
 from jaxtrain.train.metrics_log import MetricsLog
 from jaxtrain.train.state import TrainState
 
-SMALL = 4_000_000
+MAX_AWAITED_NUMBERS = 4_000_000
 """Numbers in a state whose commit is waited for: some 30 ms, after which a kill costs at most one
 interval. What is larger is written in the background, and a kill may then also cost the steps done
 meanwhile."""
@@ -176,4 +176,6 @@ def _commit(
         "best": best,
         "evaluation_due": evaluation_due,
     }
-    checkpoints.save(step, state, record, metric=score, wait=tree.size(state) <= SMALL)
+    checkpoints.save(
+        step, state, record, metric=score, wait=tree.size(state) <= MAX_AWAITED_NUMBERS
+    )

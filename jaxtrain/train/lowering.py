@@ -1,10 +1,7 @@
-"""The programs of a recipe on a mesh, lowered from shapes alone: no array exists, no file is open,
-no device is asked.
+"""The programs of a recipe on a mesh, lowered from shapes alone; only `initialize` makes arrays.
 
 `lower(recipe, batch, mesh)` is what a training run compiles, `--compare_meshes` runs, and
-`scripts/wire.py` reads for machines that are not here.
-
-B: examples of a batch
+`scripts/wire.py` reads for machines that are not here. It opens no file and asks no device.
 """
 
 import dataclasses
@@ -49,8 +46,8 @@ class Programs:
 
     def initialize(self, seed: int) -> TrainState:
         """The state before the first step, initialized where it lies."""
-        made = jax.jit(self.initializer, out_shardings=self.places.state)
-        return made(initial_numbers(self.recipe), np.uint32(seed))
+        initialize = jax.jit(self.initializer, out_shardings=self.places.state)
+        return initialize(initial_numbers(self.recipe), np.uint32(seed))
 
     def initialize_alone(self, seed: int) -> TrainState:
         """The same state by a program for one device, which rounds alike for every mesh."""
@@ -128,17 +125,17 @@ def lower(recipe: Recipe, batch: Batch | Shapes, mesh: Mesh) -> Programs:
     True
 
     `batch` may be abstract, and the mesh may be of devices that are only described (see
-    `plan.gpu_target`). `ValueError` if a parameter does not fit the mesh.
+    `plan.gpu_target`). `UserError` if a parameter does not fit the mesh.
     """
     shapes = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in dict(batch).items()
     }
     axes = parameter_axes(recipe, shapes)  # read once, for the optimizer and the mesh
-    made = jax.jit(initializer(recipe, shapes, axes), inline=True)
-    state = jax.eval_shape(made, initial_numbers(recipe), np.uint32(0))
+    initialize = jax.jit(initializer(recipe, shapes, axes), inline=True)
+    state = jax.eval_shape(initialize, initial_numbers(recipe), np.uint32(0))
     places = place(recipe, state, shapes, mesh, axes)
     laid = jax.tree.map(with_sharding, state, places.state)
-    return Programs(recipe, mesh, shapes, laid, places, made)
+    return Programs(recipe, mesh, shapes, laid, places, initialize)
 
 
 def laid_out(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

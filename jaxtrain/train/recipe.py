@@ -29,7 +29,7 @@ class Recipe(StepOptions):
     prepare: Prepare | None = None
     """What every batch goes through first, also in evaluation: casts, normalisation."""
     augment: Any = None
-    """What training batches go through next, see `augment.py`."""
+    """What training batches go through next, see `jaxtrain/augment/`."""
     order: Order = Shuffled()
     """In which order examples come, and how `TrainState.position` moves on."""
 

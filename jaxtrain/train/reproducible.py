@@ -48,7 +48,7 @@ Packed = dict[str, jax.Array]
 
 
 def check(mesh: Mesh, shards: int, batch_size: int) -> None:
-    """`ValueError` if the mesh or the batch cannot be cut into this many logical shards.
+    """`UserError` if the mesh or the batch cannot be cut into this many logical shards.
 
     >>> check(meshes.make("data:1"), 8, 12)
     Traceback (most recent call last):
@@ -83,7 +83,7 @@ def make_train_step(
     shards: int = 8,
     **options: Any,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, metrics.Sums]]:
-    """`(state, batch) -> (state, sums)` as `step.make_train_step` makes it, with the same bits on
+    """`(state, batch) -> (state, sums)` as `steps.make_train_step` makes it, with the same bits on
     any mesh of the axes data and fsdp.
 
     >>> from jaxtrain.models import MLP
@@ -123,7 +123,7 @@ def make_eval_step(
     shards: int = 8,
     **options: Any,
 ) -> Callable[[TrainState, Batch], metrics.Sums]:
-    """`(state, batch) -> sums` as `step.make_eval_step` makes it, with the same bits on any
+    """`(state, batch) -> sums` as `steps.make_eval_step` makes it, with the same bits on any
     mesh."""
     trainer = Trainer(Recipe(model, task, optimizer, **options), mesh, shards)
     return lambda state, batch: trainer.evaluate(trainer.copies(state), trainer.cut(batch))
@@ -137,16 +137,21 @@ class Trainer:
         check(mesh, shards, shards)
         self._recipe, self._mesh, self._shards = recipe, mesh, shards
         devices = list(mesh.devices.flat)
-        self._line = Mesh(np.asarray(devices, dtype=object), (AXIS,), axis_types=(AxisType.Auto,))
+        self._shard_mesh = Mesh(
+            np.asarray(devices, dtype=object), (AXIS,), axis_types=(AxisType.Auto,)
+        )
         mine = jax.process_index()
         self.devices = [device for device in devices if device.process_index == mine]
-        self._each = shards // len(devices)
+        self._shards_per_device = shards // len(devices)
         """Logical shards of one device."""
-        self._first = [self._each * devices.index(device) for device in self.devices]
+        self._first = [self._shards_per_device * devices.index(device) for device in self.devices]
         # Numbers of the shards, on their devices beforehand: inside the loop no transfer is
         # allowed.
         self._index = [
-            [jax.device_put(np.uint32(first + place), device) for place in range(self._each)]
+            [
+                jax.device_put(np.uint32(first + place), device)
+                for place in range(self._shards_per_device)
+            ]
             for first, device in zip(self._first, self.devices, strict=True)
         ]
         options = COMPILER.get(devices[0].platform, COMPILER["gpu"])
@@ -158,12 +163,12 @@ class Trainer:
             lambda state, batch: pack(dict(train_step.evaluation_step(recipe, state, batch))),
             compiler_options=options,
         )
-        self._open: Any = None
+        self._unpack_sums: Any = None
         self._cut = jax.jit(self._rows)
         self._draw = jax.jit(self._drawn, static_argnums=3)
         self._add = jax.jit(self._added)
         self._whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
-        self._lay: dict[Any, Any] = {}
+        self._lay_out: dict[Any, Any] = {}
         """What lays a whole state out, by its shardings."""
 
     def copies(self, state: TrainState) -> list[TrainState]:
@@ -193,7 +198,7 @@ class Trainer:
         ]
         if all(place.is_fully_replicated for place in places):
             return jax.tree.unflatten(structure, whole)
-        lay = self._lay.setdefault(
+        lay = self._lay_out.setdefault(
             tuple(places), jax.jit(lambda leaves: leaves, out_shardings=places)
         )
         return jax.tree.unflatten(structure, lay(whole))
@@ -259,25 +264,25 @@ class Trainer:
             [self._sums(copy, part) for part in shards]
             for copy, shards in zip(copies, parts, strict=True)
         ]
-        if self._open is None:
+        if self._unpack_sums is None:
             shapes = jax.eval_shape(
                 lambda state, batch: dict(train_step.evaluation_step(self._recipe, state, batch)),
                 copies[0],
                 parts[0][0],
             )
-            self._open = jax.jit(lambda packed: unpack(packed, shapes))
-        return self._open(self._tree(packed)[0])
+            self._unpack_sums = jax.jit(lambda packed: unpack(packed, shapes))
+        return self._unpack_sums(self._tree(packed)[0])
 
     def _tree(self, packed: Sequence[Sequence[Packed]]) -> list[Packed]:
         """The sum of all logical shards, on each device."""
-        place = NamedSharding(self._line, PartitionSpec(AXIS))
+        place = NamedSharding(self._shard_mesh, PartitionSpec(AXIS))
         layers = []
-        for layer in range(self._each):
+        for layer in range(self._shards_per_device):
             names = packed[0][layer]
             layers.append(
                 {
                     name: jax.make_array_from_single_device_arrays(
-                        (self._line.size, names[name].shape[1]),
+                        (self._shard_mesh.size, names[name].shape[1]),
                         place,
                         [shards[layer][name] for shards in packed],
                     )
@@ -294,10 +299,10 @@ class Trainer:
     def _added(self, layers: list[Packed]) -> Packed:
         """The fixed tree: first within a device, then between devices. Nothing but additions and
         moves may stand here."""
-        size = self._line.size
+        size = self._shard_mesh.size
 
         def local(layers: list[Packed]) -> Packed:
-            if size & (size - 1) or self._each & (self._each - 1):
+            if size & (size - 1) or self._shards_per_device & (self._shards_per_device - 1):
                 # The subtrees of a device are not whole: every device gets all shards and adds the
                 # same tree.
                 gathered = [
@@ -325,7 +330,7 @@ class Trainer:
 
         spec = PartitionSpec(AXIS)
         return jax.shard_map(
-            local, mesh=self._line, in_specs=spec, out_specs=spec, check_vma=False
+            local, mesh=self._shard_mesh, in_specs=spec, out_specs=spec, check_vma=False
         )(layers)
 
     def _packed_total(self, state: TrainState, batch: Batch, index: jax.Array) -> Packed:
@@ -351,10 +356,10 @@ class Trainer:
         return train_step.update(self._recipe, state, total, batch_size=rows, axes=axes)
 
     def _rows(self, local: Batch) -> list[Batch]:
-        rows = len(next(iter(local.values()))) // self._each
+        rows = len(next(iter(local.values()))) // self._shards_per_device
         return [
             {name: array[rows * place : rows * (place + 1)] for name, array in local.items()}
-            for place in range(self._each)
+            for place in range(self._shards_per_device)
         ]
 
     def _drawn(self, position: Any, data: Batch, first: jax.Array, batch_size: int) -> list[Batch]:
@@ -363,7 +368,7 @@ class Trainer:
         order = Shuffled(len(next(iter(data.values())))) if order == Shuffled() else order
         ids_B = order.ids(position, batch_size, jnp)
         mine = jax.lax.dynamic_slice_in_dim(
-            ids_B, first.astype(jnp.int32) * rows, rows * self._each
+            ids_B, first.astype(jnp.int32) * rows, rows * self._shards_per_device
         )
         return self._rows(pipeline.gather(data, mine))
 

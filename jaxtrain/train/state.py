@@ -79,7 +79,7 @@ def init_state(
     (0, 0.1)
 
     `batch` shows shapes and dtypes and may be abstract; `options` are fields of `Recipe`. `seed`
-    may be a tracer, so `jax.vmap` over seeds makes stacked states. `ValueError` if a number of the
+    may be a tracer, so `jax.vmap` over seeds makes stacked states. `UserError` if a number of the
     recipe is out of bounds.
     """
     recipe = Recipe(model, task, optimizer, **options)

@@ -245,10 +245,7 @@ def update(
     count = jnp.maximum(total.sums["loss"][1], 1e-9)
     gradients = jax.tree.map(lambda gradient: gradient / count, total.gradients)
     norm = optax.tree.norm(gradients)
-    if bound.clip_norm is not None:
-        gradients = jax.tree.map(
-            lambda gradient: gradient * jnp.minimum(1.0, bound.clip_norm / (norm + 1e-9)), gradients
-        )
+    gradients = _clipped(gradients, norm, bound.clip_norm)
     rate = bound.optimizer.learning_rate * bound.schedule.multiplier(state.step, bound.total_steps)
     transform = bound.optimizer.transform(state.params, rate, axes)
     updates, opt_state = transform.update(
@@ -288,6 +285,15 @@ def update(
     return new, sums
 
 
+def _clipped(gradients: tree.PyTree, norm: jax.Array, most: Any) -> tree.PyTree:
+    """The gradients, scaled down to a norm of at most `most`; None is no bound."""
+    if most is None:
+        return gradients
+    return jax.tree.map(
+        lambda gradient: gradient * jnp.minimum(1.0, most / (norm + 1e-9)), gradients
+    )
+
+
 def _unless_overflown(
     state: TrainState,
     new: TrainState,
@@ -311,14 +317,16 @@ def _unless_overflown(
     return dataclasses.replace(new, **kept, scaling=loss_scale.update(scaling, finite)), counted
 
 
-def _placed(new: TrainState, places: TrainState, *, offload: str) -> TrainState:
+def _placed(new: TrainState, shardings: TrainState, *, offload: str) -> TrainState:
     if offload == "optimizer":
         # A constraint says nothing of memories; only a transfer does.
-        moved = jax.device_put(new.opt_state, places.opt_state)
+        moved = jax.device_put(new.opt_state, shardings.opt_state)
         rest = dataclasses.replace(new, opt_state=None)
-        rest = jax.lax.with_sharding_constraint(rest, dataclasses.replace(places, opt_state=None))
+        rest = jax.lax.with_sharding_constraint(
+            rest, dataclasses.replace(shardings, opt_state=None)
+        )
         return dataclasses.replace(rest, opt_state=moved)
-    return jax.lax.with_sharding_constraint(new, places)
+    return jax.lax.with_sharding_constraint(new, shardings)
 
 
 def _average(decay: jax.Array | None, state: TrainState, params: tree.PyTree) -> tree.PyTree:

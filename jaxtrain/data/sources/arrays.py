@@ -81,7 +81,7 @@ class Arrays:
         return cls(**settings, _arrays=dict(arrays))
 
     def open(self) -> Splits:
-        """Maps or reads the arrays and sorts them into splits and fields; `ValueError` if they do
+        """Maps or reads the arrays and sorts them into splits and fields; `UserError` if they do
         not make a data set."""
         origin = f"--data.path={self.path!r}" if self.path else "arrays"
         raw = load_arrays(self.path) if self.path or self._arrays is None else self._arrays

@@ -51,7 +51,7 @@ class Images:
     """Split to evaluate on at the end; empty for none"""
 
     def open(self) -> Splits:
-        """Lists the files; nothing is decoded yet. `ValueError` if a folder or file is not what it
+        """Lists the files; nothing is decoded yet. `UserError` if a folder or file is not what it
         should be."""
         extras.require("--data=images", "PIL")
         origin = f"--data.path={self.path!r}"
@@ -125,7 +125,7 @@ class ImageTable:
         return len(self.files)
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Decodes the files at `indices`; `ValueError` naming a file that is no image."""
+        """Decodes the files at `indices`; `UserError` naming a file that is no image."""
         images = np.empty((len(indices), *self.fields["image"].shape), np.uint8)
 
         def decode(place: int) -> None:

@@ -58,7 +58,7 @@ class SyntheticTokens:
     """Split to evaluate on at the end; empty for none"""
 
     def open(self) -> Splits:
-        """Draws the chain, then the sequences; `ValueError` if the chain's table would be too
+        """Draws the chain, then the sequences; `UserError` if the chain's table would be too
         large."""
         chain_SV = self.chain()
         starts_S = stationary(chain_SV)

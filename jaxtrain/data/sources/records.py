@@ -44,7 +44,7 @@ class Records:
     """Split to evaluate on at the end; empty for none"""
 
     def open(self) -> Splits:
-        """Reads dataset.json and opens the files; `ValueError` if they do not fit together."""
+        """Reads dataset.json and opens the files; `UserError` if they do not fit together."""
         root = pathlib.Path(self.path).expanduser()
         origin = f"--data.path={self.path!r}"
         if not self.path or not (root / "dataset.json").is_file():
@@ -135,7 +135,7 @@ class RecordTable:
         return sum(self._counts)
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows at `indices`; `ValueError` naming file and record if one is damaged."""
+        """The rows at `indices`; `UserError` naming file and record if one is damaged."""
         records = read_located(self._source, np.asarray(indices), self._files, self._counts)
         sizes = [int(np.prod(shape)) * dtype.itemsize for dtype, shape in self._layout.values()]
         for index, record in zip(indices, records, strict=True):
@@ -163,7 +163,7 @@ class RecordTable:
 def read_located(
     source: Any, indices: np.ndarray, files: Sequence[str], counts: Sequence[int]
 ) -> list[Any]:
-    """Many records of a data source at once; if that fails, `ValueError` with the file and the
+    """Many records of a data source at once; if that fails, `UserError` with the file and the
     number of the first bad record."""
     keys = indices.tolist()
     try:

@@ -43,7 +43,7 @@ class Synthetic:
     """Split to evaluate on at the end; empty for none"""
 
     def open(self) -> Splits:
-        """Draws the examples; `ValueError` if the shape is none."""
+        """Draws the examples; `UserError` if the shape is none."""
         if not self.shape or min(self.shape) < 1:
             raise UserError(
                 f"--data.shape={','.join(map(str, self.shape))}: every dim must be >= 1"

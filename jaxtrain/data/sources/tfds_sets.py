@@ -252,7 +252,7 @@ class RandomAccessTable:
         return sum(self._counts)
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows at `indices`; `ValueError` naming file and record if one is damaged."""
+        """The rows at `indices`; `UserError` naming file and record if one is damaged."""
         return self._describe.rows(
             read_located(self._source, np.asarray(indices), self._files, self._counts)
         )

@@ -95,7 +95,7 @@ class Curve:
 def load(folder: str | os.PathLike[str]) -> History:
     """Reads a run's folder.
 
-    `ValueError` if it has neither run.json nor metrics.jsonl, or if one of them is damaged.
+    `UserError` if it has neither run.json nor metrics.jsonl, or if one of them is damaged.
     """
     folder = Path(folder)
     if not (folder / "run.json").exists() and not (folder / "metrics.jsonl").exists():

@@ -37,7 +37,7 @@ def write_report(
     """Writes the page of one run or several, and plots/*.png beside it; returns the page's path.
 
     `out` is the page's file; by default report.html in the run's folder, or in the working
-    directory for several runs. `ValueError` if a folder holds no run.
+    directory for several runs. `UserError` if a folder holds no run.
     """
     extras.require("a report", "matplotlib")
     histories = [history.load(workdir) for workdir in workdirs]
