@@ -67,6 +67,7 @@ def functions(model: Any) -> Functions:
         return _linen(model)
     if _is_pair(model):
         return _pair(model)
+    _check_instance(model)
     if callable(model):
         return _nnx(model)
     kinds = (
@@ -85,6 +86,7 @@ def logical_axes(model: Any, inputs: Any) -> Variables:
     `inputs` may be abstract: nothing is computed.
     """
     model = model.model if isinstance(model, Functions) else model
+    _check_instance(model)
     if isinstance(model, nn.Module):
         options: dict[str, Any] = {"train": False} if _takes(model.__call__, "train") else {}
         boxes = jax.eval_shape(
@@ -240,6 +242,12 @@ def _nnx_axes(model: Any) -> Variables:
         )
         flat.setdefault(name, {})[path] = tuple(axes) if axes is not None else None
     return {name: nnx.traversals.unflatten_mapping(leaves) for name, leaves in flat.items()}
+
+
+def _check_instance(model: Any) -> None:
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        name = model.__name__
+        raise UserError(f"model={name}: a class; give a module, such as {name}()")
 
 
 def _is_pair(model: Any) -> bool:

@@ -6,6 +6,8 @@ Dims: B batch, C classes, D features.
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.errors import UserError
+
 
 def cross_entropy(
     logits_BC: jax.Array, labels_B: jax.Array, *, label_smoothing: float | jax.Array = 0.0
@@ -17,8 +19,13 @@ def cross_entropy(
     1.3863
 
     `label_smoothing` spreads that share of the target evenly over all classes (Szegedy et al. 2016,
-    arXiv 1512.00567). Returns (B,).
+    arXiv 1512.00567). Returns (B,). `UserError` if labels are no (B,): others would be broadcast.
     """
+    if labels_B.shape != logits_BC.shape[:-1]:
+        raise UserError(
+            f"labels have shape {labels_B.shape}, logits {logits_BC.shape}; expected labels of shape"
+            f" {logits_BC.shape[:-1]}, one class number an example"
+        )
     log_probabilities_BC = jax.nn.log_softmax(logits_BC.astype(jnp.float32))
     # A comparison with the class numbers instead of a gather: the gather's gradient is a scatter,
     # which XLA runs slowly on CPU.

@@ -262,9 +262,13 @@ WORKDIR_ROWS = [
         " --allow_config_change=ema_decay",
     ),
     Row(
-        "--model.widths=20 --allow_config_change=model.depth",
+        "--model.widths=20 --allow_config_change=model.dropout",
         "--workdir={tmp}/run: holds run 'toy' with model.widths=[16], now [20]; new workdir, or"
         " --allow_config_change=model.widths",
+    ),
+    Row(
+        "--model.widths=20 --allow_config_change=model.depth",
+        "--allow_config_change=model.depth: no such setting; did you mean 'model.widths'?",
     ),
     Row(
         "--seed=1",

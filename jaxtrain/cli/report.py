@@ -25,5 +25,5 @@ def run(arguments: Sequence[str]) -> int:
 
 
 COMMAND = Command(
-    "WORKDIR [WORKDIR ...]", "write report.html and plots, of one run or several", run
+    "WORKDIR [WORKDIR ...]", "report.html and plots: in the run's folder; of several here", run
 )

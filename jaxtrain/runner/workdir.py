@@ -9,12 +9,12 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jaxtrain import config
+from jaxtrain import config, messages
 from jaxtrain.checkpoints import lock, manifest
 from jaxtrain.config import record as run_record
 from jaxtrain.config import secrets
@@ -82,8 +82,19 @@ def check_drift(folder: Path, record: Mapping[str, Any], run: config.Run) -> lis
             f"--workdir={folder}: holds a run of {record.get('name')!r}, this is {run.name!r}; use"
             " a new workdir"
         )
+    now = run_record.to_json(run)
+    if run.init_from and run.init_from != record["config"].get("init_from"):
+        raise UserError(
+            f"--init_from={run.init_from}: {folder} holds a run, which goes on from its own"
+            " checkpoints; for a warm start use a new workdir"
+        )
+    for word in run.allow_config_change:
+        known = {*_paths(now), *_paths(record["config"])}
+        if word not in known:
+            near = messages.did_you_mean(word, known)
+            raise UserError(f"--allow_config_change={word}: no such setting{near}")
     lines, free = [], config.marked(config.Mark.FREE)
-    for name, old, new in run_record.differences(record["config"], run_record.to_json(run)):
+    for name, old, new in run_record.differences(record["config"], now):
         allowed = name in free or any(
             name == word or name.startswith(f"{word}.") for word in run.allow_config_change
         )
@@ -111,6 +122,14 @@ def describe(run: config.Run, argv: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _paths(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted names of all settings, and of the parts that hold them."""
+    for name, value in settings.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{prefix}{name}.")
+
+
 def _create(folder: Path) -> bool:
     """Creates a folder; False if it was there already."""
     with contextlib.suppress(OSError):  # the lock, which comes next, says what is wrong
@@ -133,8 +152,8 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit and whether there are changes, of the folder that the experiment lies in; None outside
-    a repository."""
+    """Commit and whether code differs from it, in the repository of the experiment; None outside
+    one. New files count where they are Python: the folders of runs say nothing of the code."""
     folder = Path(sys.argv[0]).resolve().parent
     try:
         commit = subprocess.run(
@@ -153,4 +172,5 @@ def _git() -> dict[str, Any] | None:
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit, "changed": bool(status.strip())}
+    changed = [line for line in status.splitlines() if line[:2] != "??" or line.endswith(".py")]
+    return {"commit": commit, "changed": bool(changed)}

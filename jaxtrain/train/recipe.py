@@ -2,12 +2,17 @@
 `TrainState.hyper` (see `hyper.py`)."""
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from typing import Annotated, Any
 
+import jax
+
+from jaxtrain import messages, precision
 from jaxtrain.config.step_options import StepOptions
 from jaxtrain.data.order import Order, Shuffled
-from jaxtrain.fields import Above, Traced
+from jaxtrain.errors import UserError
+from jaxtrain.fields import Above, Traced, fields_of
 from jaxtrain.optimizers import Optimizer
 from jaxtrain.schedules import Constant, Schedule
 from jaxtrain.tasks import Task
@@ -32,6 +37,22 @@ class Recipe(StepOptions):
     """What training batches go through next, see `jaxtrain/augment/`."""
     order: Order = Shuffled()
     """In which order examples come, and how `TrainState.position` moves on."""
+
+    def __post_init__(self) -> None:
+        """`UserError` for an option that is out of its bounds or none of its choices."""
+        if not isinstance(self.optimizer, Optimizer):
+            kind = type(self.optimizer).__name__
+            raise UserError(f"optimizer={kind}: not an optimizer of jaxtrain.optimizers")
+        choices = {"precision": tuple(precision.POLICIES)}
+        for field in fields_of(StepOptions):
+            value, name = getattr(self, field.name), field.name
+            allowed = choices.get(name) or typing.get_args(field.type)
+            if allowed and isinstance(value, str) and value not in allowed:
+                near = messages.did_you_mean(value, allowed)
+                raise UserError(f"{name}={value!r}: must be one of {', '.join(allowed)}{near}")
+            # Inside a step the numbers are traced, and were looked at when they were concrete.
+            if not isinstance(value, jax.Array) and (problem := field.problem(value)):
+                raise UserError(f"{name}={value}: {problem}")
 
     def inputs(self, batch: Batch) -> Any:
         """What the model sees of a raw batch."""

@@ -15,7 +15,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxtrain import adapters, metrics, precision, rng, tree
+from jaxtrain import adapters, messages, metrics, precision, rng, tree
+from jaxtrain.errors import UserError
 from jaxtrain.optimizers import evaluation_params
 from jaxtrain.parallel import fsdp, sharding
 from jaxtrain.precision import loss_scale, stochastic_rounding
@@ -181,6 +182,13 @@ def _over_microbatches(
 ) -> Total:
     """The total over the parts. Each starts from the step's own collections, so batch statistics
     move once a step however many parts there are."""
+
+    rows = jax.tree.leaves(dict(batch))[0].shape[0]
+    if rows % count:
+        raise UserError(
+            f"microbatches={count}: must divide the batch of {rows} examples; nearest:"
+            f" {messages.nearest_divisors(rows, count)}"
+        )
 
     def split(array: jax.Array) -> jax.Array:
         # Part m takes examples m, m + count, ...: each device's share of the batch then gives an
