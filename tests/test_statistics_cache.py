@@ -137,7 +137,7 @@ def test_a_run_over_files_decodes_them_once_and_again_when_one_changes(
         statistics, "measure", lambda table, *rest: measured.append(0) or measure(table, *rest)
     )
 
-    run = image_run(tmp_path)
+    run = dataclasses.replace(image_run(tmp_path), precision="fp32")
 
     def prepare() -> Any:
         splits = run.data.open()
@@ -179,7 +179,7 @@ def test_other_processes_take_the_numbers_of_the_first(monkeypatch: pytest.Monke
     monkeypatch.setattr(
         group, "on_main", lambda compute: json.loads(json.dumps(dataclasses.asdict(first)))
     )
-    run = toy()
+    run = toy(precision="fp32")
     recipe = build.recipe_of(run, decoded(), build.lengths(run, 500))
     assert recipe.prepare.keywords["statistics"] == first
 
