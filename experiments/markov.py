@@ -4,11 +4,10 @@ tokens, with no download.
     python experiments/markov.py
     python experiments/markov.py --data.concentration=0.3
 
-Result: a test loss of 1.258 and 1.261 nats a token with seeds 0 and 1. On these test sequences
+Result: a test loss of 1.261 and 1.269 nats a token with seeds 0 and 1. On these test sequences
 1.232 is what the chain itself would get (1.230 is expected, 1.190 with an endless past), 2.47
-whoever sees one token, 2.77 chance. A run takes 71 to 79 s of processor time, start included, so
-some 40 s if two cores had nothing else to do; here they had: 2.5 and 3.2 minutes of wall time at a
-load of 9 (AMD EPYC, 2026-11-21). The recipe was chosen on the last 5% of the train split; the test
+whoever sees one token, 2.77 chance. A run takes 54 to 56 s, start included, on two busy cores
+(Intel Xeon, 2026-11-25). The recipe was chosen on the last 5% of the train split; the test
 split was read by these settings only.
 """
 
