@@ -23,8 +23,8 @@ def cross_entropy(
     """
     if labels_B.shape != logits_BC.shape[:-1]:
         raise UserError(
-            f"labels have shape {labels_B.shape}, logits {logits_BC.shape}; expected labels of shape"
-            f" {logits_BC.shape[:-1]}, one class number an example"
+            f"labels have shape {labels_B.shape}, logits {logits_BC.shape}; expected labels of"
+            f" shape {logits_BC.shape[:-1]}, one class number an example"
         )
     log_probabilities_BC = jax.nn.log_softmax(logits_BC.astype(jnp.float32))
     # A comparison with the class numbers instead of a gather: the gather's gradient is a scatter,

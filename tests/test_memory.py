@@ -55,7 +55,7 @@ def trained(
     now = state.init_state(*PARTS, BATCH, mesh=where, **options)
     batch = BATCH if where is None else jax.device_put(BATCH, sharding.batch(where))
     compiled = steps.make_train_step(*PARTS, mesh=where, **options).lower(now, batch).compile()
-    copied, losses = programs._copied(now, compiled), []
+    copied, losses = programs._undonated_bytes(now, compiled), []
     for _ in range(2):
         now, sums = compiled(now, batch)
         losses.append(float(sums["loss"][0]))
@@ -175,4 +175,4 @@ def test_a_state_that_is_kept_is_noticed() -> None:
     """The check itself: a program that donates nothing copies every byte."""
     now = state.init_state(*PARTS, BATCH)
     kept = jax.jit(steps.make_train_step(*PARTS).__wrapped__).lower(now, BATCH).compile()
-    assert programs._copied(now, kept) == programs.state_bytes(now)
+    assert programs._undonated_bytes(now, kept) == programs.state_bytes(now)
