@@ -1,7 +1,7 @@
 """Recorded loss curves: a tidy-up changes no number.
 
-Each is of a tiny run with dropout, augmentation, averaging and clipping on. A change that is meant to
-move numbers records new ones (`python tests/test_recorded_curves.py`, from the folder of the
+Each is of a tiny run with dropout, augmentation, averaging and clipping on. A change that is meant
+to move numbers records new ones (`python tests/test_recorded_curves.py`, from the folder of the
 project) and says so in CHANGELOG.md. CPUs round in their own ways, hence the tolerance; what a
 change of behaviour does is far larger.
 """
