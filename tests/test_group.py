@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_reproducible import digest_of, launch, metrics_of
+from test_reproducible import digest_of, group_command, group_environment, launch, metrics_of
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES, BATCH = 96, 32
@@ -120,20 +120,8 @@ def begin(
     arguments: list[str], processes: int, devices: int, workdir: Path, errors: Path, **more: str
 ) -> subprocess.Popen[bytes]:
     """A run in the background."""
-    command = [
-        sys.executable,
-        "-m",
-        "jaxtrain.processes.supervisor",
-        f"--processes={processes}",
-        f"--devices={devices}",
-        *arguments,
-        f"--workdir={workdir}",
-    ]
-    environ = (
-        {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-        | {"JAX_PLATFORMS": "cpu"}
-        | more
-    )
+    command = group_command(arguments, processes, devices, workdir)
+    environ = group_environment(more)
     with errors.open("ab") as file:
         return subprocess.Popen(
             command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL, stderr=file

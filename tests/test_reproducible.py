@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -375,6 +376,25 @@ PLACES = [
 """Processes, devices of each, and the mesh."""
 
 
+def group_command(arguments: list[str], processes: int, devices: int, workdir: Path) -> list[str]:
+    """What starts a group of processes under a supervisor."""
+    return [
+        sys.executable,
+        "-m",
+        "jaxtrain.processes.supervisor",
+        f"--processes={processes}",
+        f"--devices={devices}",
+        *arguments,
+        f"--workdir={workdir}",
+    ]
+
+
+def group_environment(more: Mapping[str, str]) -> dict[str, str]:
+    """The environment of such a group: CPUs, compiled as a user's are, and what is given."""
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return kept | {"JAX_PLATFORMS": "cpu"} | dict(more)
+
+
 def launch(
     arguments: list[str],
     processes: int,
@@ -384,20 +404,8 @@ def launch(
     more: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """One run by its command line."""
-    command = [
-        sys.executable,
-        "-m",
-        "jaxtrain.processes.supervisor",
-        f"--processes={processes}",
-        f"--devices={devices}",
-        *arguments,
-        f"--workdir={workdir}",
-    ]
-    environ = (
-        {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-        | {"JAX_PLATFORMS": "cpu"}
-        | (more or {})
-    )
+    command = group_command(arguments, processes, devices, workdir)
+    environ = group_environment(more or {})
     return subprocess.run(
         command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=900, check=False
     )

@@ -143,16 +143,7 @@ def parse(
 ) -> config.Run:
     """The run that the command line asks for, given the experiment's own.
 
-    >>> run = config.Run(
-    ...     name="toy",
-    ...     model=None,
-    ...     data=None,
-    ...     task=None,
-    ...     optimizer=None,
-    ...     schedule=None,
-    ...     augment=None,
-    ...     steps=100,
-    ... )
+    >>> run = config.Run(name="toy", steps=100, **dict.fromkeys(config.FAMILIES))
     >>> parse(run, ["--batch_size=32", "--epochs=2.5"]).batch_size
     32
 

@@ -24,16 +24,7 @@ class Entry(NamedTuple):
 def help_text(run: config.Run, *, full: bool = False, width: int = 0, about: str = "") -> str:
     """The flags in groups; with `full`, also those that the other offered components would bring.
 
-    >>> run = config.Run(
-    ...     name="toy",
-    ...     model=None,
-    ...     data=None,
-    ...     task=None,
-    ...     optimizer=None,
-    ...     schedule=None,
-    ...     augment=None,
-    ...     steps=100,
-    ... )
+    >>> run = config.Run(name="toy", steps=100, **dict.fromkeys(config.FAMILIES))
     >>> print(help_text(run, width=80)[:115])
     toy
     <BLANKLINE>

@@ -21,16 +21,7 @@ from jaxtrain.fields import Field, fields_of, is_component
 def to_json(run: config.Run) -> dict[str, Any]:
     """Every field of the run, its secrets hidden, as plain JSON values.
 
-    >>> run = config.Run(
-    ...     name="toy",
-    ...     model=None,
-    ...     data=None,
-    ...     task=None,
-    ...     optimizer=None,
-    ...     schedule=None,
-    ...     augment=None,
-    ...     steps=100,
-    ... )
+    >>> run = config.Run(name="toy", steps=100, **dict.fromkeys(config.FAMILIES))
     >>> to_json(run)["eval_every"]
     '1epochs'
     """

@@ -28,16 +28,7 @@ Seed = Annotated[int, Between(0, 2**32 - 1, whole=True)]
 class Run(StepOptions):
     """What one experiment trains, on which data, for how long, and what it writes.
 
-    >>> run = Run(
-    ...     name="toy",
-    ...     model=None,
-    ...     data=None,
-    ...     task=None,
-    ...     optimizer=None,
-    ...     schedule=None,
-    ...     augment=None,
-    ...     steps=100,
-    ... )
+    >>> run = Run(name="toy", steps=100, **dict.fromkeys(FAMILIES))
     >>> run.batch_size, str(run.eval_every)
     (128, '1epochs')
     """

@@ -34,16 +34,7 @@ class Setting:
 def of_run(run: config.Run) -> list[Setting]:
     """Every field of the run and of its components that can be a flag, the run's own first.
 
-    >>> run = config.Run(
-    ...     name="toy",
-    ...     model=None,
-    ...     data=None,
-    ...     task=None,
-    ...     optimizer=None,
-    ...     schedule=None,
-    ...     augment=None,
-    ...     steps=100,
-    ... )
+    >>> run = config.Run(name="toy", steps=100, **dict.fromkeys(config.FAMILIES))
     >>> [setting.name for setting in of_run(run)][:3]
     ['steps', 'epochs', 'batch_size']
     """

@@ -4,6 +4,7 @@ __all__ = [
     "history",
     "html",
     "plots",
+    "prediction_plots",
     "style",
     "svg",
 ]

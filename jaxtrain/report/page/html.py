@@ -20,7 +20,7 @@ import numpy as np
 from jaxtrain import extras
 from jaxtrain.errors import UserError
 from jaxtrain.messages import bytes_text
-from jaxtrain.report.page import history, plots
+from jaxtrain.report.page import history, plots, prediction_plots
 from jaxtrain.report.page.history import History
 from jaxtrain.report.page.style import SHEET, curve_color
 from jaxtrain.report.page.svg import inline_svg
@@ -51,12 +51,14 @@ def write_report(
     out.parent.mkdir(parents=True, exist_ok=True)
     # Whole or not at all: a reader never sees half a page.
     draft = out.with_name(f".{out.name}.{os.getpid()}")
-    with plots.look():
+    with plots.plot_style():
         curves = plots.draw_curves(histories)
         page = render(histories, [inline_svg(plot) for plot in curves])
         draft.write_text(page, encoding="utf-8")
         draft.replace(out)
-        plots.write_png([*curves, *plots.draw_predictions(histories)], out.parent / "plots")
+        plots.write_png(
+            [*curves, *prediction_plots.draw_predictions(histories)], out.parent / "plots"
+        )
     return out
 
 

@@ -1,5 +1,4 @@
-"""Plots: the curves, the confusion matrix and the worst mistakes, drawn by matplotlib without a
-display or global state.
+"""Plots of curves, and what all plots share: drawn by matplotlib without a display or global state.
 
 A figure is drawn once; the page embeds it as SVG (`svg.py`) and the run's folder gets it as PNG.
 """
@@ -11,8 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-
-import numpy as np
 
 from jaxtrain.report.metrics_file import is_clock
 from jaxtrain.report.page import history
@@ -31,7 +28,6 @@ DPI = 160
 """Pixels an inch of the PNG files; figures have 72, which are the units of the SVG."""
 MARGIN = 3
 """What matplotlib leaves free at the edge of a figure, in units of the SVG."""
-MOST_ANNOTATED = 25
 MOST_NOTES = 120
 LABEL_GAP = 0.07
 """The least distance of two labels, as a part of the height of the axes."""
@@ -208,19 +204,6 @@ def draw_curves(histories: Sequence[History]) -> list[Plot]:
     return plots
 
 
-def draw_predictions(histories: Sequence[History]) -> list[Plot]:
-    """The confusion matrix and the worst mistakes of a single run that has predictions."""
-    if len(histories) != 1:
-        return []
-    plots = []
-    found = history.confusion(histories[0].predictions)
-    if found is not None:
-        plots.append(Plot("confusion", "Confusion", _confusion_figure(*found)))
-    if wrong := history.mistakes(histories[0].predictions):
-        plots.append(Plot("mistakes", "Worst mistakes", _mistakes_figure(wrong)))
-    return plots
-
-
 def write_png(plots: Sequence[Plot], folder: Path) -> None:
     """Writes each plot as `NAME.png` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -360,87 +343,8 @@ def _short(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def _confusion_figure(counts: np.ndarray, names: Sequence[str]) -> Any:
-    from matplotlib.colors import to_rgb
-    from matplotlib.figure import Figure
-
-    size = len(names)
-    inches = min(max(0.48 * size + 1.6, 4.2), 12)
-    figure = Figure(figsize=(inches, inches), layout="constrained")
-    axes = figure.add_subplot()
-    total = np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    right = np.eye(size, dtype=bool)
-    # What is right by its share of the label, what is wrong by comparison with the commonest
-    # mistake, as on the page.
-    worst = max(int(counts[~right].max(initial=0)), 1)
-    heat = np.where(
-        right, 0.45 * counts / total, np.where(counts > 0, 0.15 + 0.6 * counts / worst, 0.0)
-    )[..., None]
-    axes.imshow(
-        1
-        - heat
-        + heat * np.where(right[..., None], to_rgb(LIGHT["right"]), to_rgb(LIGHT["wrong"])),
-        interpolation="nearest",
-    )
-    axes.set_title(
-        f"Confusion: {int(counts.sum() - np.trace(counts)):,} of {int(counts.sum()):,} wrong"
-    )
-    axes.set_xlabel("prediction")
-    axes.set_ylabel("label")
-    if size <= MOST_ANNOTATED:
-        short = [name if len(name) <= 14 else name[:13] + "…" for name in names]
-        axes.set_xticks(range(size), short, rotation=90 if max(map(len, short)) > 3 else 0)
-        axes.set_yticks(range(size), short)
-        for row, column in zip(*np.nonzero(counts), strict=True):
-            axes.text(
-                column,
-                row,
-                f"{counts[row, column]:,}",
-                ha="center",
-                va="center",
-                color=LIGHT["ink"],
-            )
-    axes.grid(visible=False)
-    axes.tick_params(length=0)
-    return figure
-
-
-def _mistakes_figure(mistakes: Sequence[dict[str, Any]]) -> Any:
-    from matplotlib.figure import Figure
-
-    columns = min(len(mistakes), 6)
-    rows = math.ceil(len(mistakes) / columns)
-    figure = Figure(figsize=(1.35 * columns + 0.3, 1.75 * rows + 0.5), layout="constrained")
-    figure.suptitle("Worst mistakes: prediction (label)", x=0.01, ha="left")
-    pictures = history.grey(np.stack([mistake["image"] for mistake in mistakes]))
-    for index, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        axes.axis("off")
-        if index >= len(mistakes):
-            continue
-        picture = pictures[index]
-        if picture.ndim <= 2:
-            axes.plot(
-                picture if picture.ndim == 1 else picture[:, 0], color=LIGHT["c0"], linewidth=1.2
-            )
-        else:
-            axes.imshow(
-                picture[..., :3] if picture.shape[-1] >= 3 else picture[..., 0],
-                cmap="gray",
-                vmin=0,
-                vmax=255,
-                interpolation="nearest",
-            )
-        words = [mistakes[index][key] for key in ("prediction", "label")]
-        axes.set_title(
-            "{} ({})".format(*(word if len(word) <= 12 else word[:11] + "…" for word in words)),
-            loc="center",
-            color=LIGHT["wrong"],
-        )
-    return figure
-
-
 @contextmanager
-def look() -> Iterator[None]:
+def plot_style() -> Iterator[None]:
     """One look for all plots while they are drawn and written; a glyph that the font lacks is a
     box, not a warning."""
     import matplotlib
