@@ -458,3 +458,17 @@ def test_muon_takes_and_leaves_what_patterns_say() -> None:
     assert taken(Muon(muon=("head", "embed"), adam=("embed", "body"))) == {"head/kernel"}
     with pytest.raises(ValueError, match=r"--optimizer.muon=body: body/bias of shape \(5,\) is no"):
         Muon(muon=("body",)).transform(params, 0.1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cls_token", "query_tokens", "register_tokens", "mask_token", "latents", "prompt"),
+        *("codebook", "wte", "wpe", "pos_embedding", "A_log", "relative_position_bias_table"),
+    ],
+)
+def test_learnt_vectors_by_the_names_that_others_give_them(name: str) -> None:
+    """Arrays of two dims and more that are looked up or put beside the inputs: no product takes
+    them, so nothing about them is a matrix."""
+    (found,) = jax.tree.leaves(parameters.describe({name: jnp.zeros((4, 8))}, None))
+    assert not found.decays and not found.hidden, found

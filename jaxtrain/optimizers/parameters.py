@@ -33,9 +33,13 @@ KINDS: Rules[str] = (
     (r"(^|/)(\w*_)?(scale|gain|gamma|negative_slope|temperature)_?\d*$", "norm"),
     (r"(norm|Norm|(^|/)ln)\w*/weight$", "norm"),
     (r"(^|[/_])(pos|posemb\w*|position\w*|relpos|wpe)(_\w*)?(/embeddings?|/weight)?$", "position"),
-    (r"(^|/)(\w*_)?(token|cls|registers?|probe)$", "token"),
+    (r"(^|/)(?!embed_)(\w*_)?(tokens?|cls|registers?|probes?|latents?|prompts?)$", "token"),
+    (r"(^|/)A_log$", "vector"),  # of state-space models, whose authors do not decay it
     (r"(^|/)(\w*_)?(head|logits|classifier|unembed|unembedding)(/(kernel|w|weight))?$", "head"),
-    (r"(^|/)(?!\w*patch)\w*(embed|embeddings?|embed_tokens|wte)(/weight)?$", "embedding"),
+    (
+        r"(^|/)(?!\w*patch)\w*(embed|embeddings?|embed_tokens|wte|codebooks?)(/weight)?$",
+        "embedding",
+    ),
     (r"(^|/)(kernel|w|weight)$", "kernel"),
 )
 """What a parameter is by its path; the first pattern that is found in it decides."""
