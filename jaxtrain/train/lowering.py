@@ -103,8 +103,9 @@ class Programs:
         return sharding.bytes_per_device(self.state, self.places.state)
 
     def batch_bytes(self) -> int:
-        """Bytes of a batch on one device."""
-        rows = laid_out(self.batch_with_ids(), self.mesh)
+        """Bytes of a batch's fields on one device; without the ids, which a program takes only if
+        it augments by example."""
+        rows = laid_out(self.batch, self.mesh)
         return sharding.bytes_per_device(rows, {name: leaf.sharding for name, leaf in rows.items()})
 
 
