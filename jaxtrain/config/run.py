@@ -19,6 +19,7 @@ from jaxtrain.config.step_options import StepOptions
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Above, AtLeast, Between, Count
 from jaxtrain.horizon import Horizon
+from jaxtrain.schedules import Constant
 
 BatchSize = Annotated[int, AtLeast(1, whole=True)]
 Seed = Annotated[int, Between(0, 2**32 - 1, whole=True)]
@@ -43,9 +44,9 @@ class Run(StepOptions):
     """What is learnt: the loss and the metrics."""
     optimizer: Annotated[Any, FAMILY]
     """How gradients become updates."""
-    schedule: Annotated[Any, FAMILY]
+    schedule: Annotated[Any, FAMILY] = Constant()
     """How the learning rate changes over the run."""
-    augment: Annotated[Any, FAMILY]
+    augment: Annotated[Any, FAMILY] = None
     """What is done to training examples on the device."""
 
     steps: Annotated[Count | None, Group.TRAINING, FREE] = None
