@@ -16,7 +16,7 @@ import jax
 from flax import linen as nn
 
 from jaxtrain.errors import UserError
-from jaxtrain.tree import PyTree
+from jaxtrain.tree import Axes, PyTree
 
 Variables = dict[str, PyTree]
 Keys = Mapping[str, jax.Array]
@@ -77,7 +77,8 @@ def functions(model: Any) -> Functions:
 
 
 def logical_axes(model: Any, inputs: Any) -> Variables:
-    """The logical axes of every variable: a tuple of names, or None where the model says nothing.
+    """The logical axes of every variable: a tuple of names (`tree.Axes`), or None where the model
+    says nothing.
 
     >>> kernel_init = nn.with_logical_partitioning(nn.initializers.ones, ("mlp_in", "mlp"))
     >>> logical_axes(nn.Dense(3, kernel_init=kernel_init), jax.ShapeDtypeStruct((1, 2), "float32"))
@@ -92,7 +93,9 @@ def logical_axes(model: Any, inputs: Any) -> Variables:
         boxes = jax.eval_shape(
             lambda key, x: model.init(key, x, **options), _abstract_key(), inputs
         )
-        return jax.tree.map(lambda box: getattr(box, "names", None), dict(boxes), is_leaf=_is_box)
+        return jax.tree.map(
+            lambda box: _axes(getattr(box, "names", None)), dict(boxes), is_leaf=_is_box
+        )
     if _is_pair(model):
         return jax.tree.map(
             lambda _: None, jax.eval_shape(_pair(model).init, _abstract_key(), inputs)
@@ -240,7 +243,7 @@ def _nnx_axes(model: Any) -> Variables:
             if isinstance(variable, nnx.Param)
             else nnx.variablelib.variable_name_from_type(type(variable), allow_register=True)
         )
-        flat.setdefault(name, {})[path] = tuple(axes) if axes is not None else None
+        flat.setdefault(name, {})[path] = _axes(axes)
     return {name: nnx.traversals.unflatten_mapping(leaves) for name, leaves in flat.items()}
 
 
@@ -252,6 +255,13 @@ def _check_instance(model: Any) -> None:
 
 def _is_pair(model: Any) -> bool:
     return isinstance(model, tuple) and len(model) == 2 and all(callable(part) for part in model)
+
+
+def _axes(names: Any) -> Axes | None:
+    """The names that a model gave, also as a `PartitionSpec`; what is no name counts as none."""
+    if names is None:
+        return None
+    return Axes(name if isinstance(name, str | tuple) and name else None for name in names)
 
 
 def _is_box(leaf: Any) -> bool:

@@ -16,6 +16,19 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 """The shapes and dtypes of a batch that need not exist."""
 Value = TypeVar("Value")
 Rules = tuple[tuple[str, Value], ...]
+AxisName = str | tuple[str, ...] | None
+"""What a model says of one dim: a name, several, or nothing."""
+
+
+class Axes(tuple[AxisName, ...]):
+    """The logical axes of one array: a leaf in a tree of axes, where JAX takes a plain tuple for a
+    part of the tree.
+
+    >>> jax.tree.leaves([Axes(("embed", None)), ("embed", None)])
+    [('embed', None), 'embed']
+    """
+
+    __slots__ = ()
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
@@ -23,9 +36,32 @@ def flatten(tree: PyTree) -> dict[str, Any]:
 
     >>> flatten({"dense": {"kernel": 1, "bias": 2}})
     {'dense/bias': 2, 'dense/kernel': 1}
+
+    `UserError` if two leaves have the same path.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {path_text(path): leaf for path, leaf in leaves}
+    flat: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        text = path_text(path)
+        if text in flat:
+            raise UserError(
+                f"{text}: two arrays have this path; rename a key, so that rules and checkpoints"
+                " can tell them apart"
+            )
+        flat[text] = leaf
+    return flat
+
+
+def axes_by_path(axes: PyTree) -> dict[str, Axes]:
+    """The logical axes of the arrays that have any, by path.
+
+    >>> axes_by_path({"dense": {"kernel": ("embed", None), "bias": None}, "pairs": [(None, None)]})
+    {'dense/kernel': ('embed', None), 'pairs/0': (None, None)}
+
+    A plain tuple of names counts as axes too; in a tree that holds tuples itself only `Axes` are
+    beyond doubt.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(axes, is_leaf=_are_axes)
+    return {path_text(path): Axes(names) for path, names in leaves if _are_axes(names)}
 
 
 def path_text(path: Sequence[Any]) -> str:
@@ -97,6 +133,12 @@ def size(tree: PyTree) -> int:
 def num_bytes(tree: PyTree) -> int:
     """How many bytes the arrays of a tree take, without copies on other devices."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(tree))
+
+
+def _are_axes(node: Any) -> bool:
+    return isinstance(node, Axes) or (
+        type(node) is tuple and all(name is None or isinstance(name, str) for name in node)
+    )
 
 
 def _compile(pattern: str, name: str) -> re.Pattern[str]:

@@ -74,15 +74,15 @@ def test_a_logical_dim_that_does_not_divide_is_an_error():
     )
 
 
-def test_logical_axes_must_name_every_dim():
+def test_logical_axes_name_no_more_dims_than_there_are():
     with pytest.raises(
         ValueError,
         match=(
-            r"^params/x: has logical axes \('embed',\) for dims \[8, 8\]; its model must name each"
-            r" dim, or none$"
+            r"^params/x: has logical axes \('embed', 'mlp'\) for dims \[8\]; its model must name at"
+            r" most as many as there are$"
         ),
     ):
-        sharding.parameter("params/x", (8, 8), ("embed",), mesh.make("fsdp:8"))
+        sharding.parameter("params/x", (8,), ("embed", "mlp"), mesh.make("fsdp:8"))
 
 
 PARAMS = {

@@ -26,7 +26,7 @@ from jaxtrain import tree
 from jaxtrain.tree import PyTree, Rules
 
 Kind = Literal["kernel", "head", "embedding", "position", "token", "norm", "bias", "vector"]
-Axes = tuple[str | None, ...]
+Axes = tree.Axes
 
 KINDS: Rules[str] = (
     (r"(^|/)((\w*_)?(bias|biases|bias_table|offset|beta|shift)_?\d*|b\d*)$", "bias"),
@@ -106,17 +106,20 @@ def describe(params: PyTree, axes: PyTree = None) -> PyTree:
     >>> found["kernel"].matrix, found["bias"].kind
     (Matrix(inputs=(0,), outputs=(1, 2)), 'bias')
 
-    `axes` has the structure of `params`, with a tuple of names or None for each leaf.
+    `axes` has the structure of `params`, with a tuple of names or None for each leaf; names for
+    fewer dims than there are leave the last ones without. `UserError` if two leaves have one path.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(params).items()}
-    named = _flatten_axes(axes)
+    named = tree.axes_by_path(axes)
     kinds = tree.flatten(tree.match(KINDS, params, name="KINDS", default="", must_decide=False))
     stacks = _stacks(shapes, kinds)
 
     def describe_leaf(path: Sequence[Any], _: Any) -> Parameter:
         text = tree.path_text(path)
         names = named.get(text)
-        names = names if names is not None and len(names) == len(shapes[text]) else None
+        if names is not None:
+            unnamed = len(shapes[text]) - len(names)
+            names = Axes((*names, *(None,) * unnamed)) if unnamed >= 0 else None
         if names is not None:
             own = [dim for dim, name in enumerate(names) if name not in STACKED]
         else:
@@ -142,7 +145,7 @@ def table(params: PyTree, axes: PyTree = None) -> list[tuple[str, str, str, str,
         (
             leaf.path,
             "x".join(map(str, leaf.shape)),
-            " ".join(name or "-" for name in leaf.axes) if leaf.axes is not None else "none",
+            "none" if leaf.axes is None else " ".join(map(_axis_text, leaf.axes)),
             leaf.kind,
             "yes" if leaf.decays else "no",
             "yes" if leaf.hidden else "no",
@@ -267,8 +270,5 @@ def _beside(path: str, name: str) -> str:
     return "/".join([*path.split("/")[:-1], name])
 
 
-def _flatten_axes(axes: PyTree) -> dict[str, Axes | None]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(
-        axes, is_leaf=lambda leaf: leaf is None or isinstance(leaf, tuple)
-    )
-    return {tree.path_text(path): names for path, names in leaves}
+def _axis_text(name: tree.AxisName) -> str:
+    return "+".join(name) if isinstance(name, tuple) else name or "-"

@@ -11,6 +11,7 @@ reduce-scatter sums it.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain import tree
@@ -29,32 +30,27 @@ def with_gathered_parameters(
     """
     if mesh is None or mesh.shape["fsdp"] == 1:
         return apply
+    named = tree.axes_by_path(axes)
 
     def gathered_apply(
         variables: Variables, inputs: Any, *, train: bool, rngs: Keys | None = None
     ) -> tuple[Any, Variables]:
-        names = jax.tree.leaves(axes, is_leaf=lambda leaf: leaf is None or isinstance(leaf, tuple))
-        leaves, structure = jax.tree.flatten(variables["params"])
-        whole = [
-            _gathered(leaf, place, named)
-            for leaf, place, named in zip(leaves, jax.tree.leaves(placed), names, strict=True)
-        ]
-        return apply(
-            variables | {"params": jax.tree.unflatten(structure, whole)},
-            inputs,
-            train=train,
-            rngs=rngs,
+        whole = jax.tree_util.tree_map_with_path(
+            lambda path, leaf, place: _gathered(leaf, place, named.get(tree.path_text(path))),
+            variables["params"],
+            placed,
         )
+        return apply(variables | {"params": whole}, inputs, train=train, rngs=rngs)
 
     return gathered_apply
 
 
-def _gathered(
-    leaf: jax.Array, place: NamedSharding, axes: tuple[str | None, ...] | None
-) -> jax.Array:
+def _gathered(leaf: jax.Array, place: NamedSharding, axes: tree.Axes | None) -> jax.Array:
     whole = NamedSharding(
         place.mesh, PartitionSpec(*(_without_fsdp(entry) for entry in place.spec))
     )
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jax.lax.with_sharding_constraint(leaf, whole)  # counts and keys have no gradient
     # The gradient of an embedding lookup is a scatter. If that must be split on a mesh of data and
     # fsdp, the compiler first copies all activations to all devices ("involuntary full
     # rematerialization").

@@ -6,7 +6,7 @@ largest remaining dim that is divisible by its size is split over it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +17,17 @@ from jaxtrain import messages, tree
 from jaxtrain.errors import UserError
 from jaxtrain.parallel.mesh import BATCH_AXES, OFFERED
 
-LOGICAL_TO_MESH = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor"}
-"""The mesh axis over which a logical axis is split. The automatic rule decides dims with other
-names, or none."""
+LOGICAL_TO_MESH = {
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "fsdp": "fsdp",
+    "tensor": "tensor",
+}
+"""The mesh axis over which a logical axis is split; models may also name these mesh axes
+themselves. The automatic rule decides dims with other names, or none."""
+Entry = str | tuple[str, ...] | None
+"""Over which mesh axes one dim is split."""
 AUTO = "auto"
 """The rule that leaves a parameter to its logical axes and the automatic rule."""
 
@@ -49,7 +57,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def parameter(
     path: str,
     shape: Sequence[int],
-    axes: Sequence[str | None] | None,
+    axes: Sequence[tree.AxisName] | None,
     mesh: Mesh,
     rule: str | None = None,
 ) -> PartitionSpec:
@@ -61,7 +69,7 @@ def parameter(
 
     `rule` has one entry a dim, with colons: the mesh axis that the dim is split over, or `-`; a
     single `-` is a whole copy for any number of dims, and `auto` is no rule. Axes of size 1 split
-    nothing and are left out. `UserError` if a rule does not fit, or if a dim is not
+    nothing and are left out. Dims beyond the last of `axes` have no name. `UserError` if a rule does not fit, or if a dim is not
     divisible by the size of its axis.
     """
     return _spec_and_reason(path, shape, axes, mesh, rule)[0]
@@ -76,7 +84,7 @@ def parameters(
     `rules` are (pattern, rule) pairs over the paths within `shapes`, first match wins (see
     `parameter`). `UserError` if a pattern matches nothing.
     """
-    flat_axes = {tree.path_text(path): names for path, names in _flatten_axes(axes)}
+    flat_axes = tree.axes_by_path(axes)
 
     def place(path: Sequence[Any], leaf: jax.ShapeDtypeStruct, rule: str) -> NamedSharding:
         text = tree.path_text(path)
@@ -98,7 +106,7 @@ def rows(
 ) -> list[Row]:
     """A row for each parameter: its sharding in `placed`, how many bytes of it a device holds, and
     what decided that."""
-    flat_axes = {tree.path_text(path): names for path, names in _flatten_axes(axes)}
+    flat_axes = tree.axes_by_path(axes)
     rule_indices = tree.match(
         tuple((pattern, index) for index, (pattern, _) in enumerate(rules)),
         params,
@@ -135,27 +143,47 @@ def rows(
 def like_parameters(
     shapes: tree.PyTree, params: tree.PyTree, placed: tree.PyTree, mesh: Mesh
 ) -> tree.PyTree:
-    """Shardings for a tree that holds copies of parameters (optimizer state, EMA): those of the
-    parameter of the same shape and path's end.
+    """Shardings for a tree that holds copies of parameters, or of some of them (optimizer state,
+    EMA): those of the parameter at the same path within its copy, if it has the same shape.
 
     What belongs to no parameter (counts, scalars) is replicated.
     """
     known = {
-        path: (leaf.shape, place)
+        _texts(path): (leaf.shape, place)
         for (path, leaf), place in zip(
-            tree.flatten(params).items(), jax.tree.leaves(placed), strict=True
+            jax.tree_util.tree_flatten_with_path(params)[0], jax.tree.leaves(placed), strict=True
         )
     }
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    paths = [_texts(path) for path, _ in leaves]
+    # A path's end alone may be that of another parameter: the average of `b` in a state called `mu`
+    # ends as a parameter `mu/b` does. A copy of the parameters is a node below which nothing
+    # but parameters lies; the outermost such node decides.
+    copies = _copies(paths, known)
 
-    def place(path: Sequence[Any], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        parts = tree.path_text(path).split("/")
-        for start in range(len(parts)):
-            shape, sharding = known.get("/".join(parts[start:]), (None, None))
-            if shape == leaf.shape and sharding is not None:
-                return sharding
+    def place(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        for start in range(len(path) + 1):
+            if path[:start] in copies:
+                shape, sharding = known[path[start:]]
+                return sharding if shape == leaf.shape else replicated(mesh)
         return replicated(mesh)
 
-    return jax.tree_util.tree_map_with_path(place, shapes)
+    return structure.unflatten(
+        [place(path, leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)]
+    )
+
+
+def _copies(paths: Sequence[tuple[str, ...]], known: Container[tuple[str, ...]]) -> set[Any]:
+    """The beginnings of paths after which only what is `known` follows."""
+    alike: dict[tuple[str, ...], bool] = {}
+    for path in paths:
+        for end in range(len(path) + 1):
+            alike[path[:end]] = alike.get(path[:end], True) and path[end:] in known
+    return {begin for begin, is_copy in alike.items() if is_copy}
+
+
+def _texts(path: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(tree.path_text((key,)) for key in path)
 
 
 def bytes_per_device(shapes: tree.PyTree, shardings: tree.PyTree) -> int:
@@ -171,18 +199,20 @@ def _itemsize(leaf: Any) -> int:
     return 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
 
 
-def _flatten_axes(axes: tree.PyTree) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_flatten_with_path(
-        axes, is_leaf=lambda leaf: leaf is None or isinstance(leaf, tuple)
-    )[0]
+def _entry_text(entry: Entry) -> str:
+    return "+".join(_axes_of(entry)) or "-"
 
 
-def _entry_text(entry: Any) -> str:
-    return "-" if not entry else "+".join(entry) if isinstance(entry, tuple) else entry
+def _axes_of(entry: Entry) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def _spec_and_reason(
-    path: str, shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Mesh, rule: str | None
+    path: str,
+    shape: Sequence[int],
+    axes: Sequence[tree.AxisName] | None,
+    mesh: Mesh,
+    rule: str | None,
 ) -> tuple[PartitionSpec, str]:
     """The spec of one parameter, and the reason in words."""
     if rule is not None and rule != AUTO:
@@ -197,7 +227,7 @@ def _spec_and_reason(
     return PartitionSpec(*entries), ", ".join(reasons)
 
 
-def _by_rule(path: str, shape: Sequence[int], mesh: Mesh, rule: str) -> list[str | None]:
+def _by_rule(path: str, shape: Sequence[int], mesh: Mesh, rule: str) -> list[Entry]:
     prefix, entries = f"--shard: {path}: {rule!r}", [part.strip() for part in rule.split(":")]
     if entries == ["-"]:
         return [None] * len(shape)
@@ -227,37 +257,44 @@ def _by_rule(path: str, shape: Sequence[int], mesh: Mesh, rule: str) -> list[str
 
 
 def _by_logical_axes(
-    path: str, shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Mesh
-) -> tuple[list[str | None], list[str]]:
-    if axes is not None and len(axes) != len(shape):
+    path: str, shape: Sequence[int], axes: Sequence[tree.AxisName] | None, mesh: Mesh
+) -> tuple[list[Entry], list[str]]:
+    if axes is not None and len(axes) > len(shape):
         raise UserError(
             f"{path}: has logical axes {tuple(axes)} for dims {list(shape)}; its model must name"
-            " each dim, or none"
+            " at most as many as there are"
         )
-    entries: list[str | None] = [None] * len(shape)
+    entries: list[Entry] = [None] * len(shape)
     reasons = []
-    for dim, (length, name) in enumerate(zip(shape, axes or entries, strict=True)):
-        axis = LOGICAL_TO_MESH.get(name) if name else None
-        size = mesh.shape[axis] if axis else 1
-        if axis is None or size == 1 or axis in entries:
+    used: list[str] = []
+    # Of a shorter list the last dims have no name, as in Flax.
+    for dim, (length, name) in enumerate(zip(shape, axes or (), strict=False)):
+        names = name if isinstance(name, tuple) else (name,)
+        wanted = (LOGICAL_TO_MESH.get(each) for each in names if each)
+        found = [axis for axis in dict.fromkeys(wanted) if axis and axis not in used]
+        found = [axis for axis in found if mesh.shape[axis] > 1]
+        if not found:
             continue
+        size = math.prod(mesh.shape[axis] for axis in found)
+        said = "+".join(found)
         if length % size:
             near = messages.nearest_multiples(size, length)
             raise UserError(
-                f"{path} dim {dim} (={length}, {name!r}) not divisible by axis {axis}={size};"
+                f"{path} dim {dim} (={length}, {name!r}) not divisible by axis {said}={size};"
                 f" change --mesh or make it {near}"
             )
-        entries[dim] = axis
-        reasons.append(f"{name}->{axis}")
+        entries[dim] = found[0] if len(found) == 1 else tuple(found)
+        used += found
+        reasons.append(f"{_entry_text(name)}->{said}")
     return entries, reasons
 
 
-def _automatic(shape: Sequence[int], entries: list[str | None], mesh: Mesh) -> list[str]:
+def _automatic(shape: Sequence[int], entries: list[Entry], mesh: Mesh) -> list[str]:
     """Splits the largest remaining dim that is divisible over `fsdp`, in `entries`, unless that
     axis is in use; returns the reason in words, or nothing."""
     size = mesh.shape["fsdp"]
     whole = not any(entries)
-    if size == 1 or "fsdp" in entries:
+    if size == 1 or any("fsdp" in _axes_of(entry) for entry in entries):
         unused = [axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1]
         return (
             [
