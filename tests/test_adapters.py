@@ -78,7 +78,7 @@ def test_a_model_of_each_kind_trains(name: str) -> None:
 
     def loss(params: Any, collections: Any, key: jax.Array) -> tuple[jax.Array, Any]:
         outputs, collections = net.apply(
-            {"params": params, **collections}, inputs, train=True, rngs={"dropout": key}
+            {"params": params, **collections}, inputs, train=True, key=key
         )
         return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean(), collections
 
@@ -108,7 +108,7 @@ def test_collections_change_in_training_only(name: str) -> None:
     inputs, _ = data()
     variables = net.init(jax.random.key(0), inputs)
     assert set(variables) == {"params", "batch_stats"}
-    _, trained = net.apply(variables, inputs, train=True, rngs={"dropout": jax.random.key(0)})
+    _, trained = net.apply(variables, inputs, train=True, key=jax.random.key(0))
     _, kept = net.apply(variables, inputs, train=False)
     assert any(
         (old != new).any()
@@ -129,11 +129,11 @@ def test_nnx_layers_draw_different_numbers_and_repeat_by_key() -> None:
 
     net, ones = adapters.functions(TwoDrops), jnp.ones(64)
     variables = net.init(jax.random.key(0), ones)
-    (a, b), _ = net.apply(variables, ones, train=True, rngs={"dropout": jax.random.key(1)})
-    (again, _), _ = net.apply(variables, ones, train=True, rngs={"dropout": jax.random.key(1)})
-    (other, _), _ = net.apply(variables, ones, train=True, rngs={"dropout": jax.random.key(2)})
+    (a, b), _ = net.apply(variables, ones, train=True, key=jax.random.key(1))
+    (again, _), _ = net.apply(variables, ones, train=True, key=jax.random.key(1))
+    (other, _), _ = net.apply(variables, ones, train=True, key=jax.random.key(2))
     assert (a != b).any() and (a == again).all() and (a != other).any()
-    with pytest.raises(ValueError, match="draws random numbers in training; give rngs="):
+    with pytest.raises(ValueError, match="draws random numbers in training; give key="):
         net.apply(variables, ones, train=True)
 
 

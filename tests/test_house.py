@@ -47,10 +47,11 @@ FLOORS = (
     ("training", {"train"}),
     ("parts", {"models", "data", "augment", "optimizers", "checkpoints", "config"}),
     ("machine", {"precision", "parallel", "plan", "processes", "report"}),
+    ("models of others", {"adapters"}),
     (
         "single files",
         {
-            *("adapters", "tasks", "losses", "metrics", "schedules", "fields", "horizon"),
+            *("tasks", "losses", "metrics", "schedules", "fields", "horizon"),
             *("tree", "rng", "hardware", "errors", "messages", "extras"),
         },
     ),

@@ -147,7 +147,7 @@ def test_a_model_takes_any_batch_and_integers_and_learns(name: str) -> None:
 
     def loss(params: Any) -> jax.Array:
         outputs, _ = net.apply(
-            {**variables, "params": params}, inputs, train=True, rngs={"dropout": jax.random.key(0)}
+            {**variables, "params": params}, inputs, train=True, key=jax.random.key(0)
         )
         return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
 
@@ -193,7 +193,7 @@ def test_dropout_may_be_traced_and_off_costs_nothing(name: str) -> None:
         bound = adapters.functions(
             hyper.bind(model.clone(dropout=0.5), {"model.dropout": rate}, "model")
         )
-        return bound.apply(variables, inputs, train=True, rngs={"dropout": jax.random.key(0)})[0]
+        return bound.apply(variables, inputs, train=True, key=jax.random.key(0))[0]
 
     traced = jax.jit(outputs)
     plain = jax.jit(lambda: net.apply(variables, inputs, train=True)[0])()
@@ -201,9 +201,7 @@ def test_dropout_may_be_traced_and_off_costs_nothing(name: str) -> None:
     assert np.any(np.asarray(traced(0.5)) != plain) and traced._cache_size() == 1
     key = jax.random.key(0)
     program = str(
-        jax.make_jaxpr(
-            lambda key: net.apply(variables, inputs, train=True, rngs={"dropout": key})[0]
-        )(key)
+        jax.make_jaxpr(lambda key: net.apply(variables, inputs, train=True, key=key)[0])(key)
     )
     assert "random_bits" not in program and "random_fold_in" not in program
 

@@ -229,7 +229,7 @@ def training(name: str, policy: str) -> Gradients:
 
     def loss(params: Any, variables: dict[str, Any], inputs: jax.Array) -> tuple[jax.Array, Any]:
         outputs, collections = apply(
-            variables | {"params": params}, inputs, train=True, rngs={"dropout": jax.random.key(1)}
+            variables | {"params": params}, inputs, train=True, key=jax.random.key(1)
         )
         return jnp.square(outputs.astype(jnp.float32)).sum(), (outputs, collections)
 

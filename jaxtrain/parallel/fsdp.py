@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain import tree
-from jaxtrain.adapters import Apply, Keys, Variables
+from jaxtrain.adapters import Apply, Variables
 
 
 def with_gathered_parameters(
@@ -33,14 +33,14 @@ def with_gathered_parameters(
     named = tree.axes_by_path(axes)
 
     def gathered_apply(
-        variables: Variables, inputs: Any, *, train: bool, rngs: Keys | None = None
+        variables: Variables, inputs: Any, *, train: bool, key: jax.Array | None = None
     ) -> tuple[Any, Variables]:
         whole = jax.tree_util.tree_map_with_path(
             lambda path, leaf, place: _gathered(leaf, place, named.get(tree.path_text(path))),
             variables["params"],
             placed,
         )
-        return apply(variables | {"params": whole}, inputs, train=train, rngs=rngs)
+        return apply(variables | {"params": whole}, inputs, train=train, key=key)
 
     return gathered_apply
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.adapters import Apply, Keys, Variables
+from jaxtrain.adapters import Apply, Variables
 from jaxtrain.errors import UserError
 from jaxtrain.precision import fp8
 from jaxtrain.tree import PyTree
@@ -41,7 +41,10 @@ class Policy:
         """The tree with its float32 arrays in the policy's dtype; integers, bools, keys and other
         floats as they are."""
         return jax.tree.map(
-            lambda leaf: leaf.astype(self.dtype) if leaf.dtype == jnp.float32 else leaf, tree
+            lambda leaf: (
+                leaf.astype(self.dtype) if getattr(leaf, "dtype", None) == jnp.float32 else leaf
+            ),
+            tree,
         )
 
 
@@ -59,7 +62,7 @@ def apply_in(policy: Policy, apply: Apply) -> Apply:
 
     >>> apply = apply_in(
     ...     POLICIES["bf16"],
-    ...     lambda variables, inputs, *, train, rngs=None: (variables["params"] * inputs, {}),
+    ...     lambda variables, inputs, *, train, key=None: (variables["params"] * inputs, {}),
     ... )
     >>> apply({"params": jnp.ones(2)}, jnp.ones(2), train=True)[0].dtype
     dtype(bfloat16)
@@ -72,10 +75,10 @@ def apply_in(policy: Policy, apply: Apply) -> Apply:
         return apply
 
     def cast_apply(
-        variables: Variables, inputs: Any, *, train: bool, rngs: Keys | None = None
+        variables: Variables, inputs: Any, *, train: bool, key: jax.Array | None = None
     ) -> tuple[Any, Variables]:
         def run(variables: Variables, inputs: Any) -> tuple[Any, Variables]:
-            return apply(variables, inputs, train=train, rngs=rngs)
+            return apply(variables, inputs, train=train, key=key)
 
         cast = variables | {"params": policy.cast(variables["params"])}
         outputs, changed = (fp8.with_fp8_products(run) if policy.fp8 else run)(

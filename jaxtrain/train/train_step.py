@@ -149,9 +149,7 @@ def _of_part(
     def forward(
         params: tree.PyTree, inputs: Any, key: jax.Array
     ) -> tuple[Any, dict[str, tree.PyTree]]:
-        return apply(
-            {"params": params} | state.collections, inputs, train=True, rngs={"dropout": key}
-        )
+        return apply({"params": params} | state.collections, inputs, train=True, key=key)
 
     if recipe.remat != "none":
         forward = jax.checkpoint(forward, policy=REMAT[recipe.remat])
@@ -390,7 +388,32 @@ def outputs(
         opt_state = on_device(recipe, state.opt_state)
         params = evaluation_params(recipe.optimizer, opt_state, state.params)
     variables = {"params": params} | state.collections
-    return _apply(recipe, places)(variables, recipe.task.inputs(batch), train=False)[0]
+    apply, inputs = _apply(recipe, places), recipe.task.inputs(batch)
+    try:
+        return apply(variables, inputs, train=False)[0]
+    except adapters.NeedsKey:
+        return _by_example(apply, variables, inputs, _evaluation_keys(state, batch))
+
+
+def _evaluation_keys(state: TrainState, batch: Batch) -> jax.Array:
+    """A key for each example, made of the seed and its id: what a model draws in evaluation depends
+    neither on the batch around an example nor on the step."""
+    rows = jax.tree.leaves(dict(batch))[0].shape[0]
+    ids_B = batch["id"] if "id" in batch else jnp.arange(rows, dtype=jnp.int32)
+    return rng.per_example(rng.stream(state.key, "evaluation", 0), ids_B)
+
+
+def _by_example(
+    apply: adapters.Apply, variables: adapters.Variables, inputs: Any, keys_B: jax.Array
+) -> Any:
+    """The outputs of a model that draws, each example with its own key."""
+
+    def one(key: jax.Array, inputs: Any) -> Any:
+        alone = jax.tree.map(lambda array: array[None], inputs)
+        outputs = apply(variables, alone, train=False, key=key)[0]
+        return jax.tree.map(lambda array: array[0], outputs)
+
+    return jax.vmap(one)(keys_B, inputs)
 
 
 def _placement(
