@@ -390,7 +390,7 @@ def test_a_switch_that_cannot_be_set_is_refused_and_its_remedy_works(name: str) 
     kind = type(model).__name__
     names: dict[str, Any] = dict(globals())
     if remedy.startswith("class "):
-        exec(remedy, names)  # as a user would paste it
+        exec(remedy, names)  # noqa: S102
         made = names[remedy.split()[1].split("(")[0]]
         if kind.startswith("Nnx"):
             mended: Any = made(rngs=nnx.Rngs(0))

@@ -176,8 +176,8 @@ def _hidden_switch(call: Call, name: str) -> UserError:
         remedy = "(init, lambda params, x, train: apply(params, x, train=train)), or without it"
     else:
         remedy = (
-            f"class Named({call.name}): __call__ = lambda self, x, train: {call.name}.__call__(self,"
-            " x, train=train), or without train"
+            f"class Named({call.name}): __call__ = lambda self, x, train:"
+            f" {call.name}.__call__(self, x, train=train), or without train"
         )
     return UserError(f"{what}; name what it takes: {remedy}")
 

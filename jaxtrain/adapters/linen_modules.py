@@ -1,4 +1,5 @@
-"""Linen modules: their switch as argument or field, streams by any name, collections of any kind."""
+"""Linen modules: their switch as argument or field, streams by any name, collections of any
+kind."""
 
 import contextlib
 import dataclasses
