@@ -199,10 +199,9 @@ class Checkpoints:
             raise UserError(f"--resume=must: no committed checkpoint in {self.folder}")
         return step
 
-    def parts(self, step: int) -> set[str]:
-        """The parts of the state that a step holds, such as `params`; one that was empty is not
-        among them."""
-        return {path.partition("/")[0] for path in manifest.read(self.folder / str(step))["tree"]}
+    def specs(self, step: int) -> arrays.Specs:
+        """Dtype and shape of every array that a step holds, by path."""
+        return manifest.read(self.folder / str(step))["tree"]
 
     def restore(
         self, step: int, like: PyTree, *, partial: bool = False

@@ -3,16 +3,21 @@ back.
 
 A component is `{"kind": NAME, field: value, ...}`. The kind is looked up among the components that
 the experiment at hand holds or offers, never by a path to code. What only Python can say (a
-function, an array) is recorded by its name, and comes from the experiment when read.
+function, an array) is recorded by what identifies it (`identity.py`), and comes from the experiment
+when read.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxtrain import config, messages
 from jaxtrain.config import secrets, values
+from jaxtrain.config.identity import identity
 from jaxtrain.config.marks import Mark
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Field, fields_of, is_component
@@ -35,7 +40,7 @@ def to_json(run: config.Run) -> dict[str, Any]:
                 else _component(value, f"{field.name}.", kind_of(run, field.name))
             )
         elif Mark.EXPERIMENT not in field.marks:
-            record[field.name] = secrets.hide(values.to_json(value), field.secret)
+            record[field.name] = _recorded(field, value)
     return record
 
 
@@ -102,9 +107,33 @@ def load(run: config.Run, workdir: str) -> config.Run:
             f" experiments/{whole['name']}.py"
         )
     try:
-        return from_json(run, whole["config"])
+        repeated = from_json(run, whole["config"])
     except ValueError as error:
         raise UserError(f"{flag}: run.json: {error}") from None
+    if said := _changed_on_its_way(whole.get("resumed")):
+        messages.warn(f"{flag}: {said}")
+    return repeated
+
+
+def _changed_on_its_way(resumed: Any) -> str:
+    """What no single configuration can repeat: a run that was gone on with under another one."""
+    starts = [start for start in resumed or () if isinstance(start, dict) and start.get("changes")]
+    if not starts:
+        return ""
+    said, first = [], {}
+    for start in starts:
+        for name, (old, new) in start["changes"].items():
+            said.append(f"at step {start['step']}: {name} from {_shown(old)} to {_shown(new)}")
+            first.setdefault(name, old)
+    flags = " ".join(f"--{name}={_shown(old)}" for name, old in first.items())
+    return (
+        f"was changed on its way ({'; '.join(said)}); this run takes the last values from its first"
+        f" step on; {flags} repeats the first start"
+    )
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -133,37 +162,89 @@ def _differences(
         if (
             isinstance(before, dict)
             and isinstance(after, dict)
-            and before.get("kind") == after.get("kind")
+            and "kind" in before
+            and before["kind"] == after.get("kind")
         ):
             yield from _differences(before, after, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", _kind_or_value(before), _kind_or_value(after)
+            # What identifies a part that has no fields is the part itself.
+            path = prefix.removesuffix(".") if name == "python" else f"{prefix}{name}"
+            yield path, _kind_or_value(before), _kind_or_value(after)
+
+
+def completed(run: config.Run, old: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded configuration with the fields that its version did not have yet, at their
+    defaults: a run goes on under a version that knows more."""
+    known: dict[str, Any] = dict(old)
+    for field in fields_of(run):
+        name, value = field.name, getattr(run, field.name)
+        if name in config.FAMILIES:
+            if isinstance(old.get(name), Mapping):
+                known[name] = _completed(value, old[name], kind_of(run, name))
+        elif Mark.EXPERIMENT not in field.marks and name not in old:
+            known |= _default(field)
+    return known
+
+
+def _completed(component: Any, old: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    known = dict(old)
+    if component is None or old.get("kind") not in (kind, type(component).__name__):
+        return known
+    if not is_component(component):
+        named = _component(component, "", kind).get("python")
+        return known if named is None else {"python": named} | known
+    for field in fields_of(component):
+        value, before = getattr(component, field.name), old.get(field.name)
+        if is_component(value) and isinstance(before, Mapping):
+            known[field.name] = _completed(value, before, type(value).__name__)
+        elif field.name not in old:
+            known |= _default(field)
+    return known
+
+
+def _default(field: Field) -> dict[str, Any]:
+    if field.default is dataclasses.MISSING:
+        return {}
+    if is_component(field.default):
+        kind = type(field.default).__name__
+        return {field.name: _component(field.default, f"{field.name}.", kind)}
+    return {field.name: _recorded(field, field.default)}
 
 
 def _kind_or_value(value: Any) -> Any:
-    return value.get("kind", value) if isinstance(value, dict) else value
+    return value.get("kind", value.get("python", value)) if isinstance(value, dict) else value
 
 
 def _component(component: Any, prefix: str, kind: str) -> dict[str, Any]:
     record: dict[str, Any] = {"kind": kind}
     if not is_component(component):
-        return record
+        named = secrets.hide(identity(component), secret=False)
+        return record if component is None else record | {"python": named}
     for field in fields_of(component):
         name, value = f"{prefix}{field.name}", getattr(component, field.name)
         if is_component(value):
             record[field.name] = _component(value, f"{name}.", type(value).__name__)
-        elif value is None or values.readable(field.type):
-            record[field.name] = secrets.hide(values.to_json(value), field.secret)
         else:
-            record[field.name] = {"python": _python_name(value)}
+            record[field.name] = _recorded(field, value)
     return record
 
 
-def _python_name(value: Any) -> str:
-    """What identifies a value that JSON cannot hold, and never an address in memory."""
-    if hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    return repr(value) if isinstance(value, str | int | float | tuple) else type(value).__name__
+def _recorded(field: Field, value: Any) -> Any:
+    """A field's value as JSON; what JSON cannot hold, or a flag could not say, by its identity."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if value is None:
+        return None
+    if values.readable(field.type):
+        dumped = values.to_json(value)
+        if _is_json(dumped):
+            return secrets.hide(dumped, field.secret)
+    return {"python": secrets.hide(identity(value), field.secret)}
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_json, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _family(run: config.Run, family: str, record: Any) -> Any:
@@ -184,6 +265,12 @@ def _family(run: config.Run, family: str, record: Any) -> Any:
 
 def _rebuilt(template: Any, record: Mapping[str, Any], prefix: str) -> Any:
     if not is_component(template):
+        own = _component(template, prefix, "").get("python")
+        if record.get("python") not in (None, own):
+            raise UserError(
+                f"{prefix}python={json.dumps(record['python'])}: only the experiment's Python can"
+                f" set it, and it says {json.dumps(own)}"
+            )
         return template
     names = [field.name for field in fields_of(template)]
     _same_keys(record, ["kind", *names], prefix)
@@ -203,8 +290,8 @@ def _rebuilt(template: Any, record: Mapping[str, Any], prefix: str) -> Any:
 
 def _value(field: Field, name: str, value: Any, own: Any) -> Any:
     """One field's value from JSON; hidden and Python-only values are the experiment's `own`."""
-    if not values.readable(field.type):
-        expected = None if own is None else {"python": _python_name(own)}
+    if not values.readable(field.type) or (isinstance(value, dict) and "python" in value):
+        expected = None if own is None else _recorded(field, own)
         if value != expected:
             raise UserError(
                 f"{name}={json.dumps(value)}: only the experiment's Python can set it, and it says"

@@ -82,9 +82,11 @@ def record(
     programs: Programs,
     trained: Training,
     earlier: dict[str, Any],
+    *,
+    step: int,
 ) -> dict[str, Any]:
-    """run.json: enough to repeat the run; on a resume the `earlier` start's facts stay, and the
-    configuration is today's."""
+    """run.json: enough to repeat the run; on a resume from `step` the `earlier` start's facts stay,
+    the configuration is today's, and what training had otherwise until then is kept besides."""
     mesh, state = programs.mesh, programs.state
     device = mesh.devices.flat[0]
     now = workdir.describe(run, argv) | {
@@ -115,12 +117,21 @@ def record(
     }
     if "config" in earlier:
         this = {name: now[name] for name in ("started", "command", "devices", "processes")}
+        this |= {"step": step, "changes": _changes(run, earlier["config"], now["config"])}
         now |= {
             "started": earlier["started"],
             "command": earlier["command"],
             "resumed": [*earlier.get("resumed", []), this],
         }
     return now
+
+
+def _changes(run: config.Run, old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
+    """What a resume trains otherwise than the start before it: the horizon, and what needed a
+    permission."""
+    harmless = set(config.marked(config.Mark.FREE)) - {"steps", "epochs"}
+    found = run_record.differences(run_record.completed(run, old), new)
+    return {name: [before, after] for name, before, after in found if name not in harmless}
 
 
 def earlier_steps_per_call(record: dict[str, Any], run: config.Run, mesh: Mesh) -> int | None:

@@ -65,7 +65,7 @@ def start(opened: Opened) -> int:
     """Resumes or starts, trains or evaluates, and sums up; the exit status."""
     heartbeat.send_workdir(opened.folder)
     run, total = opened.run, opened.length.total
-    found = restore.inspect(run, opened.folder, opened.splits.fingerprint)
+    found = restore.inspect(run, opened.folder, opened.splits.fingerprint, opened.programs.state)
     # Only process 0 writes: the others help to gather, and leave no trace.
     checkpoints = Checkpoints(
         opened.folder,
@@ -164,7 +164,14 @@ def _train(
     # run.json comes first: metrics in a folder without one are somebody else's.
     if group.is_main():
         record = describe.record(
-            run, opened.argv, opened.splits, opened.length, opened.programs, trained, earlier
+            run,
+            opened.argv,
+            opened.splits,
+            opened.length,
+            opened.programs,
+            trained,
+            earlier,
+            step=first,
         )
         workdir.write(opened.folder, record)
     writers = _writers(opened, found.run_id)

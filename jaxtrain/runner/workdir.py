@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -71,40 +71,73 @@ def foreign_files(folder: Path) -> int:
     )
 
 
-def check_drift(folder: Path, record: Mapping[str, Any], run: config.Run) -> list[str]:
+def check_drift(
+    folder: Path,
+    record: Mapping[str, Any],
+    run: config.Run,
+    *,
+    fingerprint: str | None = None,
+    misfit: Callable[[], str] = str,
+) -> list[str]:
     """Compares the run that is there with the one that wants to go on; returns a line for each
     harmless or allowed difference.
 
-    `UserError` for the first that is neither, naming old and new and what allows it.
+    `UserError` naming all that are neither, old and new, and what allows them. `fingerprint` is
+    that of the data, if it is to be the same. `misfit` says how the checkpoint would not fit the
+    new configuration, for then nothing allows it.
     """
     if record.get("name") != run.name:
         raise UserError(
             f"--workdir={folder}: holds a run of {record.get('name')!r}, this is {run.name!r}; use"
             " a new workdir"
         )
-    now = run_record.to_json(run)
+    now, before = run_record.to_json(run), run_record.completed(run, record["config"])
     if run.init_from and run.init_from != record["config"].get("init_from"):
         raise UserError(
             f"--init_from={run.init_from}: {folder} holds a run, which goes on from its own"
             " checkpoints; for a warm start use a new workdir"
         )
     for word in run.allow_config_change:
-        known = {*_paths(now), *_paths(record["config"])}
+        known = {*_paths(now), *_paths(before)}
         if word not in known:
             near = messages.did_you_mean(word, known)
             raise UserError(f"--allow_config_change={word}: no such setting{near}")
-    lines, free = [], config.marked(config.Mark.FREE)
-    for name, old, new in run_record.differences(record["config"], now):
-        allowed = name in free or any(
-            name == word or name.startswith(f"{word}.") for word in run.allow_config_change
+    lines: list[str] = []
+    refused: dict[str, str] = {}
+    free = config.marked(config.Mark.FREE)
+    for name, old, new in run_record.differences(before, now):
+        if name in free or _is_allowed(name, run.allow_config_change):
+            lines.append(f"note: {name} changes from {_shown(old)} to {_shown(new)}")
+        else:
+            refused[name] = f"{name}={_shown(old)}, now {_shown(new)}"
+    old = record["data"]["fingerprint"] if fingerprint is not None else None
+    other_data = old != fingerprint and not _is_allowed("data", run.allow_config_change)
+    if refused:
+        raise UserError(
+            f"--workdir={folder}: holds run {record['name']!r} with {'; '.join(refused.values())};"
+            f" {_remedy(refused, run, misfit(), other_data=other_data)}"
         )
-        if not allowed:
-            raise UserError(
-                f"--workdir={folder}: holds run {record['name']!r} with {name}={_shown(old)}, now"
-                f" {_shown(new)}; new workdir, or --allow_config_change={name}"
-            )
-        lines.append(f"note: {name} changes from {_shown(old)} to {_shown(new)}")
+    if other_data:
+        raise UserError(
+            f"--data: fingerprint differs from the run's ({old} -> {fingerprint}); restore the data"
+            " or --allow_config_change=data"
+        )
     return lines
+
+
+def _is_allowed(name: str, words: Iterable[str]) -> bool:
+    return any(name == word or name.startswith(f"{word}.") for word in words)
+
+
+def _remedy(refused: Iterable[str], run: config.Run, misfit: str, *, other_data: bool) -> str:
+    """What a user can do about settings that differ: one permission for all of them, if the
+    checkpoint can be gone on from."""
+    if misfit:
+        return f"the checkpoint does not fit then ({misfit}); use a new workdir"
+    # The files of other data have another fingerprint, too: one word allows both.
+    names = [name for name in refused if not (other_data and _is_allowed(name, ["data"]))]
+    words = [*run.allow_config_change, *names, *(["data"] if other_data else [])]
+    return f"new workdir, or --allow_config_change={','.join(dict.fromkeys(words))}"
 
 
 def describe(run: config.Run, argv: Sequence[str]) -> dict[str, Any]:
