@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.errors import UserError
+
 Sums = Mapping[str, tuple[jax.Array, jax.Array]]
 
 
@@ -19,11 +21,36 @@ def weighted(values_B: jax.Array, weights_B: jax.Array | None) -> tuple[jax.Arra
     >>> import jax.numpy as jnp
     >>> [float(part) for part in weighted(jnp.array([1.0, 5.0]), jnp.array([1.0, 0.0]))]
     [1.0, 1.0]
+
+    Values may have further dims, such as the tokens of a sequence: then each counts by itself.
+    `UserError` if the weights have another shape: they would be broadcast.
     """
     if weights_B is None:
-        return jnp.sum(values_B), jnp.float32(values_B.shape[0])
+        return jnp.sum(values_B), jnp.float32(values_B.size)
+    if weights_B.shape != values_B.shape:
+        raise UserError(
+            f"weights have shape {weights_B.shape}, values {values_B.shape}; they must be equal,"
+            " one weight for each value"
+        )
     # A padded example may hold anything, even nan: it is dropped, not multiplied by zero.
     return jnp.sum(jnp.where(weights_B > 0, values_B * weights_B, 0.0)), jnp.sum(weights_B)
+
+
+def ratio(
+    totals_B: jax.Array, counts_B: jax.Array, weights_B: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The sums of what each example adds to a total and to its count, both by the example's
+    weight: a mean in which examples count differently.
+
+    >>> import jax.numpy as jnp
+    >>> [float(part) for part in ratio(jnp.array([6.0, 1.0]), jnp.array([3.0, 1.0]), None)]
+    [7.0, 4.0]
+    """
+    if weights_B is None:
+        return jnp.sum(totals_B), jnp.sum(counts_B)
+    total, _ = weighted(totals_B, weights_B)
+    count, _ = weighted(counts_B, weights_B)
+    return total, count
 
 
 def add(first: Sums, second: Sums) -> Sums:

@@ -112,7 +112,12 @@ ROWS = [
         "--task.input=tokens",
         "batch has keys image, label; the task wants 'tokens'; set --task.input",
     ),
-    Row("", "batch has keys image; the task wants 'label'", 2, {"data": unlabelled()}),
+    Row(
+        "",
+        "batch has keys image; the task wants 'label'; set --task.target",
+        2,
+        {"data": unlabelled()},
+    ),
     Row(
         "--model.num_classes=3",
         "--model.num_classes=3: the data has 4 classes; set --model.num_classes=4",
@@ -142,8 +147,8 @@ ROWS = [
     ),
     Row(
         "",
-        "--data.test=test: does not fit what is trained on (batch has keys image; the task wants"
-        " 'label')",
+        "--data.test=test: has no label (it has image); give what the train split has, or pass"
+        " --data.test= to do without",
         2,
         {
             "data": Arrays.of(

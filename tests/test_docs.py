@@ -316,7 +316,7 @@ def test_every_page_and_every_room_is_in_the_navigation() -> None:
 def test_links_of_the_site_lead_to_its_pages() -> None:
     relinked = SITE["relinked"]
     text = (
-        "[a](docs/data.md#order) ![b](docs/images/report.png) [c](jaxtrain/tasks.py) [d](LICENSE)"
+        "[a](docs/data.md#order) ![b](docs/images/report.png) [c](jaxtrain/losses.py) [d](LICENSE)"
     )
     assert relinked(text, "README.md", "index.md") == (
         "[a](data.md#order) ![b](images/report.png) [c](reference/files.md) d"

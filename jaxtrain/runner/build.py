@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtrain import adapters, config, precision
 from jaxtrain.config import record as run_record
 from jaxtrain.config.step_options import options_of
-from jaxtrain.data import pipeline, statistics
+from jaxtrain.data import label_checks, pipeline, statistics
 from jaxtrain.data.order import Shuffled
 from jaxtrain.data.pipeline import BatchLoader
 from jaxtrain.data.splits import Splits
@@ -173,8 +173,30 @@ def check_model(
 
     outputs, _ = jax.eval_shape(forward, batch)
     if hasattr(run.task, "check"):
-        run.task.check(outputs, classes_of(train))
+        run.task.check(outputs, _classes(run.task, train))
     return batch
+
+
+def _classes(task: Any, table: Table) -> int | None:
+    """How many classes the data has, without the label that the task ignores."""
+    ignore, field = getattr(task, "ignore", None), getattr(task, "target", "label")
+    labels = None if table.arrays is None else table.arrays.get(field)
+    if ignore is None or labels is None or table.class_names is not None:
+        return classes_of(table)
+    kept = labels[labels != ignore]
+    return 1 + int(kept.max()) if kept.size else None
+
+
+def check_labels(run: config.Run, splits: Splits, recipe: Recipe, batch: Shapes) -> Splits:
+    """The splits with their labels checked, at once or as they are read; by the classes that the
+    model's outputs have."""
+
+    def forward(batch: Batch) -> Any:
+        batch = batch if recipe.prepare is None else recipe.prepare(dict(batch))
+        inputs, functions = run.task.inputs(batch), adapters.functions(run.model)
+        return functions.apply(functions.init(jax.random.key(0), inputs), inputs, train=False)[0]
+
+    return label_checks.checked(splits, run.task, jax.eval_shape(forward, batch), run.data)
 
 
 def check_held_out(run: config.Run, splits: Splits, recipe: Recipe, batch: Shapes) -> None:

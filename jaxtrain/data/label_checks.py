@@ -1,0 +1,135 @@
+"""Labels checked before they reach a device: of tables in memory all of them at the start, of
+others those of each batch as it is read. What a label may be is the task's to say."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain.data.splits import Splits
+from jaxtrain.data.table import Table
+from jaxtrain.errors import UserError
+from jaxtrain.tasks import Wrong
+
+FIRST = 256
+"""How many rows of a split that is not in memory are checked before the training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelCheck:
+    """What a task asks of the labels of one split."""
+
+    task: Any
+    outputs: Any
+    """The model's outputs, which may be abstract: they say which classes there are."""
+    split: str
+    """Its role, train, validation or test."""
+    expression: str
+    """What --data.ROLE said of it."""
+
+    def __call__(self, table: Table, rows: Mapping[str, np.ndarray], ids: np.ndarray) -> None:
+        """`UserError` that names the first of the rows `ids` of a table that cannot be used."""
+        whole = len(ids) == len(table)
+        found = self.task.wrong_labels(rows, self.outputs, whole=whole)
+        if found is None:
+            return
+        every = len(found.rows_N) == len(ids) > 1
+        row = int(ids[found.rows_N[0]])
+        what = f"--data.{self.split}={self.expression}"
+        if every:
+            some = "in all" if whole else "in the first"
+            raise UserError(
+                f"{what}: has no labels ({found.problem} {_place(table, row)}, and none is usable"
+                f" {some} {len(ids)} rows; {found.rule}); {self._remedy(found)}"
+            )
+        remedy = f", or {found.remedy}" if found.remedy else ""
+        raise UserError(
+            f"{what}: {found.problem} {_place(table, row)}; {found.rule}; mend the data{remedy}"
+        )
+
+    def _remedy(self, found: Wrong) -> str:
+        if self.split == "train":
+            return f"give it labels, or {found.remedy}" if found.remedy else "give it labels"
+        return f"pass --data.{self.split}= to do without"
+
+
+def _place(table: Table, row: int) -> str:
+    """Where a row stands: a table that comes from files may know which."""
+    where = getattr(table, "where", None)
+    text = f"row {row}" if where is None else where(row)
+    return f"in {text}"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedTable:
+    """Another table whose labels are checked as they are read."""
+
+    table: Table
+    check: LabelCheck
+
+    arrays = None
+
+    @property
+    def fields(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """As in the table below."""
+        return self.table.fields
+
+    @property
+    def num_classes(self) -> int | None:
+        """As in the table below."""
+        return self.table.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """As in the table below."""
+        return self.table.class_names
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Copies of the rows at `indices`; `UserError` if one of their labels cannot be used."""
+        rows = self.table.read(indices)
+        self.check(self.table, rows, np.asarray(indices))
+        return rows
+
+    def where(self, index: int) -> str:
+        """Where a row stands, as the table below says it."""
+        where = getattr(self.table, "where", None)
+        return f"row {index}" if where is None else where(index)
+
+
+def checked(splits: Splits, task: Any, outputs: Any, data: Any) -> Splits:
+    """The splits, with those that are read by the batch checking their labels; `UserError` at once
+    if those of a split in memory, or the first of another, are no labels of the task.
+
+    `data` is the source, whose fields `train`, `validation` and `test` messages name.
+    """
+    if not hasattr(task, "wrong_labels"):
+        return splits
+    found = {}
+    for split in ("train", "validation", "test"):
+        table: Table | None = getattr(splits, split)
+        if table is None:
+            continue
+        expression = str(getattr(data, split, ""))
+        _check_fields(splits.train, table, split, expression)
+        check = LabelCheck(task, outputs, split, expression)
+        if table.arrays is not None:
+            check(table, table.arrays, np.arange(len(table)))
+            continue
+        found[split] = CheckedTable(table, check)
+        found[split].read(np.arange(min(FIRST, len(table))))
+    return dataclasses.replace(splits, **found)
+
+
+def _check_fields(train: Table, table: Table, split: str, expression: str) -> None:
+    missing = [name for name in train.fields if name not in table.fields]
+    if missing:
+        raise UserError(
+            f"--data.{split}={expression}: has no {', '.join(missing)} (it has"
+            f" {', '.join(table.fields)}); give what the train split has, or pass --data.{split}="
+            " to do without"
+        )
