@@ -2,7 +2,10 @@
 of them, and one line for each array that is none. All of it was cast, standardized or passed over
 in silence at ab710df."""
 
+import json
 import pathlib
+import re
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +14,8 @@ import pytest
 
 from jaxtrain.data import checks, pipeline, statistics
 from jaxtrain.data.sources.arrays import Arrays
+from jaxtrain.data.sources.records import Records
+from jaxtrain.data.splits import choose
 from jaxtrain.data.table import ArrayTable, ScaledTable
 from jaxtrain.errors import UserError
 
@@ -600,3 +605,98 @@ def test_of_few_or_empty_images_nothing_is_concluded() -> None:
     assert opened({"x": PIXELS, "x_test": PIXELS[:3] // 200}, test="test").notes == ()
     table = ArrayTable({"image": PIXELS / 100})
     assert checks.check_alike({"train": table, "test": table}, "arrays") == []
+
+
+# --- records, TFDS, and tables of one's own
+# --------------------------------------------------------------------------------------------------
+
+
+def write_deep_records(folder: pathlib.Path, **fields: np.ndarray) -> None:
+    """A folder of records as other programs write them: of the arrays' own dtypes."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    folder.mkdir()
+    writer = ArrayRecordWriter(str(folder / "train-00000.array_record"), "group_size:1")
+    for row in range(40):
+        writer.write(b"".join(array[row].tobytes() for array in fields.values()))
+    writer.close()
+    index = {
+        "format": "jaxtrain-records-1",
+        "num_classes": 4,
+        "class_names": None,
+        "fields": {
+            name: {"dtype": array.dtype.name, "shape": list(array.shape[1:])}
+            for name, array in fields.items()
+        },
+        "splits": {"train": {"train-00000.array_record": 40}},
+    }
+    (folder / "dataset.json").write_text(json.dumps(index))
+
+
+def test_records_of_16_bits_are_scaled_and_bad_values_are_named(tmp_path: pathlib.Path) -> None:
+    deep = DEEP[..., None]
+    signal = RANDOM.standard_normal((40, 2)).astype(np.float32)
+    signal[7, 1] = np.nan
+    users = np.arange(40) + 2**31 - 5
+    write_deep_records(tmp_path / "deep", image=deep, label=LABELS.astype(np.int16))
+    train = Records(path=str(tmp_path / "deep"), test="").open().train
+    assert train.fields["image"].dtype == np.float32
+    assert np.array_equal(train.read(ROWS)["image"], (deep[ROWS] / 65535).astype(np.float32))
+    assert train.read(ROWS)["label"].tolist() == LABELS[ROWS].tolist()
+    write_deep_records(tmp_path / "signal", signal=signal, user=users)
+    train = Records(path=str(tmp_path / "signal"), train="train[2:]", test="").open().train
+    file = re.escape(f"{tmp_path}/signal/train-00000.array_record")
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(UserError, match=rf"^{file}: record 5: user holds 2147483648; jax's"):
+        train.read(np.arange(9))
+    write_deep_records(tmp_path / "nan", signal=signal)
+    train = Records(path=str(tmp_path / "nan"), train="train[2:]", test="").open().train
+    pipeline.read_batch(train, {"id": np.arange(5)}, sharding)
+    with pytest.raises(
+        UserError, match=r"nan/train-00000.array_record: record 7: signal holds nan"
+    ):
+        pipeline.read_batch(train, {"id": np.arange(16)}, sharding)
+    write_deep_records(tmp_path / "whole", image=PIXELS.astype(np.int32))
+    with pytest.raises(
+        UserError, match=r"image is int32 \(6, 5, 3\); pixels are uint8, or floats;"
+    ):
+        Records(path=str(tmp_path / "whole"), test="").open()
+
+
+class Feature(NamedTuple):
+    """What TFDS says of one feature."""
+
+    shape: tuple[int | None, ...]
+    np_dtype: Any
+
+
+@pytest.mark.parametrize("size", [None, (3, 5)])
+def test_tfds_images_of_16_bits_are_scaled_and_float_labels_are_targets(size: Any) -> None:
+    from jaxtrain.data.sources import tfds_sets
+
+    features = {"image": Feature((6, 5, 1), np.uint16), "label": Feature((), np.float64)}
+    builder = types.SimpleNamespace(info=types.SimpleNamespace(features=features))
+    described = tfds_sets._Description.of(builder, tfds_sets.Tfds(name="scans", size=size))
+    pixels = np.full((6, 5, 1), 13107, np.uint16)
+    rows = described.rows([{"image": pixels, "label": 0.5}] * 2)
+    assert {name: str(value.dtype) for name, value in rows.items()} == {
+        "image": "float32",
+        "target": "float32",
+    }
+    assert np.allclose(rows["image"], 0.2) and rows["image"].shape[1:] == (*(size or (6, 5)), 1)
+    features["label"] = Feature((), np.str_)
+    with pytest.raises(UserError, match="--data.label_key='label': scans has <U0 there; expected"):
+        tfds_sets._Description.of(builder, tfds_sets.Tfds(name="scans"))
+
+
+def test_a_table_of_ones_own_is_looked_at_as_well() -> None:
+    tables = {
+        "train": ArrayTable({"image": np.ones((9, 4))}),
+        "test": ArrayTable({"image": np.full((9, 4), np.inf)}),
+    }
+    parts = {"train": "train", "validation": "", "fingerprint": ""}
+    assert choose(tables, test="", **parts).test is None
+    with pytest.raises(UserError, match=r"^--data: test: image holds inf in row 0 \(and 8 more"):
+        choose(tables, test="test", **parts)
+    with pytest.raises(UserError, match="a table's array has dtype complex128; expected integers"):
+        _ = ArrayTable({"image": np.ones(3) * 1j}).fields
