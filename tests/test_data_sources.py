@@ -361,9 +361,12 @@ ARRAY_ERRORS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "arrays: train: label has shape (9,), image (50, 6, 5, 3); both need one row an example",
     ),
     (
-        {"x": PIXELS, "y": LABELS - 1},
-        {},
-        "arrays: train: label has values -1..2; expected 0..2147483647",
+        {"x": PIXELS, "y": LABELS - 2**32},
+        {"test": ""},
+        (
+            "arrays: train: label has values -4294967296..-4294967293; classes are 0..2147483647;"
+            " map them by numpy.unique(y, return_inverse=True)"
+        ),
     ),
     (
         {"x": np.array(["a"])},
@@ -451,7 +454,7 @@ def test_image_folders_give_sorted_classes_and_exact_pixels(tmp_path: pathlib.Pa
 def test_images_are_cut_at_the_centre_and_turned_upright(tmp_path: pathlib.Path) -> None:
     from PIL import Image
 
-    from jaxtrain.data.sources.images import read_image
+    from jaxtrain.data.sources.image_files import read_image
 
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, 10:20] = 200

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from jaxtrain import messages
+from jaxtrain.data import checks
 from jaxtrain.data.order import Order
 from jaxtrain.data.table import Table, num_bytes
 from jaxtrain.tree import Batch
@@ -249,11 +250,15 @@ def read_batch(
     table: Table, columns: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding
 ) -> Batch:
     """The rows `columns["id"]` of a table on the devices, together with `columns` themselves; reads
-    only this process's rows."""
+    only this process's rows. `UserError` if one holds a value that is not finite."""
     ids_B = columns["id"]
     first, last = _local_rows(sharding, len(ids_B))
     local = {name: values[first:last] for name, values in columns.items()}
-    return _put(table.read(local["id"]) | local, sharding, len(ids_B), first)
+    rows = table.read(local["id"])
+    checks.check_rows(table, rows, local["id"])
+    if "weight" in rows and "weight" in local:  # the table's own, and 0 for padding
+        local["weight"] = local["weight"] * rows["weight"]
+    return _put(rows | local, sharding, len(ids_B), first)
 
 
 def _local_rows(sharding: jax.sharding.Sharding, count: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from jaxtrain import messages
+from jaxtrain.data import checks
 from jaxtrain.data.table import ArrayTable, Table, join, select
 from jaxtrain.errors import UserError
 
@@ -116,6 +117,8 @@ def choose(
     fingerprint: str,
     notes: tuple[str, ...] = (),
     modified_ns: int | None = None,
+    origin: str = "--data",
+    ranges: bool = True,
 ) -> Splits:
     """Cuts a source's tables into the parts that its three expressions name; an empty validation or
     test means none.
@@ -130,6 +133,9 @@ def choose(
     ... )
     >>> len(parts.train), parts.validation, len(parts.test), parts.notes
     (9, None, 2, ('all[:90%] and all[80%:] share 10 % of examples',))
+
+    The values of every split that is named are looked at first (`checks`): `UserError`, beginning
+    with `origin`, if they are no numbers, or differ in dtype or (with `ranges`) in scale.
     """
     lengths = {name: len(table) for name, table in tables.items()}
     expressions = {"train": train, "validation": validation, "test": test}
@@ -140,6 +146,11 @@ def choose(
         for role, text in expressions.items()
         if text.strip()
     }
+    used = {
+        name: tables[name]
+        for name in dict.fromkeys(name for chosen in pieces.values() for name, _, _ in chosen)
+    }
+    found = [*checks.check_values(used, origin), *checks.check_alike(used, origin, ranges=ranges)]
     parts = {role: take(chosen, tables) for role, chosen in pieces.items()}
     overlaps = tuple(
         f"{expressions[one]} and {expressions[other]} share {_percent(share)} of examples"
@@ -151,7 +162,7 @@ def choose(
         parts.get("validation"),
         parts.get("test"),
         fingerprint,
-        notes + overlaps,
+        (*notes, *found, *overlaps),
         modified_ns,
     )
 

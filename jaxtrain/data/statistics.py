@@ -18,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.data.table import Table
+from jaxtrain.data.table import Table, is_image
 from jaxtrain.errors import UserError
 from jaxtrain.tree import Batch
 
@@ -56,13 +56,21 @@ def measure(table: Table, max_examples: int | None = None, chunk: int = 4096) ->
     channels = field.shape[-1] if len(field.shape) >= 2 else 1
     gather = _histogram_statistics if field.dtype == np.uint8 else _float_statistics
     values = (
-        table.read(rows[start : start + chunk])["image"].reshape(-1, channels)
+        values_NC
         for start in range(0, len(rows), chunk)
+        if len(values_NC := _used_images(table, rows[start : start + chunk]).reshape(-1, channels))
     )
     mean_C, variance_C = gather(values, channels)
     if not all(map(math.isfinite, (*mean_C, *variance_C))):
         raise UserError("image: holds values that are not finite (nan or inf); mend the data")
     return Statistics(tuple(mean_C), tuple(math.sqrt(variance) or 1.0 for variance in variance_C))
+
+
+def _used_images(table: Table, rows: np.ndarray) -> np.ndarray:
+    """The images of some rows; of those with a weight of 0, which may hold anything, none."""
+    read = table.read(rows)
+    weight = read.get("weight")
+    return read["image"] if weight is None or weight.ndim != 1 else read["image"][weight != 0]
 
 
 def measure_once(
@@ -211,8 +219,9 @@ def preparation(
     table: Table, measure: Callable[[], Statistics] | None
 ) -> Callable[[Batch], Batch] | None:
     """What every batch of a table goes through first: images standardized by what `measure` finds,
-    or only scaled without it; None where there are no images."""
-    if "image" not in table.fields:
+    or only scaled without it; None where there are no images, or where the field called `image`
+    holds whole numbers."""
+    if "image" not in table.fields or not is_image(table.fields["image"]):
         return None
     if measure is None:
         return scaled

@@ -6,13 +6,20 @@ else. Fields are called `image` and `label` whatever the source called them.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import jax
 import numpy as np
 
 from jaxtrain.errors import UserError
+
+CHUNK = 4096
+"""How many rows are looked at at a time."""
+BEYOND_32_BITS = (
+    "jax's integers have 32 bits, -2147483648..2147483647; map the values to smaller ones, e.g. by"
+    " np.unique(values, return_inverse=True)"
+)
 
 
 class Table(Protocol):
@@ -61,6 +68,10 @@ class ArrayTable:
     arrays: Mapping[str, np.ndarray]
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
+    origin: str = ""
+    """Where the rows come from, for messages."""
+    first_row: int = 0
+    """The number that the first row has there."""
 
     @property
     def fields(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -74,11 +85,15 @@ class ArrayTable:
         return len(next(iter(self.arrays.values())))
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Copies of the rows at `indices`; of a memory map, only these rows are read."""
-        return {
-            name: np.asarray(array[indices], device_dtype(array.dtype))
-            for name, array in self.arrays.items()
-        }
+        """Copies of the rows at `indices`; of a memory map, only these rows are read.
+        `UserError` if one holds an integer that 32 bits do not hold."""
+        rows = {name: array[indices] for name, array in self.arrays.items()}
+        return on_device(rows, lambda row: self.where(int(np.asarray(indices)[row])))
+
+    def where(self, index: int) -> str:
+        """Where the row `index` of this table stands, for messages."""
+        row = f"row {self.first_row + index}"
+        return f"{self.origin}: {row}" if self.origin else row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +129,10 @@ class SliceTable:
         indices = np.asarray(indices)
         rows = self.rows
         return self.table.read(rows.start + indices if isinstance(rows, range) else rows[indices])
+
+    def where(self, index: int) -> str:
+        """Where the row `index` of this part stands, for messages."""
+        return where(self.table, int(self.rows[index]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +177,86 @@ class JoinedTable:
                 rows[name][here] = values
         return rows
 
+    def where(self, index: int) -> str:
+        """Where the row `index` stands in its part, for messages."""
+        for table in self.tables[:-1]:
+            if index < len(table):
+                return where(table, index)
+            index -= len(table)
+        return where(self.tables[-1], index)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledTable:
+    """A table of memory maps whose `image` is scaled when it is read: `low`..`high` to 0..1, as
+    float32."""
+
+    table: ArrayTable
+    low: float
+    high: float
+
+    arrays = None
+
+    @property
+    def fields(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """As in the table below, but for the dtype of the images."""
+        fields = dict(self.table.fields)
+        return fields | {"image": jax.ShapeDtypeStruct(fields["image"].shape, np.dtype("float32"))}
+
+    @property
+    def num_classes(self) -> int | None:
+        """As in the table below."""
+        return self.table.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """As in the table below."""
+        return self.table.class_names
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Copies of the rows at `indices`, scaled; `UserError` if a value is out of range."""
+        rows = self.table.read(indices)
+        image = rows["image"]
+        outside = (image < self.low) | (image > self.high)
+        if outside.any():
+            row = int(np.flatnonzero(outside.reshape(len(image), -1).any(axis=1))[0])
+            raise UserError(
+                f"{self.where(int(np.asarray(indices)[row]))}: image holds"
+                f" {image[row][outside[row]].flat[0]:g}, which is not in"
+                f" --data.image_range={self.low:g},{self.high:g}; give the whole range"
+            )
+        return rows | {"image": scale_to_unit(image, self.low, self.high)}
+
+    def where(self, index: int) -> str:
+        """Where the row `index` stands, for messages."""
+        return self.table.where(index)
+
+
+def scale_to_unit(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Values of low..high as float32 of 0..1, rounded once.
+
+    >>> scale_to_unit(np.array([0, 65535], np.uint16), 0, 65535)
+    array([0., 1.], dtype=float32)
+    """
+    scaled = np.empty(values.shape, np.float32)
+    for start in range(0, len(values), CHUNK):  # in float64, so a chunk at a time
+        part = values[start : start + CHUNK].astype(np.float64)
+        scaled[start : start + CHUNK] = (part - low) / (high - low)
+    return scaled
+
+
+def where(table: Table, index: int) -> str:
+    """Where a row of a table stands, as messages name it: a file, if the table knows.
+
+    >>> where(ArrayTable({"label": np.arange(3)}, origin="digits.npz: test"), 2)
+    'digits.npz: test: row 2'
+    """
+    named = getattr(table, "where", None)
+    return f"row {index}" if named is None else named(index)
+
 
 def select(table: Table, rows: np.ndarray | range) -> Table:
     """The part of a table made of `rows`: views where they are contiguous, copies of small arrays,
@@ -179,7 +278,9 @@ def select(table: Table, rows: np.ndarray | range) -> Table:
         return SliceTable(table, rows)  # a copy could be larger than the memory
     else:
         parts = {name: array[rows] for name, array in table.arrays.items()}
-    return ArrayTable(parts, table.num_classes, table.class_names)
+    first_row = getattr(table, "first_row", 0) + (rows.start if isinstance(rows, range) else 0)
+    origin = getattr(table, "origin", "") if isinstance(rows, range) else ""
+    return ArrayTable(parts, table.num_classes, table.class_names, origin, first_row)
 
 
 def join(*tables: Table) -> Table:
@@ -241,17 +342,50 @@ def num_bytes(table: Table) -> int:
 
 def device_dtype(dtype: np.dtype) -> np.dtype:
     """The dtype that rows have on a device: integers and floats of 64 bits become 32 (jax has no
-    others by default), half ones float32.
+    others by default), half ones float32. `UserError` for what is neither a number nor a boolean.
 
     >>> device_dtype(np.dtype("int64")), device_dtype(np.dtype("uint8"))
     (dtype('int32'), dtype('uint8'))
     """
+    dtype = np.dtype(dtype)
+    if dtype in (np.uint8, np.bool_):
+        return dtype
     wide = {"i": "int32", "u": "int32", "f": "float32"}
-    return (
-        np.dtype(dtype)
-        if np.dtype(dtype) in (np.uint8, np.bool_)
-        else np.dtype(wide[np.dtype(dtype).kind])
-    )
+    if dtype.kind not in wide:
+        raise UserError(
+            f"a table's array has dtype {dtype}; expected integers, floats or booleans; convert it"
+        )
+    return np.dtype(wide[dtype.kind])
+
+
+def on_device(
+    rows: Mapping[str, np.ndarray], name_row: Callable[[int], str]
+) -> dict[str, np.ndarray]:
+    """Rows in the dtypes that they have on a device.
+
+    >>> on_device({"label": np.array([3, 1])}, str)["label"].dtype
+    dtype('int32')
+
+    `UserError`, with what `name_row` calls the row, if an integer does not fit into 32 bits.
+    """
+    for name, values in rows.items():
+        if (row := _first_too_wide(values)) is not None:
+            raise UserError(
+                f"{name_row(row)}: {name} holds {_widest(values[row])}; {BEYOND_32_BITS}"
+            )
+    return {name: np.asarray(values, device_dtype(values.dtype)) for name, values in rows.items()}
+
+
+def is_image(field: jax.ShapeDtypeStruct) -> bool:
+    """Whether a field called `image` is scaled and standardized: bytes, floats and booleans are;
+    whole numbers of other dtypes (tokens, ids, lengths) stay what they are.
+
+    >>> is_image(jax.ShapeDtypeStruct((28, 28, 1), np.dtype("uint8")))
+    True
+    >>> is_image(jax.ShapeDtypeStruct((128,), np.dtype("int32")))
+    False
+    """
+    return np.dtype(field.dtype) in (np.uint8, np.bool_) or np.dtype(field.dtype).kind == "f"
 
 
 def classes_of(table: Table) -> int | None:
@@ -264,3 +398,19 @@ def classes_of(table: Table) -> int | None:
     if table.num_classes is not None or table.arrays is None or "label" not in table.arrays:
         return table.num_classes
     return int(table.arrays["label"].max()) + 1
+
+
+def _first_too_wide(values: np.ndarray) -> int | None:
+    """The first row that holds an integer beyond 32 bits."""
+    if values.dtype.kind not in "iu" or values.dtype.itemsize < 4 or values.dtype == np.int32:
+        return None
+    limits = np.iinfo(np.int32)
+    if not values.size or (values.min() >= limits.min and values.max() <= limits.max):
+        return None
+    wide = (values > limits.max) | (values < limits.min)
+    return int(np.flatnonzero(wide.reshape(len(values), -1).any(axis=1))[0])
+
+
+def _widest(values: np.ndarray) -> int:
+    """The value of the greatest magnitude."""
+    return max((int(values.min()), int(values.max())), key=abs)

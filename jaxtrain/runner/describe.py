@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import config, optimizers, precision, tree
 from jaxtrain.config import record as run_record
 from jaxtrain.data.splits import Splits
+from jaxtrain.data.table import Table, is_image
 from jaxtrain.parallel import mesh as meshes
 from jaxtrain.runner import workdir
 from jaxtrain.runner.build import Lengths
@@ -38,6 +40,7 @@ def start_banner(
         "data": (
             f"{run_record.kind_of(run, 'data')}: {', '.join([f'{len(train):,} train', *others])}"
         ),
+        **_input_words(train, normalize=run.normalize),
         "optimizer": (
             f"{run_record.kind_of(run, 'optimizer')}, {run_record.kind_of(run, 'schedule')}"
             f" schedule, peak rate {run.optimizer.learning_rate:g}"
@@ -56,6 +59,15 @@ def start_banner(
             " shards"
         )
     return rows
+
+
+def _input_words(train: Table, *, normalize: bool) -> dict[str, str]:
+    """What is done to the inputs, in a row, unless they are images of bytes."""
+    image = train.fields.get("image")
+    if image is None or (image.dtype == np.uint8 and len(image.shape) == 3):
+        return {}
+    done = ("standardized" if normalize else "as they are") if is_image(image) else "whole numbers"
+    return {"inputs": f"{image.dtype} {image.shape}, {done}"}
 
 
 def precision_words(run: config.Run, device: meshes.Device, *, asked: str) -> str:

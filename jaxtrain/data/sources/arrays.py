@@ -3,7 +3,8 @@ NumPy arrays in Python.
 
 Names carry the split: `x_train`, `train_images` and plain `x` are of the train split, `x_test` of
 the test split. The inputs are the array called image, images, x, inputs or data, the labels that
-called label, labels, y, target or targets, unless `image_key` and `label_key` say otherwise.
+called label, labels, y, target or targets, unless `image_key` and `label_key` say otherwise; all
+other arrays reach the batch under their own names. `interpretation` says what an array is.
 """
 
 import dataclasses
@@ -16,8 +17,18 @@ from typing import Annotated, Any
 import numpy as np
 
 from jaxtrain import messages
+from jaxtrain.data.checks import named_splits
+from jaxtrain.data.interpretation import (
+    Labels,
+    Pixels,
+    as_plain,
+    check_numeric,
+    count_classes,
+    labels_of,
+    pixels_of,
+)
 from jaxtrain.data.splits import Splits, choose, digest_of_arrays, newest_change
-from jaxtrain.data.table import ArrayTable
+from jaxtrain.data.table import ArrayTable, ScaledTable, Table
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Public
 
@@ -35,6 +46,8 @@ _USUAL = {
     "image": ("image", "images", "x", "X", "inputs", "data"),
     "label": ("label", "labels", "y", "target", "targets"),
 }
+_RESERVED = ("id", "label_other", "label_weight")
+"""Fields that batches have anyway."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +65,10 @@ class Arrays:
     ... )
     (8, 2, dtype('float32'), 10)
 
-    Labels become int32 of shape (N,), 64-bit numbers 32-bit ones, uint8 images (N, H, W) gain a
-    channel dim. A folder is never read whole.
+    Whole numbers stay whole (int32 on the device), labels that are whole become `label`, others
+    `target`, and texts the classes of their sorted names; 64-bit numbers become 32-bit ones, uint8
+    images (N, H, W) gain a channel dim. All other arrays keep their names. A folder is never read
+    whole.
     """
 
     path: str = ""
@@ -70,6 +85,10 @@ class Arrays:
     label_key: Annotated[str, Public()] = ""
     """Name of the labels, without its split; empty for the usual names: label, labels, y, target,
     targets"""
+    image_range: tuple[float, float] | None = None
+    """Lowest and highest value that the inputs can have, e.g. 0,4095 for pixels of 12 bits: they
+    become 0..1; none for what their dtype says (uint8 and uint16 have a range, floats are taken as
+    they are)"""
     _arrays: Mapping[str, np.ndarray] | None = dataclasses.field(
         default=None, repr=False, compare=False
     )
@@ -84,30 +103,36 @@ class Arrays:
         """Maps or reads the arrays and sorts them into splits and fields; `UserError` if they do
         not make a data set."""
         origin = f"--data.path={self.path!r}" if self.path else "arrays"
+        if self.image_range is not None and not self.image_range[0] < self.image_range[1]:
+            low, high = self.image_range
+            raise UserError(
+                f"--data.image_range={low:g},{high:g}: the first must be less than the second"
+            )
         raw = load_arrays(self.path) if self.path or self._arrays is None else self._arrays
         names = tuple(map(str, raw["class_names"])) if "class_names" in raw else None
-        raw = {name: np.asanyarray(array) for name, array in raw.items() if name != "class_names"}
-        by_split = self._sort(raw, origin)
-        notes: list[str] = []
-        fields = {
-            split: _as_fields(arrays, f"{origin}: {split}", notes)
-            for split, arrays in by_split.items()
-        }
-        num_classes = _count_classes(fields, names, origin)
-        tables = {split: ArrayTable(arrays, num_classes, names) for split, arrays in fields.items()}
-        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        raw = {name: as_plain(array) for name, array in raw.items() if name != "class_names"}
+        by_split, called = self._sort(raw, origin)
+        used = named_splits((self.train, self.validation, self.test))
+        tables, notes = _tables(by_split, used, called, names, origin, self.image_range)
         place = pathlib.Path(self.path).expanduser()
         files = place.glob("*.npy") if place.is_dir() else [place]
         return choose(
             tables,
-            **parts,
+            train=self.train,
+            validation=self.validation,
+            test=self.test,
             fingerprint=digest_of_arrays(raw),
-            notes=tuple(dict.fromkeys(notes)),
+            notes=notes,
             modified_ns=newest_change(files) if self.path else None,
+            origin=origin,
+            ranges=self.image_range is None,
         )
 
-    def _sort(self, raw: Mapping[str, np.ndarray], origin: str) -> dict[str, dict[str, np.ndarray]]:
-        """Arrays by split and field."""
+    def _sort(
+        self, raw: Mapping[str, np.ndarray], origin: str
+    ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, str]]:
+        """Arrays by split and field, and what the inputs and labels were called."""
+        called: dict[str, str] = {}
         sorted_arrays: dict[str, dict[str, np.ndarray]] = {}
         for name, array in raw.items():
             match = _NAME.fullmatch(name)
@@ -130,13 +155,25 @@ class Arrays:
                     )
                 found = key or next((usual for usual in _USUAL[field] if usual in arrays), None)
                 if found is not None:
+                    called.setdefault(field, found)
                     arrays[field] = arrays.pop(found)
-            if "image" not in arrays:
-                raise UserError(
-                    f"{origin}: split {split} has no inputs among {', '.join(arrays)}; name one by"
-                    " --data.image_key"
-                )
-        return sorted_arrays
+            _check_inputs(arrays, split, origin)
+        return sorted_arrays, called
+
+
+def _check_inputs(arrays: Mapping[str, np.ndarray], split: str, origin: str) -> None:
+    """`UserError` if there are no inputs, or pixels under a name by which they are not known."""
+    inputs = {name: array for name, array in arrays.items() if name not in ("label", "weight")}
+    pixels = [
+        name
+        for name, array in inputs.items()
+        if array.ndim >= 3 and array.dtype in (np.uint8, np.uint16)
+    ]
+    if "image" not in arrays and (not inputs or len(pixels) == 1):
+        raise UserError(
+            f"{origin}: split {split} has no inputs among {', '.join(arrays)}; name one by"
+            " --data.image_key"
+        )
 
 
 def load_arrays(path: str) -> dict[str, np.ndarray]:
@@ -193,57 +230,89 @@ def _load(file: pathlib.Path, path: str, mmap_mode: Any = None) -> Any:
         ) from error
 
 
+def _tables(
+    by_split: Mapping[str, Mapping[str, np.ndarray]],
+    used: set[str],
+    called: Mapping[str, str],
+    names: tuple[str, ...] | None,
+    origin: str,
+    image_range: tuple[float, float] | None,
+) -> tuple[dict[str, Table], tuple[str, ...]]:
+    """The table of each split; what their arrays are is decided by the train split, or else by the
+    first. Of splits that are not used nothing but the length is looked at."""
+    by_split = {split: by_split[split] for split in sorted(by_split, key=lambda s: s not in used)}
+    notes: list[str] = []
+    first = "train" if "train" in used & by_split.keys() else next(iter(by_split))
+    example = by_split[first]
+    pixels, labels = Pixels(), None
+    if "image" in example:
+        name = called["image"]
+        check_numeric(example["image"], f"{origin}: {first}: image")
+        pixels, said = pixels_of(example["image"], name, origin, image_range)
+        notes += said
+    if "label" in example:
+        labels, said = labels_of(example["label"], called["label"], names)
+        names = labels.names or names
+        notes += said
+    fields = {
+        split: _as_fields(arrays, f"{origin}: {split}", pixels, labels, notes)
+        for split, arrays in by_split.items()
+        if split in used
+    }
+    num_classes = count_classes(fields, names, origin)
+    tables: dict[str, Table] = {split: ArrayTable(arrays) for split, arrays in by_split.items()}
+    for split, arrays in fields.items():
+        table = ArrayTable(arrays, num_classes, names, f"{origin}: {split}")
+        limits = pixels.limits
+        mapped = isinstance(arrays.get("image"), np.memmap)
+        tables[split] = ScaledTable(table, *limits) if limits and mapped else table
+    return tables, tuple(dict.fromkeys(notes))
+
+
 def _as_fields(
-    arrays: Mapping[str, np.ndarray], origin: str, notes: list[str]
+    arrays: Mapping[str, np.ndarray],
+    origin: str,
+    pixels: Pixels,
+    labels: Labels | None,
+    notes: list[str],
 ) -> dict[str, np.ndarray]:
-    """The arrays of one split as fields of a table: of one length, numeric, labels (N,) int32,
-    images with a channel dim."""
-    length = arrays["image"].shape[0] if arrays["image"].ndim else 0
+    """The arrays of one split as fields of a table: of one length, and of numbers."""
+    leading = next(name for name in ("image", "label", *arrays) if name in arrays)
+    shape = arrays[leading].shape
+    length = shape[0] if shape else 0
     fields: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
+        place = f"{origin}: {name}"
         if array.ndim == 0 or len(array) != length:
-            if name in ("image", "label"):
+            if name in ("image", "label") or array.ndim and length == 0:
                 raise UserError(
-                    f"{origin}: {name} has shape {array.shape}, image {arrays['image'].shape}; both"
-                    " need one row an example"
+                    f"{place} has shape {array.shape}, {leading} {shape}; both need one row an"
+                    " example"
                 )
             notes.append(f"{name}: shape {array.shape} is not one row an example; left out")
-            continue
-        if array.dtype.kind not in "uifb":
-            raise UserError(
-                f"{origin}: {name} has dtype {array.dtype}; expected integers, floats or booleans"
-            )
-        fields[name] = array
-    if "image" in fields and fields["image"].ndim == 3 and fields["image"].dtype == np.uint8:
-        fields["image"] = fields["image"][..., None]
-    if "label" in fields:
-        fields["label"] = _as_labels(fields["label"], origin)
+        elif name in _RESERVED:
+            notes.append(f"{name}: a batch has this field already; left out; rename it to use it")
+        elif name == "label":
+            plan = labels or labels_of(array, name, None)[0]
+            fields |= plan.apply(array, place)
+        elif array.dtype.kind in "US" and name != "image":
+            notes.append(f"{name}: texts ({array.dtype}) are no inputs; left out")
+        else:
+            check_numeric(array, place)
+            fields[name] = _field(array, name, place, pixels, notes)
     return fields
 
 
-def _as_labels(labels: np.ndarray, origin: str) -> np.ndarray:
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.dtype.kind == "f":
-        return labels
-    labels = np.asarray(labels)  # labels are small: no need to leave them on the disk
-    if labels.size and (labels.min() < 0 or labels.max() >= 2**31):
-        raise UserError(
-            f"{origin}: label has values {labels.min()}..{labels.max()}; expected 0..2147483647"
+def _field(
+    array: np.ndarray, name: str, place: str, pixels: Pixels, notes: list[str]
+) -> np.ndarray:
+    if name == "image":
+        return pixels.apply(array, place)
+    if name == "weight" and array.ndim == 1:
+        return np.asarray(array, np.float32)
+    if array.dtype in (np.uint8, np.uint16) and array.ndim >= 3:
+        notes.append(
+            f"{name}: {array.dtype} {array.shape[1:]}: neither scaled nor standardized, as only"
+            " `image` is; if these are pixels, save them as float32 of 0..1"
         )
-    return labels.astype(np.int32)
-
-
-def _count_classes(
-    fields: Mapping[str, Mapping[str, np.ndarray]], names: tuple[str, ...] | None, origin: str
-) -> int | None:
-    """One more than the largest label of all splits, or as many as there are names."""
-    labels = [
-        arrays["label"] for arrays in fields.values() if "label" in arrays and len(arrays["label"])
-    ]
-    if not labels or any(label.ndim != 1 or label.dtype.kind == "f" for label in labels):
-        return None
-    count = 1 + int(max(label.max() for label in labels))
-    if names is not None and count > len(names):
-        raise UserError(f"{origin}: label {count - 1} has no name; class_names has {len(names)}")
-    return len(names) if names is not None else count
+    return array

@@ -11,12 +11,15 @@ import concurrent.futures
 import dataclasses
 import os
 import pathlib
-from typing import Annotated, Any, Literal
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
 
 from jaxtrain import extras
+from jaxtrain.data.checks import named_splits
+from jaxtrain.data.sources.image_files import Limits, check_files, read_image
 from jaxtrain.data.splits import Splits, choose, digest_of_files, newest_change
 from jaxtrain.errors import UserError
 from jaxtrain.fields import AtLeast
@@ -28,6 +31,17 @@ _SPLITS = {
     "validation": "validation",
     "test": "test",
 }
+_RENAMED = {name: name for name in _SPLITS} | {
+    "training": "train",
+    "train_set": "train",
+    "trainset": "train",
+    "testing": "test",
+    "test_set": "test",
+    "testset": "test",
+    "eval": "val",
+    "dev": "val",
+}
+"""Folders that are splits by another name."""
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -41,6 +55,9 @@ class Images:
     """Height and width to which images are cut (at the centre) and resized"""
     color: Literal["rgb", "gray"] = "rgb"
     """Three channels or one"""
+    image_range: tuple[float, float] | None = None
+    """Lowest and highest value of pixels of more than 8 bits, e.g. 0,4095, which become 0..1; none
+    for 0..65535 where a file has 16 bits"""
     threads: Annotated[int, AtLeast(0)] = 0
     """Decoding threads; 0 for one a core"""
     train: str = "train"
@@ -51,8 +68,8 @@ class Images:
     """Split to evaluate on at the end; empty for none"""
 
     def open(self) -> Splits:
-        """Lists the files; nothing is decoded yet. `UserError` if a folder or file is not what it
-        should be."""
+        """Lists the files, and decodes them once before the training. `UserError` if a folder or a
+        file is not what it should be."""
         extras.require("--data=images", "PIL")
         origin = f"--data.path={self.path!r}"
         root = pathlib.Path(self.path).expanduser()
@@ -62,41 +79,71 @@ class Images:
             )
         if min(self.size) < 1:
             raise UserError(f"--data.size={self.size[0]},{self.size[1]}: both must be >= 1")
-        folders = {
-            _SPLITS[folder.name]: folder for folder in _folders(root) if folder.name in _SPLITS
-        } or {"train": root}
+        if self.image_range is not None and not self.image_range[0] < self.image_range[1]:
+            low, high = self.image_range
+            raise UserError(
+                f"--data.image_range={low:g},{high:g}: the first must be less than the second"
+            )
+        used = named_splits((self.train, self.validation, self.test))
+        folders = _split_folders(root, origin, used)
         names = tuple(
-            sorted({folder.name for split in folders.values() for folder in _folders(split)})
+            sorted(
+                {
+                    folder.name
+                    for split in folders.values()
+                    for folder in _children(split, origin)
+                    if folder.is_dir()
+                }
+            )
         )
         if not names:
             raise UserError(f"{origin}: holds no class folders")
-        tables = {}
-        for split, folder in folders.items():
-            listed = [
+        listed = {
+            split: [
                 (file, label)
                 for label, name in enumerate(names)
                 for file in _files(folder / name, origin)
             ]
-            files, labels = zip(*listed, strict=True) if listed else ((), ())
-            tables[split] = ImageTable(
-                files, np.array(labels, np.int32), names, self.size, self.color, self.threads
+            for split, folder in folders.items()
+        }
+        files = {str(file.relative_to(root)): file for rows in listed.values() for file, _ in rows}
+        fingerprint, modified_ns = digest_of_files(files), newest_change(files.values())
+        order = ("train", "validation", "test")
+        in_use = {split: listed[split] for split in order if split in used and split in listed}
+        deep, notes = check_files(
+            {split: [file for file, _ in rows] for split, rows in in_use.items()},
+            limits=self.image_range,
+            threads=self.threads,
+            identity={"files": fingerprint, "modified_ns": modified_ns, "splits": sorted(in_use)},
+        )
+        tables = {
+            split: ImageTable(
+                tuple(file for file, _ in rows),
+                np.array([label for _, label in rows], np.int32),
+                names,
+                self.size,
+                self.color,
+                self.threads,
+                floats=deep,
+                limits=self.image_range,
             )
-        files = {
-            str(file.relative_to(root)): file for table in tables.values() for file in table.files
+            for split, rows in listed.items()
         }
         return choose(
             tables,
             train=self.train,
             validation=self.validation,
             test=self.test,
-            fingerprint=digest_of_files(files),
-            modified_ns=newest_change(files.values()),
+            fingerprint=fingerprint,
+            notes=(*notes, *_class_notes(in_use, names)),
+            modified_ns=modified_ns,
+            origin=origin,
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageTable:
-    """A table over image files: uint8 images (H, W, C), decoded when read."""
+    """A table over image files: uint8 images (H, W, C), or float32 of 0..1, decoded when read."""
 
     files: tuple[pathlib.Path, ...]
     labels_N: np.ndarray
@@ -104,6 +151,10 @@ class ImageTable:
     size: tuple[int, int]
     color: Literal["rgb", "gray"] = "rgb"
     threads: int = 0
+    floats: bool = False
+    """Whether images are float32 of 0..1, since some have more than 8 bits."""
+    limits: Limits | None = None
+    """The range of pixels of more than 8 bits, if it is not 0..65535."""
 
     arrays = None
 
@@ -114,10 +165,11 @@ class ImageTable:
 
     @property
     def fields(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """`image` uint8 (H, W, C) and `label` int32."""
+        """`image` uint8 or float32 (H, W, C) and `label` int32."""
         shape = (*self.size, 3 if self.color == "rgb" else 1)
+        dtype = np.dtype(np.float32 if self.floats else np.uint8)
         return {
-            "image": jax.ShapeDtypeStruct(shape, np.dtype(np.uint8)),
+            "image": jax.ShapeDtypeStruct(shape, dtype),
             "label": jax.ShapeDtypeStruct((), np.dtype(np.int32)),
         }
 
@@ -126,10 +178,17 @@ class ImageTable:
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Decodes the files at `indices`; `UserError` naming a file that is no image."""
-        images = np.empty((len(indices), *self.fields["image"].shape), np.uint8)
+        field = self.fields["image"]
+        images = np.empty((len(indices), *field.shape), field.dtype)
 
         def decode(place: int) -> None:
-            images[place] = read_image(self.files[indices[place]], self.size, self.color)
+            images[place] = read_image(
+                self.files[indices[place]],
+                self.size,
+                self.color,
+                floats=self.floats,
+                limits=self.limits,
+            )
 
         # Pillow frees the interpreter while it decodes and resizes, so threads do use the cores.
         with concurrent.futures.ThreadPoolExecutor(
@@ -139,48 +198,92 @@ class ImageTable:
                 pass
         return {"image": images, "label": self.labels_N[indices]}
 
+    def where(self, index: int) -> str:
+        """The file of an example."""
+        return str(self.files[index])
 
-def read_image(file: pathlib.Path, size: tuple[int, int], color: str = "rgb") -> np.ndarray:
-    """Decodes one file as uint8 (H, W, C), turned upright as its camera says."""
-    from PIL import Image, ImageOps
 
-    try:
-        with Image.open(file) as image:
-            # JPEG only: decodes at a fraction of the size if that is still twice the wanted
-            image.draft("RGB", (2 * size[1], 2 * size[0]))
-            return fit(ImageOps.exif_transpose(image), size, color)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+def _split_folders(
+    root: pathlib.Path, origin: str, used: Collection[str]
+) -> dict[str, pathlib.Path]:
+    """The folder of each split; `UserError` for whatever beside them would be left out."""
+    children = _children(root, origin)
+    folders = {child.name: child for child in children if child.is_dir()}
+    found = {name: folder for name, folder in folders.items() if name in _SPLITS}
+    if not found:
+        near = {name: _RENAMED[name.lower()] for name in folders if name.lower() in _RENAMED}
+        if "train" in near.values():
+            renamed = ", ".join(f"{name} to {split}" for name, split in near.items())
+            raise UserError(
+                f"{origin}: {', '.join(near)} would be taken for classes; rename {renamed}"
+            )
+        _no_images(root, children, origin)
+        return {"train": root}
+    splits: dict[str, pathlib.Path] = {}
+    for name, folder in found.items():
+        other = splits.setdefault(_SPLITS[name], folder)
+        if other is not folder:
+            raise UserError(
+                f"{origin}: {other.name} and {name} are folders of one split; put all into one"
+            )
+    beside = [name for name in folders if name not in found]
+    if beside:
+        names = ", ".join(beside[:5]) + (f" and {len(beside) - 5} more" * (len(beside) > 5))
         raise UserError(
-            f"{file}: not an image that Pillow reads ({' '.join(str(error).split())}); mend or"
-            " remove it"
-        ) from error
+            f"{origin}: {names} beside {', '.join(found)} would be left out; move class folders"
+            " into train, and all else out of the folder"
+        )
+    _no_images(root, children, origin)
+    for split, folder in splits.items():
+        if split in used:
+            _no_images(folder, _children(folder, origin), origin)
+    return splits
 
 
-def fit(image: Any, size: tuple[int, int], color: str = "rgb") -> np.ndarray:
-    """The largest centred part of a Pillow image that has the shape of `size`, resized to it: uint8
-    (H, W, C).
-
-    >>> from PIL import Image
-    >>> fit(Image.new("RGB", (40, 20), (1, 2, 3)), (4, 4))[0, 0].tolist()
-    [1, 2, 3]
-    """
-    from PIL import Image
-
-    height, width = size
-    scale = min(image.width / width, image.height / height)
-    left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
-    box = (left, top, left + scale * width, top + scale * height)
-    image = image.convert("RGB" if color == "rgb" else "L")
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
-    pixels = np.asarray(image)
-    return pixels if color == "rgb" else pixels[..., None]
+def _no_images(folder: pathlib.Path, children: Iterable[pathlib.Path], origin: str) -> None:
+    """`UserError` for images that are in no class folder."""
+    images = [child for child in children if child.suffix.lower() in _SUFFIXES]
+    images = [child for child in images if not child.is_dir()]
+    if images:
+        count = "1 image is" if len(images) == 1 else f"{len(images):,} images are"
+        raise UserError(
+            f"{origin}: {count} in no class folder, e.g. {images[0]}; move each into the folder of"
+            f" its class, e.g. {folder / 'cat' / images[0].name}"
+        )
 
 
-def _folders(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(
-        child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
-    )
+def _class_notes(
+    splits: Mapping[str, Sequence[tuple[pathlib.Path, int]]], names: Sequence[str]
+) -> list[str]:
+    """Notes on classes that a split has no images of."""
+    notes = []
+    for split, rows in splits.items():
+        there = {label for _, label in rows}
+        missing = [name for label, name in enumerate(names) if label not in there]
+        if missing and rows:
+            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" * (len(missing) > 5))
+            notes.append(f"{split} has no images of class {shown} (of {len(names)} classes)")
+    return notes
+
+
+def _children(folder: pathlib.Path, origin: str) -> list[pathlib.Path]:
+    """What lies in a folder, sorted, without hidden files; `UserError` if it cannot be read, or for
+    links that lead nowhere."""
+    try:
+        children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{origin}: {folder} cannot be read ({error.strerror}); mend it") from error
+    for child in children:
+        if child.is_symlink() and not _leads_somewhere(child):
+            raise UserError(f"{origin}: {child} is a link that leads nowhere; mend or remove it")
+    return children
+
+
+def _leads_somewhere(link: pathlib.Path) -> bool:
+    try:
+        return link.exists()
+    except (OSError, RuntimeError):  # a loop
+        return False
 
 
 def _files(folder: pathlib.Path, origin: str) -> list[pathlib.Path]:
@@ -188,8 +291,13 @@ def _files(folder: pathlib.Path, origin: str) -> list[pathlib.Path]:
     rather than a silent gap."""
     if not folder.is_dir():
         return []
-    files = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+    files = _children(folder, origin)
     for file in files:
+        if file.is_dir():
+            raise UserError(
+                f"{origin}: {file} is a folder in the folder of a class; move its images up, or"
+                " remove it"
+            )
         if file.suffix.lower() not in _SUFFIXES or not file.is_file():
             raise UserError(
                 f"{origin}: {file} is not an image file ({', '.join(_SUFFIXES)}); remove it"

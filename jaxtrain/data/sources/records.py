@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxtrain import extras
 from jaxtrain.data.splits import Splits, choose, digest_of_files, newest_change
-from jaxtrain.data.table import Table, device_dtype
+from jaxtrain.data.table import Table, device_dtype, on_device, scale_to_unit
 from jaxtrain.errors import UserError
 
 _FORMAT = "jaxtrain-records-1"
@@ -71,6 +71,7 @@ class Records:
             test=self.test,
             fingerprint=digest_of_files(files),
             modified_ns=newest_change(files.values()),
+            origin=origin,
         )
 
 
@@ -111,8 +112,16 @@ class RecordTable:
         import grain
 
         self.num_classes, self.class_names = num_classes, class_names
+        # Pixels of 16 bits have a known range; they are handed out as floats of 0..1.
+        self._deep = {
+            name
+            for name, (dtype, shape) in layout.items()
+            if name == "image" and dtype == np.uint16 and len(shape) >= 2
+        }
         self.fields = {
-            name: jax.ShapeDtypeStruct(shape, device_dtype(dtype))
+            name: jax.ShapeDtypeStruct(
+                shape, np.dtype("float32") if name in self._deep else device_dtype(dtype)
+            )
             for name, (dtype, shape) in layout.items()
         }
         self._files, self._counts, self._layout = files, counts, layout
@@ -147,17 +156,23 @@ class RecordTable:
                 )
         bytes_BX = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), sum(sizes))
         ends = itertools.accumulate(sizes)
-        return {
-            name: (
-                np.ascontiguousarray(bytes_BX[:, end - size : end])
-                .view(dtype)
-                .reshape(-1, *shape)
-                .astype(device_dtype(dtype))
-            )
+        rows = {
+            name: np.ascontiguousarray(bytes_BX[:, end - size : end])
+            .view(dtype)
+            .reshape(-1, *shape)
             for (name, (dtype, shape)), size, end in zip(
                 self._layout.items(), sizes, ends, strict=True
             )
         }
+        for name in self._deep:
+            rows[name] = scale_to_unit(rows[name], 0, 65535)
+        # A table of arrays refuses what does not fit into 32 bits; the file is named by `where`.
+        return on_device(rows, lambda row: self.where(int(indices[row])))
+
+    def where(self, index: int) -> str:
+        """The file that holds an example, and its number in there."""
+        file, record = located(index, self._files, self._counts)
+        return f"{file}: record {record}"
 
 
 def read_located(

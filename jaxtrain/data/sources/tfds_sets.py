@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from jaxtrain import extras, messages
-from jaxtrain.data.sources.images import fit
-from jaxtrain.data.sources.records import read_located
+from jaxtrain.data.sources.image_files import fit_pixels
+from jaxtrain.data.sources.records import located, read_located
 from jaxtrain.data.splits import Splits, choose, digest_of_files, newest_change
-from jaxtrain.data.table import device_dtype, load, num_bytes
+from jaxtrain.data.table import device_dtype, load, num_bytes, on_device
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Public
 
@@ -73,6 +73,7 @@ class Tfds:
             test=self.test,
             fingerprint=digest_of_files(files),
             modified_ns=newest_change(files.values()),
+            origin=f"--data.name={self.name}",
         )
         parts = {
             role: part
@@ -202,34 +203,48 @@ class _Description:
                     f"--data.name={source.name}: {key} differs in shape between examples, {shape};"
                     " set --data.size=224,224"
                 )
-            fields[field] = jax.ShapeDtypeStruct(shape, device_dtype(features[key].np_dtype))
+            dtype = np.dtype(features[key].np_dtype)
+            if dtype.kind not in "uifb":
+                raise UserError(
+                    f"--data.{field}_key={key!r}: {source.name} has {dtype} there; expected"
+                    " integers, floats or booleans; name another feature"
+                )
+            deep = field == "image" and dtype == np.uint16 and len(shape) == 3
+            fields[field] = jax.ShapeDtypeStruct(
+                shape, np.dtype("float32") if deep else device_dtype(dtype)
+            )
+        if "label" in fields and fields["label"].dtype.kind == "f":
+            # Floats are no classes.
+            fields["target"], keys["target"] = fields.pop("label"), keys.pop("label")
         label = features[source.label_key] if source.label_key else None
         num_classes = getattr(label, "num_classes", None)
         names = tuple(label.names) if label is not None and num_classes else None
         return cls(fields, keys, source.size, num_classes, names)
 
     def rows(self, examples: list[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """The columns of a list of TFDS examples."""
+        """The columns of a list of TFDS examples; `UserError` if an integer does not fit into 32
+        bits."""
         rows = {
             name: np.empty((len(examples), *field.shape), field.dtype)
             for name, field in self.fields.items()
         }
         for place, example in enumerate(examples):
             for name, key in self.keys.items():
-                rows[name][place] = (
-                    _resized(example[key], self.size)
-                    if name == "image" and self.size
-                    else example[key]
-                )
+                value = np.asarray(example[key])
+                if name == "image":
+                    value = _pixels(value, self.size, rows[name].dtype)
+                elif value.dtype.kind in "iu":
+                    value = on_device({key: value[None]}, lambda _: "a record")[key][0]
+                rows[name][place] = value
         return rows
 
 
-def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    from PIL import Image
-
-    gray = pixels.shape[-1] == 1
-    image = Image.fromarray(pixels[..., 0] if gray else pixels)
-    return fit(image, size, "gray" if gray else "rgb")
+def _pixels(pixels: np.ndarray, size: tuple[int, int] | None, dtype: np.dtype) -> np.ndarray:
+    """One image in its size; 16 bits become 0..1."""
+    deep = pixels.dtype == np.uint16 and dtype.kind == "f"
+    if size is not None:
+        pixels = fit_pixels(pixels, size)
+    return pixels / np.float32(65535) if deep else pixels
 
 
 class RandomAccessTable:
@@ -256,6 +271,11 @@ class RandomAccessTable:
         return self._describe.rows(
             read_located(self._source, np.asarray(indices), self._files, self._counts)
         )
+
+    def where(self, index: int) -> str:
+        """The file that holds an example, and its number in there."""
+        file, record = located(index, self._files, self._counts)
+        return f"{file}: record {record}"
 
 
 class TensorflowTable:
