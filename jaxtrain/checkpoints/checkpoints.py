@@ -9,6 +9,7 @@ whole.
 """
 
 import json
+import logging
 import math
 import os
 import re
@@ -39,6 +40,8 @@ found at the start are of dead processes."""
 FINITE = ("params", "opt_state", "collections", "ema")
 """The parts of a state in which everything must be finite; a hyper-parameter may be infinite."""
 SPARE_BYTES = 1 << 20  # for manifest, metadata and directories
+MOST_SCANS = 20
+"""How often `verify` looks again where a living run deletes faster than it reads."""
 CLOSE_SECONDS = 1200.0
 """How long a save in flight may take when the run ends by an error: less than the supervisor waits
 for a process that is saving (`failure.LIMITS`), so that the error still gets its exit status."""
@@ -73,6 +76,7 @@ class Checkpoints:
         run_id: str = "",
         writes: bool = True,
     ) -> None:
+        _refuse_inner_folder(Path(workdir))
         self.folder = Path(workdir) / FOLDER
         self._writes = writes
         self._keep, self._keep_every, self._run_id = max(keep, 1), keep_every, run_id
@@ -332,6 +336,17 @@ class Checkpoints:
         shutil.rmtree(deleted)
 
 
+def _refuse_inner_folder(folder: Path) -> None:
+    """`UserError` if the folder is that of the checkpoints, or of one of them, instead of the
+    workdir, for within it there would be none."""
+    if (folder / FOLDER).is_dir():
+        return
+    inner = folder.parent if (folder / manifest.COMMIT).is_file() else folder
+    if inner.name == FOLDER and (inner != folder or committed.numbered(folder)):
+        what = "a checkpoint" if inner != folder else "the folder of the checkpoints"
+        raise UserError(f"{folder}: is {what}; give the workdir, {inner.parent}")
+
+
 def digest(state: PyTree) -> str:
     """SHA-256 over the sorted (path, dtype, shape, bytes) of a state; the same on any mesh.
 
@@ -343,33 +358,74 @@ def digest(state: PyTree) -> str:
 
 def verify_command(workdir: Path) -> int:
     """Prints a line on every checkpoint of a run, and last the digest of the newest whole one; 74
-    if one is damaged, 2 if there is none."""
+    if one is damaged, 2 if there is none.
+
+    The run may be going on: a step that it deletes meanwhile is gone, not damaged.
+    """
     checkpoints = Checkpoints(workdir)
-    damaged, whole = False, []
-    for step in committed.numbered(checkpoints.folder):
-        if found := checkpoints.verify(step):
-            if not os.path.lexists(checkpoints.folder / str(step)):
-                continue  # a living run has just let go of it
-            damaged = True
-            print("\n".join(f"step {step}: {problem}" for problem in found))
-            continue
-        whole.append(step)
-        files = manifest.read(checkpoints.folder / str(step))["files"]
-        size = sum(size for size, _ in files.values())
-        print(f"step {step}: ok, {len(files)} files, {bytes_text(size)}")
-    if not (damaged or whole):
+    # The storage library reads in many tasks; where a step goes away under it, one line is enough.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    lines, damaged, digested = _verified(checkpoints)
+    # A run that keeps few and commits often may have deleted all that were listed.
+    for _ in range(MOST_SCANS - 1):
+        if digested is not None or damaged:
+            break
+        if not committed.numbered(checkpoints.folder):
+            break
+        lines, damaged, digested = _verified(checkpoints)
+    for line in lines:
+        print(line)
+    if digested is None and not damaged:
         print(
             f"jaxtrain: error: {workdir}: no committed checkpoint in {checkpoints.folder}",
             file=sys.stderr,
         )
         return 2
-    try:
-        if whole:
-            print(f"digest {checkpoints.digest(whole[-1])}")
-    except CheckpointError as error:
-        damaged = True
-        print(error)
+    if digested is not None:
+        step, text = digested
+        newer = [bad for bad in damaged if bad > step]
+        if newer:
+            steps = ", ".join(map(str, newer))
+            print(f"step {step} is the newest whole one ({steps} damaged); its digest:")
+        print(f"digest {text}")
     return 74 if damaged else 0
+
+
+def _verified(checkpoints: Checkpoints) -> tuple[list[str], list[int], tuple[int, str] | None]:
+    """A line for each problem and each whole step, the damaged steps, and the newest whole step
+    with its digest."""
+    lines: list[str] = []
+    damaged: list[int] = []
+    whole: list[int] = []
+    for step in committed.numbered(checkpoints.folder):
+        try:
+            # Once more before it is called damaged: a living run may be putting it back.
+            found = checkpoints.verify(step) and checkpoints.verify(step)
+            files = {} if found else manifest.read(checkpoints.folder / str(step))["files"]
+        except (OSError, manifest.Damaged) as error:
+            found, files = [f"cannot be read ({error})"], {}
+        if _is_gone(checkpoints, step):
+            continue
+        if found:
+            damaged.append(step)
+            lines += [f"step {step}: {problem}" for problem in found]
+            continue
+        whole.append(step)
+        size = sum(size for size, _ in files.values())
+        lines.append(f"step {step}: ok, {len(files)} files, {bytes_text(size)}")
+    for step in reversed(whole):
+        try:
+            return lines, damaged, (step, checkpoints.digest(step))
+        except (CheckpointError, OSError, manifest.Damaged) as error:
+            if not _is_gone(checkpoints, step):
+                damaged.append(step)
+                lines.append(str(error))
+    return lines, damaged, None
+
+
+def _is_gone(checkpoints: Checkpoints, step: int) -> bool:
+    """Whether a step is no longer there: a living run has let go of it while it was read."""
+    return not os.path.lexists(checkpoints.folder / str(step))
 
 
 def _reason(error: Exception) -> str:

@@ -59,8 +59,12 @@ def newest(folder: Path, on_problem: Callable[[str], None]) -> int | None:
     some and none verifies: a run must not start from scratch without anybody having said so.
     """
     damaged: list[tuple[int, str]] = []
+    gone = False
     for step in reversed(numbered(folder)):
         if found := verify(folder, step):
+            if not os.path.lexists(folder / str(step)):
+                gone = True  # a living run has let go of it while it was read
+                continue
             damaged.append(
                 (step, found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else ""))
             )
@@ -69,6 +73,8 @@ def newest(folder: Path, on_problem: Callable[[str], None]) -> int | None:
         for (bad, problem), lower in zip(damaged, following, strict=False):
             on_problem(f"step {bad}: {problem}; falling back to step {lower}")
         return step
+    if gone and (later := numbered(folder)) and max(later) not in dict(damaged):
+        return newest(folder, on_problem)
     if damaged:
         listed = "; ".join(f"step {step}: {problem}" for step, problem in damaged)
         raise CheckpointError(

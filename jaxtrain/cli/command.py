@@ -20,16 +20,18 @@ class Command:
     """Does it, with what stood behind its name; returns the exit status."""
 
 
-def refuse_flags(command: str, arguments: Sequence[str]) -> None:
-    """Raises `UserError` for a flag, of a command that takes none."""
+def refuse_flags(command: str, arguments: Sequence[str], takes: str = "none") -> None:
+    """Raises `UserError` for a flag that the command does not take."""
     if flag := next((argument for argument in arguments if argument.startswith("-")), None):
-        raise UserError(f"{command}: unknown flag {messages.printable(flag)}; it takes none")
+        raise UserError(f"{command}: unknown flag {messages.printable(flag)}; it takes {takes}")
 
 
-def workdirs(command: str, arguments: Sequence[str], *, several: bool) -> list[Path]:
+def workdirs(
+    command: str, arguments: Sequence[str], *, several: bool, takes: str = "none"
+) -> list[Path]:
     """The folders of runs that a command was given, at least one; `UserError` for anything
     else."""
-    refuse_flags(command, arguments)
+    refuse_flags(command, arguments, takes)
     if not arguments or (len(arguments) > 1 and not several):
         raise UserError(
             f"{command}: takes {'at least one' if several else 'one'} WORKDIR, got"

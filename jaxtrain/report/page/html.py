@@ -26,6 +26,8 @@ from jaxtrain.report.page.style import SHEET, curve_color
 from jaxtrain.report.page.svg import inline_svg
 from jaxtrain.report.terminal.tables import count_text, rate_text, value_text
 
+MARK = "Made by jaxtrain."
+"""What tells a page of ours from a user's own, which is never overwritten."""
 MOST_CLASSES_IN_TABLE = 30
 MOST_PAIRS = 15
 MOST_SETTINGS = 12
@@ -36,8 +38,9 @@ def write_report(
 ) -> Path:
     """Writes the page of one run or several, and plots/*.png beside it; returns the page's path.
 
-    `out` is the page's file; by default report.html in the run's folder, or in the working
-    directory for several runs. `UserError` if a folder holds no run.
+    `out` is the page's file; by default report.html in the run's folder, or in `comparison/` for
+    several runs. `UserError` if a folder holds no run, or if what would be written over was not
+    made here.
     """
     extras.require("a report", "matplotlib")
     histories = [history.load(workdir) for workdir in workdirs]
@@ -46,8 +49,9 @@ def write_report(
     out = (
         Path(out)
         if out is not None
-        else (histories[0].folder if len(histories) == 1 else Path()) / "report.html"
+        else (histories[0].folder if len(histories) == 1 else Path("comparison")) / "report.html"
     )
+    _refuse_to_overwrite(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Whole or not at all: a reader never sees half a page.
     draft = out.with_name(f".{out.name}.{os.getpid()}")
@@ -60,6 +64,30 @@ def write_report(
             [*curves, *prediction_plots.draw_predictions(histories)], out.parent / "plots"
         )
     return out
+
+
+def _refuse_to_overwrite(out: Path) -> None:
+    """`UserError` if the page or the folder of plots is there and somebody else's; a page of ours
+    says so in its last line, and plots beside it are ours."""
+    try:
+        if MARK in out.read_text(encoding="utf-8", errors="replace"):
+            return
+        raise UserError(
+            f"{out}: was not made by jaxtrain and is left alone; rename it, or give another folder"
+            " by `python -m jaxtrain report ... --out=FOLDER`"
+        )
+    except FileNotFoundError:
+        pass
+    except IsADirectoryError:
+        raise UserError(f"{out}: is a folder; give another by --out=FOLDER") from None
+    except NotADirectoryError:
+        raise UserError(f"{out.parent}: is a file, not a folder; give another --out") from None
+    images = out.parent / "plots"
+    if images.is_dir() and not all(map(plots.is_ours, images.iterdir())):
+        raise UserError(
+            f"{images}: holds files that were not made by jaxtrain; rename it, or give another"
+            " folder by `python -m jaxtrain report ... --out=FOLDER`"
+        )
 
 
 def render(histories: Sequence[History], curves: Sequence[str] = ()) -> str:
@@ -88,7 +116,7 @@ def render(histories: Sequence[History], curves: Sequence[str] = ()) -> str:
         '<meta name="color-scheme" content="light'
         f' dark"><title>{_text(title)}</title><style>{SHEET}</style></head><body><main>'
         f"<header><h1>{_text(title)}</h1>{_subtitle(histories)}</header>{''.join(sections)}"
-        "<footer>Made by jaxtrain. Hover a curve for its values.</footer></main></body></html>\n"
+        f"<footer>{MARK} Hover a curve for its values.</footer></main></body></html>\n"
     )
 
 

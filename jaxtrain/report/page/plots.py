@@ -208,7 +208,15 @@ def write_png(plots: Sequence[Plot], folder: Path) -> None:
     """Writes each plot as `NAME.png` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for plot in plots:
-        plot.figure.savefig(folder / f"{plot.name}.png", dpi=DPI)
+        plot.figure.savefig(folder / f"{plot.name}.png", dpi=DPI, metadata={"Software": "jaxtrain"})
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is a plot that `write_png` wrote."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return b"Software\0jaxtrain" in file.read(4096)
 
 
 def _curve_plot(curves: Sequence[Curve], quantity: Quantity) -> Plot:
