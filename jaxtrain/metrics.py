@@ -32,8 +32,9 @@ def weighted(values_B: jax.Array, weights_B: jax.Array | None) -> tuple[jax.Arra
             f"weights have shape {weights_B.shape}, values {values_B.shape}; they must be equal,"
             " one weight for each value"
         )
-    # A padded example may hold anything, even nan: it is dropped, not multiplied by zero.
-    return jnp.sum(jnp.where(weights_B > 0, values_B * weights_B, 0.0)), jnp.sum(weights_B)
+    # A padded example may hold anything, even nan: it is dropped, not multiplied by zero, and
+    # before the product, so that its gradient is zero too.
+    return jnp.sum(jnp.where(weights_B > 0, values_B, 0.0) * weights_B), jnp.sum(weights_B)
 
 
 def ratio(

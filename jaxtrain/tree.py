@@ -1,6 +1,7 @@
 """Paths of a pytree, and the one rule language over them: ordered (pattern, value) pairs, first
 match wins."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -132,7 +133,67 @@ def size(tree: PyTree) -> int:
 
 def num_bytes(tree: PyTree) -> int:
     """How many bytes the arrays of a tree take, without copies on other devices."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(tree))
+    return sum(leaf.size * itemsize(leaf) for leaf in jax.tree_util.tree_leaves(tree))
+
+
+def itemsize(leaf: Any) -> int:
+    """How many bytes an element of an array takes."""
+    # A typed key has no itemsize of its own: threefry's is two 32-bit words.
+    return 8 if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class Constant:
+    """A Python number among a model's parameters: part of the tree's structure, so that no program
+    makes an array of it and nothing trains it.
+
+    >>> Constant(1) == Constant(1), Constant(1) == Constant(1.0), Constant(1) == Constant(True)
+    (True, False, False)
+    """
+
+    value: complex
+
+    def _text(self) -> str:
+        return f"{type(self.value).__name__}({self.value!r})"  # nan is as nan is
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and self._text() == other._text()
+
+    def __hash__(self) -> int:
+        return hash(self._text())
+
+
+def with_constants(tree: PyTree) -> PyTree:
+    """The tree with each Python number as a `Constant`.
+
+    >>> with_constants({"width": 3, "name": None})
+    {'name': None, 'width': Constant(value=3)}
+    """
+
+    def wrap(leaf: Any) -> Any:
+        # NumPy's numbers, of which some are Python's too, are arrays.
+        is_number = isinstance(leaf, int | float | complex) and not hasattr(leaf, "dtype")
+        return Constant(leaf) if is_number else leaf
+
+    return jax.tree.map(wrap, tree)
+
+
+def without_constants(tree: PyTree) -> PyTree:
+    """The tree with its Python numbers as the model made them."""
+    return jax.tree.map(
+        lambda leaf: leaf.value if _is_constant(leaf) else leaf, tree, is_leaf=_is_constant
+    )
+
+
+def constants(tree: PyTree) -> dict[str, complex]:
+    """The Python numbers of a tree by their slash paths."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_constant)
+    return {path_text(path): leaf.value for path, leaf in leaves if _is_constant(leaf)}
+
+
+def _is_constant(leaf: Any) -> bool:
+    return isinstance(leaf, Constant)
 
 
 def _are_axes(node: Any) -> bool:

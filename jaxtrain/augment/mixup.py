@@ -36,7 +36,14 @@ def mix(batch: Batch, mixup: Any, cutmix: Any, draws_BA: jax.Array, key: jax.Arr
         )
     blend_key, cut_key, choice_key = jax.random.split(key, 3)
     image = batch["image"]
-    partner = image[::-1]
+    partner, other_B = image[::-1], batch["label"][::-1]
+    if "weight" in batch:
+        # Padding is nobody's partner: an example beside it is mixed with itself.
+        counts_B = batch["weight"][::-1] > 0
+        partner, other_B = (
+            jnp.where(counts_B.reshape(-1, *(1,) * (own.ndim - 1)), other, own)
+            for own, other in ((image, partner), (batch["label"], other_B))
+        )
     blended = cut = (image, jnp.ones(len(image)))
     if not draws.is_off(mixup):
         weight = _weight(blend_key, mixup)
@@ -52,7 +59,7 @@ def mix(batch: Batch, mixup: Any, cutmix: Any, draws_BA: jax.Array, key: jax.Arr
         mixed, weight_B = (
             jnp.where(chosen, one, other) for one, other in zip(blended, cut, strict=True)
         )
-    return {**batch, "image": mixed, "label_other": batch["label"][::-1], "label_weight": weight_B}
+    return {**batch, "image": mixed, "label_other": other_B, "label_weight": weight_B}
 
 
 def _weight(key: jax.Array, alpha: Any) -> jax.Array:

@@ -22,7 +22,7 @@ import optax
 from jaxtrain import tree
 from jaxtrain.errors import UserError
 from jaxtrain.fields import NonNegative, Positive
-from jaxtrain.optimizers import parameters
+from jaxtrain.optimizers import parameters, trained
 from jaxtrain.tree import PyTree, Rules
 
 Number = float | jax.Array
@@ -47,6 +47,9 @@ class Optimizer:
     """Whether the state holds copies of parameters, which must not be rounded as averages may
     be."""
 
+    takes_complex: ClassVar[bool] = True
+    """Whether its equations hold for complex parameters; if not, they are refused."""
+
     def transform(
         self, params: PyTree, learning_rate: Number, axes: PyTree = None
     ) -> optax.GradientTransformationExtraArgs:
@@ -61,18 +64,21 @@ class Optimizer:
         >>> updates["kernel"].tolist(), updates["bias"].tolist()
         ([-0.5, -0.5], [0.0, 0.0])
 
-        Of `params` only paths and shapes are read, so it may be abstract. `axes` are their logical
-        axes (`adapters.logical_axes`), which help to tell what each is (see `parameters.py`); give
-        the same ones at every step. State and updates keep the dtypes of the parameters; the
-        arithmetic is in float32 at least. `UserError` if a pattern decides nothing.
+        Of `params` only paths, shapes and dtypes are read, so it may be abstract. `axes` are their
+        logical axes (`adapters.logical_axes`), which help to tell what each is (see
+        `parameters.py`); give the same ones at every step. State and updates keep the dtypes of the
+        parameters; the arithmetic is in float32 at least. What is not trained (see `trained.py`)
+        needs no gradient: None there gives None. `UserError` if a pattern decides nothing.
         """
-        params = parameters.describe(params, axes)
-        chain = self.chain(params, learning_rate)
-        if self.frozen:
-            chain = optax.partition(
-                {"trained": chain, "frozen": optax.set_to_zero()}, self._labels(params)
-            )
-        return _typed(chain)
+        trains = self.trained(params)
+        self._check_complex(params, trains)
+        chain = _typed(self.chain(parameters.describe(params, axes), learning_rate))
+        return chain if all(jax.tree.leaves(trains)) else _of_trained(chain, trains)
+
+    def trained(self, params: PyTree) -> PyTree:
+        """True for each parameter that is trained, False for each that is frozen by a rule or holds
+        no floats; `params` may be abstract."""
+        return trained.mask(params, self.frozen)
 
     def chain(self, params: PyTree, learning_rate: Number) -> Transformation:
         """The transformation of the parameters that are not frozen; `params` is a tree of
@@ -93,15 +99,15 @@ class Optimizer:
         """A factor of the weight decay for every parameter."""
         return jax.tree.map(lambda _: 0.0, params)
 
-    def _labels(self, params: PyTree) -> PyTree:
-        rules = tuple((pattern, "frozen") for pattern in self.frozen)
-        labels = tree.match(rules, params, name="--optimizer.frozen", default="trained")
-        if "trained" not in jax.tree.leaves(labels):
-            raise UserError(
-                f"--optimizer.frozen={','.join(self.frozen)}: freezes every parameter; leave at"
-                " least one to be trained"
-            )
-        return labels
+    def _check_complex(self, params: PyTree, trains: PyTree) -> None:
+        if self.takes_complex:
+            return
+        for path, leaf in tree.flatten(trained.only(trains, params)).items():
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                raise UserError(
+                    f"optimizer={type(self).__name__}: {path} is {leaf.dtype}, and its equations"
+                    " are for real numbers only; use SGD, Adam or AdamW, or freeze it"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,18 +159,14 @@ def match_table(optimizer: Optimizer, params: PyTree, axes: PyTree = None) -> li
     >>> match_table(AdamW(frozen=("bias",)), {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))})
     [('bias', '(3,)', 'frozen', '-'), ('kernel', '(2, 3)', '1', '1')]
     """
+    trains = optimizer.trained(params)
     params = parameters.describe(params, axes)
-    labels = (
-        optimizer._labels(params) if optimizer.frozen else jax.tree.map(lambda _: "trained", params)
-    )
     rates = optimizer.rate_factors(params) or jax.tree.map(lambda _: 1.0, params)
     show = {
-        "rate": jax.tree.map(
-            lambda label, rate: "frozen" if label == "frozen" else f"{rate:g}", labels, rates
-        ),
+        "rate": jax.tree.map(lambda keep, rate: f"{rate:g}" if keep else "frozen", trains, rates),
         "decay": jax.tree.map(
-            lambda label, decay: "-" if label == "frozen" else f"{decay:g}",
-            labels,
+            lambda keep, decay: f"{decay:g}" if keep else "-",
+            trains,
             optimizer.decay_factors(params),
         ),
     }
@@ -214,6 +216,29 @@ def _factors(rules: Rules[float], params: PyTree, name: str) -> PyTree:
         if not factor >= 0:
             raise UserError(f"{name}: {pattern}={factor}: must be >= 0")
     return tree.match(rules, params, name=name)
+
+
+def _of_trained(
+    chain: optax.GradientTransformationExtraArgs, trains: PyTree
+) -> optax.GradientTransformationExtraArgs:
+    """The same transformation, which sees the trained parameters only and keeps no state of the
+    others; their updates are zeros, or None where no gradient is given."""
+    labels = jax.tree.map(lambda keep: "trained" if keep else "frozen", trains)
+    inner = optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, labels)
+
+    def seen(values: PyTree) -> PyTree:
+        return trained.only(trains, values, optax.MaskedNode())
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        new, state = inner.update(seen(updates), state, seen(params), **extra)
+        rest = jax.tree.map(
+            lambda keep, old: old if keep or old is None else jnp.zeros_like(old), trains, updates
+        )
+        return trained.merged(trains, new, rest), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: inner.init(seen(params)), update)
 
 
 def _typed(inner: Transformation) -> optax.GradientTransformationExtraArgs:

@@ -10,7 +10,6 @@ from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain import messages, tree
@@ -133,7 +132,7 @@ def rows(
                 path,
                 tuple(leaf.shape),
                 spec,
-                math.prod(place.shard_shape(leaf.shape)) * _itemsize(leaf),
+                math.prod(place.shard_shape(leaf.shape)) * tree.itemsize(leaf),
                 why,
             )
         )
@@ -189,14 +188,9 @@ def _texts(path: Sequence[Any]) -> tuple[str, ...]:
 def bytes_per_device(shapes: tree.PyTree, shardings: tree.PyTree) -> int:
     """How many bytes of a tree each device holds."""
     return sum(
-        math.prod(place.shard_shape(leaf.shape)) * _itemsize(leaf)
+        math.prod(place.shard_shape(leaf.shape)) * tree.itemsize(leaf)
         for leaf, place in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
     )
-
-
-def _itemsize(leaf: Any) -> int:
-    # A typed key has no itemsize of its own: threefry's is two 32-bit words.
-    return 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
 
 
 def _entry_text(entry: Entry) -> str:

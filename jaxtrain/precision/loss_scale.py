@@ -62,13 +62,13 @@ def update(state: LossScale, finite: ArrayLike) -> LossScale:
 
 
 def all_finite(tree: PyTree) -> jax.Array:
-    """Whether no number of a tree is infinite or NaN, a bool scalar; what is no floating-point
-    array is finite.
+    """Whether no number of a tree is infinite or NaN, a bool scalar; what holds neither floats nor
+    complex numbers is finite.
 
     >>> bool(all_finite({"a": jnp.ones(3), "b": jnp.array([0.0, jnp.inf])})), bool(all_finite({}))
     (False, True)
     """
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return (
         jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
         if leaves

@@ -32,6 +32,7 @@ from jaxtrain.runner.compile import Execution, Training
 from jaxtrain.runner.profiler import Profiler
 from jaxtrain.train import loop, metrics_log
 from jaxtrain.train.cadence import Cadence
+from jaxtrain.train.frozen import frozen_notes
 from jaxtrain.train.lowering import Programs
 from jaxtrain.train.state import TrainState
 
@@ -221,6 +222,8 @@ def _show_parameters(opened: Opened, state: TrainState, first: int, progress: Pr
         progress.show(tables.sharding_table(rows))
     else:
         progress.show(tables.parameter_table(tree.flatten(state.params)))
+    for note in frozen_notes(opened.run.optimizer, state.params, state.collections):
+        progress.line(note)
     for row in describe.rule_table(opened.run, state, opened.programs.places.axes):
         progress.line(row)
 

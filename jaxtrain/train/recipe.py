@@ -54,6 +54,11 @@ class Recipe(StepOptions):
             if not isinstance(value, jax.Array) and (problem := field.problem(value)):
                 raise UserError(f"{name}={value}: {problem}")
 
+    @property
+    def dtype(self) -> Any:
+        """What the model computes in."""
+        return precision.POLICIES[self.precision].dtype
+
     def inputs(self, batch: Batch) -> Any:
         """What the model sees of a raw batch."""
         return self.task.inputs(batch if self.prepare is None else self.prepare(dict(batch)))

@@ -35,7 +35,7 @@ class TrainState:
     collections: dict[str, tree.PyTree]
     """The model's other variables, such as batch statistics."""
     ema: tree.PyTree
-    """The moving average of the parameters, or None."""
+    """The moving average of the parameters, float32 where they are narrower, or None."""
     hyper: dict[str, jax.Array]
     """The numbers of the recipe, float32, by dotted name."""
     key: jax.Array
@@ -115,11 +115,11 @@ def initializer(
         key = rng.root(seed)
         inputs = recipe.inputs({name: jnp.zeros(*spec) for name, spec in shapes.items()})
         variables = adapters.functions(recipe.model).init(rng.stream(key, "init", 0), inputs)
-        params = variables.pop("params")
+        params = jax.tree.map(_strong, tree.with_constants(variables.pop("params")))
         transform = hyper.bind(recipe.optimizer, numbers, "optimizer").transform(
             params, numbers["optimizer.learning_rate"], axes
         )
-        average = None if recipe.ema_decay is None else jax.tree.map(jnp.copy, params)
+        average = None if recipe.ema_decay is None else jax.tree.map(_begun_average, params)
         opt_state = transform.init(params)
         if recipe.optimizer_state == "bf16":
             opt_state = stochastic_rounding.to_bf16(opt_state, rng.stream(key, "rounding", 0))
@@ -128,7 +128,7 @@ def initializer(
             step=jnp.int32(0),
             params=params,
             opt_state=opt_state,
-            collections=variables,
+            collections=jax.tree.map(_strong, variables),
             ema=average,
             hyper=numbers,
             key=key,
@@ -137,6 +137,24 @@ def initializer(
         )
 
     return initialize
+
+
+def _strong(leaf: Any) -> jax.Array:
+    """An array whose dtype is its own: a weak one would be another after a step, which compiles a
+    second program."""
+    array = jnp.asarray(leaf)
+    return (
+        jax.lax.convert_element_type(array, array.dtype)
+        if getattr(array, "weak_type", False)
+        else array
+    )
+
+
+def _begun_average(leaf: jax.Array) -> jax.Array:
+    # An average moves by a thousandth of its distance or less, which bfloat16 and float16 round
+    # to nothing.
+    narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
+    return leaf.astype(jnp.float32) if narrow else jnp.copy(leaf)
 
 
 def place(

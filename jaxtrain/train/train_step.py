@@ -17,10 +17,10 @@ from jax.sharding import Mesh
 
 from jaxtrain import adapters, messages, metrics, precision, rng, tree
 from jaxtrain.errors import UserError
-from jaxtrain.optimizers import evaluation_params
+from jaxtrain.optimizers import evaluation_params, trained
 from jaxtrain.parallel import fsdp, sharding
 from jaxtrain.precision import loss_scale, stochastic_rounding
-from jaxtrain.train import hyper
+from jaxtrain.train import frozen, hyper, padding
 from jaxtrain.train.recipe import Recipe
 from jaxtrain.train.state import (
     Placement,
@@ -47,7 +47,8 @@ class Total:
     """What a batch, or a part of one, contributes to an update."""
 
     gradients: tree.PyTree
-    """Of the summed loss."""
+    """Of the summed loss, by the trained parameters, None for the others. Of complex parameters the
+    conjugate of jax's: the way up, as for real ones."""
     sums: metrics.Sums
     """(sum, count) of the task's metrics."""
     collections: dict[str, tree.PyTree]
@@ -88,7 +89,8 @@ def gradients(
     of their own.
     """
     recipe = hyper.bind(recipe, state.hyper)
-    batch = augmented(recipe, state, prepared(recipe, batch, mesh), shard)
+    batch = padding.replaced(prepared(recipe, batch, mesh), recipe.dtype)
+    batch = augmented(recipe, state, batch, shard)
 
     def one(part: Batch, index: int | jax.Array) -> Total:
         key = jax.random.fold_in(
@@ -132,11 +134,23 @@ def augmented(recipe: Recipe, state: TrainState, batch: Batch, shard: int | jax.
 
 def _apply(recipe: Recipe, places: Placement | None) -> adapters.Apply:
     """The model on whole parameters, in the precision of the recipe."""
-    apply = adapters.functions(recipe.model).apply
+    apply = _with_constants(adapters.functions(recipe.model).apply)
     if places is not None:
         apply = fsdp.with_gathered_parameters(apply, places.axes, places.state.params, places.mesh)
     # Cast first, gather then: half the bytes.
     return precision.apply_in(precision.POLICIES[recipe.precision], apply)
+
+
+def _with_constants(apply: adapters.Apply) -> adapters.Apply:
+    """A model's `apply` that is given its Python numbers as it made them."""
+
+    def whole_apply(
+        variables: adapters.Variables, inputs: Any, *, train: bool, rngs: Any = None
+    ) -> tuple[Any, adapters.Variables]:
+        params = tree.without_constants(variables["params"])
+        return apply(variables | {"params": params}, inputs, train=train, rngs=rngs)
+
+    return whole_apply
 
 
 def _of_part(
@@ -144,7 +158,7 @@ def _of_part(
 ) -> Total:
     """Forward and backward of one microbatch."""
     inputs = recipe.task.inputs(part)
-    apply = _apply(recipe, places)
+    apply, trains = _apply(recipe, places), recipe.optimizer.trained(state.params)
 
     def forward(
         params: tree.PyTree, inputs: Any, key: jax.Array
@@ -155,8 +169,9 @@ def _of_part(
         forward = jax.checkpoint(forward, policy=REMAT[recipe.remat])
 
     def loss(
-        params: tree.PyTree,
+        leaves: tree.PyTree,
     ) -> tuple[jax.Array, tuple[metrics.Sums, dict[str, tree.PyTree], jax.Array]]:
+        params = trained.merged(trains, leaves, state.params)
         result, collections = forward(params, inputs, key)
         sums = dict(recipe.task.loss(result, part))
         value, count = sums["loss"]
@@ -168,11 +183,18 @@ def _of_part(
         return value * factor, (sums, collections, factor)
 
     (_, (sums, collections, factor)), gradients = jax.value_and_grad(loss, has_aux=True)(
-        state.params
+        trained.only(trains, state.params)
     )
+    gradients = jax.tree.map(_upward, gradients)
     if state.scaling is not None:
         gradients = jax.tree.map(lambda gradient: gradient / factor, gradients)
     return Total(gradients, sums, collections)
+
+
+def _upward(gradient: jax.Array) -> jax.Array:
+    """The direction in which the loss rises: of a complex parameter the conjugate of what jax calls
+    its gradient."""
+    return jnp.conj(gradient) if jnp.iscomplexobj(gradient) else gradient
 
 
 def _over_microbatches(
@@ -253,6 +275,7 @@ def update(
     norm = optax.tree.norm(gradients)
     gradients = _clipped(gradients, norm, bound.clip_norm)
     rate = bound.optimizer.learning_rate * bound.schedule.multiplier(state.step, bound.total_steps)
+    trains = bound.optimizer.trained(state.params)
     transform = bound.optimizer.transform(state.params, rate, axes)
     updates, opt_state = transform.update(
         gradients, working_opt_state(bound, state, transform), state.params
@@ -261,15 +284,16 @@ def update(
         opt_state = stochastic_rounding.to_bf16(
             opt_state, rng.stream(state.key, "rounding", state.step)
         )
-    params = optax.apply_updates(state.params, updates)
+    moved = optax.apply_updates(trained.only(trains, state.params), updates)
+    params = trained.merged(trains, moved, state.params)
     one = jnp.float32(1)
     sums = dict(total.sums) | {"learning_rate": (jnp.float32(rate), one), "grad_norm": (norm, one)}
     new = TrainState(
         step=state.step + 1,
         params=params,
         opt_state=opt_state,
-        collections=total.collections,
-        ema=_average(bound.ema_decay, state, params),
+        collections=frozen.kept(trains, state.collections, total.collections),
+        ema=_average(bound.ema_decay, state, params, trains),
         hyper=state.hyper,
         key=state.key,
         position=recipe.order.advance(state.position, batch_size),
@@ -335,14 +359,31 @@ def _placed(new: TrainState, shardings: TrainState, *, offload: str) -> TrainSta
     return jax.lax.with_sharding_constraint(new, shardings)
 
 
-def _average(decay: jax.Array | None, state: TrainState, params: tree.PyTree) -> tree.PyTree:
+def _average(
+    decay: jax.Array | None, state: TrainState, params: tree.PyTree, trains: tree.PyTree
+) -> tree.PyTree:
+    """The next average, of the trained parameters; that of the others is what they are."""
     if decay is None:
         return None
     step = state.step.astype(jnp.float32)
     now = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(
-        lambda old, new: (now * old + (1.0 - now) * new).astype(old.dtype), state.ema, params
-    )
+
+    def one(keep: bool, old: jax.Array, new: jax.Array) -> jax.Array:
+        if not keep:
+            return _widened(new, old.dtype)
+        new = _widened(new, old.dtype)
+        return (now * old + (1.0 - now) * new).astype(old.dtype)
+
+    return jax.tree.map(one, trains, state.ema, params)
+
+
+def _widened(leaf: jax.Array, dtype: Any) -> jax.Array:
+    """A leaf in a dtype that holds its own, with the bits that it is stored with: the compiler
+    would leave out a rounding that is widened again at once."""
+    if leaf.dtype == dtype:
+        return leaf
+    stored = jnp.finfo(leaf.dtype)
+    return jax.lax.reduce_precision(leaf.astype(dtype), stored.nexp, stored.nmant)
 
 
 def evaluation_step(
@@ -355,7 +396,7 @@ def evaluation_step(
     """The sums of a raw batch in evaluation."""
     bound = hyper.bind(recipe, state.hyper)
     places = _placement(recipe, state, batch, mesh, places)
-    batch = prepared(bound, batch, mesh)
+    batch = padding.replaced(prepared(bound, batch, mesh), bound.dtype, by_row=False)
     return dict(bound.task.loss(outputs(bound, state, batch, places), batch, train=False))
 
 
@@ -383,10 +424,16 @@ def outputs(
 ) -> Any:
     """What the model says of a prepared batch in evaluation: no dropout, running averages, averaged
     parameters if there are."""
-    params = state.ema
-    if params is None:
+    if state.ema is None:
         opt_state = on_device(recipe, state.opt_state)
         params = evaluation_params(recipe.optimizer, opt_state, state.params)
+    else:
+        # The average of narrow floats is wider than they are, and the model computes as in training
+        params = jax.tree.map(
+            lambda mean, leaf: mean if mean.dtype == leaf.dtype else mean.astype(leaf.dtype),
+            state.ema,
+            state.params,
+        )
     variables = {"params": params} | state.collections
     apply, inputs = _apply(recipe, places), recipe.task.inputs(batch)
     try:
