@@ -145,10 +145,10 @@ def _with_constants(apply: adapters.Apply) -> adapters.Apply:
     """A model's `apply` that is given its Python numbers as it made them."""
 
     def whole_apply(
-        variables: adapters.Variables, inputs: Any, *, train: bool, rngs: Any = None
+        variables: adapters.Variables, inputs: Any, *, train: bool, key: jax.Array | None = None
     ) -> tuple[Any, adapters.Variables]:
         params = tree.without_constants(variables["params"])
-        return apply(variables | {"params": params}, inputs, train=train, rngs=rngs)
+        return apply(variables | {"params": params}, inputs, train=train, key=key)
 
     return whole_apply
 
