@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import metrics, tree
+from jaxtrain import metrics, tasks, tree
 from jaxtrain.checkpoints import arrays
 from jaxtrain.data.pipeline import BatchLoader
 from jaxtrain.parallel import mesh as meshes
@@ -134,8 +134,18 @@ class Sharded:
     def evaluation(self, programs: Programs) -> EvaluateBatches:
         """Evaluation by one program over the mesh."""
         compiled: set[evaluate.ShapeKey] = set()
+        task: Any = programs.recipe.task
+        measures = tasks.measures_whole_sets(task)
 
         def means(state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
+            if measures:
+                return evaluate.measure(
+                    programs.measuring_step,
+                    state,
+                    batches,
+                    whole=task.evaluate,
+                    compiled=compiled,
+                )
             return evaluate.evaluate(programs.eval_step, state, batches, compiled=compiled)
 
         return means
@@ -191,9 +201,19 @@ class Reproducible:
         """Evaluation by logical shards."""
         trainer = reproducible.Trainer(programs.recipe, self.mesh, self.parts)
         compiled: set[evaluate.ShapeKey] = set()
+        task: Any = programs.recipe.task
+        measures = tasks.measures_whole_sets(task)
 
         def means(state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
             copies = trainer.copies(state)  # once a pass, and freed after it
+            if measures:
+                return evaluate.measure(
+                    lambda _, batch: trainer.measure(copies, trainer.cut(batch)),
+                    state,
+                    batches,
+                    whole=task.evaluate,
+                    compiled=compiled,
+                )
 
             def step(_: TrainState, batch: Batch) -> metrics.Sums:
                 return trainer.evaluate(copies, trainer.cut(batch))

@@ -18,10 +18,12 @@ from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.runner import build
 from jaxtrain.runner.compile import Execution
-from jaxtrain.train import evaluate
+from jaxtrain.train import evaluate, train_step
 from jaxtrain.train.lowering import Programs
 from jaxtrain.train.state import TrainState
 
+MOST_PREDICTED = 2**28
+"""Bytes of predictions beyond which they are not written: pictures, say, or logits of all tokens."""
 WORST = 24
 """How many of the worst mistakes keep their images for the report."""
 
@@ -41,11 +43,18 @@ def finish(
     the summary."""
     heartbeat.beat("ending")
     table = splits.test if splits.test is not None else splits.validation
-    if hasattr(run.task, "examine") and table is not None and "label" in table.fields:
+    if hasattr(run.task, "examine") and table is not None:
         with _warn_on_error("predictions", collective=True):
-            batches = build.batches(run, table, execution)
-            found = evaluate.predictions(programs.predict_step, state, batches)
-            if group.is_main():
+            size = _predicted_bytes(run, table, programs, state)
+            if size > MOST_PREDICTED:
+                messages.warn(
+                    f"predictions not written: they would take {messages.bytes_text(size)}"
+                )
+                found = None
+            else:
+                batches = build.batches(run, table, execution)
+                found = evaluate.predictions(programs.predict_step, state, batches)
+            if group.is_main() and found is not None:
                 with _warn_on_error("predictions"):
                     write_predictions(folder, table, found)
     if not group.is_main():
@@ -80,19 +89,39 @@ def write_report(run: config.Run, folder: Path) -> Path | None:
     return None
 
 
+def _predicted_bytes(run: config.Run, table: Table, programs: Programs, state: TrainState) -> int:
+    """How many bytes the predictions of a whole table take."""
+    rows = run.eval_batch_size
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, *field.shape), field.dtype)
+        for name, field in table.fields.items()
+    } | {
+        "id": jax.ShapeDtypeStruct((rows,), np.int32),
+        "weight": jax.ShapeDtypeStruct((rows,), np.float32),
+    }
+    found = jax.eval_shape(
+        lambda state, batch: train_step.prediction_step(programs.recipe, state, batch), state, batch
+    )
+    each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(found)) / rows
+    return round(each * len(table))
+
+
 def write_predictions(folder: Path, table: Table, found: dict[str, np.ndarray]) -> None:
-    """Writes what the model says of every example of a table, with the images of its worst
-    mistakes, for the report."""
-    wrong = np.flatnonzero(found["label"] != found["prediction"])
-    worst = wrong[np.argsort(-found["loss"][wrong], kind="stable")][:WORST]
-    ids = found.pop("id")[worst]
-    images = (
-        {"worst_image": table.read(ids)["image"]} if "image" in table.fields and len(ids) else {}
-    )
-    names = np.array(
-        table.class_names or [str(label) for label in range(int(found["label"].max()) + 1)]
-    )
-    arrays: dict[str, Any] = {**found, "worst_id": ids, "class_names": names, **images}
+    """Writes what the model says of every example of a table, as the task's `examine` has it; where
+    it has classes (`label` and `prediction`), with the images of its worst mistakes, for the
+    report."""
+    arrays: dict[str, Any] = {name: array for name, array in found.items() if name != "weight"}
+    ids = arrays.pop("id")
+    if "weight" in found and not (found["weight"] == 1).all():
+        arrays["weight"] = found["weight"]
+    if history.class_numbers(found.get("label")) is not None and "prediction" in found:
+        wrong = np.flatnonzero(found["label"] != found["prediction"])
+        badness = found.get("loss", -found.get("probability", np.zeros(len(ids))))
+        worst = wrong[np.argsort(-badness[wrong], kind="stable")][:WORST]
+        names = table.class_names or [str(one) for one in range(int(found["label"].max()) + 1)]
+        arrays |= {"worst_id": ids[worst], "worst_row": worst, "class_names": np.array(names)}
+        if "image" in table.fields and len(worst):
+            arrays["worst_image"] = table.read(ids[worst])["image"]
     np.savez(folder / "predictions.npz", **arrays)
 
 

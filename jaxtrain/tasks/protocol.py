@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxtrain.errors import UserError
 from jaxtrain.metrics import Sums
 from jaxtrain.tasks.labels import Rows, Wrong
 from jaxtrain.tree import Batch, Shapes
@@ -90,5 +91,12 @@ def score_of(task: Any) -> Callable[[Mapping[str, float]], float]:
 
 def measures_whole_sets(task: Any) -> bool:
     """Whether a task has metrics that are no sums: an `evaluate`, and, if it has a field `metrics`,
-    some in there."""
-    return hasattr(task, "evaluate") and bool(getattr(task, "metrics", True))
+    some in there. `UserError` if it has no `examine`, by which `evaluate` sees the examples."""
+    if not (hasattr(task, "evaluate") and getattr(task, "metrics", True)):
+        return False
+    if not callable(getattr(task, "examine", None)):
+        raise UserError(
+            f"task {type(task).__name__}: has evaluate, but no examine(outputs, batch) that says"
+            " what evaluate is to know of each example; add it"
+        )
+    return True

@@ -88,6 +88,11 @@ class Programs:
         """`(state, batch) -> what the task's examine says`."""
         return steps.jit_predict_step(self.recipe, self.mesh, self.places)
 
+    @functools.cached_property
+    def measuring_step(self) -> Any:
+        """`(state, batch) -> (sums, what the task's examine says)`."""
+        return steps.jit_measuring_step(self.recipe, self.mesh, self.places)
+
     def lower_train_step(self) -> jax.stages.Lowered:
         """The training step, lowered for a batch with the `id` of each example."""
         return self.train_step.lower(self.state, laid_out(self.batch_with_ids(), self.mesh))

@@ -164,6 +164,13 @@ class Trainer:
             compiler_options=options,
         )
         self._unpack_sums: Any = None
+        self._measured = jax.jit(self._packed_measures, compiler_options=options)
+        self._end_to_end = jax.jit(
+            lambda parts: jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)
+        )
+        self._everywhere = jax.jit(
+            lambda rows: rows, out_shardings=NamedSharding(self._shard_mesh, PartitionSpec())
+        )
         self._cut = jax.jit(self._rows)
         self._draw = jax.jit(self._drawn, static_argnums=3)
         self._add = jax.jit(self._added)
@@ -264,6 +271,14 @@ class Trainer:
             [self._sums(copy, part) for part in shards]
             for copy, shards in zip(copies, parts, strict=True)
         ]
+        return self._summed(copies, parts, packed)
+
+    def _summed(
+        self,
+        copies: Sequence[TrainState],
+        parts: Sequence[Sequence[Batch]],
+        packed: Sequence[Sequence[Packed]],
+    ) -> metrics.Sums:
         if self._unpack_sums is None:
             shapes = jax.eval_shape(
                 lambda state, batch: dict(train_step.evaluation_step(self._recipe, state, batch)),
@@ -272,6 +287,28 @@ class Trainer:
             )
             self._unpack_sums = jax.jit(lambda packed: unpack(packed, shapes))
         return self._unpack_sums(self._tree(packed)[0])
+
+    def measure(
+        self, copies: Sequence[TrainState], parts: Sequence[Sequence[Batch]]
+    ) -> tuple[metrics.Sums, dict[str, jax.Array]]:
+        """The sums of an evaluation batch, and what the task's `examine` says of its examples."""
+        both = [
+            [self._measured(copy, part) for part in shards]
+            for copy, shards in zip(copies, parts, strict=True)
+        ]
+        sums = self._summed(copies, parts, [[packed for packed, _ in each] for each in both])
+        local = [self._end_to_end([rows for _, rows in each]) for each in both]
+        place = NamedSharding(self._shard_mesh, PartitionSpec(AXIS))
+        whole = {
+            name: jax.make_array_from_single_device_arrays(
+                (rows.shape[0] * self._shard_mesh.size, *rows.shape[1:]),
+                place,
+                [device[name] for device in local],
+            )
+            for name, rows in local[0].items()
+        }
+        # Every process can read an array only if it holds the whole of it.
+        return sums, self._everywhere(whole)
 
     def _tree(self, packed: Sequence[Sequence[Packed]]) -> list[Packed]:
         """The sum of all logical shards, on each device."""
@@ -335,6 +372,12 @@ class Trainer:
 
     def _packed_total(self, state: TrainState, batch: Batch, index: jax.Array) -> Packed:
         return pack(train_step.gradients(self._recipe, state, batch, shard=index))
+
+    def _packed_measures(
+        self, state: TrainState, batch: Batch
+    ) -> tuple[Packed, dict[str, jax.Array]]:
+        sums, examined = train_step.measuring_step(self._recipe, state, batch)
+        return pack(dict(sums)), examined
 
     def _next_state(
         self, state: TrainState, packed: Packed, shapes: Any

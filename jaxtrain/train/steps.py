@@ -186,3 +186,12 @@ def jit_predict_step(recipe: Recipe, mesh: Mesh | None, places: Placement | None
         return train_step.prediction_step(recipe, state, batch, mesh, places)
 
     return jax.jit(step)
+
+
+def jit_measuring_step(recipe: Recipe, mesh: Mesh | None, places: Placement | None = None) -> Any:
+    """The compiled `(state, batch) -> (sums, examined)`: evaluation and prediction by one pass."""
+
+    def step(state: TrainState, batch: Batch) -> tuple[metrics.Sums, dict[str, jax.Array]]:
+        return train_step.measuring_step(recipe, state, batch, mesh, places)
+
+    return jax.jit(step)

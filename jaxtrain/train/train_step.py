@@ -410,9 +410,46 @@ def prediction_step(
     """What the model says of each example, by the task's `examine`, with its `id` and `weight`."""
     bound = hyper.bind(recipe, state.hyper)
     places = _placement(recipe, state, batch, mesh, places)
-    kept = {name: batch[name] for name in ("id", "weight") if name in batch}
-    batch = prepared(bound, batch, mesh)
-    found = bound.task.examine(outputs(bound, state, batch, places), batch) | kept
+    raw, batch = batch, prepared(bound, batch, mesh)
+    return _examined(bound, outputs(bound, state, batch, places), raw, batch, mesh)
+
+
+def measuring_step(
+    recipe: Recipe,
+    state: TrainState,
+    batch: Batch,
+    mesh: Mesh | None = None,
+    places: Placement | None = None,
+) -> tuple[metrics.Sums, dict[str, jax.Array]]:
+    """The sums of a raw batch in evaluation and what the task's `examine` says of each example, by
+    one forward pass."""
+    bound = hyper.bind(recipe, state.hyper)
+    places = _placement(recipe, state, batch, mesh, places)
+    raw, batch = batch, prepared(bound, batch, mesh)
+    result = outputs(bound, state, batch, places)
+    sums = dict(bound.task.loss(result, batch, train=False))
+    return sums, _examined(bound, result, raw, batch, mesh)
+
+
+def _examined(
+    recipe: Recipe, result: Any, raw: Batch, batch: Batch, mesh: Mesh | None
+) -> dict[str, jax.Array]:
+    """What the task's `examine` says, with `id` and `weight`; that of the task and that of the
+    batch multiplied, for either may leave an example out."""
+    kept = {name: raw[name] for name in ("id", "weight") if name in raw}
+    task: Any = recipe.task
+    found = dict(task.examine(result, batch))
+    rows = jax.tree.leaves(dict(batch))[0].shape[0]
+    for name, array in found.items():
+        if jnp.shape(array)[:1] != (rows,):
+            raise UserError(
+                f"task {type(task).__name__}: examine gives {name!r} of shape {jnp.shape(array)};"
+                f" every array must have a row for each of the {rows} examples"
+            )
+    if "weight" in found and "weight" in kept:
+        own, weight = found["weight"], kept["weight"]
+        kept["weight"] = own * weight.reshape(weight.shape + (1,) * (own.ndim - weight.ndim))
+    found |= kept
     if mesh is None:
         return found
     # Every process can read an array only if it holds the whole of it.

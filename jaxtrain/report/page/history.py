@@ -224,7 +224,7 @@ def smaller_is_better(key: str) -> bool:
 def confusion(predictions: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[str]] | None:
     """Counts (label, prediction) and the classes' names, or None if there are no predictions or too
     many classes to count in pairs."""
-    if not predictions:
+    if class_numbers(predictions.get("label")) is None:
         return None
     label, prediction = predictions["label"], predictions["prediction"]
     names_C = [str(name) for name in predictions.get("class_names", ())]
@@ -243,8 +243,12 @@ def mistakes(predictions: Mapping[str, np.ndarray], limit: int = 24) -> list[dic
     if counted is None or "worst_id" not in predictions or "worst_image" not in predictions:
         return []
     names_C, found = counted[1], []
-    for row, image in zip(
-        predictions["worst_id"].tolist(), predictions["worst_image"], strict=False
+    ids = predictions["worst_id"]
+    for number, row, image in zip(
+        ids.tolist(),
+        predictions.get("worst_row", ids).tolist(),  # rows of runs before it were the ids
+        predictions["worst_image"],
+        strict=False,
     ):
         if (
             not 0 <= row < len(predictions["label"])
@@ -257,7 +261,7 @@ def mistakes(predictions: Mapping[str, np.ndarray], limit: int = 24) -> list[dic
         label, prediction = (names_C[predictions[key][row]] for key in ("label", "prediction"))
         found.append(
             {
-                "id": row,
+                "id": number,
                 "image": image,
                 "label": label,
                 "prediction": prediction,
@@ -298,14 +302,28 @@ def _read_predictions(path: Path) -> dict[str, np.ndarray]:
             arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError):
         return {}
-    label, prediction = (_class_numbers(arrays.get(key)) for key in ("label", "prediction"))
+    if targets(arrays) is not None:
+        return arrays
+    label, prediction = (class_numbers(arrays.get(key)) for key in ("label", "prediction"))
     if label is None or prediction is None or len(label) != len(prediction):
         return {}
     return arrays
 
 
-def _class_numbers(array: np.ndarray | None) -> np.ndarray | None:
-    """The array, or None if it does not hold a class for each of at least one example."""
+def targets(predictions: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
+    """The finite numbers that were to be predicted and the predictions, in a row each, or None if
+    there are none."""
+    target, prediction = (predictions.get(key) for key in ("target", "prediction"))
+    if target is None or prediction is None or target.shape != prediction.shape:
+        return None
+    if target.dtype.kind not in "iuf" or prediction.dtype.kind not in "iuf":
+        return None
+    kept = np.isfinite(target) & np.isfinite(prediction)
+    return (target[kept], prediction[kept]) if kept.any() else None
+
+
+def class_numbers(array: np.ndarray | None) -> np.ndarray | None:
+    """An array of predictions, or None if it does not hold a class for each of at least one example."""
     if array is None or array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
         return None
     return None if array.min() < 0 else array

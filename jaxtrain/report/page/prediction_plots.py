@@ -1,4 +1,5 @@
-"""Plots of predictions: the confusion matrix, and the worst mistakes with their images."""
+"""Plots of predictions: the confusion matrix, the worst mistakes with their images, and what was
+predicted of numbers."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +12,15 @@ from jaxtrain.report.page.history import History
 from jaxtrain.report.page.plots import Plot
 from jaxtrain.report.page.style import LIGHT
 
+MOST_POINTS = 5000
+"""Points of a scatter; more would hide one another."""
 MOST_ANNOTATED = 25
 """Classes up to which the matrix shows its numbers and names."""
 
 
 def draw_predictions(histories: Sequence[History]) -> list[Plot]:
-    """The confusion matrix and the worst mistakes of a single run that has predictions."""
+    """The confusion matrix and the worst mistakes of a single run that has predictions, or their
+    scatter by the targets."""
     if len(histories) != 1:
         return []
     plots = []
@@ -25,7 +29,27 @@ def draw_predictions(histories: Sequence[History]) -> list[Plot]:
         plots.append(Plot("confusion", "Confusion", _confusion_figure(*found)))
     if wrong := history.mistakes(histories[0].predictions):
         plots.append(Plot("mistakes", "Worst mistakes", _mistakes_figure(wrong)))
+    if (numbers := history.targets(histories[0].predictions)) is not None:
+        plots.append(Plot("predictions", "Predictions", _scatter_figure(*numbers)))
     return plots
+
+
+def _scatter_figure(targets_N: np.ndarray, predictions_N: np.ndarray) -> Any:
+    """What was predicted by what was true; of very many numbers every few."""
+    from matplotlib.figure import Figure
+
+    every = -(-len(targets_N) // MOST_POINTS)
+    figure = Figure(figsize=(4.2, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    ends = [float(pick(targets_N)) for pick in (np.min, np.max)]
+    axes.plot(ends, ends, color=LIGHT["right"], linewidth=1.2)
+    axes.scatter(
+        targets_N[::every], predictions_N[::every], s=6, color=LIGHT["c0"], alpha=0.5, linewidths=0
+    )
+    axes.set_title(f"Predictions of {len(targets_N):,} numbers")
+    axes.set_xlabel("target")
+    axes.set_ylabel("prediction")
+    return figure
 
 
 def _confusion_figure(counts: np.ndarray, names: Sequence[str]) -> Any:
