@@ -1,6 +1,7 @@
 """NNX modules through pure dicts: the graph is static, random streams are made anew from one key at
 each call and are no variables."""
 
+import warnings
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -53,7 +54,10 @@ def functions(model: Any) -> Functions:
         module = nnx.merge(graph, *(variables[name] for name in names), seeded)
         _switch(module, train=train)
         counts = list(_counts(module))
-        outputs = module(*arguments, **options)
+        with warnings.catch_warnings():
+            # `nnx.capture` would want to know the kinds of what is sown beforehand.
+            warnings.filterwarnings("ignore", r"Using 'Module.sow\(\)' outside", DeprecationWarning)
+            outputs = module(*arguments, **options)
         if key is None and any(before is not after for before, after in _pairs(module, counts)):
             raise NeedsKey(f"model={call.name}: draws random numbers in evaluation; give key=")
         found, sown = pure(module)

@@ -24,6 +24,9 @@ class StepOptions:
     ema_decay: Annotated[Decay | None, Group.TRAINING] = None
     """Also keeps, and evaluates, an exponential moving average of the parameters with this decay;
     none = no average."""
+    aux_losses: Annotated[Rules[float], Group.TRAINING] = ()
+    """Weights of the auxiliary losses that a model sows, by path pattern, e.g. balance=0.01; those
+    in a collection named losses count 1 without a rule, others nothing."""
 
     precision: Annotated[str, Group.DEVICES] = "fp32"
     """What the model computes in: fp32, bf16, fp16 (with loss scaling) or fp8; parameters stay

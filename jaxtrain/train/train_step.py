@@ -6,6 +6,7 @@ logical shards and processes add up exactly. Nothing here is compiled: `steps.py
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from jaxtrain.errors import UserError
 from jaxtrain.optimizers import evaluation_params, trained
 from jaxtrain.parallel import fsdp, sharding
 from jaxtrain.precision import loss_scale, stochastic_rounding
-from jaxtrain.train import frozen, hyper, padding
+from jaxtrain.train import auxiliary_losses, frozen, hyper, padding
 from jaxtrain.train.recipe import Recipe
 from jaxtrain.train.state import (
     Placement,
@@ -172,8 +173,9 @@ def _of_part(
         leaves: tree.PyTree,
     ) -> tuple[jax.Array, tuple[metrics.Sums, dict[str, tree.PyTree], jax.Array]]:
         params = trained.merged(trains, leaves, state.params)
-        result, collections = forward(params, inputs, key)
-        sums = dict(recipe.task.loss(result, part))
+        result, changed = forward(params, inputs, key)
+        collections, sown = adapters.split_sown(changed, state.collections)
+        sums = auxiliary_losses.task_sums(recipe.task, result, part, sown, recipe.aux_losses)
         value, count = sums["loss"]
         if state.scaling is None:
             return value, (sums, collections, jnp.float32(1))
@@ -223,21 +225,45 @@ def _over_microbatches(
             one(jax.tree.map(lambda array, index=index: array[index], parts), index)
             for index in range(count)
         ]
-        whole = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *results)
+        whole = jax.tree.map(lambda *leaves: functools.reduce(_added, leaves), *results)
     else:
         shapes = jax.eval_shape(one, jax.tree.map(lambda array: array[0], parts), 0)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        zeros = jax.tree.map(_zeros, shapes)
 
         def body(carry: Total, item: Any) -> tuple[Total, None]:
-            return jax.tree.map(jnp.add, carry, one(*item)), None
+            return jax.tree.map(_added, carry, one(*item)), None
 
         whole, _ = jax.lax.scan(body, zeros, (parts, jnp.arange(count)))
     return dataclasses.replace(whole, collections=mean_collections(whole.collections, count))
 
 
 def mean_collections(collections: dict[str, tree.PyTree], count: int) -> dict[str, tree.PyTree]:
-    """The mean of summed collections, in their own dtypes."""
-    return jax.tree.map(lambda leaf: (leaf / count).astype(leaf.dtype), collections)
+    """The mean of summed collections, in their own dtypes.
+
+    Parts count alike, so that the mean of a counter is the counter. Of flags there is no mean, and
+    of keys no sum: of those any, of these the last.
+    """
+
+    def mean(leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return (leaf / count).astype(leaf.dtype)
+        return leaf // count if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf
+
+    return jax.tree.map(mean, collections)
+
+
+def _added(one: jax.Array, other: jax.Array) -> jax.Array:
+    return other if _is_key(one) else one + other
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    if _is_key(leaf):
+        return jnp.broadcast_to(jax.random.key(0), leaf.shape).astype(leaf.dtype)
+    return jnp.zeros(leaf.shape, leaf.dtype)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def mean_gradients(
