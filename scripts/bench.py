@@ -138,7 +138,7 @@ class OurLoop:
         recipe = build.recipe_of(self.run, self.table, build.lengths(self.run, len(self.table)))
         self.prepare = recipe.prepare
         execution = build.execution(self.run, mesh)
-        batch = build.check_model(self.run, self.table, recipe, execution)
+        batch = build.check_model(self.run, self.table, recipe, execution).batch
         programs = lowering.lower(recipe, batch, mesh)
         self.state = execution.initialize(programs, self.run.seed)
         data = build.place_data(self.run, self.table, mesh)

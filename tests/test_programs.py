@@ -85,7 +85,7 @@ def test_a_batch_larger_than_the_data_is_refused():
 def checked(run, grid="data:1"):
     train, where = run.data.open().train, mesh.make(grid)
     recipe = build.recipe_of(run, train, build.lengths(run, len(train)))
-    return build.check_model(run, train, recipe, build.execution(run, where))
+    return build.check_model(run, train, recipe, build.execution(run, where)).batch
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_streamed_data_trains_like_resident_data(grid):
     recipe = build.recipe_of(run, train, build.lengths(run, N))
     where = mesh.make(grid)
     execution = build.execution(run, where)
-    lowered = lowering.lower(recipe, build.check_model(run, train, recipe, execution), where)
+    lowered = lowering.lower(recipe, build.check_model(run, train, recipe, execution).batch, where)
     finals = []
     for data in (None, build.place_data(run, train, where)):
         state = execution.initialize(lowered, 0)

@@ -656,13 +656,21 @@ def test_a_full_disk_is_status_74(
     assert "No space left on device" in said and said.count("\n") == 1
 
 
-def test_an_error_of_the_users_own_code_keeps_its_traceback(tmp_path: Path) -> None:
+def test_an_error_of_the_users_own_code_keeps_its_own_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Broken(MLP):
         def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
             raise ValueError("my own mistake")
 
-    with pytest.raises(ValueError, match="my own mistake"):
-        start(tmp_path / "run", model=Broken(num_classes=4))
+    assert start(tmp_path / "run", model=Broken(num_classes=4)) == 1
+    said = capsys.readouterr().err
+    assert "    raise ValueError(\"my own mistake\")\nValueError: my own mistake\n" in said
+    assert "site-packages" not in said and "/jaxtrain/" not in said
+    assert said.endswith(
+        "jaxtrain: error: while running the initialisation of the model on shapes, train=False:"
+        " image uint8[16, 4, 4, 1], label int32[16]\n"
+    )
 
 
 def quiet_environment() -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxtrain import adapters, config, precision
+from jaxtrain import config, messages, precision
 from jaxtrain.config import record as run_record
 from jaxtrain.config.step_options import options_of
 from jaxtrain.data import label_checks, pipeline, statistics
@@ -22,11 +22,11 @@ from jaxtrain.parallel import sharding
 from jaxtrain.processes import group
 from jaxtrain.runner.compile import Execution, Reproducible, Sharded
 from jaxtrain.schedules import resolve
-from jaxtrain.train import loop
+from jaxtrain.train import check, loop
 from jaxtrain.train.lowering import Programs
 from jaxtrain.train.recipe import Recipe
 from jaxtrain.train.state import TrainState
-from jaxtrain.tree import Batch, Shapes
+from jaxtrain.tree import Batch
 
 MOST_MEASURED = 10_000
 """How many examples of a data set that is not in memory its statistics are measured on."""
@@ -134,9 +134,9 @@ def execution(run: config.Run, mesh: Mesh) -> Execution:
 
 def check_model(
     run: config.Run, train: Table, recipe: Recipe, execution: Execution
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Runs model and task on shapes alone; returns the abstract batch. Whatever does not fit is an
-    error here, before anything is compiled."""
+) -> check.Checked:
+    """Runs model and task on shapes alone, and says what should be said once. Whatever does not fit
+    is an error here, before anything is compiled."""
     device = execution.mesh.local_devices[0]
     if run.offload != "none" and "pinned_host" not in {
         memory.kind for memory in device.addressable_memories()
@@ -156,25 +156,12 @@ def check_model(
         for name, field in train.fields.items()
     }
 
-    def forward(batch: Batch) -> Any:
-        key = jax.random.key(0)
-        batch = batch if recipe.prepare is None else recipe.prepare(dict(batch))
-        inputs, functions = run.task.inputs(batch), adapters.functions(run.model)
-        variables = functions.init(key, inputs)
-        # a rule that decides no parameter is an error
-        run.optimizer.transform(variables["params"], 1.0).init(variables["params"])
-        outputs, _ = functions.apply(variables, inputs, train=False)
-        sums = run.task.loss(outputs, batch)
-        if run.augment is not None:
-            sums = run.task.loss(
-                outputs, run.augment(batch, jax.random.split(key, run.batch_size), key)
-            )
-        return outputs, sums
-
-    outputs, _ = jax.eval_shape(forward, batch)
+    found = check.check(recipe, batch)
     if hasattr(run.task, "check"):
-        run.task.check(outputs, _classes(run.task, train))
-    return batch
+        run.task.check(found.outputs, _classes(run.task, train))
+    for note in found.notes:
+        messages.warn(note)
+    return found
 
 
 def _classes(task: Any, table: Table) -> int | None:
@@ -187,33 +174,15 @@ def _classes(task: Any, table: Table) -> int | None:
     return 1 + int(kept.max()) if kept.size else None
 
 
-def check_labels(run: config.Run, splits: Splits, recipe: Recipe, batch: Shapes) -> Splits:
+def check_labels(run: config.Run, splits: Splits, found: check.Checked) -> Splits:
     """The splits with their labels checked, at once or as they are read; by the classes that the
     model's outputs have."""
-
-    def forward(batch: Batch) -> Any:
-        batch = batch if recipe.prepare is None else recipe.prepare(dict(batch))
-        inputs, functions = run.task.inputs(batch), adapters.functions(run.model)
-        return functions.apply(functions.init(jax.random.key(0), inputs), inputs, train=False)[0]
-
-    return label_checks.checked(splits, run.task, jax.eval_shape(forward, batch), run.data)
+    return label_checks.checked(splits, run.task, found.outputs, run.data)
 
 
-def check_held_out(run: config.Run, splits: Splits, recipe: Recipe, batch: Shapes) -> None:
+def check_held_out(run: config.Run, splits: Splits, recipe: Recipe, found: check.Checked) -> None:
     """Runs model and task on the shapes of the held-out splits; a test split without labels must
     not be found out after the training."""
-
-    def forward(batch: Batch, other: Batch) -> Any:
-        batch, other = (
-            each if recipe.prepare is None else recipe.prepare(dict(each))
-            for each in (batch, other)
-        )
-        functions = adapters.functions(run.model)
-        variables = functions.init(jax.random.key(0), run.task.inputs(batch))
-        return run.task.loss(
-            functions.apply(variables, run.task.inputs(other), train=False)[0], other, train=False
-        )
-
     for name, table in (("validation", splits.validation), ("test", splits.test)):
         if table is None or dict(table.fields) == dict(splits.train.fields):
             continue
@@ -222,12 +191,11 @@ def check_held_out(run: config.Run, splits: Splits, recipe: Recipe, batch: Shape
             for field, spec in table.fields.items()
         }
         try:
-            jax.eval_shape(forward, batch, other)
+            check.evaluated(recipe, found.state, other)
         except Exception as error:  # whatever the model says of a shape that is not its own
-            reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"--data.{name}={getattr(run.data, name, '')}: does not fit what is trained on"
-                f" ({reason})"
+                f" ({messages.one_line(str(error))})"
             ) from error
 
 

@@ -37,7 +37,7 @@ from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.runner import build, jax_settings, workdir
 from jaxtrain.runner.run import Opened, start
-from jaxtrain.train import compare_meshes, lowering
+from jaxtrain.train import compare_meshes, explain, lowering
 from jaxtrain.train.recipe import Recipe
 
 OLDEST_JAX = (0, 10, 2)
@@ -91,7 +91,7 @@ def guarded(action: Callable[[], int], *, show_traceback: bool = False) -> int:
     0
     """
     try:
-        return action()
+        return _own_code(action, show_traceback)
     except RunError as error:
         return _say(str(error), error.status, show_traceback)
     except KeyboardInterrupt:
@@ -114,6 +114,21 @@ def guarded(action: Callable[[], int], *, show_traceback: bool = False) -> int:
         if isinstance(error, jax.errors.JaxRuntimeError) or XLA_STATUS.match(str(error)):
             return _failed_on_device(error, show_traceback)
         raise
+
+
+def _own_code(action: Callable[[], int], show_traceback: bool) -> int:
+    """The exit status of `action`; of an exception of the user's own code that the check before the
+    first step met, its lines and what was being done."""
+    try:
+        return action()
+    except Exception as error:
+        doing = explain.noted(error)
+        if doing is None:
+            raise
+        if not show_traceback:
+            with contextlib.suppress(OSError):
+                print(explain.own_lines(error), file=sys.stderr)
+        return _say(doing, 1, show_traceback)
 
 
 def _failed_on_device(error: Exception, show_traceback: bool) -> int:
@@ -188,12 +203,12 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
             " steps"
         )
     recipe = build.recipe_of(run, splits.train, length, identity=build.identity_of(run, splits))
-    batch = build.check_model(run, splits.train, recipe, execution)
-    splits = build.check_labels(run, splits, recipe, batch)
-    build.check_held_out(run, splits, recipe, batch)
+    found = build.check_model(run, splits.train, recipe, execution)
+    splits = build.check_labels(run, splits, found)
+    build.check_held_out(run, splits, recipe, found)
     if run.compare_meshes:
         return _compare(run, splits.train, recipe, jax.devices(mesh.devices.flat[0].platform))
-    programs = lowering.lower(recipe, batch, mesh)
+    programs = lowering.lower(recipe, found.batch, mesh)
     folder_is_new = not run.workdir or not Path(run.workdir).exists()
     folder = Path(group.on_main(lambda: str(workdir.choose_folder(run))))
     # Only process 0 writes into the folder.

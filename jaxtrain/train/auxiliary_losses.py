@@ -38,8 +38,10 @@ def task_sums(
     an example, and counts by its weight. `UserError` for other shapes.
     """
     if sown and takes_sown(task):
-        return dict(task.loss(outputs, batch, sown=sown))
-    sums = dict(task.loss(outputs, batch))
+        return dict(task.loss(outputs, batch, train=True, sown=sown))
+    # a task of one's own may ask for it without a default
+    train = {"train": True} if "train" in inspect.signature(task.loss).parameters else {}
+    sums = dict(task.loss(outputs, batch, **train))
     weights = _weights(sown, rules)
     if not weights:
         return sums
