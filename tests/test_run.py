@@ -665,7 +665,7 @@ def test_an_error_of_the_users_own_code_keeps_its_own_lines(
 
     assert start(tmp_path / "run", model=Broken(num_classes=4)) == 1
     said = capsys.readouterr().err
-    assert "    raise ValueError(\"my own mistake\")\nValueError: my own mistake\n" in said
+    assert '    raise ValueError("my own mistake")\nValueError: my own mistake\n' in said
     assert "site-packages" not in said and "/jaxtrain/" not in said
     assert said.endswith(
         "jaxtrain: error: while running the initialisation of the model on shapes, train=False:"

@@ -44,8 +44,8 @@ class _Seen:
 
 
 def check(recipe: Recipe, batch: Shapes) -> Checked:
-    """Runs a recipe on the shapes of a raw batch: initialisation, training with its gradient,
-    evaluation.
+    """Runs a recipe on the shapes of a raw batch: initialisation, evaluation, training with
+    its gradient.
 
     >>> from jaxtrain.models import MLP
     >>> from jaxtrain.optimizers import SGD
@@ -64,11 +64,11 @@ def check(recipe: Recipe, batch: Shapes) -> Checked:
     batch = dict(batch)
     state = initial(recipe, batch)
     seen = _Seen()
+    outputs = evaluated(recipe, state, batch, seen=seen)
     ids = {"id": jax.ShapeDtypeStruct((_rows(batch),), jnp.int32)}
     with _told(recipe, batch, seen, train=True):
         total = jax.eval_shape(functools.partial(_training, recipe, seen), state, {**ids, **batch})
     _check_collections(recipe, state.collections, total.collections)
-    outputs = evaluated(recipe, state, batch, seen=seen)
     return Checked(outputs, tuple(_notes(recipe, seen)), batch, state)
 
 

@@ -39,8 +39,8 @@ def line(recipe: Recipe, error: Exception, again: Callable[[], Any]) -> str | No
         )
     if isinstance(error, flax_errors.ScopeParamNotFoundError | flax_errors.ScopeCollectionNotFound):
         return (
-            f"model={model}: {text}; what training needs must be made when the model is initialised"
-            " (with its switch at evaluation)"
+            f"model={model}: {text}; what only training uses must be made at initialisation, too:"
+            " `if train or self.is_initializing():`"
         )
     if isinstance(error, flax_errors.FlaxError) and not own_frames(error):
         return f"model={model}: {text}"

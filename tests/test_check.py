@@ -1,0 +1,239 @@
+"""What the check before the first step finds out on shapes alone, each in one line."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from jaxtrain import metrics
+from jaxtrain.optimizers import SGD
+from jaxtrain.train import check, explain
+from jaxtrain.train.recipe import Recipe
+
+SHAPES = {
+    "x": jax.ShapeDtypeStruct((8, 4), jnp.float32),
+    "y": jax.ShapeDtypeStruct((8,), jnp.float32),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Squares:
+    """Gives what `how` says instead of sums."""
+
+    how: str = "right"
+
+    def inputs(self, batch: Any) -> Any:
+        return batch["x"]
+
+    def loss(self, outputs: Any, batch: Any, *, train: bool = True) -> Any:
+        loss_B = jnp.square(outputs[:, 0].astype(jnp.float32) - batch["y"])
+        pair = metrics.weighted(loss_B, batch.get("weight"))
+        return {
+            "right": {"loss": pair},
+            "scalar": loss_B.mean(),
+            "mean": {"loss": loss_B.mean()},
+            "no loss": {"accuracy": pair},
+            "not added up": {"loss": (loss_B, pair[1])},
+            "three": {"loss": (*pair, pair[0])},
+        }[self.how]
+
+
+class NoTrain(Squares):
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        return super().loss(outputs, batch)
+
+
+class Required(Squares):
+    def loss(self, outputs: Any, batch: Any, *, train: bool) -> Any:
+        return super().loss(outputs, batch)
+
+
+def checked(model: Any, task: Any = None, **options: Any) -> check.Checked:
+    return check.check(Recipe(model, task or Squares(), SGD(), **options), SHAPES)
+
+
+TASKS: dict[str, tuple[Any, str]] = {
+    "scalar": (Squares("scalar"), "task=Squares: loss gave float32[]; it must give {'loss': (sum"),
+    "mean": (Squares("mean"), "task=Squares: loss gave float32[] as 'loss'; it must give"),
+    "no loss": (Squares("no loss"), "task=Squares: loss gave accuracy and no 'loss'"),
+    "not added up": (Squares("not added up"), "the sum of 'loss' is float32[8]; it must be one"),
+    "three": (Squares("three"), "task=Squares: loss gave tuple as 'loss'"),
+    "no train": (NoTrain(), "task=NoTrain: loss takes (outputs, batch) and no train="),
+    "no task": (object(), "task=object: has no inputs; a task has inputs(batch) and loss"),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_that_is_none_is_one_line(name: str) -> None:
+    task, text = TASKS[name]
+    with pytest.raises(ValueError) as caught:
+        checked(nn.Dense(1), task)
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_task_may_require_train() -> None:
+    assert checked(nn.Dense(1), Required()).outputs.shape == (8, 1)
+
+
+class Axis(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        mean = jax.lax.pmean(x, "devices") if train else x
+        return nn.Dense(1)(mean)
+
+
+class OnlyInTraining(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        return nn.Dense(1)(nn.Dense(4, name="aux")(x) if train else x)
+
+
+class InitialisedToo(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        use = train or self.is_initializing()
+        return nn.Dense(1)(nn.Dense(4, name="aux")(x) if use else x)
+
+
+class Growing(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        seen = self.variable("memory", "seen", lambda: jnp.zeros((0, 4)))
+        if train:
+            seen.value = jnp.concatenate([seen.value, x])
+        return nn.Dense(1)(x)
+
+
+class Widening(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        count = self.variable("counters", "calls", lambda: jnp.int32(0))
+        if train:
+            count.value = count.value + 1.0
+        return nn.Dense(1)(x)
+
+
+class Cell(nn.Module):
+    @nn.compact
+    def __call__(self, carry, x):
+        carry = nn.Dense(4, dtype=jnp.float32, name="hard")(carry + x)
+        return carry, carry
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(Cell, variable_broadcast="params", split_rngs={"params": False}, length=3)
+        return scan(name="cell")(x, jnp.broadcast_to(x[None], (3, *x.shape)))[0][:, :1]
+
+
+def scanned_pair(params: Any, x: Any) -> Any:
+    def body(carry: Any, _: Any) -> Any:
+        return (carry @ params["w"]).astype(jnp.float32), None
+
+    return jax.lax.scan(body, x, None, length=2)[0]
+
+
+MODELS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "axis": (Axis(), {}, "model=Axis: reduces over the axis 'devices', which is not there"),
+    "parameters of training": (
+        OnlyInTraining(),
+        {},
+        "model=OnlyInTraining: Could not find parameter named",
+    ),
+    "growing": (Growing(), {}, "memory/seen is float32[0, 4] and after a training step float32[8"),
+    "widening": (Widening(), {}, "counters/calls is int32[] and after a training step float32[]"),
+    "scan in bf16": (
+        Scanned(),
+        {"precision": "bf16"},
+        "--precision=bf16: dtypes part at Dense (cell/hard): ",
+    ),
+    "scan in fp16": (Scanned(), {"precision": "fp16"}, "--precision=fp16: dtypes part at Dense"),
+    "scan of a pair": (
+        (lambda key, x: {"w": jnp.ones((4, 4))}, scanned_pair),
+        {"precision": "bf16"},
+        "--precision=bf16: dtypes part at scanned_pair (test_check.py:",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_cannot_train_is_one_line(name: str) -> None:
+    model, options, text = MODELS[name]
+    with pytest.raises(ValueError) as caught:
+        checked(model, **options)
+    words = str(caught.value)
+    assert text in words and "\n" not in words, words
+    if name != "growing" and name != "widening":
+        train = "False" if "scan" in name else "True"
+        assert f"(while running the model on shapes, train={train}: x float32[8, 4], y" in words
+    if "scan" in name:
+        assert "or use --precision=fp32" in words
+        checked(model, precision="fp32")  # the remedy
+
+
+def test_parameters_of_training_alone_are_made_as_the_line_says() -> None:
+    assert checked(InitialisedToo()).outputs.shape == (8, 1)
+
+
+class Broken(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        return nn.Dense(1)(x @ x if train else x)
+
+
+def test_another_exception_is_the_users_own_with_a_note() -> None:
+    with pytest.raises(TypeError) as caught:
+        checked(Broken())
+    said = explain.own_lines(caught.value)
+    assert "return nn.Dense(1)(x @ x if train else x)" in said
+    assert "flax" not in said and "jaxtrain/train" not in said
+    wanted = "while running the model on shapes, train=True: x float32[8, 4], y float32[8]"
+    assert explain.noted(caught.value) == wanted
+
+
+class Sower(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        self.sow("intermediates", "aux_loss", jnp.mean(x))
+        noise = jax.random.normal(self.make_rng("z"), x.shape)
+        return nn.Dense(1)(x + noise)
+
+
+def test_notes_say_what_nobody_would_guess() -> None:
+    notes = checked(Sower()).notes
+    assert len(notes) == 2
+    assert "draws random numbers in evaluation: there each example has a key of its own" in notes[0]
+    assert notes[1].endswith("to add it, --aux_losses='aux_loss=1'")
+    assert len(checked(Sower(), aux_losses=(("aux_loss", 1.0),)).notes) == 1
+
+
+def test_the_model_is_traced_once_for_each_pass() -> None:
+    traced: list[bool] = []
+
+    def apply(params: Any, x: Any, train: bool) -> Any:
+        traced.append(train)
+        return x @ params["w"]
+
+    checked((lambda key, x: {"w": jnp.ones((4, 1))}, apply))
+    assert traced == [False, True]
+
+
+@pytest.mark.slow
+def test_digits_trains_in_64_bits(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "experiments/digits.py", "--steps=2", f"--workdir={tmp_path}/run"]
+    command += ["--noreport", "--notensorboard", "--mesh=data:1"]
+    environment = os.environ | {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}
+    environment |= {"PYTHONPATH": str(root)}
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
