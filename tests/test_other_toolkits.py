@@ -113,15 +113,8 @@ def test_translated_flags(name: str) -> None:
         assert followed != arguments, line
         # What the value itself has wrong is told next, with what is right.
         then = problem(followed)
-        assert then is None or re.match(ANOTHER_THING, then), (line, followed, then)
-
-
-ANOTHER_THING = (
-    r"--(?:batch_size|eval_batch_size|microbatches|clip_norm|mesh|log_every|seed|init_from|workdir"
-    r"|epochs|max_restarts|task|augment|wandb|optimizer|model|data|steps|schedule\.warmup)"
-    r"(?:=.*)?: "
-)
-"""Flags whose values may be wrong themselves, where the values tried do not fit."""
+        ours = followed[0].partition("=")[0]
+        assert then is None or then.startswith((f"{ours}=", f"{ours}: ")), (line, followed, then)
 
 
 def test_every_flag_that_a_table_names_is_there() -> None:

@@ -675,8 +675,6 @@ TRANSLATED: Mapping[str, Rows] = {
     "enable_tensorboard": ((_OFF, "write --notensorboard"), (".*", "write --tensorboard")),
     "use_wandb": ((_OFF, "write --wandb="), (".*", "write --wandb=PROJECT")),
     "callbacks": ((".*", "leave it out: callables are given in the experiment's file"),),
-    "metrics": ((".*", "leave it out: the task says what is measured; did you mean --task?"),),
-    "loss": ((".*", "the loss is the task's: did you mean --task?"),),
     # MaxText's axes
     "ici_data_parallelism": ((r"-?\d+", "write --mesh=data:{value}"),),
     "dcn_data_parallelism": ((r"-?\d+", "write --mesh=data:{value}"),),
