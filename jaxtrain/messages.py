@@ -25,6 +25,15 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return by_lower[close[0]] if close else None
 
 
+def likeness(word: str, other: str) -> float:
+    """How alike two names are, whatever their case, from 0 to 1.
+
+    >>> likeness("Adam", "adam"), round(likeness("adam", "adamw"), 2)
+    (1.0, 0.89)
+    """
+    return difflib.SequenceMatcher(None, other.lower(), word.lower()).ratio()
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: `; did you mean 'adamw'?`, or nothing."""
     match = nearest(word, known)

@@ -140,12 +140,15 @@ ROWS = [
         "unknown flag --optimizer.lr; did you mean --optimizer.learning_rate?",
     ),
     Row("--total_steps=5", "unknown flag --total_steps; did you mean --steps?"),
-    Row("--nobatch_size", "unknown flag --nobatch_size; did you mean --batch_size?"),
-    Row("--data.nodownload", "unknown flag --data.nodownload; did you mean --data.download?"),
+    Row(
+        "--nobatch_size",
+        "unknown flag --nobatch_size; --batch_size takes int >= 1 and cannot be switched off",
+    ),
+    Row("--data.nodownload", "unknown flag --data.nodownload; did you mean --nodata.download?"),
     Row("--xyzzy=1", "unknown flag --xyzzy; --help lists them all"),
     Row("--=1", "unexpected argument '--=1'; flags are written --name=value"),
     Row("--undefok=xyzzy --xyzzy=1", "unknown flag --undefok; --help lists them all"),
-    Row("--flagfile=/etc/passwd", "unknown flag --flagfile; --help lists them all"),
+    Row("--flagfile=/etc/passwd", "/etc/passwd:1: is no flag; write one flag a line, --name=value"),
     Row("--offers=x", "unknown flag --offers; --help lists them all"),
     Row(
         "--optimizer.momentum=0.9",
@@ -213,7 +216,7 @@ ROWS = [
     Row("--optimizer.weight_decay=-0.1", "--optimizer.weight_decay=-0.1: must be >= 0"),
     Row("--optimizer.label_share=1.5", "--optimizer.label_share=1.5: must be in 0..1"),
     Row("--model.dropout=1", "--model.dropout=1: must be 0 <= value < 1"),
-    Row("--clip_norm=0", "--clip_norm=0: must be > 0"),
+    Row("--clip_norm=0", "--clip_norm=0: must be > 0, or none"),
     Row(
         "--clip_norm=off",
         "--clip_norm='off': not a number; expected a float > 0, e.g. 1e-3, or none",
@@ -272,7 +275,7 @@ ROWS = [
     Row("--microbatches=0", "--microbatches=0: must be >= 1"),
     Row("--steps=0", "--steps=0: must be >= 1"),
     Row("--steps=-1", "--steps=-1: must be >= 1"),
-    Row("--steps=ten", "--steps='ten': must be an integer >= 1, or none"),
+    Row("--steps=ten", "--steps='ten': must be an integer >= 1"),
     Row("--steps=none", "--steps and --epochs are both unset; give one"),
     Row("--epochs=0", "--epochs=0: must be > 0"),
     Row("--epochs=2 --steps=100", "--epochs and --steps are both set; give one"),
@@ -285,7 +288,7 @@ ROWS = [
     Row("--workdir --steps=3", "--workdir: needs a value before --steps, e.g. --workdir=TEXT"),
     Row("--keep=0", "--keep=0: must be >= 1"),
     Row("--log_every=0", "--log_every=0: must be >= 1"),
-    Row("--steps_per_call=0", "--steps_per_call=0: must be >= 1"),
+    Row("--steps_per_call=0", "--steps_per_call=0: must be >= 1, or none"),
     Row("--eval_batch_size=0", "--eval_batch_size=0: must be an integer >= 1"),
     Row("--data.classes=1", "--data.classes=1: must be in 2..100"),
     # 26: choices, booleans
@@ -294,11 +297,14 @@ ROWS = [
         "--model.dtype='float61': unknown; valid: float32, bfloat16, float16; did you mean"
         " 'float16'?",
     ),
-    Row("--platform=tpu", "--platform='tpu': unknown; valid: auto, cpu, gpu; did you mean 'gpu'?"),
+    Row("--platform=tpu", "--platform='tpu': unknown; valid: auto, cpu, gpu; did you mean 'auto'?"),
     Row(
         "--resume=Must", "--resume='Must': unknown; valid: auto, must, never; did you mean 'must'?"
     ),
-    Row("--device_data=true", "--device_data='true': unknown; valid: auto, yes, no"),
+    Row(
+        "--device_data=true",
+        "--device_data='true': unknown; valid: auto, yes, no; did you mean 'yes'?",
+    ),
     Row(
         "--eval_only=yes",
         "--eval_only='yes': not a boolean; valid: true, false; did you mean 'true'?",
@@ -396,10 +402,13 @@ ROWS = [
         "--optimizer.nesterov=true: needs momentum > 0; set --optimizer.momentum",
     ),
     # left over
-    Row("train", "unexpected argument 'train'; flags are written --name=value"),
-    Row("--steps=3 train", "unexpected argument 'train'; flags are written --name=value"),
+    Row("train", "unexpected argument 'train'; leave it out: an experiment trains by itself"),
+    Row(
+        "--steps=3 train",
+        "unexpected argument 'train'; leave it out: an experiment trains by itself",
+    ),
     Row("batch_size=8", "unexpected argument 'batch_size=8'; did you mean --batch_size=8?"),
-    Row("-- train", "unexpected argument 'train'; flags are written --name=value"),
+    Row("-- train", "unexpected argument 'train'; leave it out: an experiment trains by itself"),
     Row("-", "unexpected argument '-'; flags are written --name=value"),
     # 34, 35 and other paths; {tmp} is a folder that holds the file `file` and the folder `runs`
     Row("--workdir={tmp}/file", "--workdir={tmp}/file: is a file, not a directory"),

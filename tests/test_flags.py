@@ -156,7 +156,7 @@ def test_fields_become_flags_of_their_types() -> None:
 
 
 def test_they_are_real_absl_flags() -> None:
-    flag = flags._define(make_run())["optimizer.learning_rate"]
+    flag = flags.flags_of(make_run())["optimizer.learning_rate"]
     assert isinstance(flag, absl_flags.Flag)
     assert (flag.name, flag.default, flag.help, flag.serialize()) == (
         "optimizer.learning_rate",

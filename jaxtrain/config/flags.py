@@ -7,7 +7,9 @@ fields that there are. Values are strict (see `values.py`), nothing is given twi
 left over.
 """
 
+import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,37 +17,18 @@ from typing import Any
 from absl import flags as absl_flags
 
 from jaxtrain import config, messages
+from jaxtrain.config import flagfile, other_toolkits, record, secrets, settings, suggestions
 from jaxtrain.config import help as flag_help
-from jaxtrain.config import record, secrets, settings
 from jaxtrain.config import values as flag_values
 from jaxtrain.errors import UserError
-from jaxtrain.fields import Field
+from jaxtrain.fields import Field, field_type
 from jaxtrain.messages import warn
 
 HELP = ("help", "helpfull", "helpshort", "h", "?")
-_ALIASES = {
-    "lr": "learning_rate",
-    "wd": "weight_decay",
-    "bs": "batch_size",
-    "batch": "batch_size",
-    "grad_accum": "microbatches",
-    "dataset": "data",
-    "accumulate_steps": "microbatches",
-    "total_steps": "steps",
-    "num_steps": "steps",
-    "max_steps": "steps",
-    "train_steps": "steps",
-    "num_epochs": "epochs",
-    "max_epochs": "epochs",
-    "grad_clip": "clip_norm",
-    "output_dir": "workdir",
-    "logdir": "workdir",
-    "log_dir": "workdir",
-    "beta1": "b1",
-    "beta2": "b2",
-    "epsilon": "eps",
-}
-"""Names that other toolkits use, for suggestions only."""
+_LENGTHS = ("steps", "epochs")
+"""One of them is given, though each may be none."""
+_NAMED_FLAG = re.compile(r"(?:unknown flag )?--([\w.\-]+)")
+"""The flag that a message is about."""
 
 
 class _Parser(absl_flags.ArgumentParser):
@@ -106,7 +89,13 @@ class SettingFlag(absl_flags.Flag):
         try:
             return flag_values.read(argument, self.setting.field.type, self.setting.field.marks)
         except ValueError as problem:
-            raise UserError(f"--{self.name}={self._shown(argument)}: {problem}") from None
+            optional = field_type(self.setting.field.type).optional and self.name not in _LENGTHS
+            more = ", or none" if optional and argument in ("0", "0.0", "-1") else ""
+            if self.name == "resume" and "did you mean" not in str(problem):
+                said = other_toolkits.instead("resume", argument, ("workdir", "init_from"))
+                more = f"; {said}" if said else ""
+            said = str(problem).replace(", or none", "") if self.name in _LENGTHS else problem
+            raise UserError(f"--{self.name}={self._shown(argument)}: {said}{more}") from None
 
     def _shown(self, argument: str | None) -> str:
         return secrets.HIDDEN if self.setting.field.secret else messages.shown(argument or "")
@@ -127,6 +116,8 @@ class FamilyFlag(SettingFlag):
         if argument in self.names:
             return argument
         shown, near = messages.shown(argument), messages.did_you_mean(argument, self.names)
+        if meant := other_toolkits.same_value(argument, self.names):
+            near = f"; did you mean {meant!r}?"
         if not self.names:
             raise UserError(f"--{self.name}={shown}: this experiment offers no other {self.name}")
         if self.name == "data":  # names of data sets are often looked for here
@@ -150,12 +141,32 @@ def parse(
     `argv` holds the arguments only (`sys.argv[1:]`). `UserError`, with the one line that the user
     sees, for anything wrong; help prints and raises `SystemExit(0)`.
     """
+    read = flagfile.expand(argv)
+    places = {argument.name: argument.place for argument in read if argument.place}
+    try:
+        return _parse(run, [argument.text for argument in read], environ, places)
+    except UserError as error:
+        # What a file of flags said is told with its line.
+        named = _NAMED_FLAG.match(str(error))
+        place = named and (places.get(named[1]) or places.get(f"no{named[1]}"))
+        if not place:
+            raise
+        raise UserError(f"{place}: {error}") from None
+
+
+def _parse(
+    run: config.Run,
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    places: Mapping[str, str],
+) -> config.Run:
+    """The run that arguments ask for, those of files in their places."""
     scanned = list(_scan(argv))
     wanted = {name: value for name, value in scanned if value is not None}
     earlier = os.path.expanduser(wanted.get("from_run") or "")
     base = record.load(run, earlier) if earlier else run
     swaps = {family: wanted[family] for family in config.FAMILIES if family in wanted}
-    defined = _define(base)
+    defined = flags_of(base)
     chosen = {
         family: defined[family].read(name) for family, name in swaps.items() if family in defined
     }
@@ -171,7 +182,7 @@ def parse(
             )
         )
         raise SystemExit(0)
-    defined = _define(base)
+    defined = flags_of(base)
     _absl_parse(defined, argv, base)
     typed = {name: flag.typed for name, flag in defined.items() if flag.present}
     own = (name for name in typed if name not in config.FAMILIES)
@@ -180,7 +191,7 @@ def parse(
     values |= {name: os.path.expanduser(values[name]) for name in typed if name in paths}
     values |= _from_environment(defined, typed, environ)
     finished = _finish(base, values, typed)
-    _warn_of_secrets(flag for flag in defined.values() if flag.present)
+    _warn_of_secrets(flag for flag in defined.values() if flag.present and flag.name not in places)
     return finished
 
 
@@ -190,6 +201,8 @@ def wants_traceback(argv: Sequence[str]) -> bool:
     >>> wants_traceback(["--seed=x", "--traceback"])
     True
     """
+    with contextlib.suppress(UserError):  # a file that cannot be read is told when it is parsed
+        argv = [argument.text for argument in flagfile.expand(argv)]
     return any(
         name == "traceback" and value in (None, "true", "True", "1") for name, value in _scan(argv)
     )
@@ -207,7 +220,7 @@ def _scan(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
             yield name, value if equals else None if following.startswith("-") else following
 
 
-def _define(run: config.Run) -> dict[str, SettingFlag]:
+def flags_of(run: config.Run) -> dict[str, SettingFlag]:
     """A flag for each setting and each family that can be swapped."""
     defined: dict[str, SettingFlag] = {
         setting.name: SettingFlag(setting) for setting in settings.of_run(run)
@@ -221,19 +234,19 @@ def _define(run: config.Run) -> dict[str, SettingFlag]:
 
 
 def _absl_parse(defined: Mapping[str, SettingFlag], argv: Sequence[str], run: config.Run) -> None:
-    """Has absl fill the flags; its own features that would let input pass unseen (`--undefok`,
-    `--flagfile`) are off."""
+    """Has absl fill the flags; its own feature that would let input pass unseen (`--undefok`) is
+    off, and files of flags have been read."""
     values = absl_flags.FlagValues()
     values.set_gnu_getopt(True)
     for name, flag in defined.items():
         values[name] = flag
-    for name, _ in _scan(argv):
-        if name in ("undefok", "flagfile"):
-            raise UserError(_unknown(name, run))
+    if any(name == "undefok" for name, _ in _scan(argv)):
+        raise UserError(suggestions.unknown_flag("undefok", None, run))
     try:
         left = values(["jaxtrain", *argv])[1:]
     except absl_flags.UnrecognizedFlagError as error:
-        raise UserError(_unknown(error.flagname, run)) from None
+        value = dict(reversed(list(_scan(argv)))).get(error.flagname)
+        raise UserError(suggestions.unknown_flag(error.flagname, value, run)) from None
     except ValueError as error:
         name, refused, _ = str(error).partition(" does not take an argument")
         if not refused:
@@ -248,66 +261,8 @@ def _absl_parse(defined: Mapping[str, SettingFlag], argv: Sequence[str], run: co
             f"--{name}: needs a value, e.g. --{name}={defined[name]._example()}"
         ) from None
     if left:
-        raise UserError(_left_over(left[0], argv, defined))
-
-
-def _left_over(argument: str, argv: Sequence[str], defined: Mapping[str, SettingFlag]) -> str:
-    shown, name = messages.shown(argument), argument.partition("=")[0]
-    before = argv[argv.index(argument) - 1].lstrip("-") if argument in argv[1:] else ""
-    if before in defined and defined[before].boolean:
-        return f"unexpected argument {shown}; write --{before}={argument} or --no{before}"
-    hint = (
-        f"; did you mean --{argument}?"
-        if name in defined and name != argument
-        else "; flags are written --name=value"
-    )
-    return f"unexpected argument {shown}{hint}"
-
-
-def _unknown(name: str, run: config.Run) -> str:
-    """The message for a flag that does not exist: what its component has, who has it, or the
-    nearest name."""
-    known = [setting.name for setting in settings.of_run(run)]
-    known += [family for family in config.FAMILIES if getattr(run, family) is not None]
-    shown = f"unknown flag --{messages.printable(name)}"
-    family, dot, rest = name.partition(".")
-    if dot and family in config.FAMILIES and getattr(run, family) is not None:
-        owners = [
-            f"--{family}={other}"
-            for other, offered in run.offers.get(family, {}).items()
-            if _has(offered, rest)
-        ]
-        own = [
-            setting.removeprefix(f"{family}.")
-            for setting in known
-            if setting.startswith(f"{family}.")
-        ]
-        if not owners and (match := messages.nearest(_ALIASES.get(rest, rest), own)):
-            return f"{shown}; did you mean --{family}.{match}?"
-        has = f"{family} {record.kind_of(run, family)!r} has {', '.join(own) or 'no flags'}"
-        return f"{shown}: {has}" + (
-            f"; {rest} comes with {', '.join(owners[:4])}" if owners else ""
-        )
-    if match := _nearest_flag(name, known):
-        return f"{shown}; did you mean {match}?"
-    return f"{shown}; --help lists them all"
-
-
-def _has(component: Any, name: str) -> bool:
-    return any(setting.name == name for setting in settings.of_component(component))
-
-
-def _nearest_flag(name: str, known: Sequence[str]) -> str | None:
-    """The flag most like `name`, by its whole name or, for a bare name, by the last part; several
-    if that is the same word."""
-    negated = name.startswith("no") and messages.nearest(name, known) is None
-    word = _ALIASES.get(name, name[2:] if negated else name)
-    by_last: dict[str, list[str]] = {}
-    for flag in known:
-        by_last.setdefault(flag.rpartition(".")[2], []).append(flag)
-    names = {**by_last, **{flag: [flag] for flag in known}}
-    match = word if word in names else messages.nearest(word, [*known, *by_last])
-    return None if match is None else " or ".join(f"--{flag}" for flag in names[match][:3])
+        before = argv[argv.index(left[0]) - 1].lstrip("-") if left[0] in argv[1:] else ""
+        raise UserError(suggestions.unexpected_argument(left[0], before, run))
 
 
 def _from_environment(
@@ -350,7 +305,30 @@ def _finish(run: config.Run, values: dict[str, Any], typed: Mapping[str, str | N
             " or --eval_every=0"
         )
     config.check_paths(run)
+    _check_allowed(run)
     return run
+
+
+def _check_allowed(run: config.Run) -> None:
+    """Refuses a name in --allow_config_change that is no setting of the run or of a part that it
+    may have; where the workdir holds a run, `workdir.check_drift` knows that one's names too."""
+    if not run.allow_config_change or os.path.exists(os.path.join(run.workdir, "run.json")):
+        return
+    known = [setting.name for setting in settings.of_run(run)]
+    offered = {
+        setting.name
+        for family in config.FAMILIES
+        for component in run.offers.get(family, {}).values()
+        for setting in settings.of_component(component, f"{family}.")
+    }
+    known = [*known, *sorted(offered.difference(known)), *config.FAMILIES]
+    parents = {name.rpartition(".")[0] for name in known}
+    for word in run.allow_config_change:
+        if word not in known and word not in parents or not word:
+            near = suggestions.unknown_setting(word, known)
+            raise UserError(
+                f"--allow_config_change={messages.printable(word)}: no such setting{near}"
+            )
 
 
 def _apply(component: Any, values: Mapping[str, Any], prefix: str) -> Any:

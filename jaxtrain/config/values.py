@@ -7,6 +7,7 @@ must be finite, `none` is the absent value of an optional, tuples are separated 
 empty item.
 """
 
+import contextlib
 import math
 import re
 import typing
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
+from jaxtrain.config import other_toolkits
 from jaxtrain.errors import UserError
 from jaxtrain.fields import FieldType, field_type, problem
 from jaxtrain.horizon import Horizon
@@ -22,7 +24,22 @@ from jaxtrain.messages import did_you_mean, is_number, shown
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)")
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 _MEANT = {"yes": "true", "y": "true", "on": "true", "t": "true"}
-_MEANT |= {"no": "false", "n": "false", "off": "false", "f": "false"}
+_MEANT |= {"no": "false", "n": "false", "off": "false", "f": "false", "none": "false"}
+_SCALES = {"k": 1000, "K": 1000, "M": 10**6, "m": 10**6, "%": Decimal("0.01")}
+_GROUPED = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+")
+_MEANT_HORIZONS = (
+    (r"never|no|off|none|false", "0"),
+    (r"(?:every[ _-]?|per[ _-]?)?epoch(?:ly)?", "1epochs"),
+    (r"(?:every[ _-]?)?step", "1"),
+    (r"([0-9.]+)[ _]*(?:e|ep|eps|epoch|epochs)", r"\1epochs"),
+    (r"([0-9]+)[ _]*(?:s|st|step|steps|it|its|iters|iterations|batches|ba)", r"\1"),
+    (r"([0-9.]+)[ _]*(?:%|percent|pct)", r"\1%"),
+    (r"([0-9]+)k", r"\g<1>000"),
+    (r"([0-9]{1,3}),([0-9]{3})", r"\1\2"),
+    (r"([0-9]+)_([0-9]+)", r"\1\2"),
+    (r"([0-9]+)\.0+", r"\1"),
+)
+"""What people write for a horizon, and how it is written."""
 
 
 def readable(annotation: Any) -> bool:
@@ -165,17 +182,20 @@ def _load_float(value: Any, wanted: FieldType) -> float:
 def _hint(text: str, number: type[int] | type[float], wanted: FieldType) -> str:
     """What was probably meant by a number written in a way that is not ours: 1_000, +5, 0x10, 1e3,
     0,1."""
+    scale = _SCALES.get(text[-1:])
+    grouped = text.replace(",", "") if _GROUPED.fullmatch(text) else text.replace(",", ".")
     for convert in (
         lambda: int(text, 0),
         lambda: float(text),
-        lambda: float(text.replace(",", ".")),
+        lambda: float(grouped),
+        lambda: float(Decimal(text[:-1]) * scale) if scale else float(""),
     ):
         try:
             value = convert()
             near = number(value)
-        except (ValueError, OverflowError):
+        except (ValueError, OverflowError, ArithmeticError):
             continue
-        if near == value and not (number is int and problem(near, int, wanted.marks)):
+        if near == value and not problem(near, number, wanted.marks):
             return f"; did you mean {_format_of(near).show(near)}?"
     return ""
 
@@ -197,14 +217,28 @@ def _read_horizon(text: str, wanted: FieldType) -> Horizon:
     if re.match(r"-[0-9.]", text):
         raise UserError("must be >= 0")
     if not text.isascii() or text != text.strip():
-        raise UserError(expected)
+        raise UserError(expected + _meant_horizon(text.strip()))
     try:
         return Horizon.parse(text)
     except OverflowError:
         raise UserError("must be finite") from None
     except ValueError as error:
         wrong = str(error).removeprefix(f"{text!r}: ")
-        raise UserError(expected if wrong.startswith("not a horizon") else wrong) from None
+        wrong = expected if wrong.startswith("not a horizon") else wrong
+        raise UserError(wrong + _meant_horizon(text)) from None
+
+
+def _meant_horizon(text: str) -> str:
+    """The end of a message about a text that is nearly a horizon, or nothing."""
+    for pattern, written in _MEANT_HORIZONS:
+        if match := re.fullmatch(pattern, text, re.IGNORECASE):
+            meant = match.expand(written)
+            with contextlib.suppress(ValueError):
+                Horizon.parse(meant)
+                return f"; did you mean {meant}?"
+    if re.fullmatch(r"0?\.[0-9]+", text):
+        return f"; did you mean {float(Decimal(text) * 100):g}% of the run?"
+    return ""
 
 
 def _load_horizon(value: Any, wanted: FieldType) -> Any:
@@ -219,7 +253,9 @@ def _read_choice(text: str, wanted: FieldType) -> Any:
     by_text = {str(choice): choice for choice in wanted.items}
     if text in by_text:
         return by_text[text]
-    raise UserError(f"unknown; valid: {', '.join(by_text)}{did_you_mean(text, by_text)}")
+    meant = other_toolkits.same_value(text, by_text)
+    near = f"; did you mean {meant!r}?" if meant else did_you_mean(text, by_text)
+    raise UserError(f"unknown; valid: {', '.join(by_text)}{near}")
 
 
 def _load_choice(value: Any, wanted: FieldType) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 from jaxtrain import config, messages
 from jaxtrain.checkpoints import lock, manifest
 from jaxtrain.config import record as run_record
-from jaxtrain.config import secrets
+from jaxtrain.config import secrets, suggestions
 from jaxtrain.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "jaxtrain")
@@ -100,8 +100,10 @@ def check_drift(
     for word in run.allow_config_change:
         known = {*_paths(now), *_paths(before)}
         if word not in known:
-            near = messages.did_you_mean(word, known)
-            raise UserError(f"--allow_config_change={word}: no such setting{near}")
+            near = suggestions.unknown_setting(word, sorted(known))
+            raise UserError(
+                f"--allow_config_change={messages.printable(word)}: no such setting{near}"
+            )
     lines: list[str] = []
     refused: dict[str, str] = {}
     free = config.marked(config.Mark.FREE)
