@@ -135,23 +135,11 @@ def augmented(recipe: Recipe, state: TrainState, batch: Batch, shard: int | jax.
 
 def _apply(recipe: Recipe, places: Placement | None) -> adapters.Apply:
     """The model on whole parameters, in the precision of the recipe."""
-    apply = _with_constants(adapters.functions(recipe.model).apply)
+    apply = adapters.functions(recipe.model).apply
     if places is not None:
         apply = fsdp.with_gathered_parameters(apply, places.axes, places.state.params, places.mesh)
     # Cast first, gather then: half the bytes.
     return precision.apply_in(precision.POLICIES[recipe.precision], apply)
-
-
-def _with_constants(apply: adapters.Apply) -> adapters.Apply:
-    """A model's `apply` that is given its Python numbers as it made them."""
-
-    def whole_apply(
-        variables: adapters.Variables, inputs: Any, *, train: bool, key: jax.Array | None = None
-    ) -> tuple[Any, adapters.Variables]:
-        params = tree.without_constants(variables["params"])
-        return apply(variables | {"params": params}, inputs, train=train, key=key)
-
-    return whole_apply
 
 
 def _of_part(
