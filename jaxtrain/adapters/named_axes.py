@@ -112,6 +112,11 @@ def _check(function: Callable[..., PyTree], names: list[str], arguments: Any) ->
             f"{prefix}, and fail: {said.rstrip('.')}; write them for an axis of size 1"
         ) from error
     for equation in _equations(found.jaxpr):
+        if any(max(pair) > 0 for pair in equation.params.get("perm", ()) if len(pair) == 2):
+            raise UserError(
+                f"{prefix}, and {equation.primitive.name} sends to others; let its pairs follow"
+                " jax.lax.axis_size, which is 1"
+            )
         if equation.params.get("axis_index_groups") is not None:
             raise UserError(
                 f"{prefix}, and {equation.primitive.name} has axis_index_groups; leave them out,"

@@ -1,5 +1,5 @@
-"""Python numbers among the parameters: parts of the tree's structure to whom trains, numbers again
-to the model."""
+"""Python numbers among the parameters: constants in the structure of the tree, which the model gets
+back as the numbers that they were."""
 
 from typing import Any
 
