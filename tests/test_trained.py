@@ -272,6 +272,49 @@ def test_meshes_and_shards_agree_with_leaves_of_all_kinds() -> None:
     assert states[0] == states[1]
 
 
+TABLE = np.array([2**32 - 5, 7], np.uint32)
+"""Sums of such numbers overflow."""
+
+
+def stateful() -> Any:
+    def init(key: jax.Array, x: jax.Array) -> Any:
+        state = {
+            "count": jnp.int32(0),
+            "key": jax.random.key(3),
+            "left": jnp.asarray(TABLE),
+            "seen": jnp.zeros((), bool),
+        }
+        return {"w": jnp.ones((x.shape[-1], 3))}, state
+
+    def apply(params: Any, state: Any, x: jax.Array) -> Any:
+        new = state | {
+            "count": state["count"] + 1,
+            "left": state["left"] - 1,
+            "seen": jnp.ones((), bool),
+        }
+        return x @ params["w"], new
+
+    return init, apply
+
+
+@pytest.mark.parametrize("how", ["microbatches", "reproducible"])
+def test_counts_and_keys_of_a_state_are_those_of_one_pass(how: str) -> None:
+    parts, where = (stateful(), Regression(), SGD(0.1)), mesh.make("data:8")
+    state = init_state(*parts, regression_batch(), mesh=where)
+    if how == "microbatches":
+        step = steps.make_train_step(*parts, mesh=where, microbatches=2)
+    else:
+        step = reproducible.make_train_step(*parts, mesh=where)
+    for index in range(2):
+        state, _ = step(state, regression_batch(index))
+    found = state.collections["state"]
+    assert (int(found["count"]), bool(found["seen"])) == (2, True)
+    np.testing.assert_array_equal(found["left"], TABLE - 2)
+    assert jnp.array_equal(
+        jax.random.key_data(found["key"]), jax.random.key_data(jax.random.key(3))
+    )
+
+
 def test_nothing_to_train_is_an_error() -> None:
     model = (lambda key, x: {"ids": jnp.arange(3)}, lambda params, x: x[:, params["ids"]])
     with pytest.raises(UserError) as caught:

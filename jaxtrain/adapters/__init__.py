@@ -13,7 +13,14 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from jaxtrain.adapters import equinox_modules, function_pairs, linen_modules, nnx_modules
+from jaxtrain.adapters import (
+    equinox_modules,
+    function_pairs,
+    linen_modules,
+    named_axes,
+    nnx_modules,
+    python_numbers,
+)
 from jaxtrain.adapters.interface import (
     Apply,
     Functions,
@@ -37,6 +44,7 @@ __all__ = [
     "logical_axes",
     "split_sown",
     "stream",
+    "without_named_axes",
 ]
 
 
@@ -60,6 +68,17 @@ def functions(model: Any) -> Functions:
     """
     if isinstance(model, Functions):
         return model
+    return named_axes.bound(python_numbers.as_constants(_of_kind(model)))
+
+
+def without_named_axes(model: Any, refusal: str) -> Functions:
+    """`functions` of a model that runs in parts of which none is the whole batch: `UserError` where
+    it has collectives. `refusal` is what it says; `{axis}` in it is the name of the axis."""
+    model = model.model if isinstance(model, Functions) else model
+    return named_axes.refused(python_numbers.as_constants(_of_kind(model)), refusal)
+
+
+def _of_kind(model: Any) -> Functions:
     if isinstance(model, nn.Module):
         return linen_modules.functions(model)
     if _is_equinox(model):
@@ -94,9 +113,11 @@ def logical_axes(model: Any, inputs: Any) -> Variables:
     key = jax.eval_shape(lambda: jax.random.key(0))
     if isinstance(model, nn.Module):
         module = model
-        boxes = jax.eval_shape(
-            lambda key, x: linen_modules.boxed_variables(module, key, x), key, inputs
-        )
+
+        def boxed(key: jax.Array, inputs: Any) -> Variables:
+            return linen_modules.boxed_variables(module, key, inputs)
+
+        boxes = jax.eval_shape(lambda key, x: named_axes.with_axes(boxed, key, x), key, inputs)
         return jax.tree.map(
             lambda box: axes_named(getattr(box, "names", None)), boxes, is_leaf=_is_box
         )

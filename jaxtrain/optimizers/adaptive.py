@@ -44,6 +44,7 @@ class Adaptive(Betas):
     """AdamW that estimates its own rate; the learning rate is a factor of it, and the decay follows
     it."""
 
+    takes_complex: ClassVar[bool] = False
     learning_rate: Positive = 1.0
     initial: Positive = 1e-6
     """The first guess of the distance to the solution."""
@@ -161,6 +162,7 @@ class AdaBelief(Betas):
 class AdaDelta(Decaying):
     """Steps sized by past steps over past gradients (Zeiler), with L2 decay."""
 
+    takes_complex: ClassVar[bool] = False
     learning_rate: Positive = 1.0
     rho: Decay = 0.9
     """Decay of both averages."""
@@ -236,6 +238,7 @@ class SimplifiedAdEMAMix(Betas):
     """AdEMAMix with one accumulated momentum (Morwani et al.); takes rates about 1 - b1 of
     adamw's."""
 
+    takes_complex: ClassVar[bool] = False
     learning_rate: Positive = 1e-5
     b1: Decay = 0.99
     b2: Decay = 0.95
@@ -250,6 +253,7 @@ class SimplifiedAdEMAMix(Betas):
 class Adopt(Betas):
     """Adam that normalises before it averages (Taniguchi et al.), with decoupled decay."""
 
+    takes_complex: ClassVar[bool] = False
     b2: Decay = 0.9999
     eps: Positive = 1e-6
 

@@ -21,6 +21,7 @@ class Cocob(Decaying):
     """Learns by betting on coins, without a rate (Orabona and Tommasi), with L2 decay; the schedule
     weights the gradients."""
 
+    takes_complex: ClassVar[bool] = False
     keeps_parameters: ClassVar[bool] = True
     learning_rate: Positive = 1.0
     alpha: Positive = 100.0
@@ -42,6 +43,7 @@ class Cocob(Decaying):
 class Madgrad(Decaying):
     """Momentumised dual averaging (Defazio and Jelassi), with L2 decay."""
 
+    takes_complex: ClassVar[bool] = False
     keeps_parameters: ClassVar[bool] = True
     learning_rate: Positive = 1e-2
     momentum: Decay = 0.9
@@ -77,6 +79,7 @@ class GaLore(Betas):
     """Adam in a low-rank projection of the gradients of kernels of two dims (Zhao et al.), plain
     Adam for other arrays."""
 
+    takes_complex: ClassVar[bool] = False
     rank: Count = 128
     """Rank of the projection."""
 
@@ -223,6 +226,7 @@ class Rprop(Optimizer):
     """A step for each number, which grows while the gradient keeps its sign (Riedmiller and Braun);
     for whole-set gradients."""
 
+    takes_complex: ClassVar[bool] = False
     shrink: Decay = 0.5
     """Factor of the step when the sign changes."""
 
@@ -266,6 +270,7 @@ class SM3(Optimizer):
     """AdaGrad with one number for each row, column and so on: almost no memory but momentum (Anil
     et al.)."""
 
+    takes_complex: ClassVar[bool] = False
     learning_rate: Positive = 0.1
     momentum: Decay = 0.9
     """Decay of the average of the updates."""

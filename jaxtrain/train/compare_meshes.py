@@ -226,7 +226,8 @@ def gradient_differences(gradients: tree.PyTree, reference: tree.PyTree) -> dict
 
 
 def _array_difference(array: np.ndarray, reference: np.ndarray, size: float) -> float:
-    kind = np.complex128 if np.iscomplexobj(reference) else np.float64
+    is_complex = np.iscomplexobj(array) or np.iscomplexobj(reference)
+    kind = np.complex128 if is_complex else np.float64
     array, reference = (np.asarray(each, kind) for each in (array, reference))
     differs = ~((array == reference) | (np.isnan(array) & np.isnan(reference)))
     if not differs.any():

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain import metrics, tree
+from jaxtrain import adapters, metrics, tree
 from jaxtrain.data import pipeline
 from jaxtrain.data.order import Shuffled
 from jaxtrain.errors import UserError
@@ -42,6 +42,12 @@ COMPILER: dict[str, dict[str, Any]] = {
 }
 """What every program that rounds is compiled with."""
 AXIS = "shards"
+NAMED_AXES = (
+    "--reproducible: the model has collectives over the axis {axis!r}, and its logical shards are"
+    " programs of their own; build it without (axis_name=None: batch statistics of each shard), or"
+    " leave --reproducible out"
+)
+"""Said of models whose numbers would be those of a shard, not of the batch."""
 
 Packed = dict[str, jax.Array]
 """A tree as one vector (1, N) for each dtype."""
@@ -135,6 +141,10 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, mesh: Mesh, shards: int) -> None:
         check(mesh, shards, shards)
+        # Named axes are over the batch, which no program here sees.
+        recipe = dataclasses.replace(
+            recipe, model=adapters.without_named_axes(recipe.model, NAMED_AXES)
+        )
         self._recipe, self._mesh, self._shards = recipe, mesh, shards
         devices = list(mesh.devices.flat)
         self._shard_mesh = Mesh(
@@ -371,7 +381,12 @@ class Trainer:
         )(layers)
 
     def _packed_total(self, state: TrainState, batch: Batch, index: jax.Array) -> Packed:
-        return pack(train_step.gradients(self._recipe, state, batch, shard=index))
+        total = train_step.gradients(self._recipe, state, batch, shard=index)
+        # Keys have no sum: those of the first shard are taken.
+        first = jax.tree.map(
+            lambda leaf: _only_if(index == 0, leaf) if _is_key(leaf) else leaf, total.collections
+        )
+        return pack(dataclasses.replace(total, collections=first))
 
     def _packed_measures(
         self, state: TrainState, batch: Batch
@@ -436,10 +451,25 @@ def pack(values: tree.PyTree) -> Packed:
     """All leaves of a tree as one vector (1, N) for each dtype, so that moving it is one
     collective; floats are float32 at least."""
     groups: dict[str, list[jax.Array]] = {}
-    for leaf in jax.tree.leaves(values):
+    for leaf in map(_words, jax.tree.leaves(values)):
         dtype = _summed_in(leaf.dtype)
         groups.setdefault(str(dtype), []).append(leaf.astype(dtype).reshape(1, -1))
     return {name: jnp.concatenate(leaves, axis=1) for name, leaves in groups.items()}
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _words(leaf: Any) -> jax.Array:
+    """An array as numbers: of keys, what they are made of."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
+
+
+def _only_if(chosen: jax.Array, keys: jax.Array) -> jax.Array:
+    words = jax.random.key_data(keys)
+    kept = jnp.where(chosen, words, jnp.zeros_like(words))
+    return jax.random.wrap_key_data(kept, impl=jax.random.key_impl(keys))
 
 
 def _summed_in(dtype: Any) -> Any:
@@ -465,9 +495,13 @@ def unpack(packed: Mapping[str, jax.Array], like: tree.PyTree) -> tree.PyTree:
     leaves, structure = jax.tree.flatten(like)
     found = []
     for leaf in leaves:
-        name, size = str(_summed_in(leaf.dtype)), int(np.prod(leaf.shape))
+        words = jax.eval_shape(_words, leaf)
+        name, size = str(_summed_in(words.dtype)), int(np.prod(words.shape))
+        part = packed[name][0, used[name] : used[name] + size].reshape(words.shape)
         found.append(
-            packed[name][0, used[name] : used[name] + size].reshape(leaf.shape).astype(leaf.dtype)
+            jax.random.wrap_key_data(part, impl=jax.random.key_impl(jnp.empty(0, leaf.dtype)))
+            if _is_key(leaf)
+            else part.astype(leaf.dtype)
         )
         used[name] += size
     return jax.tree.unflatten(structure, found)

@@ -115,7 +115,7 @@ def initializer(
         key = rng.root(seed)
         inputs = recipe.inputs({name: jnp.zeros(*spec) for name, spec in shapes.items()})
         variables = adapters.functions(recipe.model).init(rng.stream(key, "init", 0), inputs)
-        params = jax.tree.map(_strong, tree.with_constants(variables.pop("params")))
+        params = jax.tree.map(_strong, variables.pop("params"))
         transform = hyper.bind(recipe.optimizer, numbers, "optimizer").transform(
             params, numbers["optimizer.learning_rate"], axes
         )

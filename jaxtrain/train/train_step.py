@@ -54,7 +54,8 @@ class Total:
     """(sum, count) of the task's metrics."""
     collections: dict[str, tree.PyTree]
     """The model's other variables after the part; of several parts the mean is kept, for an average
-    of running averages is the running average of the mean."""
+    of running averages is the running average of the mean. Whole numbers are what the pass added to
+    them: sums of large ones, such as a table's, would overflow."""
 
 
 def train_step(
@@ -135,23 +136,11 @@ def augmented(recipe: Recipe, state: TrainState, batch: Batch, shard: int | jax.
 
 def _apply(recipe: Recipe, places: Placement | None) -> adapters.Apply:
     """The model on whole parameters, in the precision of the recipe."""
-    apply = _with_constants(adapters.functions(recipe.model).apply)
+    apply = adapters.functions(recipe.model).apply
     if places is not None:
         apply = fsdp.with_gathered_parameters(apply, places.axes, places.state.params, places.mesh)
     # Cast first, gather then: half the bytes.
     return precision.apply_in(precision.POLICIES[recipe.precision], apply)
-
-
-def _with_constants(apply: adapters.Apply) -> adapters.Apply:
-    """A model's `apply` that is given its Python numbers as it made them."""
-
-    def whole_apply(
-        variables: adapters.Variables, inputs: Any, *, train: bool, key: jax.Array | None = None
-    ) -> tuple[Any, adapters.Variables]:
-        params = tree.without_constants(variables["params"])
-        return apply(variables | {"params": params}, inputs, train=train, key=key)
-
-    return whole_apply
 
 
 def _of_part(
@@ -190,7 +179,18 @@ def _of_part(
     gradients = jax.tree.map(_upward, gradients)
     if state.scaling is not None:
         gradients = jax.tree.map(lambda gradient: gradient / factor, gradients)
-    return Total(gradients, sums, collections)
+    return Total(gradients, sums, _whole_numbers(jnp.subtract, collections, state.collections))
+
+
+def _whole_numbers(
+    combine: Callable[..., jax.Array],
+    collections: dict[str, tree.PyTree],
+    others: dict[str, tree.PyTree],
+) -> dict[str, tree.PyTree]:
+    """The collections with their whole numbers combined with those of others."""
+    return jax.tree.map(
+        lambda one, other: combine(one, other) if _is_whole(one) else one, collections, others
+    )
 
 
 def _upward(gradient: jax.Array) -> jax.Array:
@@ -247,7 +247,11 @@ def mean_collections(collections: dict[str, tree.PyTree], count: int) -> dict[st
     def mean(leaf: jax.Array) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
             return (leaf / count).astype(leaf.dtype)
-        return leaf // count if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf
+        if not _is_whole(leaf):
+            return leaf
+        # What an unsigned number lost is a large one.
+        signed = leaf.astype(f"int{8 * leaf.dtype.itemsize}")
+        return (signed // count).astype(leaf.dtype)
 
     return jax.tree.map(mean, collections)
 
@@ -260,6 +264,10 @@ def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     if _is_key(leaf):
         return jnp.broadcast_to(jax.random.key(0), leaf.shape).astype(leaf.dtype)
     return jnp.zeros(leaf.shape, leaf.dtype)
+
+
+def _is_whole(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.integer)
 
 
 def _is_key(leaf: Any) -> bool:
@@ -312,13 +320,14 @@ def update(
         )
     moved = optax.apply_updates(trained.only(trains, state.params), updates)
     params = trained.merged(trains, moved, state.params)
+    collections = _whole_numbers(jnp.add, total.collections, state.collections)
     one = jnp.float32(1)
     sums = dict(total.sums) | {"learning_rate": (jnp.float32(rate), one), "grad_norm": (norm, one)}
     new = TrainState(
         step=state.step + 1,
         params=params,
         opt_state=opt_state,
-        collections=frozen.kept(trains, state.collections, total.collections),
+        collections=frozen.kept(trains, state.collections, collections),
         ema=_average(bound.ema_decay, state, params, trains),
         hyper=state.hyper,
         key=state.key,
