@@ -6,6 +6,7 @@ Dims: B batch, C classes, T tokens, V vocabulary.
 
 import dataclasses
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 
 import jaxtrain
-from jaxtrain import losses, metrics, models, optimizers
+from jaxtrain import config, losses, metrics, models, optimizers
 from jaxtrain.data import label_checks
 from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import ArrayTable, SliceTable
 from jaxtrain.errors import UserError
 from jaxtrain.parallel import mesh as meshes
+from jaxtrain.runner import main as runner_main
 from jaxtrain.tasks import Binary, Classification, MultiLabel, NextToken, Regression
 
 RANDOM = np.random.default_rng(0)
@@ -301,3 +303,38 @@ def test_weights_that_are_none_are_refused() -> None:
     )
     assert found is not None
     assert (found.problem, found.rule) == ("weight is -2", "it must be finite and >= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed(Source):
+    """600 rows that are not in memory; that of `bad`, in the train split, has a label 9."""
+
+    bad: int = 500
+    test: str = ""
+
+    def open(self) -> Splits:
+        labels = np.where(np.arange(600) == self.bad, 9, np.arange(600) % 4)
+        whole = ArrayTable({"image": np.zeros((600, 2), np.float32), "label": labels}, 4)
+        return Splits(SliceTable(whole, range(600)), None, None, "")
+
+
+@pytest.mark.parametrize("bad", [100, 500])
+def test_a_run_over_a_stream_ends_with_the_row(tmp_path: Path, bad: int) -> None:
+    """Before the training where it is among the first rows, and else before the epoch's end."""
+    run = config.Run(
+        name="toy",
+        model=models.MLP(num_classes=4, widths=()),
+        task=Classification(),
+        data=Streamed(bad=bad),
+        optimizer=optimizers.SGD(learning_rate=0.1),
+        steps=20,
+        batch_size=32,
+        workdir=str(tmp_path / "run"),
+        tensorboard=False,
+        report=False,
+    )
+    with pytest.raises(
+        UserError, match=rf"^--data.train=train: label is 9 in row {bad}; there are"
+    ):
+        runner_main.launch(run, [])
+    assert (tmp_path / "run" / "run.json").exists() == (bad == 500)

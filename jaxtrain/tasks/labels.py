@@ -106,7 +106,12 @@ def _wrong_shares(labels_NPC: np.ndarray, field: str, ignored_NPC: np.ndarray) -
     low, total = labels_NPC[place].min(), sums_NP[place]
     problem = f"{field} sums to {total:g}" if low >= 0 else f"{field} holds {low:g}"
     rule = "the probabilities of an example must be >= 0 and sum to 1"
-    return Wrong(rows_N, problem, rule, "for several labels an example there is task MultiLabel")
+    return Wrong(
+        rows_N,
+        problem,
+        rule,
+        "take the task MultiLabel (--task=multi_label) for several labels an example",
+    )
 
 
 def _first(
