@@ -6,6 +6,7 @@ Dims: B batch, C classes, T tokens, V vocabulary.
 
 import dataclasses
 import re
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -217,6 +218,7 @@ class Source:
 
 def checked(task, labels, test=None, *, width=4, field="label", streamed=False) -> Splits:
     """The splits with these labels, through the check before the training."""
+    shape = (8, 2, width) if isinstance(task, NextToken) else (8, width)
 
     def table(values):
         arrays = {"image": np.zeros((len(values), 2), np.float32), field: np.asarray(values)}
@@ -225,9 +227,7 @@ def checked(task, labels, test=None, *, width=4, field="label", streamed=False) 
 
     good = [0, 1, 1, 0, 1]
     splits = Splits(table(labels), None, table(good if test is None else test), "")
-    return label_checks.checked(
-        splits, task, jax.ShapeDtypeStruct((8, width), jnp.float32), Source()
-    )
+    return label_checks.checked(splits, task, jax.ShapeDtypeStruct(shape, jnp.float32), Source())
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["memory", "stream"])
@@ -338,3 +338,17 @@ def test_a_run_over_a_stream_ends_with_the_row(tmp_path: Path, bad: int) -> None
     ):
         runner_main.launch(run, [])
     assert (tmp_path / "run" / "run.json").exists() == (bad == 500)
+
+
+def test_a_file_of_tokens_is_checked_without_a_copy(tmp_path: Path) -> None:
+    """64 MiB of them, of which no more than a little is in memory at once."""
+    tokens = np.lib.format.open_memmap(tmp_path / "t.npy", "w+", np.uint16, (2**15, 2**10))
+    tracemalloc.start()
+    logits = jax.ShapeDtypeStruct((8, 3, 4), jnp.float32)
+    assert NextToken().wrong_labels({"tokens": tokens}, logits, whole=True) is None
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    tokens[7, 9] = 4
+    found = NextToken().wrong_labels({"tokens": tokens}, logits)
+    assert found is not None
+    assert (found.rows_N.tolist(), found.problem) == ([7], "tokens is 4")
