@@ -147,8 +147,8 @@ ROWS = [
     ),
     Row(
         "",
-        "--data.test=test: has no label (it has image); give what the train split has, or pass"
-        " --data.test= to do without",
+        "--data.test=test: has no label (it has image); give it labels, or pass --data.test= to do"
+        " without",
         2,
         {
             "data": Arrays.of(

@@ -6,6 +6,8 @@ Dims: B batch, C classes, T tokens, V vocabulary.
 
 import dataclasses
 import re
+import tracemalloc
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +15,13 @@ import numpy as np
 import pytest
 
 import jaxtrain
-from jaxtrain import losses, metrics, models, optimizers
+from jaxtrain import config, losses, metrics, models, optimizers
 from jaxtrain.data import label_checks
 from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import ArrayTable, SliceTable
 from jaxtrain.errors import UserError
 from jaxtrain.parallel import mesh as meshes
+from jaxtrain.runner import main as runner_main
 from jaxtrain.tasks import Binary, Classification, MultiLabel, NextToken, Regression
 
 RANDOM = np.random.default_rng(0)
@@ -215,6 +218,7 @@ class Source:
 
 def checked(task, labels, test=None, *, width=4, field="label", streamed=False) -> Splits:
     """The splits with these labels, through the check before the training."""
+    shape = (8, 2, width) if isinstance(task, NextToken) else (8, width)
 
     def table(values):
         arrays = {"image": np.zeros((len(values), 2), np.float32), field: np.asarray(values)}
@@ -223,9 +227,7 @@ def checked(task, labels, test=None, *, width=4, field="label", streamed=False) 
 
     good = [0, 1, 1, 0, 1]
     splits = Splits(table(labels), None, table(good if test is None else test), "")
-    return label_checks.checked(
-        splits, task, jax.ShapeDtypeStruct((8, width), jnp.float32), Source()
-    )
+    return label_checks.checked(splits, task, jax.ShapeDtypeStruct(shape, jnp.float32), Source())
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["memory", "stream"])
@@ -301,3 +303,52 @@ def test_weights_that_are_none_are_refused() -> None:
     )
     assert found is not None
     assert (found.problem, found.rule) == ("weight is -2", "it must be finite and >= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed(Source):
+    """600 rows that are not in memory; that of `bad`, in the train split, has a label 9."""
+
+    bad: int = 500
+    test: str = ""
+
+    def open(self) -> Splits:
+        labels = np.where(np.arange(600) == self.bad, 9, np.arange(600) % 4)
+        whole = ArrayTable({"image": np.zeros((600, 2), np.float32), "label": labels}, 4)
+        return Splits(SliceTable(whole, range(600)), None, None, "")
+
+
+@pytest.mark.parametrize("bad", [100, 500])
+def test_a_run_over_a_stream_ends_with_the_row(tmp_path: Path, bad: int) -> None:
+    """Before the training where it is among the first rows, and else before the epoch's end."""
+    run = config.Run(
+        name="toy",
+        model=models.MLP(num_classes=4, widths=()),
+        task=Classification(),
+        data=Streamed(bad=bad),
+        optimizer=optimizers.SGD(learning_rate=0.1),
+        steps=20,
+        batch_size=32,
+        workdir=str(tmp_path / "run"),
+        tensorboard=False,
+        report=False,
+    )
+    with pytest.raises(
+        UserError, match=rf"^--data.train=train: label is 9 in row {bad}; there are"
+    ):
+        runner_main.launch(run, [])
+    assert (tmp_path / "run" / "run.json").exists() == (bad == 500)
+
+
+def test_a_file_of_tokens_is_checked_without_a_copy(tmp_path: Path) -> None:
+    """64 MiB of them, of which no more than a little is in memory at once."""
+    tokens = np.lib.format.open_memmap(tmp_path / "t.npy", "w+", np.uint16, (2**15, 2**10))
+    tracemalloc.start()
+    logits = jax.ShapeDtypeStruct((8, 3, 4), jnp.float32)
+    assert NextToken().wrong_labels({"tokens": tokens}, logits, whole=True) is None
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    tokens[7, 9] = 4
+    found = NextToken().wrong_labels({"tokens": tokens}, logits)
+    assert found is not None
+    assert (found.rows_N.tolist(), found.problem) == ([7], "tokens is 4")

@@ -102,8 +102,8 @@ def test_regression():
     with pytest.raises(
         ValueError,
         match=(
-            r"^outputs have shape \(5, 1\), targets \(5, 3\); they must be equal, so change the"
-            r" model's last layer or --task.target$"
+            r"^outputs have shape \(5, 1\), targets \(5, 3\); they must be equal, so give the model"
+            r" 3 outputs an example \(--model.num_classes=3\), or set --task.target$"
         ),
     ):
         Regression().loss(jnp.ones((5, 1)), {"target": jnp.asarray(targets)})

@@ -115,7 +115,7 @@ def checked(splits: Splits, task: Any, outputs: Any, data: Any) -> Splits:
         if table is None:
             continue
         expression = str(getattr(data, split, ""))
-        _check_fields(splits.train, table, split, expression)
+        _check_target(task, splits.train, table, split, expression)
         check = LabelCheck(task, outputs, split, expression)
         if table.arrays is not None:
             check(table, table.arrays, np.arange(len(table)))
@@ -125,11 +125,11 @@ def checked(splits: Splits, task: Any, outputs: Any, data: Any) -> Splits:
     return dataclasses.replace(splits, **found)
 
 
-def _check_fields(train: Table, table: Table, split: str, expression: str) -> None:
-    missing = [name for name in train.fields if name not in table.fields]
-    if missing:
+def _check_target(task: Any, train: Table, table: Table, split: str, expression: str) -> None:
+    """`UserError` if a split lacks the labels that the train split has."""
+    target = getattr(task, "target", None)
+    if target in train.fields and target not in table.fields:
         raise UserError(
-            f"--data.{split}={expression}: has no {', '.join(missing)} (it has"
-            f" {', '.join(table.fields)}); give what the train split has, or pass --data.{split}="
-            " to do without"
+            f"--data.{split}={expression}: has no {target} (it has"
+            f" {', '.join(table.fields)}); give it labels, or pass --data.{split}= to do without"
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import config, messages, precision
@@ -16,7 +17,7 @@ from jaxtrain.data import label_checks, pipeline, statistics
 from jaxtrain.data.order import Shuffled
 from jaxtrain.data.pipeline import BatchLoader
 from jaxtrain.data.splits import Splits
-from jaxtrain.data.table import Table, classes_of
+from jaxtrain.data.table import Table
 from jaxtrain.errors import UserError
 from jaxtrain.parallel import sharding
 from jaxtrain.processes import group
@@ -28,6 +29,9 @@ from jaxtrain.train.recipe import Recipe
 from jaxtrain.train.state import TrainState
 from jaxtrain.tree import Batch
 
+SPARSE = 8
+"""Classes that may be absent from a split, besides half of them, before its greatest label is taken
+for a mistake."""
 MOST_MEASURED = 10_000
 """How many examples of a data set that is not in memory its statistics are measured on."""
 
@@ -165,13 +169,16 @@ def check_model(
 
 
 def _classes(task: Any, table: Table) -> int | None:
-    """How many classes the data has, without the label that the task ignores."""
-    ignore, field = getattr(task, "ignore", None), getattr(task, "target", "label")
-    labels = None if table.arrays is None else table.arrays.get(field)
-    if ignore is None or labels is None or table.class_names is not None:
-        return classes_of(table)
-    kept = labels[labels != ignore]
-    return 1 + int(kept.max()) if kept.size else None
+    """How many classes the data has, without the label that the task ignores; None if its labels
+    say nothing, such as one 255 far from all others."""
+    labels = None if table.arrays is None else table.arrays.get(getattr(task, "target", "label"))
+    if labels is None or table.class_names is not None or labels.dtype.kind not in "iu":
+        return table.num_classes
+    found = np.unique(labels)
+    found = found[found != getattr(task, "ignore", None)]
+    if not found.size or found[-1] >= 2 * found.size + SPARSE:
+        return None
+    return 1 + int(found[-1])
 
 
 def check_labels(run: config.Run, splits: Splits, found: check.Checked) -> Splits:

@@ -132,8 +132,8 @@ class Binary:
             if array.shape not in (rows, (*rows, 1)):
                 raise UserError(
                     f"{what} have shape {array.shape}; the task Binary wants one number an example,"
-                    f" {rows} or {(*rows, 1)}; for several there are the tasks MultiLabel and"
-                    " Classification"
+                    f" {rows} or {(*rows, 1)}, as --model.num_classes=1 gives; for several there are"
+                    " the tasks Classification and MultiLabel (--task=multi_label)"
                 )
         return logits.reshape(rows), label.reshape(rows)
 

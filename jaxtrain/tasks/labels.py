@@ -49,21 +49,40 @@ def wrong_classes(
 
     `whole` says that these are all rows of a set, of which some must not be ignored.
     """
+    if field not in rows:
+        return None  # said where the model runs on shapes
     labels, num_classes = np.asarray(rows[field]), logits[-1]
+    if _within(labels, num_classes, ignore) and labels.ndim != len(logits):
+        return None
     ignored = np.zeros(labels.shape, bool) if ignore is None else labels == ignore
     if whole and ignored.size and ignored.all():
         return _all_ignored(rows, field, ignore)
-    if labels.ndim == len(logits) and what == "classes":
+    if labels.ndim == len(logits):
+        if labels.shape[-1] != num_classes:
+            return None  # said where the model runs on shapes
         labels = labels.reshape(len(labels), -1, num_classes)
         ignored = ignored.reshape(labels.shape)
         return _wrong_shares(labels, field, ignored)
-    bad = ~((labels >= 0) & (labels < num_classes) & (labels == np.floor(labels)) | ignored)
+    bad = ~((labels >= 0) & (labels < num_classes) | ignored)
+    if labels.dtype.kind == "f":
+        bad |= ~((labels == np.floor(labels)) | ignored)
     rule = f"there are {num_classes} {what}, 0..{num_classes - 1}"
     return _first(labels, bad, field, rule, ignore)
 
 
+def _within(labels: np.ndarray, num_classes: int, ignore: int | None) -> bool:
+    """Whether whole numbers are classes beyond doubt, found without a copy: a file of tokens may
+    be larger than the memory."""
+    if labels.dtype.kind not in "iub" or not labels.size:
+        return False
+    low, high = int(labels.min()), int(labels.max())
+    return 0 <= low and high < num_classes and not low == high == ignore
+
+
 def wrong_bits(rows: Rows, field: str, ignore: int | None, *, whole: bool = False) -> Wrong | None:
     """The rows of which a label is neither 0 nor 1."""
+    if field not in rows:
+        return None
     labels = np.asarray(rows[field])
     ignored = np.zeros(labels.shape, bool) if ignore is None else labels == ignore
     if whole and ignored.size and ignored.all():
@@ -74,6 +93,8 @@ def wrong_bits(rows: Rows, field: str, ignore: int | None, *, whole: bool = Fals
 
 def wrong_numbers(rows: Rows, field: str) -> Wrong | None:
     """The rows of which a number is not finite."""
+    if field not in rows:
+        return None
     numbers = np.asarray(rows[field])
     if numbers.dtype.kind in "biu":
         return None
@@ -106,7 +127,12 @@ def _wrong_shares(labels_NPC: np.ndarray, field: str, ignored_NPC: np.ndarray) -
     low, total = labels_NPC[place].min(), sums_NP[place]
     problem = f"{field} sums to {total:g}" if low >= 0 else f"{field} holds {low:g}"
     rule = "the probabilities of an example must be >= 0 and sum to 1"
-    return Wrong(rows_N, problem, rule, "for several labels an example there is task MultiLabel")
+    return Wrong(
+        rows_N,
+        problem,
+        rule,
+        "take the task MultiLabel (--task=multi_label) for several labels an example",
+    )
 
 
 def _first(

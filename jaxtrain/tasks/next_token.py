@@ -81,9 +81,9 @@ class NextToken:
         self, rows: labels.Rows, outputs: Any, *, whole: bool = False
     ) -> labels.Wrong | None:
         """The rows that hold tokens outside the vocabulary, or whose weights are none."""
-        vocabulary = picking.output_of(outputs, self.output).shape[-1]
+        shape = picking.output_of(outputs, self.output).shape
         found = labels.wrong_classes(
-            rows, self._field, (0, vocabulary), self.ignore, whole=whole, what="tokens"
+            rows, self._field, shape, self.ignore, whole=whole, what="tokens"
         )
         return found or labels.wrong_weights(rows)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain import metrics
@@ -122,8 +123,11 @@ def predictions(
 
 
 def _without_padding(examined: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The rows of a batch that have some weight."""
-    values = {name: np.asarray(value) for name, value in examined.items()}
+    """The rows of a batch that have some weight; bfloat16 as float32, for NumPy has none."""
+    values = {
+        name: np.asarray(value, np.float32 if value.dtype == jnp.bfloat16 else None)
+        for name, value in examined.items()
+    }
     if "weight" not in values:
         return values
     weight = values["weight"]
