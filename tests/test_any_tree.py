@@ -1,6 +1,6 @@
-"""Parameters in a tree of any kind: lists of pairs, named tuples, dataclasses, Equinox models, numbers
-without dims, leaves that are no floats, keys with slashes. Each trains on every mesh as on one
-device, and comes back from a checkpoint."""
+"""Parameters in a tree of any kind: lists of pairs, named tuples, dataclasses, Equinox models,
+numbers without dims, leaves that are no floats, keys with slashes. Each trains on every mesh as on
+one device, and comes back from a checkpoint."""
 
 import dataclasses
 import typing

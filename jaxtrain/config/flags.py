@@ -285,6 +285,8 @@ def _unknown(name: str, run: config.Run) -> str:
         if not owners and (match := messages.nearest(_ALIASES.get(rest, rest), own)):
             return f"{shown}; did you mean --{family}.{match}?"
         has = f"{family} {record.kind_of(run, family)!r} has {', '.join(own) or 'no flags'}"
+        if reason := getattr(getattr(run, family), "no_such_flag", ""):
+            has = f"{has} and {reason}"
         return f"{shown}: {has}" + (
             f"; {rest} comes with {', '.join(owners[:4])}" if owners else ""
         )
