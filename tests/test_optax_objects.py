@@ -12,6 +12,7 @@ import pytest
 
 from jaxtrain import config, optimizers, schedules
 from jaxtrain.config import flags
+from jaxtrain.config import record as run_record
 from jaxtrain.errors import UserError
 from jaxtrain.models import MLP
 from jaxtrain.optimizers import SGD, AdamW, FromOptax
@@ -326,6 +327,13 @@ def test_flags_of_a_run_with_an_optax_transformation() -> None:
         " Optax transformation, whose numbers only Python can set; learning_rate comes with"
         " --optimizer=sgd, --optimizer=momentum, --optimizer=nesterov, --optimizer=adam"
     )
+    # The same in every process, other where a number differs, and so a run of it resumes.
+    one, same, other = (
+        run_record.to_json(build.accepted(experiment(optimizer=optax.adamw(rate))))["optimizer"]
+        for rate in (1e-3, 1e-3, 1e-4)
+    )
+    assert "0x" not in str(one)
+    assert one == same != other
 
 
 @pytest.mark.parametrize(
