@@ -95,6 +95,20 @@ class Optimizer:
         """A factor for every parameter, or None without rules, where nothing need be multiplied."""
         return _factors(self.rates, params, "--optimizer.rates") if self.rates else None
 
+    def logged_rate(self, rate: Number, opt_state: PyTree) -> Number | None:
+        """The learning rate of the step that led to `opt_state`, or None where nobody knows it."""
+        del opt_state
+        return rate
+
+    def holds_parameters(self, params: PyTree) -> bool:
+        """Whether the state for these parameters (abstract ones, too) holds copies of them."""
+        del params
+        return self.keeps_parameters
+
+    def check(self, params: PyTree) -> None:
+        """`UserError` if it cannot update these parameters, which may be abstract."""
+        del params
+
     def decay_factors(self, params: PyTree) -> PyTree:
         """A factor of the weight decay for every parameter."""
         return jax.tree.map(lambda _: 0.0, params)
@@ -265,7 +279,8 @@ def _typed(inner: Transformation) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _own(leaf: jax.Array) -> jax.Array:
+def _own(leaf: Any) -> jax.Array:
+    leaf = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)  # Optax's may be Python numbers
     # Several optimizers keep the first parameters themselves, or one array twice: neither could be
     # donated along with the parameters.
     return leaf.copy() if _is_key(leaf) else jnp.array(leaf, leaf.dtype, copy=True)

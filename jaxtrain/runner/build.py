@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import config, messages, precision
+from jaxtrain import config, messages, optimizers, precision, schedules
 from jaxtrain.config import record as run_record
 from jaxtrain.config.step_options import options_of
 from jaxtrain.data import label_checks, pipeline, statistics
@@ -22,7 +22,6 @@ from jaxtrain.errors import UserError
 from jaxtrain.parallel import sharding
 from jaxtrain.processes import group
 from jaxtrain.runner.compile import Execution, Reproducible, Sharded
-from jaxtrain.schedules import resolve
 from jaxtrain.train import check, loop
 from jaxtrain.train.lowering import Programs
 from jaxtrain.train.recipe import Recipe
@@ -45,6 +44,22 @@ class Lengths:
     evaluate: int
     save: int
     keep_every: int | None
+
+
+def accepted(run: config.Run) -> config.Run:
+    """The run with components in place of Optax transformations and functions of the step, among
+    what it offers, too; `UserError` for what is neither."""
+    of = {"optimizer": optimizers.of, "schedule": schedules.of}
+    changes = {
+        family: of[family](getattr(run, family))
+        for family in of
+        if getattr(run, family) is not None
+    }
+    offers = {
+        family: {name: of[family](each) if family in of else each for name, each in named.items()}
+        for family, named in run.offers.items()
+    }
+    return config.replaced(run, {**changes, "offers": offers})
 
 
 def lengths(run: config.Run, num_examples: int) -> Lengths:
@@ -107,7 +122,9 @@ def recipe_of(
         run.model,
         run.task,
         run.optimizer,
-        schedule=resolve(run.schedule, total_steps=length.total, steps_per_epoch=length.per_epoch),
+        schedule=schedules.resolve(
+            run.schedule, total_steps=length.total, steps_per_epoch=length.per_epoch
+        ),
         total_steps=float(length.total),
         prepare=statistics.preparation(train, measure),
         augment=run.augment,

@@ -67,7 +67,8 @@ def main(run: config.Run, argv: Sequence[str] | None = None) -> NoReturn:
     argv = sys.argv[1:] if argv is None else argv
     try:
         status = guarded(
-            lambda: _start(flags.parse(run, argv), argv), show_traceback=flags.wants_traceback(argv)
+            lambda: _start(flags.parse(build.accepted(run), argv), argv),
+            show_traceback=flags.wants_traceback(argv),
         )
     except Exception:
         if not jax.distributed.is_initialized():
