@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 from jaxtrain import optimizers, tree
 from jaxtrain.checkpoints import arrays as checkpoint_arrays
@@ -183,6 +184,64 @@ def test_frozen_modules_keep_their_statistics() -> None:
         " as the model says (by the batch, if it is not told otherwise), in evaluation by these"
         " statistics"
     )
+
+
+class FrozenNNX(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.stem = nnx.Linear(8, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x_BD: jax.Array) -> jax.Array:
+        return self.head(self.norm(self.stem(x_BD)))
+
+
+def haiku_model() -> Any:
+    hk = pytest.importorskip("haiku")
+
+    def forward(x: jax.Array, is_training: bool) -> jax.Array:
+        x = hk.BatchNorm(True, True, 0.9, name="norm")(hk.Linear(4, name="stem")(x), is_training)
+        return hk.Linear(3, name="head")(x)
+
+    return hk.transform_with_state(forward)
+
+
+def equinox_model() -> Any:
+    eqx = pytest.importorskip("equinox")
+
+    class Net(eqx.Module):
+        stem: Any
+        norm: Any
+        head: Any
+
+        def __init__(self, key: jax.Array) -> None:
+            self.stem = eqx.nn.Linear(8, 4, key=key)
+            self.norm = eqx.nn.BatchNorm(4, "batch", mode="batch")
+            self.head = eqx.nn.Linear(4, 3, key=key)
+
+        def __call__(self, x_D: jax.Array, state: Any) -> Any:
+            x_D, state = self.norm(self.stem(x_D), state)
+            return self.head(x_D), state
+
+    return eqx.nn.make_with_state(Net)(jax.random.key(0))
+
+
+@pytest.mark.parametrize("kind", [lambda: FrozenNNX, haiku_model, equinox_model])
+def test_frozen_modules_of_every_library_keep_their_statistics(
+    kind: Any,
+) -> None:
+    with jax.numpy_rank_promotion("allow"):  # Haiku's own
+        for frozen, moves in ((("^stem", "^norm"), False), (("^stem",), True)):
+            parts = kind(), Regression(), SGD(0.1, frozen=frozen)
+            state = init_state(*parts, regression_batch())
+            before = jax.device_get(state.collections)
+            notes = frozen_notes(parts[2], state.params, state.collections)
+            after, _ = steps.make_train_step(*parts)(state, regression_batch())
+            same = jax.tree.map(np.array_equal, jax.device_get(after.collections), before)
+            assert (not all(jax.tree.leaves(same))) == moves
+            assert [note.partition(";")[0] for note in notes] == (
+                [] if moves else ["note: frozen modules keep their running statistics: norm"]
+            )
 
 
 MIXED = {"ids": np.arange(8, dtype=np.int32)[::-1].copy(), "use": np.array([True, False, True])}

@@ -7,6 +7,7 @@ the collection `state`. Equinox itself is never imported.
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -112,6 +113,8 @@ class _Static:
     array."""
     state: Any
     """The structure of its `eqx.nn.State`, or None."""
+    state_paths: tuple[str, ...]
+    """For each leaf of the state its path: the layer's, and what it is there."""
 
     @classmethod
     def of(cls, model: Any) -> "_Static":
@@ -120,7 +123,9 @@ class _Static:
         leaves = tuple(
             (kind := _kind(leaf), path_text(path), None if kind else leaf) for path, leaf in found
         )
-        return cls(module, structure, leaves, None if state is None else _structure(state))
+        if state is None:
+            return cls(module, structure, leaves, None, ())
+        return cls(module, structure, leaves, jax.tree.structure(state), _state_paths(state))
 
     def variables(self, model: Any) -> Variables:
         """The arrays of a module, by collection and path."""
@@ -134,8 +139,11 @@ class _Static:
         return found
 
     def state_of(self, state: Any) -> PyTree:
-        """The arrays of an `eqx.nn.State`, by their number."""
-        return {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
+        """The arrays of an `eqx.nn.State`, by the layers that they belong to."""
+        found: dict[str, Any] = {}
+        for path, leaf in zip(self.state_paths, jax.tree.leaves(state), strict=True):
+            _put(found, path.split("/"), leaf)
+        return found
 
     def whole(self, variables: Variables, *, train: bool) -> tuple[Any, Any]:
         """The module in training or evaluation, and its state."""
@@ -146,8 +154,8 @@ class _Static:
         module = jax.tree.unflatten(self.structure, leaves)
         if self.state is None:
             return module, None
-        states = variables["state"]
-        return module, jax.tree.unflatten(self.state, [states[str(n)] for n in range(len(states))])
+        states = [_get(variables["state"], path.split("/")) for path in self.state_paths]
+        return module, jax.tree.unflatten(self.state, states)
 
 
 def _switched(path: str, leaf: Any, train: bool) -> Any:
@@ -155,8 +163,18 @@ def _switched(path: str, leaf: Any, train: bool) -> Any:
     return leaf if on is None or not isinstance(leaf, bool) else on == train
 
 
-def _structure(state: Any) -> Any:
-    return jax.tree.structure(state)
+def _state_paths(state: Any) -> tuple[str, ...]:
+    """A path for each leaf of an `eqx.nn.State`: where its index stands in the module, as
+    `eqx.nn.make_with_state` notes it (`Net.norms[0].state_index`); else its number."""
+    values, markers = state.tree_flatten()
+    found = []
+    for marker, value in zip(markers, values, strict=True):
+        steps = re.findall(r"\.(\w+)|\[([^\]]+)\]", marker) if isinstance(marker, str) else []
+        place = [name or key.strip("'\"") for name, key in steps]
+        for path, _ in jax.tree_util.tree_flatten_with_path(value)[0]:
+            found.append("/".join([*place, *filter(None, [path_text(path)])]))
+    apart = all(found) and len(set(found)) == len(found)
+    return tuple(found) if apart else tuple(map(str, range(len(found))))
 
 
 def _kind(leaf: Any) -> str:

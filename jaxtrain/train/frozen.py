@@ -61,10 +61,7 @@ def frozen_notes(
             f"note: not trained, since they are Python numbers: {_listed(names)}; make them arrays,"
             " such as jnp.float32(0.5), to train them"
         )
-    modules = {
-        path.split("/", 1)[1].rpartition("/")[0]: None
-        for path in _fixed_paths(optimizer.trained(params), collections)
-    }
+    modules = dict.fromkeys(_fixed_paths(optimizer.trained(params), collections).values())
     if modules:
         notes.append(
             "note: frozen modules keep their running statistics:"
@@ -74,12 +71,12 @@ def frozen_notes(
     return notes
 
 
-def _fixed_paths(trains: tree.PyTree, collections: dict[str, tree.PyTree]) -> set[str]:
-    """The paths in the collections whose module is frozen: the innermost one about them that holds
-    parameters has no trained one (of its own, if it has any)."""
+def _fixed_paths(trains: tree.PyTree, collections: dict[str, tree.PyTree]) -> dict[str, str]:
+    """The paths in the collections whose module is frozen, and that module: the innermost one about
+    them that holds parameters has no trained one (of its own, if it has any)."""
     flat = tree.flatten(trains)
     if all(flat.values()):
-        return set()
+        return {}
     own: dict[str, bool] = {}
     under: dict[str, bool] = {}
     for path, keep in flat.items():
@@ -88,13 +85,13 @@ def _fixed_paths(trains: tree.PyTree, collections: dict[str, tree.PyTree]) -> se
         for end in range(len(parts) + 1):
             module = "/".join(parts[:end])
             under[module] = under.get(module, False) or keep
-    found = set()
+    found = {}
     for path in tree.flatten(collections):
         parts = path.split("/")[1:-1]
         about = ("/".join(parts[:end]) for end in range(len(parts), -1, -1))
         module = next((module for module in about if module in under), "")
         if not own.get(module, under.get(module, True)):
-            found.add(path)
+            found[path] = module
     return found
 
 
