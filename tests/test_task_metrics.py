@@ -45,6 +45,7 @@ def mean(pair) -> float:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_one_hot_and_soft_labels(smoothing: float) -> None:
+    random = np.random.default_rng(2)
     task = Classification(label_smoothing=smoothing)
     hard = task.loss(LOGITS_BC, {"label": jnp.asarray(LABELS_B)})
     one_hot_BC = np.eye(4, dtype=np.int32)[LABELS_B]
@@ -52,7 +53,7 @@ def test_one_hot_and_soft_labels(smoothing: float) -> None:
         sums = task.loss(LOGITS_BC, {"label": jnp.asarray(labels_BC)})
         assert mean(sums["loss"]) == pytest.approx(mean(hard["loss"]), rel=1e-6)
         assert mean(sums["accuracy"]) == mean(hard["accuracy"])
-    soft_BC = RANDOM.dirichlet(np.ones(4), size=12).astype(np.float32)
+    soft_BC = random.dirichlet(np.ones(4), size=12).astype(np.float32)
     sums = task.loss(LOGITS_BC, {"label": jnp.asarray(soft_BC)})
     target_BC = (1 - smoothing) * soft_BC.astype(np.float64) + smoothing / 4
     expected = -(target_BC * log_softmax(LOGITS_BC)).sum(1).mean()
@@ -109,8 +110,9 @@ def test_one_output_has_no_classes() -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("kind", [np.int32, np.float32, np.bool_, np.uint8])
 def test_a_binary_head_is_a_sigmoid(kind, smoothing: float) -> None:
-    logits = RANDOM.normal(scale=40, size=12).astype(np.float32)
-    labels = RANDOM.integers(0, 2, 12)
+    random = np.random.default_rng(2)
+    logits = random.normal(scale=40, size=12).astype(np.float32)
+    labels = random.integers(0, 2, 12)
     task = Binary(label_smoothing=smoothing)
     targets = labels * (1 - smoothing) + smoothing / 2
     expected = np.mean(optax.sigmoid_binary_cross_entropy(jnp.asarray(logits), targets))
@@ -156,7 +158,8 @@ def test_several_labels_an_example() -> None:
 
 
 def test_unknown_ones_of_several_labels_count_nothing() -> None:
-    labels_BC = np.where(RANDOM.random((12, 4)) < 0.3, -1, MULTI_BC)
+    random = np.random.default_rng(2)
+    labels_BC = np.where(random.random((12, 4)) < 0.3, -1, MULTI_BC)
     labels_BC[0] = -1
     known_BC = labels_BC >= 0
     sums = MultiLabel(ignore=-1).loss(jnp.asarray(LOGITS_BC), {"label": jnp.asarray(labels_BC)})
@@ -164,13 +167,16 @@ def test_unknown_ones_of_several_labels_count_nothing() -> None:
     assert mean(sums["loss"]) == pytest.approx(each_BC[known_BC].mean(), rel=1e-6)
     right_BC = (LOGITS_BC > 0) == labels_BC
     assert mean(sums["accuracy"]) == pytest.approx(right_BC[known_BC].mean(), rel=1e-6)
-    assert mean(sums["exact_match"]) == (right_BC | ~known_BC)[1:].all(1).mean()
+    assert mean(sums["exact_match"]) == pytest.approx(
+        (right_BC | ~known_BC)[known_BC.any(1)].all(1).mean()
+    )
     assert np.isnan(float(MultiLabel().loss(LOGITS_BC, {"label": labels_BC})["loss"][0]))
 
 
 @pytest.mark.parametrize("error", ["squared", "absolute", "huber"])
 def test_errors_of_numbers(error) -> None:
-    outputs, targets = RANDOM.normal(scale=2, size=(2, 12, 3)).astype(np.float32)
+    random = np.random.default_rng(2)
+    outputs, targets = random.normal(scale=2, size=(2, 12, 3)).astype(np.float32)
     sums = Regression(error=error, huber_delta=0.7).loss(
         jnp.asarray(outputs), {"target": jnp.asarray(targets)}
     )
@@ -198,13 +204,37 @@ def test_one_number_an_example_has_one_meaning(outputs_shape, targets_shape) -> 
         Regression().loss(LOGITS_BC, {"target": jnp.asarray(targets)})
 
 
-def test_mixed_images_are_refused_where_labels_are_not_classes() -> None:
-    batch = {"label": jnp.zeros(12), "label_other": jnp.zeros(12), "label_weight": jnp.ones(12)}
-    for task in (Regression(target="label"), Binary(), MultiLabel()):
-        with pytest.raises(
-            UserError, match=r"^--augment.mixup, --augment.cutmix: mix class labels"
-        ):
-            task.loss(jnp.zeros(12), batch)
+def test_mixed_yes_and_no_weigh_both() -> None:
+    share_B = np.linspace(0, 1, 12).astype(np.float32)
+    one, other = MULTI_BC[:, :2], MULTI_BC[::-1, :2]
+    mixed_B2 = share_B[:, None] * one + (1 - share_B[:, None]) * other
+    each_B2 = np.asarray(optax.sigmoid_binary_cross_entropy(LOGITS_BC[:, :2], mixed_B2))
+    greater_B2 = np.where(share_B[:, None] >= 0.5, one, other)
+    right_B2 = (LOGITS_BC[:, :2] > 0) == greater_B2
+    batch = {"label": one, "label_other": other, "label_weight": share_B}
+    several = MultiLabel().loss(LOGITS_BC[:, :2], jax.tree.map(jnp.asarray, batch))
+    assert mean(several["loss"]) == pytest.approx(each_B2.mean(), rel=1e-5)
+    assert mean(several["accuracy"]) == pytest.approx(right_B2.mean())
+    batch |= {"label": one[:, :1], "label_other": other[:, :1]}
+    single = Binary().loss(LOGITS_BC[:, 0], jax.tree.map(jnp.asarray, batch))
+    assert mean(single["loss"]) == pytest.approx(each_B2[:, 0].mean(), rel=1e-5)
+    assert mean(single["accuracy"]) == pytest.approx(right_B2[:, 0].mean())
+
+
+def test_mixed_labels_are_refused_where_they_are_not_the_truth() -> None:
+    zeros = jnp.zeros(12)
+    batch = {"label": zeros, "label_other": zeros, "label_weight": zeros + 1, "y": zeros}
+    for task, why in (
+        (Regression(target="label"), "mix class labels, which this task does not have"),
+        (Binary(target="y"), "mix the field label, not y"),
+        (Binary(ignore=-1), "do not go with ignore or class_weights of this task"),
+        (Binary(class_weights=(1.0, 2.0)), "do not go with ignore or class_weights of this"),
+        (Classification(target="y"), "mix the field label, not y"),
+    ):
+        outputs = jnp.zeros((12, 3)) if isinstance(task, Classification) else zeros
+        line = f"^--augment.mixup, --augment.cutmix: {why}.*; set both to 0$"
+        with pytest.raises(UserError, match=line):
+            task.loss(outputs, batch)
 
 
 N = 22
@@ -268,8 +298,9 @@ def test_metrics_of_a_whole_set_are_those_of_scikit_learn(mesh, size, reproducib
 
 
 def test_metrics_of_binary_several_labels_and_numbers() -> None:
+    random = np.random.default_rng(2)
     labels = (LABELS_N > 1).astype(np.int32)
-    weight = RANDOM.integers(0, 3, N).astype(np.float32)
+    weight = random.integers(0, 3, N).astype(np.float32)
     task = Binary(metrics=("auc", "f1", "precision", "recall"))
     examined = task.examine(SCORES_NC[:, 0], {"label": jnp.asarray(labels)})
     examined = {name: np.asarray(array) for name, array in examined.items()} | {"weight": weight}
@@ -284,7 +315,7 @@ def test_metrics_of_binary_several_labels_and_numbers() -> None:
         },
         rel=1e-12,
     )
-    several = RANDOM.integers(0, 2, (N, 4))
+    several = random.integers(0, 2, (N, 4))
     found = measured(MultiLabel(metrics=("auc", "f1_micro", "f1_macro", "per_class")), several)
     guess_NC = SCORES_NC > 0
     assert found["auc"] == pytest.approx(sklearn_metrics.roc_auc_score(several, SCORES_NC))
@@ -292,7 +323,7 @@ def test_metrics_of_binary_several_labels_and_numbers() -> None:
         expected = sklearn_metrics.f1_score(several, guess_NC, average=kind)
         assert found[f"f1_{kind}"] == pytest.approx(expected)
     assert found["accuracy_class_2"] == pytest.approx((several == guess_NC)[:, 2].mean())
-    numbers = RANDOM.normal(size=(N, 2)).astype(np.float32)
+    numbers = random.normal(size=(N, 2)).astype(np.float32)
     found = measured(Regression(metrics=("mae", "rmse", "r2")), numbers, width=2, mesh="data:1")
     guessed = SCORES_NC[:, :2].astype(np.float32)
     assert {name: found[name] for name in ("mae", "r2")} == pytest.approx(

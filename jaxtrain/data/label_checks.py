@@ -13,8 +13,9 @@ from jaxtrain.data.table import Table
 from jaxtrain.errors import UserError
 from jaxtrain.tasks import Wrong
 
-FIRST = 256
-"""How many rows of a split that is not in memory are checked before the training."""
+FIRST = 128
+"""How many of the first rows of a split that is not in memory are checked before the training, and
+as many again of all over it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class LabelCheck:
         row = int(ids[found.rows_N[0]])
         what = f"--data.{self.split}={self.expression}"
         if every:
-            some = "in all" if whole else "in the first"
+            some = "in all" if whole else "in"
             raise UserError(
                 f"{what}: has no labels ({found.problem} {_place(table, row)}, and none is usable"
                 f" {some} {len(ids)} rows; {found.rule}); {self._remedy(found)}"
@@ -121,8 +122,14 @@ def checked(splits: Splits, task: Any, outputs: Any, data: Any) -> Splits:
             check(table, table.arrays, np.arange(len(table)))
             continue
         found[split] = CheckedTable(table, check)
-        found[split].read(np.arange(min(FIRST, len(table))))
+        found[split].read(_some_rows(len(table)))
     return dataclasses.replace(splits, **found)
+
+
+def _some_rows(length: int) -> np.ndarray:
+    """Rows to look at before the training, ascending."""
+    spread = np.linspace(0, length - 1, FIRST).astype(np.int64)
+    return np.union1d(np.arange(min(FIRST, length)), spread)
 
 
 def _check_target(task: Any, train: Table, table: Table, split: str, expression: str) -> None:

@@ -64,11 +64,16 @@ class Binary:
     def loss(self, outputs: Any, batch: Batch, *, train: bool = True) -> Sums:
         """Cross-entropy and accuracy of logits (B,) or (B, 1); smoothing only counts while
         training."""
-        labels.refuse_mixed(batch)
         logit_B, label_B = self._pair(outputs, batch)
         label_B, weights_B = labels.left_out(label_B, batch.get("weight"), self.ignore)
         smoothing = self.label_smoothing if train else 0.0
         loss_B = losses.binary_cross_entropy(logit_B, label_B, label_smoothing=smoothing)
+        if "label_other" in batch:
+            _check_mixed(self, batch, plain=not self.class_weights)
+            share_B, other_B = batch["label_weight"], batch["label_other"].reshape(label_B.shape)
+            other = losses.binary_cross_entropy(logit_B, other_B, label_smoothing=smoothing)
+            loss_B = share_B * loss_B + (1.0 - share_B) * other
+            label_B = jnp.where(share_B >= 0.5, label_B, other_B)
         right_B = ((logit_B > 0) == (label_B == 1)).astype(jnp.float32)
         known_B = (label_B == 0) | (label_B == 1)
         return {
@@ -194,11 +199,16 @@ class MultiLabel:
     def loss(self, outputs: Any, batch: Batch, *, train: bool = True) -> Sums:
         """Cross-entropy, accuracy and exact match of logits (B, C); smoothing only counts while
         training."""
-        labels.refuse_mixed(batch)
         logits_BC, labels_BC = self._pair(outputs, batch)
         labels_BC, kept_BC = labels.left_out(labels_BC, None, self.ignore)
         smoothing = self.label_smoothing if train else 0.0
         loss_BC = losses.binary_cross_entropy(logits_BC, labels_BC, label_smoothing=smoothing)
+        if "label_other" in batch:
+            _check_mixed(self, batch, plain=True)
+            share_B1, other_BC = batch["label_weight"][:, None], batch["label_other"]
+            other = losses.binary_cross_entropy(logits_BC, other_BC, label_smoothing=smoothing)
+            loss_BC = share_B1 * loss_BC + (1.0 - share_B1) * other
+            labels_BC = jnp.where(share_B1 >= 0.5, labels_BC, other_BC)
         known_BC = (labels_BC == 0) | (labels_BC == 1)
         right_BC = ((logits_BC > 0) == (labels_BC == 1)).astype(jnp.float32)
         right_BC = losses.nan_unless(known_BC, right_BC)
@@ -279,3 +289,11 @@ class MultiLabel:
                 f" wants (batch, labels) of both; {remedy}"
             )
         return logits, label
+
+
+def _check_mixed(task: Binary | MultiLabel, batch: Batch, *, plain: bool) -> None:
+    """`UserError` where the shares of two mixed labels would not be all that counts."""
+    if task.target != "label":
+        labels.refuse_mixed(batch, f"mix the field label, not {task.target}")
+    if task.ignore is not None or not plain:
+        labels.refuse_mixed(batch, "do not go with ignore or class_weights of this task")

@@ -166,7 +166,7 @@ class Classification:
         if "label_other" not in batch:
             return label, None
         if self.target != "label":
-            labels.refuse_mixed(batch)
+            labels.refuse_mixed(batch, f"mix the field label, not {self.target}")
         return label, (losses.whole_numbers(batch["label_other"]), batch["label_weight"])
 
     def _left_out(

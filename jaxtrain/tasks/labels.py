@@ -171,14 +171,13 @@ def left_out(
     )
 
 
-def refuse_mixed(batch: Batch) -> None:
+def refuse_mixed(
+    batch: Batch, why: str = "mix class labels, which this task does not have"
+) -> None:
     """`UserError` if mixup or cutmix made the examples of a batch of two: then one label is not
     the truth."""
     if "label_other" in batch:
-        raise UserError(
-            "--augment.mixup, --augment.cutmix: mix class labels, which this task does not have;"
-            " set both to 0"
-        )
+        raise UserError(f"--augment.mixup, --augment.cutmix: {why}; set both to 0")
 
 
 def spread(weights: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
