@@ -58,6 +58,7 @@ from jaxtrain.runner.profiler import Profiler
 from jaxtrain.schedules import Constant
 from jaxtrain.tasks import Classification, score_of
 from jaxtrain.train import cadence, loop, lowering, metrics_log
+from jaxtrain.train.selection import Selection
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 RATE, WEIGHT_DECAY = 1e-3, 1e-2
@@ -176,7 +177,7 @@ class OurLoop:
                 stop=StopAgreement(stop),
                 validate=None,
                 test=None,
-                score=score_of(self.run.task),
+                selection=Selection(score_of(self.run.task)),
                 at_step=self._profiler,
             )
         self.state, self.step = ending.state, ending.step

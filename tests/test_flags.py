@@ -226,7 +226,18 @@ def test_every_field_of_a_run_bears_its_marks() -> None:
         field.name: [mark for mark in field.marks if isinstance(mark, config.Group)]
         for field in fields.fields_of(config.Run)
     }
-    apart = {"name", "offers", "model", "data", "task", "optimizer", "schedule", "augment"}
+    apart = {
+        "name",
+        "offers",
+        "at_step",
+        "at_evaluation",
+        "model",
+        "data",
+        "task",
+        "optimizer",
+        "schedule",
+        "augment",
+    }
     assert {name for name, found in groups.items() if not found} == apart
     assert all(len(found) <= 1 for found in groups.values())
     assert {setting.name for setting in settings.of_run(make_run()) if "." not in setting.name} == (
@@ -239,6 +250,7 @@ FREE_AT_RESUME = {
     *("steps", "epochs", "init_from", "mesh", "shard", "remat", "offload", "platform"),
     *("device_data", "debug_nans", "steps_per_call", "eval_every", "eval_batch_size"),
     *("checkpoint_every", "keep", "keep_every", "log_every", "tensorboard", "wandb", "report"),
+    *("evaluate", "best", "stop_after"),
 }
 ONE_STARTS_OWN = {
     *("compare_meshes", "compare_steps", "processes", "process", "coordinator", "hang_seconds"),
@@ -501,6 +513,8 @@ def test_json_lacks_nothing() -> None:
     assert set(record) == {field.name for field in dataclasses.fields(config.Run)} - {
         "name",
         "offers",
+        "at_step",
+        "at_evaluation",
     }
     del record["optimizer"]["b1"]
     with pytest.raises(

@@ -38,6 +38,7 @@ from jaxtrain.schedules import Constant, Cosine
 from jaxtrain.tasks import Classification
 from jaxtrain.train import cadence, compare_meshes, evaluate, loop
 from jaxtrain.train.metrics_log import MetricsLog
+from jaxtrain.train.selection import Standing
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENT = [sys.executable, str(ROOT / "experiments" / "digits.py")]
@@ -378,6 +379,7 @@ def test_the_host_reads_each_dispatch_once_and_waits_where_it_must(tmp_path: Pat
         ("read", 2),
         ("read", 4),
         ("evaluate", 4),
+        ("save", 4),  # the first score of a trained state is the best so far
         ("dispatch", 6),
         ("dispatch", 8),
         ("read", 6),
@@ -491,11 +493,11 @@ def test_an_evaluation_is_put_off_when_a_signal_came_and_done_first_on_the_way_b
     assert recorder.events[-2:] == [("read", 4), ("save", 4)] and saved[-1]["evaluation_due"]
     stop.status = None
     del recorder.events[:]
-    go(4, evaluation_due=saved[-1]["evaluation_due"], best=saved[-1]["best"])
-    assert (
-        recorder.events[:2] == [("evaluate", 4), ("dispatch", 6)]
-        and not saved[-1]["evaluation_due"]
-    )
+    before = Standing(saved[-1]["best"], saved[-1]["since_best"])
+    go(4, evaluation_due=saved[-1]["evaluation_due"], standing=before)
+    # Committed once more, now with its score.
+    assert recorder.events[:3] == [("evaluate", 4), ("save", 4), ("dispatch", 6)]
+    assert not saved[-1]["evaluation_due"]
     lines = [(line["step"], line["split"]) for line in read_metrics(tmp_path / "metrics.jsonl")]
     assert lines == [
         (0, "validation"),

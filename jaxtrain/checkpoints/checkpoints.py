@@ -177,12 +177,15 @@ class Checkpoints:
         return list(committed.records(self.folder))
 
     def best(self) -> int | None:
-        """The committed step with the greatest metric, the earliest of equals."""
-        metrics = {
-            step: record["metric"]
+        """The committed step with the greatest metric, the earliest of equals; of metrics of
+        different kinds (`best_by` of the loop's record) the newest kind counts."""
+        scored = {
+            step: (record["metric"], record["loop"].get("best_by") or "")
             for step, record in committed.records(self.folder).items()
             if record.get("metric") is not None
         }
+        by = scored[max(scored)][1] if scored else None
+        metrics = {step: metric for step, (metric, kind) in scored.items() if kind == by}
         return max(metrics, key=lambda step: (metrics[step], -step), default=None)
 
     def verify(self, step: int) -> list[str]:
@@ -202,6 +205,10 @@ class Checkpoints:
         if step is None and resume == "must":
             raise UserError(f"--resume=must: no committed checkpoint in {self.folder}")
         return step
+
+    def loop(self, step: int) -> dict[str, Any]:
+        """What the loop said of itself when it committed a step."""
+        return manifest.read(self.folder / str(step))["loop"]
 
     def specs(self, step: int) -> arrays.Specs:
         """Dtype and shape of every array that a step holds, by path."""
@@ -254,6 +261,9 @@ class Checkpoints:
                 return
             arrays.write(temporary / PAYLOAD, state)
             manifest.write_manifest(temporary, record | {"versions": _versions()})
+            if os.path.lexists(self.folder / str(step)):
+                # The same state, now with its score. A kill just here costs this one commit.
+                self._delete(step)
             manifest.publish(temporary, self.folder / str(step))
             manifest.evict_from_page_cache(self.folder / str(step))
             if found := self.verify(step):
@@ -303,6 +313,10 @@ class Checkpoints:
             os.rename(path, self.folder / f"damaged-{step}-{time.time_ns()}")
             return False
         old = manifest.read(path)
+        if self._is_late_score(old, record) and arrays.digest(
+            self._read(step, old["tree"])
+        ) == arrays.digest(state):
+            return False
         same = all(old.get(key) == record[key] for key in ("run_id", "loop", "metric", "tree"))
         if not (same and arrays.digest(self._read(step, old["tree"])) == arrays.digest(state)):
             raise CheckpointError(
@@ -310,6 +324,13 @@ class Checkpoints:
                 " --workdir"
             )
         return True
+
+    @staticmethod
+    def _is_late_score(old: Record, record: Record) -> bool:
+        """Whether a commit is that of a signal, whose evaluation was put off, and now is done."""
+        same = all(old.get(key) == record[key] for key in ("run_id", "tree"))
+        due = [bool(each["loop"].get("evaluation_due")) for each in (old, record)]
+        return same and due == [True, False]
 
     def _free_bytes(self) -> int:
         # The folder may be a link to a larger disk.

@@ -7,8 +7,9 @@ those that ask the disk.
 
 import dataclasses
 import os
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,8 @@ from jaxtrain.fields import Above, AtLeast, Between, Count
 from jaxtrain.horizon import Horizon
 from jaxtrain.schedules import Constant
 
+STOP_AFTER = r"[1-9][0-9]{0,8}(evals?)?"
+Hook = Callable[[int, Any, Mapping[str, float]], Any]
 BatchSize = Annotated[int, AtLeast(1, whole=True)]
 Seed = Annotated[int, Between(0, 2**32 - 1, whole=True)]
 
@@ -54,6 +57,9 @@ class Run(StepOptions):
     epochs: Annotated[float | None, Above(0), Group.TRAINING, FREE] = None
     """How many passes over the train split, fractions allowed; replaces the experiment's own
     --steps or --epochs."""
+    stop_after: Annotated[str | None, Group.TRAINING, FREE] = None
+    """Ends the run early once so many evaluations in a row were no better than the best before
+    them, e.g. 5evals; none = never."""
     batch_size: Annotated[BatchSize, Group.TRAINING] = 128
     """How many examples one step sees, over all devices."""
     seed: Annotated[Seed, Group.TRAINING] = 0
@@ -122,6 +128,12 @@ class Run(StepOptions):
 
     eval_every: Annotated[Horizon, Group.CHECKPOINTS, FREE] = Horizon(1, "epochs")
     """How often the validation split is evaluated; 0 = never."""
+    evaluate: Annotated[values.EvaluationSets, Group.CHECKPOINTS, FREE] = ()
+    """Further sets that are evaluated whenever the validation split is, by name: splits of the
+    data, e.g. rotated=test[:50%], or in Python data sources of their own."""
+    best: Annotated[str, Group.CHECKPOINTS, FREE] = ""
+    """What the best checkpoint is chosen by: METRIC or SET/METRIC, e.g. loss, rotated/accuracy or
+    error,min; empty = the accuracy on the validation split, or else its loss."""
     eval_batch_size: Annotated[BatchSize, Group.CHECKPOINTS, FREE] = 512
     """How many examples one step of evaluation sees, over all devices."""
     eval_only: Annotated[bool, Group.CHECKPOINTS, INVOCATION] = False
@@ -146,10 +158,19 @@ class Run(StepOptions):
     traceback: Annotated[bool, Group.OUTPUT, INVOCATION] = False
     """Shows the Python traceback of an error."""
 
+    at_step: Annotated[Hook | None, EXPERIMENT] = dataclasses.field(default=None, repr=False)
+    """Called with step, a copy of the state, and the means at every line of metrics."""
+    at_evaluation: Annotated[Hook | None, EXPERIMENT] = dataclasses.field(default=None, repr=False)
+    """Called with step, a copy of the state, and `SET/METRIC` -> value after every evaluation."""
     offers: Annotated[Mapping[str, Mapping[str, Any]], EXPERIMENT] = dataclasses.field(
         default_factory=dict, repr=False
     )
     """The named components of each family that flags may choose: family -> name -> component."""
+
+    def __post_init__(self) -> None:
+        """Sets may be given as a mapping; they are kept as pairs, as flags give them."""
+        if isinstance(self.evaluate, Mapping):
+            object.__setattr__(self, "evaluate", tuple(self.evaluate.items()))
 
 
 marks.check(Run)
@@ -207,6 +228,7 @@ def check(run: Run) -> None:
             f"--profile_steps={values.text(run.profile_steps)}: must be FIRST,LAST with 0 <= FIRST"
             " < LAST"
         )
+    _check_evaluation(run)
     if run.keep_every is not None and run.keep_every.value == 0:
         raise UserError("--keep_every=0steps: must be > 0; to keep none for ever, give none")
     if run.reproducible and run.compare_meshes:
@@ -227,6 +249,33 @@ def check(run: Run) -> None:
         raise UserError(
             "--eval_only and --resume=never: evaluating needs a checkpoint; drop one of them"
         )
+
+
+def _check_evaluation(run: Run) -> None:
+    """The rules for what is evaluated, and called, on the way."""
+    names = [name for name, _ in run.evaluate]
+    for name in names:
+        taken = name in ("train", "validation", "test") or names.count(name) > 1
+        if taken or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
+            rule = "is the name of another set" if taken else "use letters, digits, points, - and _"
+            raise UserError(f"--evaluate={messages.printable(name)}=...: {rule}; rename the set")
+    if run.stop_after is not None and not re.fullmatch(STOP_AFTER, run.stop_after):
+        raise UserError(
+            f"--stop_after={messages.shown(run.stop_after)}: not a number of evaluations; expected"
+            " e.g. 5evals, or none"
+        )
+    if run.stop_after is not None and not run.eval_every.value:
+        raise UserError(
+            f"--stop_after={run.stop_after} and --eval_every=0: nothing is evaluated on the way;"
+            " set --eval_every or drop --stop_after"
+        )
+    for name in ("at_step", "at_evaluation"):
+        hook = getattr(run, name)
+        if hook is not None and not callable(hook):
+            raise UserError(
+                f"{name}={hook!r}: is a {type(hook).__name__}; give a function of (step, state,"
+                " metrics)"
+            )
 
 
 def check_paths(run: Run) -> None:

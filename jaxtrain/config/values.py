@@ -11,7 +11,7 @@ import contextlib
 import math
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +21,8 @@ from jaxtrain.fields import FieldType, field_type, problem
 from jaxtrain.horizon import Horizon
 from jaxtrain.messages import did_you_mean, is_number, shown
 
+EvaluationSets = tuple[tuple[str, Any], ...] | Mapping[str, Any]
+"""Sets by name: each a split of the run's data, as text, or in Python a data source."""
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)")
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 _MEANT = {"yes": "true", "y": "true", "on": "true", "t": "true"}
@@ -327,6 +329,26 @@ def _tuple_takes(wanted: FieldType) -> str:
     return ",".join("..." if item is Ellipsis else item_takes(item) for item in wanted.items)
 
 
+def _read_sets(text: str, wanted: FieldType) -> tuple[tuple[str, str], ...]:
+    """`NAME=SPLIT,...`; a split holds no `=` and no comma."""
+    pairs = []
+    for part in text.split(",") if text else []:
+        name, equals, split = part.partition("=")
+        if not (name and equals and split):
+            raise UserError(f"{shown(part)} is not NAME=SPLIT; expected e.g. rotated=test[:50%]")
+        pairs.append((name, split))
+    return tuple(pairs)
+
+
+def _load_sets(value: Any, wanted: FieldType) -> tuple[tuple[str, str], ...]:
+    if not (
+        isinstance(value, list)
+        and all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in value)
+    ):
+        raise UserError(f"is a {type(value).__name__}; expected pairs of a name and a split")
+    return tuple((name, split) for name, split in value)
+
+
 def _check_length(count: int, wanted: FieldType, how: str = "") -> None:
     if wanted.items[-1] is not Ellipsis and count != len(wanted.items):
         raise UserError(f"has {count} items; expected {len(wanted.items)}{how}")
@@ -357,6 +379,7 @@ FORMATS: dict[Any, Format] = {
     str: Format(_read_text, "text"),
     Horizon: _HORIZON,
     Horizon | float: _HORIZON,
+    EvaluationSets: Format(_read_sets, "NAME=SPLIT,...", _show_tuple, _dump_tuple, _load_sets),
     Literal: Format(_read_choice, _choice_takes, load=_load_choice),
     tuple: Format(_read_tuple, _tuple_takes, _show_tuple, dump=_dump_tuple, load=_load_tuple),
 }

@@ -26,7 +26,7 @@ class LabelCheck:
     outputs: Any
     """The model's outputs, which may be abstract: they say which classes there are."""
     split: str
-    """Its role, train, validation or test."""
+    """Its role, train, validation or test, or the name of a set of --evaluate."""
     expression: str
     """What --data.ROLE said of it."""
 
@@ -38,7 +38,7 @@ class LabelCheck:
             return
         every = len(found.rows_N) == len(ids) > 1
         row = int(ids[found.rows_N[0]])
-        what = f"--data.{self.split}={self.expression}"
+        what = flag_of(self.split, self.expression)
         if every:
             some = "in all" if whole else "in"
             raise UserError(
@@ -53,7 +53,18 @@ class LabelCheck:
     def _remedy(self, found: Wrong) -> str:
         if self.split == "train":
             return f"give it labels, or {found.remedy}" if found.remedy else "give it labels"
-        return f"pass --data.{self.split}= to do without"
+        return _do_without(self.split)
+
+
+def flag_of(split: str, expression: str) -> str:
+    """The flag that names a set."""
+    own = split in ("train", "validation", "test")
+    return f"--{'data.' if own else 'evaluate='}{split}={expression}"
+
+
+def _do_without(split: str) -> str:
+    own = split in ("validation", "test")
+    return f"pass --data.{split}= to do without" if own else f"drop {split} from --evaluate"
 
 
 def _place(table: Table, row: int) -> str:
@@ -110,11 +121,8 @@ def checked(splits: Splits, task: Any, outputs: Any, data: Any) -> Splits:
     """
     if not hasattr(task, "wrong_labels"):
         return splits
-    found = {}
-    for split in ("train", "validation", "test"):
-        table: Table | None = getattr(splits, split)
-        if table is None:
-            continue
+    found: dict[str, CheckedTable] = {}
+    for split, table in ({"train": splits.train} | splits.held_out).items():
         expression = str(getattr(data, split, ""))
         _check_target(task, splits.train, table, split, expression)
         check = LabelCheck(task, outputs, split, expression)
@@ -123,7 +131,9 @@ def checked(splits: Splits, task: Any, outputs: Any, data: Any) -> Splits:
             continue
         found[split] = CheckedTable(table, check)
         found[split].read(_some_rows(len(table)))
-    return dataclasses.replace(splits, **found)
+    sets = {name: found.get(name, table) for name, table in splits.evaluate.items()}
+    own: dict[str, Any] = {name: table for name, table in found.items() if name not in sets}
+    return dataclasses.replace(splits, **own, evaluate=sets)
 
 
 def _some_rows(length: int) -> np.ndarray:
@@ -137,6 +147,6 @@ def _check_target(task: Any, train: Table, table: Table, split: str, expression:
     target = getattr(task, "target", None)
     if target in train.fields and target not in table.fields:
         raise UserError(
-            f"--data.{split}={expression}: has no {target} (it has"
-            f" {', '.join(table.fields)}); give it labels, or pass --data.{split}= to do without"
+            f"{flag_of(split, expression)}: has no {target} (it has"
+            f" {', '.join(table.fields)}); give it labels, or {_do_without(split)}"
         )

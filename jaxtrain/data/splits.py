@@ -41,6 +41,21 @@ class Splits:
     """When the newest of its files was changed (`newest_change`); None for data that is made, or
     lies in no file that is known. The fingerprint of large files does not read them, so whoever
     keeps what it derived from the data asks this too."""
+    evaluate: Mapping[str, Table] = dataclasses.field(default_factory=dict)
+    """Further sets that are evaluated on the way, by name."""
+
+    @property
+    def held_out(self) -> dict[str, Table]:
+        """Every set that is evaluated but not trained on, by name."""
+        own = {"validation": self.validation, "test": self.test}
+        return {name: table for name, table in own.items() if table is not None} | dict(
+            self.evaluate
+        )
+
+    @property
+    def on_the_way(self) -> dict[str, Table]:
+        """The sets that are evaluated while training: all held-out ones but the test split."""
+        return {name: table for name, table in self.held_out.items() if name != "test"}
 
 
 Piece = tuple[str, int, int]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import config, messages, optimizers, precision, schedules
+from jaxtrain import config, messages, optimizers, precision, schedules, tasks
 from jaxtrain.config import record as run_record
 from jaxtrain.config.step_options import options_of
 from jaxtrain.data import label_checks, pipeline, statistics
@@ -19,12 +19,15 @@ from jaxtrain.data.pipeline import BatchLoader
 from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import Table
 from jaxtrain.errors import UserError
+from jaxtrain.fields import fields_of
 from jaxtrain.parallel import sharding
 from jaxtrain.processes import group
 from jaxtrain.runner.compile import Execution, Reproducible, Sharded
 from jaxtrain.train import check, loop
+from jaxtrain.train import selection as best
 from jaxtrain.train.lowering import Programs
 from jaxtrain.train.recipe import Recipe
+from jaxtrain.train.selection import Selection
 from jaxtrain.train.state import TrainState
 from jaxtrain.tree import Batch
 
@@ -207,8 +210,8 @@ def check_labels(run: config.Run, splits: Splits, found: check.Checked) -> Split
 def check_held_out(run: config.Run, splits: Splits, recipe: Recipe, found: check.Checked) -> None:
     """Runs model and task on the shapes of the held-out splits; a test split without labels must
     not be found out after the training."""
-    for name, table in (("validation", splits.validation), ("test", splits.test)):
-        if table is None or dict(table.fields) == dict(splits.train.fields):
+    for name, table in splits.held_out.items():
+        if dict(table.fields) == dict(splits.train.fields):
             continue
         other = {
             field: jax.ShapeDtypeStruct((run.eval_batch_size, *spec.shape), spec.dtype)
@@ -218,9 +221,80 @@ def check_held_out(run: config.Run, splits: Splits, recipe: Recipe, found: check
             check.evaluated(recipe, found.state, other)
         except Exception as error:  # whatever the model says of a shape that is not its own
             raise UserError(
-                f"--data.{name}={getattr(run.data, name, '')}: does not fit what is trained on"
-                f" ({messages.one_line(str(error))})"
+                f"{label_checks.flag_of(name, _expression(run, name))}: does not fit what is"
+                f" trained on ({messages.one_line(str(error))})"
             ) from error
+
+
+def _expression(run: config.Run, name: str) -> str:
+    """What a flag, or a field of the data, says of a set."""
+    said = dict(run.evaluate).get(name, getattr(run.data, name, ""))
+    return said if isinstance(said, str) else type(said).__name__
+
+
+def with_evaluation_sets(run: config.Run, splits: Splits) -> Splits:
+    """The splits with the sets of --evaluate opened; `UserError` for one that is not there, or that
+    is none of the run's data."""
+    sets: dict[str, Table] = {}
+    notes = list(splits.notes)
+    for name, source in run.evaluate:
+        opened = _open_set(run, name, source)
+        tables = (opened.test, opened.validation, opened.train)
+        table = next(table for table in tables if table is not None)
+        here, own = table.class_names, splits.train.class_names
+        if here and own and tuple(here) != tuple(own):
+            raise UserError(
+                f"{label_checks.flag_of(name, _expression(run, name))}: its classes are"
+                f" {', '.join(here[:8])}, the run learns {', '.join(own[:8])}; give a set with the"
+                " same classes in the same order"
+            )
+        if isinstance(source, str):
+            notes += [note for note in opened.notes if note not in notes]
+        else:
+            notes += [f"{name}: {note}" for note in opened.notes]
+        sets[name] = table
+    return dataclasses.replace(splits, evaluate=sets, notes=tuple(notes))
+
+
+def _open_set(run: config.Run, name: str, source: Any) -> Splits:
+    """A set as the test split of some source: of the run's own, or of another."""
+    if not isinstance(source, str):
+        if not hasattr(source, "open"):
+            raise UserError(
+                f"evaluate={{{name!r}: {type(source).__name__}}}: give a split of the data as text,"
+                " or a data source, which has open()"
+            )
+        return source.open()
+    flag = f"--evaluate={name}="
+    if not {"test", "validation"} <= {field.name for field in fields_of(run.data)}:
+        raise UserError(
+            f"{flag}{source}: the data source {type(run.data).__name__} has no split expressions;"
+            " give a source of its own in Python, Run(evaluate={...})"
+        )
+    try:
+        return config.replaced(run.data, {"test": source, "validation": ""}).open()
+    except UserError as error:
+        raise UserError(str(error).replace("--data.test=", flag)) from None
+
+
+def selection(run: config.Run, splits: Splits, programs: Programs) -> Selection:
+    """What the best checkpoint is chosen by; `UserError` if nothing that is evaluated on the way
+    can say it."""
+    sets = list(splits.on_the_way)
+    chosen = best.parse(run.best, sets, tasks.score_of(run.task))
+    if run.stop_after is not None and chosen.split not in sets:
+        raise UserError(
+            f"--stop_after={run.stop_after}: no validation split tells whether the run gets better;"
+            " set --data.validation, or --best=SET/METRIC with a set of --evaluate"
+        )
+    if run.best:
+        metric = run.best.partition(",")[0].rpartition("/")[2]
+        batch = programs.batch_with_ids()
+        found = jax.eval_shape(programs.eval_step, programs.state, batch)
+        exact = getattr(run.task, "metrics", ())
+        if not exact:  # what is computed from a whole set is known at the first evaluation
+            best.check_metric(f"--best={run.best}", metric, found)
+    return chosen
 
 
 def place_data(run: config.Run, train: Table, mesh: Mesh) -> Batch | None:
@@ -251,14 +325,13 @@ def evaluation_size(run: config.Run, table: Table, execution: Execution) -> int:
 def evaluators(
     run: config.Run, splits: Splits, programs: Programs, execution: Execution
 ) -> dict[str, loop.Evaluate]:
-    """What evaluates each held-out split that there is; one program for both."""
+    """What evaluates each held-out set that there is; one program for all."""
     means = execution.evaluation(programs)
 
     def evaluator(table: Table) -> loop.Evaluate:
         return lambda state: means(state, batches(run, table, execution))
 
-    tables = {"validation": splits.validation, "test": splits.test}
-    return {name: evaluator(table) for name, table in tables.items() if table is not None}
+    return {name: evaluator(table) for name, table in splits.held_out.items()}
 
 
 def open_loader(

@@ -27,11 +27,7 @@ def start_banner(
 ) -> dict[str, str]:
     """What a run is, a row each; `asked` is the precision of the command line."""
     device, train = mesh.devices.flat[0], splits.train
-    others = [
-        f"{len(table):,} {name}"
-        for name, table in (("validation", splits.validation), ("test", splits.test))
-        if table is not None
-    ]
+    others = [f"{len(table):,} {name}" for name, table in splits.held_out.items()]
     there = jax.device_count(device.platform)
     count = f"{mesh.size}{f' of {there}' if there > mesh.size else ''}"
     hosts = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -43,8 +39,10 @@ def start_banner(
         **_input_words(train, normalize=run.normalize),
         "optimizer": _optimizer_words(run),
         "length": (
-            f"{length.total:,} steps of {run.batch_size} ({length.total / length.per_epoch:.1f}"
-            " epochs)"
+            "evaluation only"
+            if run.eval_only
+            else f"{length.total:,} steps of {run.batch_size}"
+            f" ({length.total / length.per_epoch:.1f} epochs)"
         ),
         "devices": f"{count} x {device.device_kind}, mesh {meshes.describe(mesh)}{hosts}",
         "precision": precision_words(run, device, asked=asked),
@@ -114,6 +112,7 @@ def record(
             "train": len(splits.train),
             "validation": len(splits.validation or ()),
             "test": len(splits.test or ()),
+            "evaluate": {name: len(table) for name, table in splits.evaluate.items()},
             "class_names": list(splits.train.class_names or ()),
         },
         "hardware": {

@@ -2,7 +2,7 @@
 committed, so nothing that a process does here alone may fail it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,10 @@ def finish(
     progress: Progress,
     *,
     seconds: float,
+    more: Mapping[str, str],
 ) -> None:
     """Writes predictions.npz, if the task can say what a prediction is, and the report, and shows
-    the summary."""
+    the summary with `more` rows."""
     heartbeat.beat("ending")
     table = splits.test if splits.test is not None else splits.validation
     if hasattr(run.task, "examine") and table is not None:
@@ -64,7 +65,7 @@ def finish(
         done = history.load(folder)
         values = {
             (split, name): done.last(name, split)
-            for split in ("validation", "test")
+            for split in splits.held_out
             for name in ("loss", "accuracy")
         }
         rows = {
@@ -72,7 +73,7 @@ def finish(
             for (split, name), value in values.items()
             if value is not None
         }
-        rows |= {"time": tables.duration_text(seconds), "workdir": str(folder)}
+        rows |= dict(more) | {"time": tables.duration_text(seconds), "workdir": str(folder)}
         progress.show(
             tables.named_values(f"{run.name}: done", rows | ({"report": str(page)} if page else {}))
         )

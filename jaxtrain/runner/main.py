@@ -193,7 +193,7 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
     execution = build.execution(run, mesh)  # before the data, which may take a while
     jax_settings.apply(debug_nans=run.debug_nans, matmul_precision=run.matmul_precision)
     heartbeat.beat("data")
-    splits = run.data.open()
+    splits = build.with_evaluation_sets(run, run.data.open())
     for note in splits.notes:
         messages.warn(note)
     length = build.lengths(run, len(splits.train))
@@ -210,6 +210,7 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
     if run.compare_meshes:
         return _compare(run, splits.train, recipe, jax.devices(mesh.devices.flat[0].platform))
     programs = lowering.lower(recipe, found.batch, mesh)
+    selection = build.selection(run, splits, programs)
     folder_is_new = not run.workdir or not Path(run.workdir).exists()
     folder = Path(group.on_main(lambda: str(workdir.choose_folder(run))))
     # Only process 0 writes into the folder.
@@ -222,6 +223,7 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
             length,
             programs,
             execution,
+            selection,
             folder,
             lock,
             stop,

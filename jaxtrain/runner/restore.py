@@ -37,6 +37,8 @@ class Found:
     run_id: str
     newest: int | None
     """The step to go on from."""
+    loop: dict[str, Any]
+    """What the loop said of itself when it committed that step."""
 
 
 def inspect(run: config.Run, folder: Path, fingerprint: str, abstract: TrainState) -> Found:
@@ -50,8 +52,9 @@ def _inspect(run: config.Run, folder: Path, fingerprint: str, abstract: TrainSta
     record = workdir.read(folder)
     notes = _check_folder(run, folder, record, fingerprint, abstract)
     run_id = (record or {}).get("run_id") or os.urandom(8).hex()
-    newest = _newest(run, folder, Checkpoints(folder, run_id=run_id), record)
-    return Found(record, notes, run_id, newest)
+    checkpoints = Checkpoints(folder, run_id=run_id)
+    newest = _newest(run, folder, checkpoints, record)
+    return Found(record, notes, run_id, newest, {} if newest is None else checkpoints.loop(newest))
 
 
 def _check_folder(

@@ -31,9 +31,12 @@ from jaxtrain.runner import build, closing, describe, finish, restore, workdir
 from jaxtrain.runner.compile import Execution, Training
 from jaxtrain.runner.profiler import Profiler
 from jaxtrain.train import loop, metrics_log
+from jaxtrain.train import selection as best
 from jaxtrain.train.cadence import Cadence
 from jaxtrain.train.frozen import frozen_notes
+from jaxtrain.train.hooks import Hooks
 from jaxtrain.train.lowering import Programs
+from jaxtrain.train.selection import Selection, Standing
 from jaxtrain.train.state import TrainState
 
 
@@ -48,6 +51,8 @@ class Opened:
     length: build.Lengths
     programs: Programs
     execution: Execution
+    selection: Selection
+    """What the best checkpoint is chosen by."""
     folder: Path
     lock: Lock | None
     """None in a process that does not write: if process 0 loses the lock, the group ends."""
@@ -81,6 +86,8 @@ def start(opened: Opened) -> int:
         _banner(opened, found, progress)
         if found.newest is not None and found.newest >= total and not run.eval_only:
             return _nothing_to_do(opened, found.newest, progress)
+        if found.newest is not None and _ended_early(opened, found.loop) and not run.eval_only:
+            return _no_better(opened, found, progress)
         if not run.eval_only:
             # What a killed start left half written would count as used space.
             checkpoints.delete_leftovers()
@@ -124,6 +131,25 @@ def _nothing_to_do(opened: Opened, newest: int, progress: Progress) -> int:
     flag = f"--steps={run.steps}" if run.steps is not None else f"--epochs={run.epochs:g}"
     progress.line(
         f"{flag}: checkpoint is already at step {newest}; nothing to do, raise it to go on"
+    )
+    if group.is_main():
+        finish.write_report(run, opened.folder)
+    return 0
+
+
+def _ended_early(opened: Opened, loop: dict[str, Any]) -> bool:
+    """Whether the run that is there has ended because it got no better, by today's flags too."""
+    patience = best.evaluations(opened.run.stop_after)
+    same = (loop.get("best_by") or "") == opened.selection.text
+    long_enough = patience is not None and loop.get("since_best", 0) >= patience
+    return bool(loop.get("ended_early")) and same and long_enough
+
+
+def _no_better(opened: Opened, found: restore.Found, progress: Progress) -> int:
+    since, run = found.loop["since_best"], opened.run
+    progress.line(
+        f"--stop_after={run.stop_after}: ended at step {found.newest}, after {since} evaluations"
+        " that were no better; nothing to do, raise or drop it to go on"
     )
     if group.is_main():
         finish.write_report(run, opened.folder)
@@ -176,6 +202,7 @@ def _train(
         )
         workdir.write(opened.folder, record)
     writers = _writers(opened, found.run_id)
+    hooks = Hooks(run.at_step, run.at_evaluation)
     with closing.closed_in_order(profiler.close, trained.feed.close, writers.close):
         writers.resume(first, int(kept.get("metrics_bytes", 0)))
         outcome = loop.train(
@@ -190,14 +217,19 @@ def _train(
             cadence=_cadence(opened, trained),
             validate=evaluators.get("validation"),
             test=evaluators.get("test"),
-            score=tasks.score_of(run.task),
-            best=kept.get("best"),
+            sets={name: evaluators[name] for name in opened.splits.evaluate},
+            selection=opened.selection,
+            standing=_standing(opened, kept),
+            patience=best.evaluations(run.stop_after),
             evaluation_due=kept.get("evaluation_due", False),
+            hooks=hooks,
             at_step=_dispatch_hook(opened, profiler),
         )
     progress.stop()
     if not outcome.finished:
         return _stopped(opened, outcome.step, stop, progress)
+    if outcome.step < opened.length.total:
+        progress.line(_why_early(opened, outcome))
     finish.finish(
         run,
         opened.folder,
@@ -207,8 +239,26 @@ def _train(
         outcome.state,
         progress,
         seconds=time.monotonic() - opened.began,
+        more={f"{name} (yours)": text for name, text in hooks.summary().items()},
     )
     return 0
+
+
+def _standing(opened: Opened, kept: dict[str, Any]) -> Standing:
+    """The best score so far; none if it was of another kind."""
+    if (kept.get("best_by") or "") != opened.selection.text:
+        return Standing()
+    return Standing(kept.get("best"), kept.get("since_best", 0))
+
+
+def _why_early(opened: Opened, outcome: loop.Outcome) -> str:
+    chosen = opened.selection
+    by = chosen.text or f"the score on {chosen.split}"
+    return (
+        f"--stop_after={opened.run.stop_after}: ended at step {outcome.step} of"
+        f" {opened.length.total}: {outcome.standing.since} evaluations in a row were no better by"
+        f" {by}"
+    )
 
 
 def _show_parameters(opened: Opened, state: TrainState, first: int, progress: Progress) -> None:
@@ -262,7 +312,7 @@ def _cadence(opened: Opened, trained: Training) -> Cadence:
         length.total,
         trained.per_call,
         run.log_every,
-        length.evaluate if opened.splits.validation is not None else 0,
+        length.evaluate if opened.splits.on_the_way else 0,
         length.save,
         marks=run.profile_steps or (),
     )

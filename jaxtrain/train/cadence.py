@@ -37,8 +37,12 @@ class Cadence:
         ]
         return min([*multiples, *(mark for mark in self.marks if mark > step), self.total])
 
+    def logs(self, step: int) -> bool:
+        """Whether a line of metrics is due; the end always is."""
+        return step == self.total or step % self.log == 0
+
     def evaluates(self, step: int) -> bool:
-        """Whether the validation split is due; the end counts, if it is evaluated at all."""
+        """Whether an evaluation is due; the end counts, if there are any at all."""
         return bool(self.evaluate) and (step % self.evaluate == 0 or step == self.total)
 
     def saves(self, step: int) -> bool:

@@ -46,6 +46,8 @@ class MetricsLog:
         self._step = self._timed_step = step
         self._clock = time.monotonic()
         self._shown, self._late = 0.0, False
+        self.means: Mapping[str, float] = {}
+        """What the last line said of training."""
         self._seconds, self._steps = 0.0, 0
         """Spent on, and number of, the steps since the last line; pauses left out."""
 
@@ -99,6 +101,7 @@ class MetricsLog:
                 }
             )
             self._writers.write(step, "train", means | speed)
+            self.means = means
             self._show(step, means)
             self._totals, self._seconds, self._steps = metrics.Totals(), 0.0, 0
         elif time.monotonic() - self._shown > LIVE_SECONDS:
