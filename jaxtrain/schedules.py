@@ -8,17 +8,22 @@ it are functions of the step and `total_steps`, evaluated at s, so the last upda
 """
 
 import dataclasses
-from typing import Annotated, Any, Literal, TypeVar
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Between, Length, Probability, Traced
-from jaxtrain.horizon import Horizon
+from jaxtrain.horizon import Horizon, Steps
 
 Number = float | jax.Array
 AnySchedule = TypeVar("AnySchedule", bound="Schedule")
+MOST_OF_RATES = 0.1
+"""A function of the step whose largest value is this or less gives rates, not multipliers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +146,75 @@ class WarmupStableDecay(Schedule):
         return _fall(1 - (jnp.sqrt(done) if self.shape == "sqrt" else done), self.final)
 
 
+@dataclasses.dataclass(frozen=True)
+class FromFunction(Schedule):
+    """Any function of the step, such as one of Optax's: the multiplier of the peak rate."""
+
+    warmup: Length = Horizon(0)
+    function: Callable[[jax.Array], Number] | None = None
+    """From the step, an int32 scalar, to the multiplier."""
+
+    in_python: ClassVar[str] = "function"
+    """The field that makes it what it is, and that no flag can set."""
+
+    def after_warmup(self, step: jax.Array, total_steps: jax.Array) -> jax.Array:
+        assert self.function is not None
+        return _float(self.function(step.astype(jnp.int32)))
+
+    def check(self, *, learning_rate: float, total_steps: float) -> None:
+        """`UserError` if a value within the run is no multiplier, or if all are so small that they
+        must be rates.
+        """
+        # Where nobody said how long the run is, up to where schedules are over.
+        last = total_steps - 1 if total_steps > 1 else 1e6
+        steps = sorted({round(last * share**4) for share in np.linspace(0, 1, 33)})
+        with jax.ensure_compile_time_eval():
+            values = [float(self.multiplier(jnp.int32(step), total_steps)) for step in steps]
+        name = _name(self.function)
+        for step, value in zip(steps, values, strict=True):
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"schedule={name}: is {value:g} at step {step}; must be >= 0")
+        if max(values) <= MOST_OF_RATES and learning_rate != 1:
+            raise UserError(
+                f"schedule={name}: is at most {max(values):g} in this run, and is multiplied by"
+                f" learning_rate={learning_rate:g}; give a function that peaks at 1, or, if it"
+                " gives rates, set the optimizer's learning_rate to 1"
+            )
+
+
+def of(given: Any) -> Schedule:
+    """What was given as a schedule, as one of ours: a function of the step is a multiplier.
+
+    >>> halves = resolve(of(lambda step: 0.5**step), total_steps=10, steps_per_epoch=1)
+    >>> float(halves.multiplier(2, 10))
+    0.25
+
+    `UserError` for what is neither, or cannot be traced.
+    """
+    if isinstance(given, Schedule):
+        return given
+    kind = _name(given) if callable(given) else type(given).__name__
+    if not callable(given) or isinstance(given, type):
+        hint = f"; call it: {kind}()" if isinstance(given, type) else ""
+        raise UserError(
+            f"schedule={kind}: not a schedule of jaxtrain.schedules, and no function of the"
+            f" step{hint}"
+        )
+    try:
+        value = jax.eval_shape(given, jax.ShapeDtypeStruct((), jnp.int32))
+    except Exception as error:  # whatever the function says of a step that is not known yet
+        said = str(error).splitlines()[0][:120]
+        raise UserError(
+            f"schedule={kind}: cannot be compiled as a function of the step ({said}); write it"
+            " with jax.numpy, and jnp.where in place of if"
+        ) from error
+    if getattr(value, "shape", None) != ():
+        shape = getattr(value, "shape", type(value).__name__)
+        raise UserError(f"schedule={kind}: gives {shape} for a step; must give one number")
+    function: Any = given
+    return FromFunction(function=function)
+
+
 def resolve(schedule: AnySchedule, *, total_steps: float, steps_per_epoch: float) -> AnySchedule:
     """The same schedule with every horizon as a number of steps.
 
@@ -152,7 +226,7 @@ def resolve(schedule: AnySchedule, *, total_steps: float, steps_per_epoch: float
     """
     given = {field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)}
     steps = {
-        name: float(value.steps(total_steps=total_steps, steps_per_epoch=steps_per_epoch))
+        name: Steps(value.steps(total_steps=total_steps, steps_per_epoch=steps_per_epoch))
         for name, value in given.items()
         if isinstance(value, Horizon)
     }
@@ -188,6 +262,13 @@ NAMES: dict[str, Schedule] = {
     "step": Step(),
     "warmup_stable_decay": WarmupStableDecay(),
 }
+
+
+def _name(function: Any) -> str:
+    """What messages call a function: its maker's name if it was made by one, as Optax's are."""
+    name = getattr(function, "__qualname__", type(function).__name__)
+    maker, made, own = name.rpartition(".<locals>.")
+    return (maker.rpartition(".")[2] if made and own != "<lambda>" else own) or name
 
 
 def _float(value: Any) -> jax.Array:

@@ -1,6 +1,6 @@
-"""Parameters in a tree of any kind: lists of pairs, named tuples, dataclasses, Equinox models, numbers
-without dims, leaves that are no floats, keys with slashes. Each trains on every mesh as on one
-device, and comes back from a checkpoint."""
+"""Parameters in a tree of any kind: lists of pairs, named tuples, dataclasses, Equinox models,
+numbers without dims, leaves that are no floats, keys with slashes. Each trains on every mesh as on
+one device, and comes back from a checkpoint."""
 
 import dataclasses
 import typing
@@ -119,12 +119,32 @@ def bare(key: Any, inputs: Any) -> Any:
     return jax.random.normal(key, (8, 1))
 
 
+def mixed(key: Any, inputs: Any) -> Any:
+    """Integers, booleans, random keys, half floats and Python numbers beside what is trained."""
+    return {
+        "dense": dense(key, 8),
+        "half": jnp.ones((8, 1), jnp.bfloat16),
+        "ids": jnp.arange(8)[::-1],
+        "mask": jnp.arange(8) < 6,
+        "keys": jax.random.split(jax.random.key(3), 8),
+        "power": 2,
+    }
+
+
+def apply_mixed(params: Any, x: Any) -> Any:
+    w, b = params["dense"]
+    hidden = (x[:, params["ids"]] @ w + b) ** params["power"] * params["mask"]
+    noise = jax.vmap(jax.random.normal)(params["keys"])
+    return (hidden + noise) @ params["half"].astype(jnp.float32)
+
+
 MODELS: dict[str, Any] = {
     "list of pairs": (stax, apply_stax),
     "named tuples and dataclasses": (named, apply_named),
     "awkward keys": (awkward, apply_awkward),
     "equinox": (equinox, apply_equinox),
     "one array": (bare, lambda w, x: x @ w),
+    "mixed": (mixed, apply_mixed),
 }
 PATHS = {
     "list of pairs": ["0/0", "0/1", "2/0", "2/1"],
@@ -139,6 +159,7 @@ PATHS = {
     "awkward keys": ["a/~/b/w.0", "b", "mu/b", "mu/v", "nu"],
     "equinox": ["layers/0/weight", "layers/0/bias", "layers/1/weight"],
     "one array": [""],
+    "mixed": ["dense/0", "dense/1", "half", "ids", "keys", "mask"],
 }
 GRIDS = ("fsdp:8", "data:2,fsdp:4", "tensor:2")
 
@@ -153,6 +174,14 @@ def trained(model: Any, text: str, *, steps: int = 3) -> Any:
     return state
 
 
+def check_equal(one: Any, many: Any) -> None:
+    if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
+        one, many = jax.random.key_data(one), jax.random.key_data(many)
+    exact = 1e-2 if one.dtype == jnp.bfloat16 else 2e-5
+    one, many = (np.asarray(each, np.float64) for each in (one, many))
+    np.testing.assert_allclose(many, one, rtol=exact, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_trains_on_a_mesh_as_on_one_device(name: str) -> None:
     alone = trained(MODELS[name], "data:1")
@@ -160,7 +189,7 @@ def test_trains_on_a_mesh_as_on_one_device(name: str) -> None:
     for text in GRIDS[:1] if name != "list of pairs" else GRIDS:
         state = trained(MODELS[name], text)
         jax.tree.map(
-            lambda one, many: np.testing.assert_allclose(many, one, rtol=2e-5, atol=1e-6),
+            check_equal,
             (alone.params, alone.opt_state, alone.ema),
             (state.params, state.opt_state, state.ema),
         )

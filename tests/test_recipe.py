@@ -47,8 +47,9 @@ def test_an_option_that_cannot_be(options: dict[str, Any], line: str) -> None:
 
 
 def test_parts_that_are_none_of_ours() -> None:
-    with pytest.raises(UserError, match=r"^optimizer=GradientTransformationExtraArgs: not an opt"):
-        make_train_step(PARTS[0], PARTS[1], optax.sgd(0.1))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match=r"^optimizer=EmptyState: not an optimizer of jaxtrain"):
+        wrong: Any = optax.EmptyState()
+        make_train_step(PARTS[0], PARTS[1], wrong)
     with pytest.raises(UserError, match=r"^model=MLP: a class; give a module, such as MLP\(\)$"):
         init_state(MLP, *PARTS[1:], BATCH)
 

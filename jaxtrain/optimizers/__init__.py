@@ -1,7 +1,8 @@
-"""Optimizers as frozen dataclasses over Optax, and the table of their names."""
+"""Optimizers as frozen dataclasses over Optax, the table of their names, and any transformation of
+Optax as one of them."""
 
 from jaxtrain.optimizers import adaptive, parameters, rare
-from jaxtrain.optimizers.base import Decaying, Optimizer, match_table
+from jaxtrain.optimizers.base import Decaying, Optimizer, match_table, rate_notes
 from jaxtrain.optimizers.common import (
     NAMES,
     SGD,
@@ -16,6 +17,7 @@ from jaxtrain.optimizers.common import (
     ScheduleFreeSGD,
     evaluation_params,
 )
+from jaxtrain.optimizers.from_optax import FromOptax, Given, of
 
 __all__ = [
     "NAMES",
@@ -24,6 +26,8 @@ __all__ = [
     "Adam",
     "AdamW",
     "Decaying",
+    "FromOptax",
+    "Given",
     "Lamb",
     "Lars",
     "Lion",
@@ -34,6 +38,8 @@ __all__ = [
     "adaptive",
     "evaluation_params",
     "match_table",
+    "of",
     "parameters",
     "rare",
+    "rate_notes",
 ]

@@ -95,6 +95,20 @@ class Optimizer:
         """A factor for every parameter, or None without rules, where nothing need be multiplied."""
         return _factors(self.rates, params, "--optimizer.rates") if self.rates else None
 
+    def logged_rate(self, rate: Number, opt_state: PyTree) -> Number | None:
+        """The learning rate of the step that led to `opt_state`, or None where nobody knows it."""
+        del opt_state
+        return rate
+
+    def holds_parameters(self, params: PyTree) -> bool:
+        """Whether the state for these parameters (abstract ones, too) holds copies of them."""
+        del params
+        return self.keeps_parameters
+
+    def check(self, params: PyTree) -> None:
+        """`UserError` if it cannot update these parameters, which may be abstract."""
+        del params
+
     def decay_factors(self, params: PyTree) -> PyTree:
         """A factor of the weight decay for every parameter."""
         return jax.tree.map(lambda _: 0.0, params)
@@ -148,6 +162,22 @@ class Decaying(Optimizer):
         if self.decay:
             return _factors(self.decay, params, "--optimizer.decay")
         return jax.tree.map(lambda parameter: float(parameter.decays), params)
+
+
+def rate_notes(optimizer: Optimizer) -> list[str]:
+    """A line if the learning rate is far outside of what is usual for this optimizer: from a
+    thousandth of its default to a hundred times as much.
+
+    >>> from jaxtrain.optimizers import AdamW
+    >>> rate_notes(AdamW(learning_rate=3.0))
+    ['--optimizer.learning_rate=3: 3000 times the usual 0.001 of AdamW, which mostly diverges']
+    """
+    rate, usual = optimizer.learning_rate, type(optimizer).learning_rate
+    if isinstance(rate, jax.Array) or 1e-3 <= rate / usual <= 1e2:
+        return []
+    kind, what = type(optimizer).__name__, "mostly diverges" if rate > usual else "hardly trains"
+    times = f"{rate / usual:g} times the usual {usual:g} of {kind}"
+    return [f"--optimizer.learning_rate={rate:g}: {times}, which {what}"]
 
 
 def match_table(optimizer: Optimizer, params: PyTree, axes: PyTree = None) -> list[tuple[str, ...]]:
@@ -265,7 +295,8 @@ def _typed(inner: Transformation) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _own(leaf: jax.Array) -> jax.Array:
+def _own(leaf: Any) -> jax.Array:
+    leaf = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)  # Optax's may be Python numbers
     # Several optimizers keep the first parameters themselves, or one array twice: neither could be
     # donated along with the parameters.
     return leaf.copy() if _is_key(leaf) else jnp.array(leaf, leaf.dtype, copy=True)

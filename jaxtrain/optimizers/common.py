@@ -317,17 +317,19 @@ class ScheduleFreeAdamW(ScheduleFreeSGD):
 def evaluation_params(optimizer: Optimizer, opt_state: PyTree, params: PyTree) -> PyTree:
     """The parameters to evaluate and to keep: the average for the schedule-free ones, `params`
     themselves for all others."""
-    if not isinstance(optimizer, ScheduleFreeSGD):
-        return params
     leaves = jax.tree.leaves(
         opt_state, is_leaf=lambda node: isinstance(node, optax.contrib.ScheduleFreeState)
     )
-    state = next(leaf for leaf in leaves if isinstance(leaf, optax.contrib.ScheduleFreeState))
+    states = [leaf for leaf in leaves if isinstance(leaf, optax.contrib.ScheduleFreeState)]
+    if len(states) != 1:  # of Optax's own there may be several, and then none is all parameters'
+        return params
+    (state,) = states
+    b1 = optimizer.b1 if isinstance(optimizer, ScheduleFreeSGD) else state.b1
 
     def average(param: jax.Array, z: Any) -> jax.Array:
         if isinstance(z, optax.MaskedNode):  # frozen
             return param
-        return ((param - (1 - optimizer.b1) * z) / optimizer.b1).astype(param.dtype)
+        return ((param - (1 - b1) * z) / b1).astype(param.dtype)
 
     return jax.tree.map(average, params, state.z)
 

@@ -68,8 +68,8 @@ def parameter(
 
     `rule` has one entry a dim, with colons: the mesh axis that the dim is split over, or `-`; a
     single `-` is a whole copy for any number of dims, and `auto` is no rule. Axes of size 1 split
-    nothing and are left out. Dims beyond the last of `axes` have no name. `UserError` if a rule does not fit, or if a dim is not
-    divisible by the size of its axis.
+    nothing and are left out. Dims beyond the last of `axes` have no name. `UserError` if a rule
+    does not fit, or if a dim is not divisible by the size of its axis.
     """
     return _spec_and_reason(path, shape, axes, mesh, rule)[0]
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import config, messages, precision
+from jaxtrain import config, messages, optimizers, precision, schedules
 from jaxtrain.config import record as run_record
 from jaxtrain.config.step_options import options_of
 from jaxtrain.data import label_checks, pipeline, statistics
@@ -22,7 +22,6 @@ from jaxtrain.errors import UserError
 from jaxtrain.parallel import sharding
 from jaxtrain.processes import group
 from jaxtrain.runner.compile import Execution, Reproducible, Sharded
-from jaxtrain.schedules import resolve
 from jaxtrain.train import check, loop
 from jaxtrain.train.lowering import Programs
 from jaxtrain.train.recipe import Recipe
@@ -47,6 +46,22 @@ class Lengths:
     keep_every: int | None
 
 
+def accepted(run: config.Run) -> config.Run:
+    """The run with components in place of Optax transformations and functions of the step, among
+    what it offers, too; `UserError` for what is neither."""
+    of = {"optimizer": optimizers.of, "schedule": schedules.of}
+    changes = {
+        family: of[family](getattr(run, family))
+        for family in of
+        if getattr(run, family) is not None
+    }
+    offers = {
+        family: {name: of[family](each) if family in of else each for name, each in named.items()}
+        for family, named in run.offers.items()
+    }
+    return config.replaced(run, {**changes, "offers": offers})
+
+
 def lengths(run: config.Run, num_examples: int) -> Lengths:
     """Turns epochs, percentages and horizons into steps.
 
@@ -69,6 +84,27 @@ def lengths(run: config.Run, num_examples: int) -> Lengths:
 
     keep_every = None if run.keep_every is None else every(run.keep_every)
     return Lengths(total, per_epoch, every(run.eval_every), every(run.checkpoint_every), keep_every)
+
+
+def notes(run: config.Run, length: Lengths) -> list[str]:
+    """A line for each number that may be, but is seldom meant: horizons beyond the run's end, a
+    learning rate far from the usual."""
+    found = []
+    for name, often in (("eval_every", "evaluated"), ("checkpoint_every", "committed")):
+        horizon = getattr(run, name)
+        if horizon.unit == "steps" and horizon.value > length.total:
+            found.append(
+                f"--{name}={horizon}: the run has {length.total} steps; {often} at its end only"
+            )
+    if length.keep_every is not None and length.keep_every > length.total:
+        found.append(
+            f"--keep_every={run.keep_every}: the run has {length.total} steps; no checkpoint is"
+            " kept for ever"
+        )
+    # A function may give rates, with a peak of 1 to multiply.
+    if not isinstance(run.schedule, schedules.FromFunction):
+        found += optimizers.rate_notes(run.optimizer)
+    return found
 
 
 def chosen_precision(run: config.Run, mesh: Mesh) -> str:
@@ -107,7 +143,9 @@ def recipe_of(
         run.model,
         run.task,
         run.optimizer,
-        schedule=resolve(run.schedule, total_steps=length.total, steps_per_epoch=length.per_epoch),
+        schedule=schedules.resolve(
+            run.schedule, total_steps=length.total, steps_per_epoch=length.per_epoch
+        ),
         total_steps=float(length.total),
         prepare=statistics.preparation(train, measure),
         augment=run.augment,

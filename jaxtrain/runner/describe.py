@@ -41,10 +41,7 @@ def start_banner(
             f"{run_record.kind_of(run, 'data')}: {', '.join([f'{len(train):,} train', *others])}"
         ),
         **_input_words(train, normalize=run.normalize),
-        "optimizer": (
-            f"{run_record.kind_of(run, 'optimizer')}, {run_record.kind_of(run, 'schedule')}"
-            f" schedule, peak rate {run.optimizer.learning_rate:g}"
-        ),
+        "optimizer": _optimizer_words(run),
         "length": (
             f"{length.total:,} steps of {run.batch_size} ({length.total / length.per_epoch:.1f}"
             " epochs)"
@@ -68,6 +65,14 @@ def _input_words(train: Table, *, normalize: bool) -> dict[str, str]:
         return {}
     done = ("standardized" if normalize else "as they are") if is_image(image) else "whole numbers"
     return {"inputs": f"{image.dtype} {image.shape}, {done}"}
+
+
+def _optimizer_words(run: config.Run) -> str:
+    kind = run_record.kind_of(run, "optimizer")
+    if isinstance(run.optimizer, optimizers.FromOptax):
+        return f"{kind}, an Optax transformation: its numbers are constants of the program"
+    schedule = run_record.kind_of(run, "schedule")
+    return f"{kind}, {schedule} schedule, peak rate {run.optimizer.learning_rate:g}"
 
 
 def precision_words(run: config.Run, device: meshes.Device, *, asked: str) -> str:

@@ -67,7 +67,8 @@ def main(run: config.Run, argv: Sequence[str] | None = None) -> NoReturn:
     argv = sys.argv[1:] if argv is None else argv
     try:
         status = guarded(
-            lambda: _start(flags.parse(run, argv), argv), show_traceback=flags.wants_traceback(argv)
+            lambda: _start(flags.parse(build.accepted(run), argv), argv),
+            show_traceback=flags.wants_traceback(argv),
         )
     except Exception:
         if not jax.distributed.is_initialized():
@@ -196,6 +197,8 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
     for note in splits.notes:
         messages.warn(note)
     length = build.lengths(run, len(splits.train))
+    for note in build.notes(run, length):
+        messages.warn(note)
     if run.profile_steps is not None and run.profile_steps[0] >= length.total:
         first, last = run.profile_steps
         raise UserError(

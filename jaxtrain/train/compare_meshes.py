@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain import metrics, tree
+from jaxtrain import metrics, optimizers, tree
 from jaxtrain.errors import UserError
-from jaxtrain.optimizers import Optimizer
 from jaxtrain.parallel import mesh as meshes
 from jaxtrain.parallel import sharding
 from jaxtrain.tasks import Task
@@ -119,7 +118,7 @@ class Comparison:
 def compare(
     model: Any,
     task: Task,
-    optimizer: Optimizer,
+    optimizer: optimizers.Given,
     batches: Iterator[HostBatch],
     mesh_texts: Sequence[str],
     *,
@@ -132,7 +131,7 @@ def compare(
     """`compare_recipe` for a model, a task, an optimizer and the other fields of `Recipe` by
     name."""
     return compare_recipe(
-        Recipe(model, task, optimizer, **options),
+        Recipe(model, task, optimizers.of(optimizer), **options),
         batches,
         mesh_texts,
         seed=seed,

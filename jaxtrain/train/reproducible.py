@@ -19,11 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain import adapters, metrics, tree
+from jaxtrain import adapters, metrics, optimizers, tree
 from jaxtrain.data import pipeline
 from jaxtrain.data.order import Shuffled
 from jaxtrain.errors import UserError
-from jaxtrain.optimizers import Optimizer
 from jaxtrain.parallel import mesh as meshes
 from jaxtrain.parallel import sharding
 from jaxtrain.processes import group
@@ -83,7 +82,7 @@ def check(mesh: Mesh, shards: int, batch_size: int) -> None:
 def make_train_step(
     model: Any,
     task: Task,
-    optimizer: Optimizer,
+    optimizer: optimizers.Given,
     *,
     mesh: Mesh,
     shards: int = 8,
@@ -111,7 +110,7 @@ def make_train_step(
     batch norm, Hoffer et al. 2017, arXiv 1705.08741); mixtures take partners and weights within a
     shard. The state is taken over (donated).
     """
-    trainer = Trainer(Recipe(model, task, optimizer, **options), mesh, shards)
+    trainer = Trainer(Recipe(model, task, optimizers.of(optimizer), **options), mesh, shards)
 
     def one(state: TrainState, batch: Batch) -> tuple[TrainState, metrics.Sums]:
         copies, sums = trainer.step(trainer.copies(state), trainer.cut(batch))
@@ -123,7 +122,7 @@ def make_train_step(
 def make_eval_step(
     model: Any,
     task: Task,
-    optimizer: Optimizer,
+    optimizer: optimizers.Given,
     *,
     mesh: Mesh,
     shards: int = 8,
@@ -131,7 +130,7 @@ def make_eval_step(
 ) -> Callable[[TrainState, Batch], metrics.Sums]:
     """`(state, batch) -> sums` as `steps.make_eval_step` makes it, with the same bits on any
     mesh."""
-    trainer = Trainer(Recipe(model, task, optimizer, **options), mesh, shards)
+    trainer = Trainer(Recipe(model, task, optimizers.of(optimizer), **options), mesh, shards)
     return lambda state, batch: trainer.evaluate(trainer.copies(state), trainer.cut(batch))
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxtrain import adapters, precision, rng, tree
+from jaxtrain import adapters, optimizers, precision, rng, tree
 from jaxtrain.errors import UserError
-from jaxtrain.optimizers import Optimizer
 from jaxtrain.parallel import sharding
 from jaxtrain.precision import stochastic_rounding
 from jaxtrain.precision.loss_scale import LossScale
+from jaxtrain.schedules import FromFunction
 from jaxtrain.tasks import Task
 from jaxtrain.train import hyper
 from jaxtrain.train.recipe import Recipe
@@ -60,7 +60,7 @@ class Placement:
 def init_state(
     model: Any,
     task: Task,
-    optimizer: Optimizer,
+    optimizer: optimizers.Given,
     batch: Batch | Shapes,
     *,
     seed: int | jax.Array = 0,
@@ -82,7 +82,7 @@ def init_state(
     may be a tracer, so `jax.vmap` over seeds makes stacked states. `UserError` if a number of the
     recipe is out of bounds.
     """
-    recipe = Recipe(model, task, optimizer, **options)
+    recipe = Recipe(model, task, optimizers.of(optimizer), **options)
     initialize, numbers = initializer(recipe, batch), initial_numbers(recipe)
     start: Any = np.uint32(seed) if isinstance(seed, int) else seed
     if mesh is None:
@@ -102,12 +102,9 @@ def initializer(
 ) -> Callable[..., TrainState]:
     """The pure function `(numbers, seed) -> state` that makes the state before the first step;
     `batch` may be abstract, and `axes` spares the reading of the logical axes."""
-    if recipe.optimizer_state == "bf16" and recipe.optimizer.keeps_parameters:
-        kind = type(recipe.optimizer).__name__
-        raise UserError(
-            f"--optimizer_state=bf16: {kind} keeps copies of the parameters in its state, and would"
-            " round them; use --optimizer_state=fp32"
-        )
+    if isinstance(recipe.schedule, FromFunction):
+        rate = float(recipe.optimizer.learning_rate)
+        recipe.schedule.check(learning_rate=rate, total_steps=recipe.total_steps)
     shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in batch.items()}
     axes = parameter_axes(recipe, batch) if axes is None else axes
 
@@ -116,9 +113,10 @@ def initializer(
         inputs = recipe.inputs({name: jnp.zeros(*spec) for name, spec in shapes.items()})
         variables = adapters.functions(recipe.model).init(rng.stream(key, "init", 0), inputs)
         params = jax.tree.map(_strong, variables.pop("params"))
-        transform = hyper.bind(recipe.optimizer, numbers, "optimizer").transform(
-            params, numbers["optimizer.learning_rate"], axes
-        )
+        recipe.optimizer.check(params)
+        _check_rounding(recipe, params)
+        optimizer = hyper.bind(recipe.optimizer, numbers, "optimizer")
+        transform = optimizer.transform(params, optimizer.learning_rate, axes)
         average = None if recipe.ema_decay is None else jax.tree.map(_begun_average, params)
         opt_state = transform.init(params)
         if recipe.optimizer_state == "bf16":
@@ -155,6 +153,15 @@ def _begun_average(leaf: jax.Array) -> jax.Array:
     # to nothing.
     narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
     return leaf.astype(jnp.float32) if narrow else jnp.copy(leaf)
+
+
+def _check_rounding(recipe: Recipe, params: tree.PyTree) -> None:
+    if recipe.optimizer_state == "bf16" and recipe.optimizer.holds_parameters(params):
+        kind = type(recipe.optimizer).__name__
+        raise UserError(
+            f"--optimizer_state=bf16: {kind} keeps copies of the parameters in its state, and would"
+            " round them; use --optimizer_state=fp32"
+        )
 
 
 def place(

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
-from jaxtrain import metrics, tree
+from jaxtrain import metrics, optimizers, tree
 from jaxtrain.data import pipeline
 from jaxtrain.data.order import Shuffled
-from jaxtrain.optimizers import Optimizer
 from jaxtrain.parallel import sharding
 from jaxtrain.tasks import Task
 from jaxtrain.train import train_step
@@ -28,7 +27,7 @@ Update = Callable[[TrainState, Batch], tuple[TrainState, metrics.Sums]]
 
 
 def make_train_step(
-    model: Any, task: Task, optimizer: Optimizer, *, mesh: Mesh | None = None, **options: Any
+    model: Any, task: Task, optimizer: optimizers.Given, *, mesh: Mesh | None = None, **options: Any
 ) -> Update:
     """The compiled training step `(state, batch) -> (state, sums)`; it takes over (donates) the
     state that it is given.
@@ -46,7 +45,7 @@ def make_train_step(
     `sums` holds (sum, count) of the task's metrics, of `learning_rate` and of `grad_norm` (before
     clipping). Give the options that `init_state` was given.
     """
-    return jit_train_step(Recipe(model, task, optimizer, **options), mesh)
+    return jit_train_step(Recipe(model, task, optimizers.of(optimizer), **options), mesh)
 
 
 def jit_train_step(recipe: Recipe, mesh: Mesh | None, places: Placement | None = None) -> Any:
@@ -59,11 +58,11 @@ def jit_train_step(recipe: Recipe, mesh: Mesh | None, places: Placement | None =
 
 
 def make_gradients(
-    model: Any, task: Task, optimizer: Optimizer, *, mesh: Mesh | None = None, **options: Any
+    model: Any, task: Task, optimizer: optimizers.Given, *, mesh: Mesh | None = None, **options: Any
 ) -> Callable[[TrainState, Batch], tuple[tree.PyTree, metrics.Sums]]:
     """The compiled `(state, batch) -> (gradients, sums)`: the gradient of the mean loss, before
     clipping, and nothing changed."""
-    return jit_gradients(Recipe(model, task, optimizer, **options), mesh)
+    return jit_gradients(Recipe(model, task, optimizers.of(optimizer), **options), mesh)
 
 
 def jit_gradients(recipe: Recipe, mesh: Mesh | None, places: Placement | None = None) -> Any:
@@ -78,7 +77,7 @@ def jit_gradients(recipe: Recipe, mesh: Mesh | None, places: Placement | None = 
 def make_train_steps(
     model: Any,
     task: Task,
-    optimizer: Optimizer,
+    optimizer: optimizers.Given,
     *,
     batch_size: int,
     mesh: Mesh | None = None,
@@ -91,7 +90,9 @@ def make_train_steps(
     `state.position`, in the recipe's order, or shuffled anew each epoch. `count` is an int32
     scalar, not a constant: one program serves every length. The sums are those of all its steps.
     """
-    return jit_train_steps(Recipe(model, task, optimizer, **options), mesh, batch_size=batch_size)
+    return jit_train_steps(
+        Recipe(model, task, optimizers.of(optimizer), **options), mesh, batch_size=batch_size
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,14 +153,14 @@ def jit_train_steps(
 
 
 def make_eval_step(
-    model: Any, task: Task, optimizer: Optimizer, *, mesh: Mesh | None = None, **options: Any
+    model: Any, task: Task, optimizer: optimizers.Given, *, mesh: Mesh | None = None, **options: Any
 ) -> Callable[[TrainState, Batch], metrics.Sums]:
     """The compiled `(state, batch) -> sums` of evaluation: no augmentation, no dropout, running
     averages, averaged parameters if there are.
 
     A batch may hold `weight` (B,), 0 for padding.
     """
-    return jit_eval_step(Recipe(model, task, optimizer, **options), mesh)
+    return jit_eval_step(Recipe(model, task, optimizers.of(optimizer), **options), mesh)
 
 
 def jit_eval_step(recipe: Recipe, mesh: Mesh | None, places: Placement | None = None) -> Any:
@@ -172,11 +173,11 @@ def jit_eval_step(recipe: Recipe, mesh: Mesh | None, places: Placement | None = 
 
 
 def make_predict_step(
-    model: Any, task: Any, optimizer: Optimizer, *, mesh: Mesh | None = None, **options: Any
+    model: Any, task: Any, optimizer: optimizers.Given, *, mesh: Mesh | None = None, **options: Any
 ) -> Callable[[TrainState, Batch], dict[str, jax.Array]]:
     """The compiled `(state, batch) -> task.examine(outputs, batch)`: what the model says of each
     example, with its `id` and `weight`."""
-    return jit_predict_step(Recipe(model, task, optimizer, **options), mesh)
+    return jit_predict_step(Recipe(model, task, optimizers.of(optimizer), **options), mesh)
 
 
 def jit_predict_step(recipe: Recipe, mesh: Mesh | None, places: Placement | None = None) -> Any:

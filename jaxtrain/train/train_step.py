@@ -300,8 +300,9 @@ def update(
     """One update by the total of a batch of `batch_size` examples.
 
     `axes` are the logical axes of the parameters, by which the optimizer knows what each is. The
-    sums are those of the total and `learning_rate` and `grad_norm` (before clipping); under
-    loss scaling `loss_scale` and `skipped`, and a skipped step counts in no other metric.
+    sums are those of the total, `learning_rate` (where it is known) and `grad_norm` (before
+    clipping); under loss scaling `loss_scale` and `skipped`, and a skipped step counts in no other
+    metric.
     """
     bound = hyper.bind(recipe, state.hyper)
     count = jnp.maximum(total.sums["loss"][1], 1e-9)
@@ -312,8 +313,13 @@ def update(
     trains = bound.optimizer.trained(state.params)
     transform = bound.optimizer.transform(state.params, rate, axes)
     updates, opt_state = transform.update(
-        gradients, working_opt_state(bound, state, transform), state.params
+        gradients,
+        working_opt_state(bound, state, transform),
+        state.params,
+        value=total.sums["loss"][0] / count,  # some of Optax's own look at the loss
+        grad=gradients,
     )
+    rate = bound.optimizer.logged_rate(rate, opt_state)
     if recipe.optimizer_state == "bf16":
         opt_state = stochastic_rounding.to_bf16(
             opt_state, rng.stream(state.key, "rounding", state.step)
@@ -322,7 +328,10 @@ def update(
     params = trained.merged(trains, moved, state.params)
     collections = _whole_numbers(jnp.add, total.collections, state.collections)
     one = jnp.float32(1)
-    sums = dict(total.sums) | {"learning_rate": (jnp.float32(rate), one), "grad_norm": (norm, one)}
+    sums = dict(total.sums)
+    if rate is not None:
+        sums["learning_rate"] = (jnp.float32(rate), one)
+    sums["grad_norm"] = (norm, one)
     new = TrainState(
         step=state.step + 1,
         params=params,
