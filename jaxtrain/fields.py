@@ -19,15 +19,18 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
 
 from jaxtrain.errors import UserError
-from jaxtrain.horizon import Horizon
+from jaxtrain.horizon import Horizon, Steps, Unit
 
 _LARGEST = 2**63 - 1
 _UNIONS = (typing.Union, types.UnionType)
 _TEXTS = (str, str | None, tuple[str, ...])
+_LENGTHS = (Horizon | float, float | Horizon)
 _SECRET_NAME = re.compile(r"(?:^|[._])(?:token|key|secret|password)$")
 
 
@@ -188,7 +191,8 @@ def field_type(annotation: Any, marks: Sequence[Any] = ()) -> FieldType:
 
 def problem(value: Any, annotation: Any, marks: Sequence[Any] = ()) -> str | None:
     """What is wrong with a value of this type, by its marks' bounds, or None. Numbers must also be
-    finite and fit 64 bits; of tuples each item is checked.
+    finite and fit 64 bits, or float32 if they are inputs of the step; of tuples each item is
+    checked.
 
     >>> problem(-1.0, Positive), problem((3, 0), tuple[Count, ...]), problem(None, Count | None)
     ('must be > 0', 'item 2 (0): must be >= 1', None)
@@ -206,17 +210,124 @@ def problem(value: Any, annotation: Any, marks: Sequence[Any] = ()) -> str | Non
             None,
         )
     if isinstance(value, Horizon):
-        return problem(value.value, float, (*wanted.marks, AtLeast(0)))
-    if not isinstance(value, int | float) or isinstance(value, bool):
+        unit = _unit_problem(value)
+        plain = tuple(mark for mark in wanted.marks if not isinstance(mark, Traced))
+        return unit or problem(value.value, float, (*plain, AtLeast(0)))
+    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
         return None
-    if isinstance(value, float) and not math.isfinite(value):
+    if not math.isfinite(value):
         return "must be finite"
-    bounds = (mark for mark in wanted.marks if isinstance(mark, Bound))
-    broken = next((bound for bound in bounds if not bound.holds(value)), None)
+    bounds = [mark for mark in wanted.marks if isinstance(mark, Bound)]
+    broken = next((bound for bound in bounds if not bound.holds(float(value))), None)
     if broken is not None:
         return f"must be {broken.must_be}"
+    if wanted.base in _LENGTHS and value != int(value) and not isinstance(value, Steps):
+        return _not_whole(float(value))
     too_large = isinstance(value, int) and abs(value) > _LARGEST
-    return f"must be at most {_LARGEST}" if too_large else None
+    if too_large:
+        return f"must be at most {_LARGEST}"
+    traced = any(isinstance(mark, Traced) for mark in wanted.marks)
+    return _problem_in_float32(float(value), bounds) if traced else None
+
+
+def _unit_problem(horizon: Horizon) -> str | None:
+    units = typing.get_args(Unit)
+    if horizon.unit not in units:
+        return f"the unit {horizon.unit!r} is none of {', '.join(units)}"
+    if not _is_real(horizon.value):
+        return f"its value must be a number, not {_kind(horizon.value)}"
+    if not math.isfinite(horizon.value):
+        return "must be finite"
+    if horizon.unit == "steps" and horizon.value != int(horizon.value):
+        return _not_whole(horizon.value)
+    return "must be at most 100%" if horizon.unit == "percent" and horizon.value > 100 else None
+
+
+def _not_whole(steps: float) -> str:
+    percent = f"{100 * steps:g}" if 0 < steps < 1 else "5"
+    return (
+        f"steps must be a whole number; for a part of the run write e.g. {percent}% (in Python"
+        f' Horizon({percent}, "percent"))'
+    )
+
+
+def _problem_in_float32(value: float, bounds: Sequence[Bound]) -> str | None:
+    """What becomes of a number that the step computes with."""
+    smallest, largest = (float(getattr(np.finfo(np.float32), name)) for name in ("tiny", "max"))
+    if abs(value) < smallest and value != 0:
+        # there are smaller ones, but processors take them for 0
+        return f"is 0 in float32, which the step computes in; must be at least {smallest:.2g}"
+    if abs(value) > largest:
+        return f"is too large for float32, which the step computes in; must be < {largest:.2g}"
+    single = float(np.float32(value))
+    broken = next((bound for bound in bounds if not bound.holds(single)), None)
+    if broken is None:
+        return None
+    return f"is {single:g} in float32, which the step computes in; must be {broken.must_be} there"
+
+
+def misfit(value: Any, annotation: Any) -> str | None:
+    """How a value from Python is of another type than its annotation says, or None; what is no type
+    of flags fits anything, and so does an array.
+
+    >>> misfit("1e-3", Positive), misfit(None, Count | None), misfit("bias", tuple[str, ...])
+    ('must be a number, not a str', None, "must be a tuple, such as ('bias',)")
+    """
+    wanted = field_type(annotation)
+    if hasattr(value, "dtype") and not isinstance(value, np.generic):
+        return None
+    if value is None:
+        known = wanted.origin in (*_TYPES, Literal, tuple) or wanted.base in _LENGTHS
+        return None if wanted.optional or not known else "must not be None"
+    if wanted.origin is Literal:
+        choices = ", ".join(map(str, wanted.items))
+        return None if value in wanted.items else f"must be one of {choices}"
+    if wanted.origin is tuple:
+        return _tuple_misfit(value, wanted)
+    if wanted.base in _LENGTHS and not isinstance(value, Horizon):
+        return None if _is_real(value) else f"must be steps or {_HORIZON}, not {_kind(value)}"
+    if wanted.base not in _TYPES:
+        return None
+    words, fits = _TYPES[wanted.base]
+    return None if fits(value) else f"must be {words}, not {_kind(value)}"
+
+
+def _tuple_misfit(value: Any, wanted: FieldType) -> str | None:
+    if not isinstance(value, tuple):
+        example = f", such as ({value!r},)" if isinstance(value, str | int | float) else ""
+        return f"must be a tuple{example or f', not {_kind(value)}'}"
+    if wanted.items[-1] is not Ellipsis and len(value) != len(wanted.items):
+        return f"must have {len(wanted.items)} items"
+    for position, (item, kind) in enumerate(
+        zip(value, wanted.item_types(len(value)), strict=True), 1
+    ):
+        if wrong := misfit(item, kind):
+            return f"item {position} ({item!r}): {wrong}"
+    return None
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _kind(value: Any) -> str:
+    return f"a{'n' * (type(value).__name__[0] in 'aeiou')} {type(value).__name__}"
+
+
+_HORIZON = 'a horizon such as Horizon(5, "percent")'
+_TYPES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("True or False", lambda value: isinstance(value, bool | np.bool_)),
+    int: ("a whole number", _is_whole),
+    float: ("a number", _is_real),
+    int | float: ("a number", _is_real),
+    str: ("a text", lambda value: isinstance(value, str)),
+    Horizon: (_HORIZON, lambda value: isinstance(value, Horizon)),
+}
+"""What Python may give to a field of a type that flags have, too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +357,10 @@ class Field:
         """What is wrong with `value`, or None."""
         return problem(value, self.type, self.marks)
 
+    def misfit(self, value: Any) -> str | None:
+        """How `value` is of another type, or None."""
+        return misfit(value, self.type)
+
 
 def named_like_a_secret(name: str) -> bool:
     """Whether a name ends in a word for a secret.
@@ -274,7 +389,7 @@ def fields_of(component: Any) -> Iterator[Field]:
     [('rate', 'float', 0.1)]
     """
     cls = component if isinstance(component, type) else type(component)
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = _type_hints(cls)
     linen = {"parent", "name"} if _is_linen(cls) else set()
     for field in dataclasses.fields(cls):
         if field.name.startswith("_") or field.name in linen or not field.init:
@@ -289,6 +404,18 @@ def fields_of(component: Any) -> Iterator[Field]:
         yield Field(field.name, annotation, wanted.marks, default)
 
 
+def _type_hints(cls: type) -> dict[str, Any]:
+    """The annotations of a class; what cannot be found, such as a name that is imported for type
+    checkers only, is Any."""
+    try:
+        return typing.get_type_hints(cls, include_extras=True)
+    except (NameError, AttributeError, TypeError, SyntaxError):
+        return {
+            field.name: Any if isinstance(field.type, str) else field.type
+            for field in dataclasses.fields(cls)
+        }
+
+
 def replaced(component: Any, changes: Mapping[str, Any]) -> Any:
     """The same component with other values in some fields; a Linen module is cloned, for it knows
     more than its fields."""
@@ -300,11 +427,15 @@ def replaced(component: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def out_of_bounds(component: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Every field of `component`, and of those nested in it, that is out of its bounds: its dotted
-    name, its value and what is wrong."""
+    """Every field of `component`, and of those nested in it, that is out of its bounds, or in a
+    component of jaxtrain's own of another type: its dotted name, its value and what is wrong."""
+    # What others annotate, for themselves, need not be exact.
+    exact = type(component).__module__.startswith("jaxtrain.")
     for field in fields_of(component):
         name, value = f"{prefix}{field.name}", getattr(component, field.name)
-        if is_component(value):
+        if exact and not is_component(value) and (wrong := field.misfit(value)):
+            yield name, value, wrong
+        elif is_component(value):
             yield from out_of_bounds(value, f"{name}.")
         elif wrong := field.problem(value):
             yield name, value, wrong

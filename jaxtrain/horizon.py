@@ -19,6 +19,14 @@ _UNITS: dict[str | None, Unit] = {
 }
 
 
+class Steps(float):
+    """A number of steps that a horizon came to, which need not be whole: 5% of 50 steps.
+
+    >>> Steps(2.5)
+    2.5
+    """
+
+
 @dataclasses.dataclass(frozen=True)
 class Horizon:
     """A length of training that a run turns into steps once it knows its data.

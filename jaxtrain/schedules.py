@@ -10,7 +10,7 @@ it are functions of the step and `total_steps`, evaluated at s, so the last upda
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Between, Length, Probability, Traced
-from jaxtrain.horizon import Horizon
+from jaxtrain.horizon import Horizon, Steps
 
 Number = float | jax.Array
 AnySchedule = TypeVar("AnySchedule", bound="Schedule")
@@ -154,6 +154,9 @@ class FromFunction(Schedule):
     function: Callable[[jax.Array], Number] | None = None
     """From the step, an int32 scalar, to the multiplier."""
 
+    in_python: ClassVar[str] = "function"
+    """The field that makes it what it is, and that no flag can set."""
+
     def after_warmup(self, step: jax.Array, total_steps: jax.Array) -> jax.Array:
         assert self.function is not None
         return _float(self.function(step.astype(jnp.int32)))
@@ -161,11 +164,6 @@ class FromFunction(Schedule):
     def check(self, *, learning_rate: float, total_steps: float) -> None:
         """`UserError` if a value within the run is no multiplier, or if all are so small that they
         must be rates.
-
-        >>> of(lambda step: 1e-3).check(learning_rate=1e-3, total_steps=10)
-        Traceback (most recent call last):
-        ...
-        jaxtrain.errors.UserError: schedule=<lambda>: ... set the optimizer's learning_rate to 1
         """
         # Where nobody said how long the run is, up to where schedules are over.
         last = total_steps - 1 if total_steps > 1 else 1e6
@@ -187,7 +185,8 @@ class FromFunction(Schedule):
 def of(given: Any) -> Schedule:
     """What was given as a schedule, as one of ours: a function of the step is a multiplier.
 
-    >>> float(of(lambda step: 0.5**step).multiplier(jnp.int32(2), 10))
+    >>> halves = resolve(of(lambda step: 0.5**step), total_steps=10, steps_per_epoch=1)
+    >>> float(halves.multiplier(2, 10))
     0.25
 
     `UserError` for what is neither, or cannot be traced.
@@ -227,7 +226,7 @@ def resolve(schedule: AnySchedule, *, total_steps: float, steps_per_epoch: float
     """
     given = {field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)}
     steps = {
-        name: float(value.steps(total_steps=total_steps, steps_per_epoch=steps_per_epoch))
+        name: Steps(value.steps(total_steps=total_steps, steps_per_epoch=steps_per_epoch))
         for name, value in given.items()
         if isinstance(value, Horizon)
     }

@@ -323,9 +323,9 @@ def test_flags_of_a_run_with_an_optax_transformation() -> None:
     with pytest.raises(ValueError, match="learning_rate") as caught:
         flags.parse(run, ["--optimizer.learning_rate=0.1"])
     assert str(caught.value) == (
-        "unknown flag --optimizer.learning_rate: optimizer 'optax' has rates, frozen and is an"
-        " Optax transformation, whose numbers only Python can set; learning_rate comes with"
-        " --optimizer=sgd, --optimizer=momentum, --optimizer=nesterov, --optimizer=adam"
+        "unknown flag --optimizer.learning_rate: optimizer 'FromOptax' has rates, frozen,"
+        " and its transformation is set in Python only; learning_rate comes with --optimizer=sgd,"
+        " --optimizer=momentum, --optimizer=nesterov, --optimizer=adam"
     )
     # The same in every process, other where a number differs, and so a run of it resumes.
     one, same, other = (

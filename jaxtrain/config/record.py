@@ -53,6 +53,9 @@ def kind_of(run: config.Run, family: str) -> str:
     for name, offered in run.offers.get(family, {}).items():
         if type(offered) is type(component):
             other = _component(offered, "", "")
+            substance = getattr(component, "in_python", None)
+            if substance is not None and own[substance] != other[substance]:
+                continue  # alike in nothing but in how it is held
             named[name] = sum(own[key] != other[key] for key in own)
     return min(named, key=named.__getitem__) if named else type(component).__name__
 

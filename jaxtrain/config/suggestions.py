@@ -120,8 +120,8 @@ def _of_family(family: str, rest: str, value: str | None, found: Flags) -> str:
             return f"; {meant}"
     kind = record.kind_of(found.run, family)
     has = f": {family} {kind!r} has {', '.join(own) or 'no flags'}"
-    if reason := getattr(getattr(found.run, family), "no_such_flag", ""):
-        has = f"{has} and {reason}"
+    if substance := getattr(getattr(found.run, family), "in_python", ""):
+        has = f"{has}, and its {substance} is set in Python only"
     return has + (f"; {rest} comes with {', '.join(owners[:4])}" if owners else "")
 
 

@@ -35,8 +35,8 @@ class FromOptax(Optimizer):
     # state. A schedule that is not constant would multiply nothing, and is refused.
     learning_rate: ClassVar[float] = 1.0  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    no_such_flag: ClassVar[str] = "is an Optax transformation, whose numbers only Python can set"
-    """Why it has no flags, for messages."""
+    in_python: ClassVar[str] = "transformation"
+    """The field that makes it what it is, and that no flag can set."""
 
     def chain(self, params: PyTree, learning_rate: Number) -> Transformation:
         factors = self.rate_factors(params)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import jax
 
-from jaxtrain import messages, optimizers, precision, schedules
+from jaxtrain import fields, messages, optimizers, precision, schedules
 from jaxtrain.config.step_options import StepOptions
 from jaxtrain.data.order import Order, Shuffled
 from jaxtrain.errors import UserError
@@ -45,6 +45,9 @@ class Recipe(StepOptions):
         object.__setattr__(self, "optimizer", optimizers.of(self.optimizer))
         object.__setattr__(self, "schedule", schedules.of(self.schedule))
         _check_rate_is_given_once(self.optimizer, self.schedule)
+        for name in ("optimizer", "schedule", "task", "augment"):
+            if fields.is_component(getattr(self, name)):
+                fields.check(getattr(self, name), name)
         object.__setattr__(self, "schedule", _in_steps(self.schedule, self.total_steps))
         if not isinstance(self.total_steps, jax.Array) and self.total_steps == 0:
             object.__setattr__(self, "total_steps", _no_end(self.schedule))

@@ -1,0 +1,286 @@
+"""Components made in Python are held to what flags are held to: types, bounds, whole steps, and
+numbers that float32 can hold. Each remedy is followed."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain import config, fields, optimizers, schedules
+from jaxtrain.config import flags
+from jaxtrain.errors import UserError
+from jaxtrain.fields import Count, Positive
+from jaxtrain.horizon import Horizon
+from jaxtrain.models import MLP
+from jaxtrain.optimizers import SGD, Adafactor, AdamW, Lion
+from jaxtrain.runner import build
+from jaxtrain.schedules import Constant, Cosine, Linear, WarmupStableDecay
+from jaxtrain.tasks import Classification
+from jaxtrain.train.recipe import Recipe
+from jaxtrain.train.state import initial_numbers
+
+TENTH = (
+    "steps must be a whole number; for a part of the run write e.g. 10% (in Python Horizon(10,"
+    ' "percent"))'
+)
+SMALL = "is 0 in float32, which the step computes in; must be at least 1.2e-38"
+
+
+def run_with(**changes: Any) -> config.Run:
+    parts = {
+        "model": MLP(num_classes=3),
+        "data": None,
+        "task": Classification(),
+        "optimizer": AdamW(),
+        "steps": 100,
+    }
+    return config.Run(name="toy", **(parts | changes))
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "part of a step": ({"schedule": Cosine(warmup=0.1)}, f"schedule.warmup=0.1: {TENTH}"),
+    "a half": (
+        {"schedule": Cosine(warmup=2.5)},
+        (
+            "schedule.warmup=2.5: steps must be a whole number; for a part of the run write e.g. 5%"
+            ' (in Python Horizon(5, "percent"))'
+        ),
+    ),
+    "horizon of parts": (
+        {"schedule": Cosine(warmup=Horizon(0.1))},
+        f"schedule.warmup=0.1steps: {TENTH}",
+    ),
+    "text": (
+        {"schedule": Cosine(warmup="10%")},
+        (
+            'schedule.warmup=10%: must be steps or a horizon such as Horizon(5, "percent"), not a'
+            " str"
+        ),
+    ),
+    "unit": (
+        {"schedule": Cosine(warmup=Horizon(3, "weeks"))},  # pyright: ignore[reportArgumentType]
+        "schedule.warmup=3weeks: the unit 'weeks' is none of steps, epochs, percent",
+    ),
+    "percent": (
+        {"schedule": Linear(warmup=Horizon(150, "percent"))},
+        "schedule.warmup=150%: must be at most 100%",
+    ),
+    "choice": (
+        {"schedule": WarmupStableDecay(shape="square")},
+        "schedule.shape=square: must be one of linear, sqrt, cosine",
+    ),
+    "rate as text": (
+        {"optimizer": AdamW(learning_rate="1e-3")},
+        "optimizer.learning_rate=1e-3: must be a number, not a str",
+    ),
+    "no rate": (
+        {"optimizer": AdamW(learning_rate=None)},
+        "optimizer.learning_rate=none: must not be None",
+    ),
+    "rate that is 0": (
+        {"optimizer": AdamW(learning_rate=1e-46)},
+        f"optimizer.learning_rate=1e-46: {SMALL}",
+    ),
+    "subnormal": ({"optimizer": SGD(weight_decay=1e-40)}, f"optimizer.weight_decay=1e-40: {SMALL}"),
+    "infinite rate": (
+        {"optimizer": SGD(learning_rate=1e39)},
+        (
+            "optimizer.learning_rate=1e39: is too large for float32, which the step computes in;"
+            " must be < 3.4e+38"
+        ),
+    ),
+    "decay that is 1": (
+        {"optimizer": AdamW(b2=0.9999999999)},
+        (
+            "optimizer.b2=0.9999999999: is 1 in float32, which the step computes in; must be"
+            " 0 <= value < 1 there"
+        ),
+    ),
+    "rate of NumPy": (
+        {"optimizer": AdamW(learning_rate=np.float32(-1))},
+        "optimizer.learning_rate=-1.0: must be > 0",
+    ),
+    "not a number": (
+        {"optimizer": AdamW(learning_rate=float("nan"))},
+        "optimizer.learning_rate=nan: must be finite",
+    ),
+    "one pattern": (
+        {"optimizer": AdamW(frozen="bias")},
+        "optimizer.frozen=bias: must be a tuple, such as ('bias',)",
+    ),
+    "rules of a dict": (
+        {"optimizer": AdamW(rates={"bias": 1.0})},
+        "optimizer.rates={'bias': 1.0}: must be a tuple, not a dict",
+    ),
+    "a rule without value": (
+        {"optimizer": AdamW(rates=("bias",))},
+        "optimizer.rates=bias: item 1 ('bias'): must be a tuple, such as ('bias',)",
+    ),
+    "part of a count": (
+        {"optimizer": Adafactor(min_factored_dim=2.5)},
+        "optimizer.min_factored_dim=2.5: must be a whole number, not a float",
+    ),
+    "yes": (
+        {"optimizer": SGD(nesterov="yes")},
+        "optimizer.nesterov=yes: must be True or False, not a str",
+    ),
+    "smoothing": (
+        {"task": Classification(label_smoothing=1.5)},
+        "task.label_smoothing=1.5: must be in 0..1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_run_is_held_to_what_flags_are_held_to(name: str) -> None:
+    changes, message = WRONG[name]
+    with pytest.raises(UserError) as caught:
+        flags.parse(run_with(**changes), [])
+    assert str(caught.value) == f"--{message}"
+    parts = {"optimizer": AdamW(), "task": Classification()} | changes
+    with pytest.raises(UserError) as caught:
+        Recipe(MLP(num_classes=3), total_steps=100.0, **parts)
+    family, rest = message.split("=", 1)
+    assert str(caught.value).startswith(f"{family}=")
+    assert str(caught.value).endswith(rest.split(": ", 1)[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"eval_every": 100},
+            '--eval_every=100: must be a horizon such as Horizon(5, "percent"), not an int',
+        ),
+        ({"batch_size": 32.0}, "--batch_size=32: must be a whole number, not a float"),
+        ({"steps": "100"}, "--steps=100: must be a whole number, not a str"),
+        ({"seed": None}, "--seed=none: must not be None"),
+        ({"clip_norm": 1e-46}, f"--clip_norm=1e-46: {SMALL}"),
+        ({"mesh": ("data:1",)}, "--mesh=data:1: must be a text, not a tuple"),
+    ],
+)
+def test_the_fields_of_a_run_itself(changes: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        flags.parse(run_with(**changes), [])
+    assert str(caught.value) == line
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("--optimizer.learning_rate=1e-46", f"--optimizer.learning_rate=1e-46: {SMALL}"),
+        (
+            "--optimizer.b2=0.9999999999",
+            (
+                "--optimizer.b2=0.9999999999: is 1 in float32, which the step computes in; must"
+                " be 0 <= value < 1 there"
+            ),
+        ),
+    ],
+)
+def test_flags_know_what_float32_holds(argument: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        flags.parse(run_with(), [argument])
+    assert str(caught.value) == line
+
+
+def test_the_remedies_work() -> None:
+    right = {
+        "schedule": Cosine(warmup=Horizon(10, "percent")),
+        "optimizer": AdamW(frozen=("bias",), rates=(("bias", 1.0), (".*", 2.0)), b2=0.999999),
+        "eval_every": Horizon(5, "percent"),
+    }
+    run = flags.parse(run_with(**right), [])
+    assert flags.parse(run, ["--schedule.warmup=10%"]).schedule == run.schedule
+    numbers = initial_numbers(
+        Recipe(run.model, run.task, run.optimizer, schedule=run.schedule, total_steps=50.0)
+    )
+    assert numbers["schedule.warmup"] == 5.0
+    # What horizons come to need not be whole, nor does a number of NumPy's be Python's.
+    numbers = initial_numbers(
+        Recipe(
+            run.model,
+            run.task,
+            SGD(learning_rate=np.float32(0.5)),
+            schedule=Cosine(warmup=Horizon(5, "percent")),
+            total_steps=50.0,
+        )
+    )
+    assert (numbers["schedule.warmup"], numbers["optimizer.learning_rate"]) == (2.5, 0.5)
+    for number in (jnp.float32(0.5), 1, np.float64(0.5), 1.2e-38):
+        fields.check(SGD(learning_rate=number), "optimizer")
+
+
+def test_a_schedule_that_falls_needs_its_end() -> None:
+    """Without one it was over after the first step, and the rate 0 from then on."""
+    parts = MLP(num_classes=3), Classification(), AdamW()
+    line = (
+        r"^total_steps: not given, but schedule=Cosine ends there; give the length of the run, such"
+        r" as total_steps=1000$"
+    )
+    for warmup in (2.0, Horizon(5, "percent")):
+        with pytest.raises(UserError, match=line):
+            Recipe(*parts, schedule=Cosine(warmup=warmup))
+        Recipe(*parts, schedule=Cosine(warmup=warmup), total_steps=1000)
+    assert Recipe(*parts, schedule=Constant(warmup=Horizon(9))).schedule.warmup == 9.0
+    assert Recipe(*parts).total_steps == 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Theirs:
+    """A component that somebody annotated for themselves."""
+
+    width: int = None  # type: ignore[assignment]
+    depth: Count = 2
+    rate: Positive = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Unresolved:
+    """An annotation that only type checkers can read."""
+
+    net: "Nowhere" = 3  # type: ignore[name-defined]  # noqa: F821
+    rate: Positive = 0.1
+
+
+def test_what_others_annotate_is_not_taken_at_its_word_but_for_its_bounds() -> None:
+    assert list(fields.out_of_bounds(Theirs())) == []
+    assert list(fields.out_of_bounds(Theirs(depth=0))) == [("depth", 0, "must be >= 1")]
+    assert [field.name for field in fields.fields_of(Unresolved())] == ["net", "rate"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "notes"),
+    [
+        (AdamW(), 0),
+        (AdamW(learning_rate=0.1), 0),
+        (AdamW(learning_rate=0.5), 1),
+        (AdamW(learning_rate=1e-6), 0),
+        (AdamW(learning_rate=1e-8), 1),
+        (SGD(learning_rate=10.0), 0),
+        (SGD(learning_rate=50.0), 1),
+        (Lion(learning_rate=0.1), 1),
+        (optimizers.NAMES["prodigy"], 0),
+    ],
+)
+def test_rates_far_from_the_usual_get_a_line(optimizer: Any, notes: int) -> None:
+    assert len(optimizers.rate_notes(optimizer)) == notes
+
+
+def test_horizons_beyond_the_run_get_a_line() -> None:
+    run = run_with(eval_every=Horizon(500), checkpoint_every=Horizon(101), keep_every=Horizon(1000))
+    assert build.notes(run, build.lengths(run, 1000)) == [
+        "--eval_every=500steps: the run has 100 steps; evaluated at its end only",
+        "--checkpoint_every=101steps: the run has 100 steps; committed at its end only",
+        "--keep_every=1000steps: the run has 100 steps; no checkpoint is kept for ever",
+    ]
+    run = run_with(eval_every=Horizon(100), checkpoint_every=Horizon(0))
+    assert build.notes(run, build.lengths(run, 10**6)) == []
+    run = run_with(optimizer=SGD(learning_rate=99.0))
+    assert build.notes(run, build.lengths(run, 1000)) == [
+        "--optimizer.learning_rate=99: 990 times the usual 0.1 of SGD, which mostly diverges"
+    ]
+    rates = run_with(optimizer=SGD(learning_rate=99.0), schedule=schedules.of(lambda step: 1.0))
+    assert build.notes(rates, build.lengths(rates, 1000)) == []
