@@ -469,7 +469,8 @@ def measuring_step(
     one forward pass."""
     bound = hyper.bind(recipe, state.hyper)
     places = _placement(recipe, state, batch, mesh, places)
-    raw, batch = batch, prepared(bound, batch, mesh)
+    raw = batch
+    batch = padding.replaced(prepared(bound, batch, mesh), bound.dtype, by_row=False)
     result = outputs(bound, state, batch, places)
     sums = dict(bound.task.loss(result, batch, train=False))
     return sums, _examined(bound, result, raw, batch, mesh)
