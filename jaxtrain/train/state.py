@@ -116,13 +116,7 @@ def initializer(
         inputs = recipe.inputs({name: jnp.zeros(*spec) for name, spec in shapes.items()})
         variables = adapters.functions(recipe.model).init(rng.stream(key, "init", 0), inputs)
         params = jax.tree.map(_strong, tree.with_constants(variables.pop("params")))
-        transform = hyper.bind(recipe.optimizer, numbers, "optimizer").transform(
-            params, numbers["optimizer.learning_rate"], axes
-        )
-        average = None if recipe.ema_decay is None else jax.tree.map(_begun_average, params)
-        opt_state = transform.init(params)
-        if recipe.optimizer_state == "bf16":
-            opt_state = stochastic_rounding.to_bf16(opt_state, rng.stream(key, "rounding", 0))
+        opt_state, average = beginning(recipe, params, numbers, key, axes)
         scaling = LossScale.new() if precision.POLICIES[recipe.precision].scaled else None
         return TrainState(
             step=jnp.int32(0),
@@ -155,6 +149,25 @@ def _begun_average(leaf: jax.Array) -> jax.Array:
     # to nothing.
     narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
     return leaf.astype(jnp.float32) if narrow else jnp.copy(leaf)
+
+
+def beginning(
+    recipe: Recipe,
+    params: tree.PyTree,
+    numbers: dict[str, jax.Array],
+    key: jax.Array,
+    axes: tree.PyTree,
+) -> tuple[tree.PyTree, tree.PyTree]:
+    """The optimizer's state and the average, or None, before the first step from these
+    parameters."""
+    transform = hyper.bind(recipe.optimizer, numbers, "optimizer").transform(
+        params, numbers["optimizer.learning_rate"], axes
+    )
+    average = None if recipe.ema_decay is None else jax.tree.map(_begun_average, params)
+    opt_state = transform.init(params)
+    if recipe.optimizer_state == "bf16":
+        opt_state = stochastic_rounding.to_bf16(opt_state, rng.stream(key, "rounding", 0))
+    return opt_state, average
 
 
 def place(
