@@ -56,7 +56,8 @@ REFUSED = [
         "--checkpoint=4",
         (
             "--checkpoint=4: going on from step 4 would replace the later steps 8, 12; add"
-            " --rewind to set them aside, or take a new --workdir with --init_from={W} --init_checkpoint=4"
+            " --rewind to set them aside, or take a new --workdir with --init_from={W}"
+            " --init_checkpoint=4"
         ),
     ),
     ("--checkpoint=4 --resume=never", "--checkpoint=4 and --resume=never: cannot go together"),

@@ -701,7 +701,10 @@ def test_every_file_of_the_cli_is_a_command() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["lst"], "unknown command 'lst'; valid: list, verify, report; did you mean 'list'?"),
+        (
+            ["lst"],
+            "unknown command 'lst'; valid: list, verify, report, predict, export; did you mean 'list'?",
+        ),
         (
             ["list", "optmizers"],
             (

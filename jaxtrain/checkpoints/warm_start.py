@@ -243,16 +243,16 @@ def _check_fit(
     unfit = {path for path in {*left, *wanted} if path not in left or path not in wanted}
     shared = [path for path in wanted if path in left]
     misshapen = [path for path in shared if left[path][1] != wanted[path][1]]
-    kinds = [path for path in shared if not _castable(left[path][0], wanted[path][0])]
+    kinds = [path for path in shared if not arrays.castable(left[path][0], wanted[path][0])]
     if not (unfit or misshapen or kinds):
         return
     text = arrays.misfit(left, wanted) or "the kinds of numbers differ"
     text += "".join(
         f"; {path} is {left[path][0]}, the model wants {wanted[path][0]}" for path in kinds[:1]
     )
-    turned = [path for path in misshapen if left[path][1] == wanted[path][1][::-1]]
-    if turned:
-        text += f"; {turned[0]} looks transposed, and nothing is turned on the way"
+    transposed = [path for path in misshapen if left[path][1] == wanted[path][1][::-1]]
+    if transposed:
+        text += f"; {transposed[0]} looks transposed, and nothing is turned on the way"
     resizable = {
         path
         for path in misshapen
@@ -269,15 +269,6 @@ def _check_fit(
     ]
     raise UserError(
         f"{what} does not fit the model: {text}; to go on without: {as_flag((*rules, *more))}"
-    )
-
-
-def _castable(one: str, other: str) -> bool:
-    """Whether an array may be stored in the other dtype: the same, or both of real floats."""
-    if one == other or (one == "uint32" and other.startswith("key<")):
-        return True
-    return not {one[:4], other[:4]} & {"key<"} and all(
-        jnp.issubdtype(jnp.dtype(dtype), jnp.floating) for dtype in (one, other)
     )
 
 

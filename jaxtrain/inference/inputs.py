@@ -101,6 +101,15 @@ class Inputs:
                 f"run.json: its inputs cannot be read ({messages.one_line(str(error))})"
             ) from error
 
+    def check_fields(self, fields: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+        """`UserError` if a table lacks a field, or has it in another shape or dtype."""
+        for name, field in self.fields.items():
+            if name not in fields:
+                raise UserError(
+                    f"holds {', '.join(fields)}; the model takes {', '.join(self.fields)}"
+                )
+            field.convert(name, np.empty((0, *fields[name].shape), fields[name].dtype))
+
     def rows(self, given: Any) -> tuple[dict[str, np.ndarray], bool]:
         """The fields of a batch from an array or arrays by name, and whether it was one example
         only.
@@ -175,35 +184,22 @@ def describe(
     return {"fields": fields, "prepare": _prepare_record(prepare)}
 
 
-def used_fields(
-    task: Any, shapes: Shapes, prepare: Callable[[Batch], Batch] | None
-) -> list[str]:
-    """The fields of a batch that the model sees, as the task picks them."""
-    seen: list[str] = []
+def used_fields(task: Any, shapes: Shapes, prepare: Callable[[Batch], Batch] | None) -> list[str]:
+    """The fields of a batch that what the model sees depends on, as the task picks it."""
 
     def pick(batch: Batch) -> Any:
-        prepared = batch if prepare is None else prepare(dict(batch))
-        return task.inputs(_Noting(prepared, seen))
+        return task.inputs(batch if prepare is None else prepare(dict(batch)))
 
-    jax.eval_shape(pick, dict(shapes))
-    return [name for name in shapes if name in seen]
-
-
-class _Noting(dict[str, Any]):
-    """A batch that notes which of its fields are asked for."""
-
-    def __init__(self, batch: Batch, seen: list[str]) -> None:
-        super().__init__(batch)
-        self._seen = seen
-
-    def __getitem__(self, name: str) -> Any:
-        self._seen.append(name)
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """As in any dict, and noted."""
-        self._seen.append(name)
-        return super().get(name, default)
+    names = sorted(shapes)  # the order in which jax takes a dict apart
+    program = jax.make_jaxpr(pick)({name: shapes[name] for name in names}).jaxpr
+    needed = {id(variable) for variable in program.outvars}
+    for equation in reversed(program.eqns):
+        if any(id(variable) in needed for variable in equation.outvars):
+            needed |= {id(variable) for variable in equation.invars}
+    used = {
+        name for name, variable in zip(names, program.invars, strict=True) if id(variable) in needed
+    }
+    return [name for name in shapes if name in used]
 
 
 def _have_ranges(table: Table, names: Sequence[str]) -> bool:
@@ -235,8 +231,10 @@ def _prepare_of(record: Any) -> Callable[[Batch], Batch] | None:
 def _convertible(given: np.dtype, wanted: np.dtype) -> bool:
     """Whether an array may be read as another dtype without a change of meaning: the same, floats
     as float32, whole numbers as int32."""
-    return given == wanted or (given.kind == wanted.kind == "f") or (
-        wanted == np.int32 and given.kind in "iu" and given != np.uint8
+    return (
+        given == wanted
+        or (given.kind == wanted.kind == "f")
+        or (wanted == np.int32 and given.kind in "iu" and given != np.uint8)
     )
 
 

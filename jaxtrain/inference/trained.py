@@ -75,10 +75,22 @@ class Trained:
     def predict_table(self, table: Table) -> dict[str, np.ndarray]:
         """The same for every row of a table, with the row as `id`; only the model's fields are
         read."""
+        self.inputs.check_fields(table.fields)
         size = min(self.batch_size, len(table))
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         batches = pipeline.evaluation_batches(_Checked(table, self.inputs), size, sharding)
-        return evaluate.predictions(self._step, self.state, batches)
+        found = evaluate.predictions(self._step, self.state, batches)
+        return {name: value for name, value in found.items() if name != "weight"}
+
+    def source(self, where: str, experiment: config.Run | None, *, needed: bool) -> Any:
+        """The data that the run was trained on, not opened; None if only Python knows it and it is
+        not needed."""
+        try:
+            return component(self.record, "data", experiment, where)
+        except UserError:
+            if needed:
+                raise
+            return None
 
     def names_of(self, predictions: np.ndarray) -> list[str] | None:
         """The words of predicted classes, if they have any."""
@@ -122,9 +134,7 @@ class _Checked:
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         rows = self.table.read(indices)
-        return {
-            name: field.convert(name, rows[name]) for name, field in self.inputs.fields.items()
-        }
+        return {name: field.convert(name, rows[name]) for name, field in self.inputs.fields.items()}
 
 
 def load(
@@ -184,7 +194,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise UserError(f"{shown}: {what}{near}; give the folder of a run")
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        record["config"]["seed"], record["data"].get("class_names")
+        _ = record["config"]["seed"], record["data"].get("class_names")
     except FileNotFoundError:
         raise UserError(f"{shown}: holds no run.json; give the folder of a run") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -226,10 +236,9 @@ def component(
             f"{where}: {family} {kind!r} is none of jaxtrain's own, and nothing in a run is"
             f" executed; give --experiment=FILE.py, or in Python load(..., {family}=...)"
         )
+    none: dict[str, Any] = dict.fromkeys(config.FAMILIES)
     offers = {family: {type(known).__name__: known}}
-    template = config.Run(
-        name="", steps=1, offers=offers, **dict.fromkeys(config.FAMILIES, None)
-    )
+    template = config.Run(name="", steps=1, offers=offers, **none)
     try:
         return run_record.family_from_json(
             template, family, {**recorded, "kind": type(known).__name__}
@@ -267,12 +276,18 @@ def _state(
         name: jax.ShapeDtypeStruct((1, *field.shape), field.dtype)
         for name, field in inputs.fields.items()
     }
-    abstract = jax.eval_shape(
-        initializer(recipe, batch), initial_numbers(recipe), np.uint32(seed)
-    )
+    abstract = jax.eval_shape(initializer(recipe, batch), initial_numbers(recipe), np.uint32(seed))
     wanted = {"params": abstract.params, **abstract.collections}
     specs = arrays.specs(wanted)
-    if problem := arrays.misfit(stored.specs, specs):
+    problem = arrays.misfit(stored.specs, specs) or next(
+        (
+            f"{path} is {stored.specs[path][0]}, not {dtype}"
+            for path, (dtype, _) in specs.items()
+            if not arrays.castable(stored.specs[path][0], dtype)
+        ),
+        "",
+    )
+    if problem:
         raise UserError(
             f"checkpoint step {step} does not fit {type(recipe.model).__name__}: {problem}; is it"
             " the model of that run?"
