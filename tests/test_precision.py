@@ -300,7 +300,7 @@ def test_batch_statistics_and_gradients_are_near_those_of_float32(name, policy, 
 
 
 def test_collections_come_back_in_the_dtype_they_were_stored_in():
-    def apply(variables: Any, inputs: jax.Array, *, train: bool, rngs: Any = None) -> Any:
+    def apply(variables: Any, inputs: jax.Array, *, train: bool, key: Any = None) -> Any:
         kept = variables["averages"]
         assert (kept.dtype, variables["params"].dtype, inputs.dtype) == (
             jnp.float32,

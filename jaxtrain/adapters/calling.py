@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jaxtrain.adapters import training_switch
-from jaxtrain.adapters.interface import NeedsKey
+from jaxtrain.adapters.interface import Apply, NeedsKey, Variables
 from jaxtrain.adapters.random_streams import Streams, stream
 from jaxtrain.errors import UserError
 
@@ -42,8 +42,6 @@ class Call:
             if not only_required or self.parameters[name].default is _KIND.empty
         ]
         if key is None:
-            if only_required and names:
-                raise NeedsKey(f"model={self.name}: takes a random key as {names[0]!r}; give key=")
             return dict.fromkeys(names)
         return {name: _key_for(name, key) for name in names}
 
@@ -72,7 +70,9 @@ class Call:
                 value = own[name]
             elif name in named:
                 value = options.pop(name)
-            elif waiting and parameter.kind is not _KIND.KEYWORD_ONLY:
+            elif waiting and (
+                parameter.kind is not _KIND.KEYWORD_ONLY or parameter.default is _KIND.empty
+            ):
                 value = waiting.pop(0)
             elif parameter.default is not _KIND.empty:
                 by_position = by_position and only_position
@@ -168,6 +168,29 @@ def called_with(inputs: Any) -> tuple[list[Any], dict[str, Any]]:
     if isinstance(inputs, tuple):
         return list(inputs), {}
     return [inputs], {}
+
+
+def asking_for_a_key(apply: Apply, name: str) -> Apply:
+    """An `apply` that says `NeedsKey` where a pass without a key fails, and could have one.
+
+    Whether a model that takes a key draws with it in evaluation is known only when it runs.
+    """
+
+    def asking(
+        variables: Variables, inputs: Any, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[Any, Variables]:
+        try:
+            return apply(variables, inputs, train=train, key=key)
+        except UserError:
+            raise
+        except Exception as error:
+            if key is None:
+                raise NeedsKey(
+                    f"model={name}: fails without a random key ({error}); give key="
+                ) from error
+            raise
+
+    return asking
 
 
 def _hidden_switch(call: Call, name: str) -> UserError:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.adapters import calling, training_switch
-from jaxtrain.adapters.interface import Functions, NeedsKey, Variables
+from jaxtrain.adapters.interface import Functions, Variables
 from jaxtrain.errors import UserError
 from jaxtrain.tree import PyTree, path_text
 
@@ -62,9 +62,6 @@ def functions(model: Any) -> Functions:
         keys = None
         if call.random and key is not None:
             keys = jax.random.split(key, jax.tree.leaves(inputs)[0].shape[0])
-        required = [n for n in call.random if call.parameters[n].default is inspect.Parameter.empty]
-        if key is None and required:
-            raise NeedsKey(f"model={call.name}: takes a random key as {required[0]!r}; give key=")
 
         def one(inputs: Any, key: Any) -> Any:
             given = call.keys(key) | ({"state": state} if takes_state else {})
@@ -79,27 +76,8 @@ def functions(model: Any) -> Functions:
         outputs, new = found
         return outputs, rest | {"state": static.state_of(new)} if train else rest
 
-    return Functions(init, _asking(apply, call), model)
-
-
-def _asking(apply: Any, call: calling.Call) -> Any:
-    """An `apply` that says `NeedsKey` where a pass without a key fails, and could have one."""
-
-    def asking(
-        variables: Variables, inputs: Any, *, train: bool, key: jax.Array | None = None
-    ) -> tuple[Any, Variables]:
-        try:
-            return apply(variables, inputs, train=train, key=key)
-        except NeedsKey:
-            raise
-        except Exception as error:
-            if key is None and call.random:
-                raise NeedsKey(
-                    f"model={call.name}: fails without a random key ({error}); give key="
-                ) from error
-            raise
-
-    return asking
+    asks = calling.asking_for_a_key(apply, call.name) if call.random else apply
+    return Functions(init, asks, model)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxtrain.adapters import calling
-from jaxtrain.adapters.interface import Functions, NeedsKey, Variables
+from jaxtrain.adapters.interface import Functions, Variables
 from jaxtrain.errors import UserError
 
 
@@ -44,7 +44,8 @@ def functions(model: tuple[Any, Any]) -> Functions:
         parts = _with_state(found, "apply", "outputs")
         return parts["outputs"], {"state": parts["state"] if train else variables["state"]}
 
-    return Functions(init, _asking(apply, call.random), model)
+    asks = calling.asking_for_a_key(apply, call.name) if call.random else apply
+    return Functions(init, asks, model)
 
 
 def is_haiku(model: Any) -> bool:
@@ -78,27 +79,8 @@ def _haiku(model: tuple[Any, Any]) -> Functions:
         parts = _with_state(found, "apply", "outputs")
         return parts["outputs"], {"state": parts["state"] if train else variables["state"]}
 
-    return Functions(init, _asking(apply, call.random or (("rng",) if takes_key else ())), model)
-
-
-def _asking(apply: Any, random: tuple[str, ...]) -> Any:
-    """An `apply` that says `NeedsKey` where a pass without a key fails, and could have one."""
-
-    def asking(
-        variables: Variables, inputs: Any, *, train: bool, key: jax.Array | None = None
-    ) -> tuple[Any, Variables]:
-        try:
-            return apply(variables, inputs, train=train, key=key)
-        except UserError:
-            raise
-        except Exception as error:
-            if key is None and random:
-                raise NeedsKey(
-                    f"model=(init, apply): fails without a random key ({error}); give key="
-                ) from error
-            raise
-
-    return asking
+    asks = calling.asking_for_a_key(apply, name) if call.random or takes_key else apply
+    return Functions(init, asks, model)
 
 
 def _with_state(made: Any, function: str, first: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from flax import errors as flax_errors
 from flax import linen as nn
+from flax.core import FrozenDict
 
 from jaxtrain.adapters import calling, training_switch
 from jaxtrain.adapters.interface import Functions, NeedsKey, Variables
@@ -62,7 +63,10 @@ def functions(model: nn.Module) -> Functions:
         _check_new(type(model).__name__, set(changed) - set(state) - seen.sown)
         return outputs, state | dict(nn.meta.unbox(dict(changed)))
 
-    return Functions(init, apply, model)
+    # so that a model that is wrong is an error when it is looked at, not when it runs
+    required = _call(model).keys(None, only_required=True)
+    asks = calling.asking_for_a_key(apply, type(model).__name__) if required else apply
+    return Functions(init, asks, model)
 
 
 def boxed_variables(model: nn.Module, key: jax.Array, inputs: Any) -> Variables:
@@ -119,10 +123,21 @@ def _set_fields(
             return _set_fields(value, train, in_sequence, done)
         if isinstance(value, list | tuple) and type(value) in (list, tuple):
             return _same_or(value, type(value)(visit(part) for part in value))
-        if type(value) is dict:
-            new = {name: visit(part) for name, part in value.items()}
-            return value if all(new[name] is value[name] for name in value) else new
+        if isinstance(value, dict | FrozenDict):
+            new = {name: named(str(name), part) for name, part in value.items()}
+            same = all(new[name] is value[name] for name in value)
+            return value if same else type(value)(new)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            # a configuration, as Flax's examples hand it to every layer
+            held = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+            new = {name: named(name, part) for name, part in held.items()}
+            changed = {name: part for name, part in new.items() if part is not held[name]}
+            return dataclasses.replace(value, **changed) if changed else value
         return value
+
+    def named(name: str, value: Any) -> Any:
+        on = training_switch.value_in_training(name, argument=False)
+        return on == train if on is not None and isinstance(value, bool) else visit(value)
 
     for field in dataclasses.fields(module):
         value = getattr(module, field.name, None)

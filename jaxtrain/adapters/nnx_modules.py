@@ -47,8 +47,8 @@ def functions(model: Any) -> Functions:
         variables: Variables, inputs: Any, *, train: bool, key: jax.Array | None = None
     ) -> tuple[Any, Variables]:
         given = call.keys(key, only_required=True)
-        if "rngs" in given:
-            given["rngs"] = nnx.Rngs(key)
+        if key is not None and "rngs" in given:
+            given["rngs"] = key if _wants_key(call) else nnx.Rngs(key)
         arguments, options = call.arguments(inputs, train=train, given=given)
         seeded = _seeded(streams, key, needed=train)
         module = nnx.merge(graph, *(variables[name] for name in names), seeded)
@@ -64,7 +64,8 @@ def functions(model: Any) -> Functions:
         source = found | sown if train else variables
         return outputs, {name: source[name] for name in source if name != "params"}
 
-    return Functions(init, apply, model)
+    required = call.keys(None, only_required=True)
+    return Functions(init, calling.asking_for_a_key(apply, call.name) if required else apply, model)
 
 
 def logical_axes(model: Any) -> Variables:
@@ -82,6 +83,12 @@ def logical_axes(model: Any) -> Variables:
         name = "params" if isinstance(variable, nnx.Param) else _collection(type(variable))
         flat.setdefault(name, {})[path] = axes_named(axes)
     return {name: nnx.traversals.unflatten_mapping(leaves) for name, leaves in flat.items()}
+
+
+def _wants_key(call: calling.Call) -> bool:
+    """Whether the argument `rngs` of a call is said to be a key, not `nnx.Rngs`."""
+    said = str(call.parameters["rngs"].annotation)
+    return "Array" in said or "Key" in said
 
 
 def _collection(kind: type) -> str:
