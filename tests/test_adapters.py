@@ -194,3 +194,68 @@ def test_what_is_no_model_is_named(model: Any) -> None:
 def test_a_function_that_makes_no_nnx_module_is_named() -> None:
     with pytest.raises(ValueError, match="called with rngs it gave dict; expected an NNX module"):
         adapters.functions(lambda rngs: {})
+
+
+class Forward(nn.Module):
+    """A module without `__call__`."""
+
+    @nn.compact
+    def forward(self, x):
+        return nn.Dense(3)(x)
+
+
+class Sized(nnx.Module):
+    """A module whose class wants more than `rngs`."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
+        self.dense = nnx.Linear(4, width, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dense(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (Forward(), "model=Forward: has no __call__; name the method that is one: class Called"),
+        (Sized, r"model=Sized: is made with \(width, rngs\) and is called with rngs alone; give"),
+        (lambda x: x, "model=<lambda>: not a model; expected a Linen module"),
+    ],
+)
+def test_what_is_nearly_a_model_is_named(model: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        adapters.functions(model)
+
+
+def test_the_remedies_for_what_is_nearly_a_model_work() -> None:
+    inputs, _ = data()
+
+    class Called(Forward):
+        __call__ = Forward.forward
+
+    for model in (Called(), lambda rngs: Sized(3, rngs=rngs)):
+        net = adapters.functions(model)
+        variables = net.init(jax.random.key(0), inputs)
+        assert net.apply(variables, inputs, train=True, key=jax.random.key(0))[0].shape == (96, 3)
+
+
+def test_python_numbers_are_arrays_from_the_start() -> None:
+    net = adapters.functions((lambda key, x: {"w": 2.0, "n": 3, "on": True}, lambda p, x: x))
+    params = net.init(jax.random.key(0), 1)["params"]
+    assert {name: str(leaf.dtype) for name, leaf in params.items()} == {
+        "w": "float32",
+        "n": "int32",
+        "on": "bool",
+    }
+    assert not params["w"].weak_type
+
+
+def test_streams_are_what_flax_takes() -> None:
+    model = nn.Dropout(0.5, deterministic=False)
+    net = adapters.functions(
+        (lambda key, x: {}, lambda params, x, rngs: model.apply({}, x, rngs=rngs))
+    )
+    ones, key = jnp.ones((4, 4)), jax.random.key(3)
+    wanted = model.apply({}, ones, rngs={"dropout": key})
+    found = net.apply({"params": {}}, ones, train=True, key=key)[0]
+    np.testing.assert_array_equal(found, wanted)

@@ -237,3 +237,28 @@ def test_digits_trains_in_64_bits(tmp_path: Path) -> None:
         command, cwd=root, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+class HardCoded(nn.Module):
+    """Its dropout and averages never hear of training."""
+
+    @nn.compact
+    def __call__(self, x, noisily=0):
+        x = nn.BatchNorm(use_running_average=True)(nn.Dense(4)(x))
+        return nn.Dense(1)(nn.Dropout(0.5, deterministic=True)(x))
+
+
+def test_layers_that_no_switch_reaches_are_noted() -> None:
+    (note,) = checked(HardCoded()).notes
+    assert note.startswith("BatchNorm_0 and 1 more: does in training what it does in evaluation;")
+
+
+class Moving(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        return nn.Dense(1)(nn.BatchNorm(use_running_average=False)(x))
+
+
+def test_averages_that_move_in_evaluation_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"model=Moving: moves its averages \(batch_stats\) in"):
+        checked(Moving())

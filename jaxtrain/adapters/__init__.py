@@ -80,20 +80,21 @@ def without_named_axes(model: Any, refusal: str) -> Functions:
 
 def _of_kind(model: Any) -> Functions:
     if isinstance(model, nn.Module):
-        return linen_modules.functions(model)
+        return linen_modules.functions(_callable(model))
     if _is_equinox(model):
         return equinox_modules.functions(model)
     if function_pairs.is_pair(model):
         bound = linen_modules.is_bound_pair(model)
         return function_pairs.functions(model) if bound is None else linen_modules.functions(bound)
     _check_instance(model)
-    if callable(model):
-        return nnx_modules.functions(model)
+    if nnx_modules.is_nnx(model):
+        return nnx_modules.functions(_callable(model))
     kinds = (
         "a Linen module, an NNX module, a function of rngs that makes one, an Equinox module, a"
         " transform of Haiku, or a pair (init, apply)"
     )
-    raise UserError(f"model={type(model).__name__}: not a model; expected {kinds}")
+    name = getattr(model, "__name__", None) or type(model).__name__
+    raise UserError(f"model={name}: not a model; expected {kinds}")
 
 
 def logical_axes(model: Any, inputs: Any) -> Variables:
@@ -129,6 +130,16 @@ def logical_axes(model: Any, inputs: Any) -> Variables:
 
 def _is_equinox(model: Any) -> bool:
     return equinox_modules.is_equinox(model) or equinox_modules.is_factory(model)
+
+
+def _callable(model: Any) -> Any:
+    if not callable(model):
+        kind = type(model).__name__
+        raise UserError(
+            f"model={kind}: has no __call__; name the method that is one: class Called({kind}):"
+            f" __call__ = {kind}.METHOD"
+        )
+    return model
 
 
 def _check_instance(model: Any) -> None:

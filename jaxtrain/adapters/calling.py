@@ -131,7 +131,7 @@ def of(function: Callable[..., Any], name: str, *, skip: int = 0, lenient: bool 
 
     >>> call = of(lambda params, x, deterministic: x, "(init, apply)", skip=1)
     >>> call.arguments(3, train=True, given={})
-    ([3], {'deterministic': False})
+    ([3, False], {})
 
     `UserError` for an argument that looks like a training switch and is none that can be set; not
     if `lenient`.
@@ -191,6 +191,25 @@ def asking_for_a_key(apply: Apply, name: str) -> Apply:
             raise
 
     return asking
+
+
+def check_factory(model: Any, argument: str) -> None:
+    """`UserError` if a class or function cannot be called with `argument` alone."""
+    function = model.__init__ if isinstance(model, type) else model  # a metaclass hides it
+    missing = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name not in (argument, "self")
+        and parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    ]
+    if missing:
+        name = getattr(model, "__name__", "model")
+        raise UserError(
+            f"model={name}: is made with ({', '.join([*missing, argument])}) and is called with"
+            f" {argument} alone; give lambda {argument}: {name}(...,"
+            f" {argument}={argument})"
+        )
 
 
 def _hidden_switch(call: Call, name: str) -> UserError:

@@ -174,6 +174,7 @@ def _get(tree: Any, path: list[str]) -> Any:
 
 
 def _made(model: Callable[..., Any], key: jax.Array) -> Any:
+    calling.check_factory(model, "key")
     made = model(key=key)
     if not is_equinox(made):
         raise UserError(

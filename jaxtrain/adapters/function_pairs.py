@@ -5,6 +5,8 @@ import inspect
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxtrain.adapters import calling
 from jaxtrain.adapters.interface import Functions, Variables
@@ -31,7 +33,8 @@ def functions(model: tuple[Any, Any]) -> Functions:
     def init(key: jax.Array, inputs: Any) -> Variables:
         arguments, options = start.arguments(inputs, train=False, given=start.keys(key))
         made = init_params(key, *arguments, **options)
-        return _with_state(made, "init", "params") if stateful else {"params": made}
+        made = _with_state(made, "init", "params") if stateful else {"params": made}
+        return jax.tree.map(_array, made)
 
     def apply(
         variables: Variables, inputs: Any, *, train: bool, key: jax.Array | None = None
@@ -81,6 +84,11 @@ def _haiku(model: tuple[Any, Any]) -> Functions:
 
     asks = calling.asking_for_a_key(apply, name) if call.random or takes_key else apply
     return Functions(init, asks, model)
+
+
+def _array(leaf: Any) -> Any:
+    """A Python number as the array that it would be after a step."""
+    return jnp.asarray(np.asarray(leaf)) if isinstance(leaf, bool | int | float | complex) else leaf
 
 
 def _with_state(made: Any, function: str, first: str) -> dict[str, Any]:

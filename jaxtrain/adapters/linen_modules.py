@@ -56,7 +56,8 @@ def functions(model: nn.Module) -> Functions:
             if train:
                 raise
             # Some count in evaluation too; what they change then is dropped.
-            (outputs, _), _ = _with_streams(run, nn.DenyList("params"), key, train=False)
+            (outputs, changed), _ = _with_streams(run, nn.DenyList("params"), key, train=False)
+            _check_averages(type(model).__name__, state, changed)
             return outputs, state
         if not train:
             return outputs, state
@@ -177,6 +178,17 @@ def _check_new(model: str, new: set[str]) -> None:
         )
 
 
+def _check_averages(model: str, before: Variables, after: Any) -> None:
+    name = "batch_stats"
+    old, new = jax.tree.leaves(before.get(name)), jax.tree.leaves(after.get(name))
+    if any(one is not other for one, other in zip(old, new, strict=True)):
+        raise UserError(
+            f"model={model}: moves its averages ({name}) in evaluation too, so that what it gives"
+            " would depend on the batch; let its training switch reach them"
+            " (use_running_average=not train)"
+        )
+
+
 def _with_streams(
     run: Callable[[set[str], Any], Any], changes: Any, key: jax.Array | None, *, train: bool
 ) -> tuple[Any, _Seen]:
@@ -187,7 +199,7 @@ def _with_streams(
         with _watched() as seen:
             try:
                 found = run(names, changes)
-                missing = seen.asked - names if train and key is not None else set()
+                missing = seen.asked - names - {"params"} if train and key is not None else set()
             except flax_errors.InvalidRngError as error:
                 missing = seen.drawn - names
                 if key is None and missing:

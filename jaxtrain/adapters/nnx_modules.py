@@ -1,6 +1,7 @@
 """NNX modules through pure dicts: the graph is static, random streams are made anew from one key at
 each call and are no variables."""
 
+import inspect
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -14,11 +15,28 @@ from jaxtrain.errors import UserError
 from jaxtrain.tree import PyTree
 
 
+def is_nnx(model: Any) -> bool:
+    """Whether something is an NNX module, a class of them, or a function of `rngs`."""
+    from flax import nnx
+
+    if isinstance(model, nnx.Module) or (isinstance(model, type) and issubclass(model, nnx.Module)):
+        return True
+    if not callable(model):
+        return False
+    try:
+        parameters = inspect.signature(model).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(p.name == "rngs" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
 def functions(model: Any) -> Functions:
     """The two pure functions of an NNX module, or of a function of rngs that makes one."""
     from flax import nnx  # heavy beside Linen, and only its users need it
 
     made = isinstance(model, nnx.Module)
+    if not made:
+        calling.check_factory(model, "rngs")
     example = model if made else nnx.eval_shape(lambda: model(rngs=nnx.Rngs(0)))
     if not isinstance(example, nnx.Module):
         raise UserError(

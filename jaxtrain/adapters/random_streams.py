@@ -1,7 +1,7 @@
 """Random streams of a model by name, all from the one key of a pass."""
 
 import zlib
-from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 
@@ -18,33 +18,32 @@ def stream(key: jax.Array, name: str) -> jax.Array:
 
 
 @jax.tree_util.register_pytree_node_class
-class Streams(Mapping[str, jax.Array]):
+class Streams(dict[str, jax.Array]):
     """The streams of one key as a mapping that holds every name, as functions take it that name an
     argument `rngs`.
 
     >>> streams = Streams(jax.random.key(0))
-    >>> "noise" in streams, list(streams)
-    (True, ['dropout'])
+    >>> "noise" in streams, list(streams), streams["noise"].shape
+    (True, ['dropout'], ())
     """
 
     def __init__(self, key: jax.Array) -> None:
-        self._key = key
+        super().__init__(dropout=key)
 
-    def __getitem__(self, name: str) -> jax.Array:
-        return stream(self._key, name)
+    def __missing__(self, name: str) -> jax.Array:
+        return stream(self["dropout"], name)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(("dropout",))
-
-    def __len__(self) -> int:
-        return 1
+    def get(self, name: str, default: Any = None) -> Any:
+        """The stream of this name; there is always one."""
+        del default
+        return self[name]
 
     def tree_flatten(self) -> tuple[tuple[jax.Array], None]:
         """The key, as jax asks for it."""
-        return (self._key,), None
+        return (self["dropout"],), None
 
     @classmethod
     def tree_unflatten(cls, _: None, leaves: tuple[jax.Array]) -> "Streams":

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from jaxtrain import adapters, precision, rng, tree
 from jaxtrain.errors import RunError, UserError
@@ -40,6 +41,8 @@ class _Seen:
 
     doing: str = "the model"
     sown: dict[str, Any] = dataclasses.field(default_factory=dict)
+    quiet: dict[str, bool] = dataclasses.field(default_factory=dict)
+    """Dropouts and batch norms of Linen by name, and whether they are as in evaluation."""
     drew_in_evaluation: bool = False
 
 
@@ -66,7 +69,7 @@ def check(recipe: Recipe, batch: Shapes) -> Checked:
     seen = _Seen()
     outputs = evaluated(recipe, state, batch, seen=seen)
     ids = {"id": jax.ShapeDtypeStruct((_rows(batch),), jnp.int32)}
-    with _told(recipe, batch, seen, train=True):
+    with _told(recipe, batch, seen, train=True), nn.intercept_methods(_noting_layers(seen)):
         total = jax.eval_shape(functools.partial(_training, recipe, seen), state, {**ids, **batch})
     _check_collections(recipe, state.collections, total.collections)
     return Checked(outputs, tuple(_notes(recipe, seen)), batch, state)
@@ -221,6 +224,22 @@ def _noting(function: Any, doing: str, seen: _Seen) -> Any:
     return noting
 
 
+def _noting_layers(seen: _Seen) -> Any:
+    """Notes of each dropout and batch norm of Linen whether it is switched off in training."""
+
+    def note(following: Any, arguments: Any, options: Any, context: Any) -> Any:
+        layer = context.module
+        name = {nn.Dropout: "deterministic", nn.BatchNorm: "use_running_average"}.get(type(layer))
+        if name is not None and context.method_name == "__call__":
+            off = options.get(name, arguments[1] if len(arguments) > 1 else None)
+            off = getattr(layer, name) if off is None else off
+            if getattr(layer, "rate", 1.0):
+                seen.quiet["/".join(layer.path)] = bool(off)
+        return following(*arguments, **options)
+
+    return note
+
+
 @contextlib.contextmanager
 def _told(recipe: Recipe, batch: Shapes, seen: _Seen, *, train: bool) -> Iterator[None]:
     """Turns what goes wrong into one line, or notes at it what ran."""
@@ -272,7 +291,14 @@ def _notes(recipe: Recipe, seen: _Seen) -> Iterator[str]:
     if seen.drew_in_evaluation:
         yield (
             "the model draws random numbers in evaluation: there each example has a key of its own,"
-            " made of --seed and its id"
+            " made of --seed and its id; if that is dropout, it has no training switch"
+        )
+    quiet = [name for name, off in seen.quiet.items() if off]
+    if quiet and all(seen.quiet.values()):
+        more = f" and {len(quiet) - 1} more" if len(quiet) > 1 else ""
+        yield (
+            f"{quiet[0]}{more}: does in training what it does in evaluation; nothing tells the"
+            " model that it is trained (a switch that is called train, deterministic, ...)"
         )
     if not auxiliary_losses.takes_sown(recipe.task):
         for name in auxiliary_losses.ignored(seen.sown, recipe.aux_losses):
