@@ -239,15 +239,18 @@ def test_the_remedies_for_what_is_nearly_a_model_work() -> None:
         assert net.apply(variables, inputs, train=True, key=jax.random.key(0))[0].shape == (96, 3)
 
 
-def test_python_numbers_are_arrays_from_the_start() -> None:
-    net = adapters.functions((lambda key, x: {"w": 2.0, "n": 3, "on": True}, lambda p, x: x))
-    params = net.init(jax.random.key(0), 1)["params"]
-    assert {name: str(leaf.dtype) for name, leaf in params.items()} == {
-        "w": "float32",
-        "n": "int32",
-        "on": "bool",
-    }
-    assert not params["w"].weak_type
+def test_python_numbers_in_a_state_are_arrays_from_the_start() -> None:
+    net = adapters.functions(
+        (
+            lambda key, x: ({}, {"n": 3, "scale": 2.0}),
+            lambda p, state, x: (x, {"n": state["n"] + 1, "scale": state["scale"]}),
+        )
+    )
+    variables = net.init(jax.random.key(0), 1)
+    changed = net.apply(variables, 1, train=True, key=jax.random.key(0))[1]["state"]
+    for name, dtype in (("n", "int32"), ("scale", "float32")):
+        for leaf in (variables["state"][name], changed[name]):
+            assert leaf.dtype == dtype and not leaf.weak_type
 
 
 def test_streams_are_what_flax_takes() -> None:

@@ -82,13 +82,6 @@ def test_a_task_may_require_train() -> None:
     assert checked(nn.Dense(1), Required()).outputs.shape == (8, 1)
 
 
-class Axis(nn.Module):
-    @nn.compact
-    def __call__(self, x, train: bool):
-        mean = jax.lax.pmean(x, "devices") if train else x
-        return nn.Dense(1)(mean)
-
-
 class OnlyInTraining(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):
@@ -142,7 +135,6 @@ def scanned_pair(params: Any, x: Any) -> Any:
 
 
 MODELS: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "axis": (Axis(), {}, "model=Axis: reduces over the axis 'devices', which is not there"),
     "parameters of training": (
         OnlyInTraining(),
         {},

@@ -33,8 +33,10 @@ def functions(model: tuple[Any, Any]) -> Functions:
     def init(key: jax.Array, inputs: Any) -> Variables:
         arguments, options = start.arguments(inputs, train=False, given=start.keys(key))
         made = init_params(key, *arguments, **options)
-        made = _with_state(made, "init", "params") if stateful else {"params": made}
-        return jax.tree.map(_array, made)
+        if not stateful:
+            return {"params": made}
+        parts = _with_state(made, "init", "params")
+        return parts | {"state": jax.tree.map(_array, parts["state"])}
 
     def apply(
         variables: Variables, inputs: Any, *, train: bool, key: jax.Array | None = None

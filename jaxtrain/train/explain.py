@@ -98,8 +98,8 @@ def _dtypes(recipe: Recipe, model: str, error: TypeError, again: Callable[[], An
     said = "--precision=" + recipe.precision if recipe.precision != "fp32" else "JAX_ENABLE_X64=1"
     remedy = "--precision=fp32" if recipe.precision != "fp32" else "JAX_ENABLE_X64=0"
     return (
-        f"{said}: dtypes part at {where or f'model={model}'}: {_first(error)}; let it compute in the"
-        f" dtype of its inputs (dtype=None), or use {remedy}"
+        f"{said}: dtypes part at {where or f'model={model}'}: {_first(error)}; let it compute in"
+        f" the dtype of its inputs (dtype=None), or use {remedy}"
     )
 
 
