@@ -36,7 +36,7 @@ from jaxtrain.processes import cluster, group, heartbeat
 from jaxtrain.processes.signals import StopSignals
 from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
-from jaxtrain.runner import build, devices, jax_settings, workdir
+from jaxtrain.runner import build, devices, jax_settings, unusual, workdir
 from jaxtrain.runner.run import Opened, start
 from jaxtrain.train import compare_meshes, explain, lowering
 from jaxtrain.train.recipe import Recipe
@@ -203,7 +203,7 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
     for note in splits.notes:
         messages.warn(note)
     length = build.lengths(run, len(splits.train))
-    for note in build.notes(run, length):
+    for note in [*build.notes(run, length), *unusual.notes(run, length.total)]:
         messages.warn(note)
     if run.profile_steps is not None and run.profile_steps[0] >= length.total:
         first, last = run.profile_steps

@@ -27,7 +27,7 @@ from jaxtrain.report.metrics_file import JsonlWriter, Writers
 from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.report.trackers import TensorBoardWriter, WandbWriter
-from jaxtrain.runner import build, closing, describe, finish, restore, unusual, workdir
+from jaxtrain.runner import build, closing, describe, finish, restore, workdir
 from jaxtrain.runner.compile import Execution, Training
 from jaxtrain.runner.profiler import Profiler
 from jaxtrain.train import loop, metrics_log
@@ -133,8 +133,7 @@ def _close(checkpoints: Checkpoints) -> None:
 
 
 def _banner(opened: Opened, found: restore.Found, progress: Progress) -> None:
-    validation = opened.splits.validation is not None
-    for note in [*found.notes, *unusual.notes(opened.run, opened.length, validation=validation)]:
+    for note in found.notes:
         progress.line(note)
     rows = describe.start_banner(
         opened.run,
