@@ -89,6 +89,33 @@ def printable(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
+def print_out(text: str) -> None:
+    """Prints what was asked for, such as help. A reader that has seen enough (`| head`) is no
+    error; `OSError` if the output cannot be written otherwise."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # What is still buffered must not raise again when Python closes the stream.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise
+
+
+def open_standard_streams() -> None:
+    """Gives a process whose standard streams were closed (`>&-`) streams that lead nowhere: a file
+    that is opened later must not become its output."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
 def warn(text: str) -> None:
     """One line of warning on stderr."""
     # a pipe that nobody reads any more; a warning is not worth a run

@@ -113,7 +113,7 @@ def test_translated_flags(name: str) -> None:
         assert followed != arguments, line
         # What the value itself has wrong is told next, with what is right.
         then = problem(followed)
-        ours = followed[0].partition("=")[0]
+        ours = followed[0].partition("=")[0] if followed else ""
         assert then is None or then.startswith((f"{ours}=", f"{ours}: ")), (line, followed, then)
 
 

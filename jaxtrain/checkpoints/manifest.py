@@ -45,8 +45,12 @@ def write_json(path: Path, value: Any) -> None:
     # A fixed temporary name: what a killed process left is overwritten by the next, so nothing
     # piles up.
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    publish(temporary, path)
+    try:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        publish(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # that of a write has none
+        raise
 
 
 def write_manifest(folder: Path, record: Record) -> None:

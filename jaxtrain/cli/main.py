@@ -22,6 +22,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str]) -> int:
     """Runs one command; returns the exit status."""
+    messages.open_standard_streams()
     arguments = [argument for argument in argv if argument != "--traceback"]
     try:
         status = _run(arguments)

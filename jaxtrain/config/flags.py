@@ -176,7 +176,7 @@ def _parse(
         base, {family: run.offers[family][name] for family, name in chosen.items()}
     )
     if asked := next((name for name, _ in scanned if name in HELP), None):
-        print(
+        messages.print_out(
             flag_help.help_text(
                 base,
                 full=asked == "helpfull",

@@ -5,6 +5,7 @@ back to the committed offset when a run resumes, so that no line is lost or repe
 (`trackers.py`) hold copies to look at; `Writers` lets them fail without ending a run.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -72,16 +73,18 @@ class JsonlWriter:
         line = {"step": int(step), "split": split} | {
             key: _json_number(values[key]) for key in sorted(values, key=_key_order)
         }
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        with _named(self.path):
+            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            self._file.flush()
         self._last_step = step
 
     def sync(self) -> int:
         """Makes every line so far durable; returns the byte offset to store in the commit of this
         step."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
+        with _named(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            return os.fstat(self._file.fileno()).st_size
 
     def truncate(self, offset: int) -> None:
         """Cuts the file to the offset of the commit that the run resumes from.
@@ -115,7 +118,18 @@ class JsonlWriter:
             try:
                 self.sync()
             finally:
-                self._file.close()
+                with _named(self.path):
+                    self._file.close()
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Gives an error of the system the name of the file: that of a write has none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 class Writers:

@@ -2,6 +2,7 @@
 an exit status."""
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -35,7 +36,7 @@ from jaxtrain.processes import cluster, group, heartbeat
 from jaxtrain.processes.signals import StopSignals
 from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
-from jaxtrain.runner import build, jax_settings, workdir
+from jaxtrain.runner import build, devices, jax_settings, unusual, workdir
 from jaxtrain.runner.run import Opened, start
 from jaxtrain.train import compare_meshes, explain, lowering
 from jaxtrain.train.recipe import Recipe
@@ -66,6 +67,7 @@ def main(
 ) -> NoReturn:
     """Runs an experiment as the command line says, and exits with its status (see
     `jaxtrain/errors.py`). A run that depends on the command line is given as a function of it."""
+    messages.open_standard_streams()
     argv = sys.argv[1:] if argv is None else argv
     try:
         status = guarded(
@@ -110,11 +112,10 @@ def guarded(action: Callable[[], int], *, show_traceback: bool = False) -> int:
             show_traceback,
         )
     except OSError as error:
-        return _say(
-            f"{error.filename}: {error.strerror}" if error.filename else str(error),
-            IO_ERROR,
-            show_traceback,
-        )
+        full = error.filename and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; free space, and the same command goes on from the last checkpoint"
+        said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _say(said + (remedy if full else ""), IO_ERROR, show_traceback)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) or XLA_STATUS.match(str(error)):
             return _failed_on_device(error, show_traceback)
@@ -189,6 +190,7 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
             " install -U jax)"
         )
     extras.require("this run", *_extras(run))
+    jax_settings.check_environment()
     heartbeat.beat("starting")
     _join(run, stop)
     mesh = _mesh(run)
@@ -201,7 +203,7 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
     for note in splits.notes:
         messages.warn(note)
     length = build.lengths(run, len(splits.train))
-    for note in build.notes(run, length):
+    for note in [*build.notes(run, length), *unusual.notes(run, length.total)]:
         messages.warn(note)
     if run.profile_steps is not None and run.profile_steps[0] >= length.total:
         first, last = run.profile_steps
@@ -319,17 +321,7 @@ def _deleted_if_refused(lock: Lock | None) -> Iterator[None]:
 
 
 def _mesh(run: config.Run) -> Mesh:
-    try:
-        # By name too: in a process that has used jax already, the line above comes too late.
-        devices = jax.devices() if run.platform == "auto" else jax.devices(run.platform)
-    except RuntimeError as error:
-        if run.platform != "gpu":
-            raise
-        raise UserError(
-            "--platform=gpu: no GPU found (jax sees: cpu); install jax[cuda12] or use"
-            " --platform=cpu"
-        ) from error
-    return meshes.make(run.mesh, devices)
+    return meshes.make(run.mesh, devices.find(run.platform))
 
 
 def _say(text: str, status: int, show_traceback: bool) -> int:
