@@ -34,8 +34,34 @@ def run(arguments: Sequence[str]) -> int:
 
     if out is None and len(folders) > 1:
         out = Path(FOLDER)
-    print(html.write_report(folders, None if out is None else out / "report.html"))
+    page = html.write_report(folders, None if out is None else out / "report.html")
+    if len(folders) > 1:
+        for line in _lines(folders):
+            print(line)
+    print(page)
     return 0
+
+
+def _lines(folders: Sequence[Path]) -> list[str]:
+    """A line for each setting: in what it differs, and its results over the seeds."""
+    from jaxtrain.report.page import history
+    from jaxtrain.report.terminal.tables import value_text
+
+    histories = [history.load(folder) for folder in folders]
+    lines = []
+    for group in history.groups(histories):
+        shown = [f"{key}={value}" for key, value in group.settings.items()]
+        results = []
+        for split, key, values in history.results(histories):
+            found = history.statistic([values[index] for index in group.runs])
+            if found is not None:
+                spread = "" if found.deviation is None else f" ± {value_text(key, found.deviation)}"
+                results.append(
+                    f"{split} {key} {value_text(key, found.mean)}{spread} (n={found.count})"
+                )
+        names = " ".join(shown) or "all runs"
+        lines.append(" ".join(f"{names}: {', '.join(results) or 'no results yet'}".split()))
+    return lines
 
 
 def _out(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -160,8 +160,8 @@ class Run(StepOptions):
     keep_every: Annotated[Horizon | None, Group.CHECKPOINTS, FREE] = None
     """Also keeps a checkpoint of each such interval for ever; none = no."""
 
-    log_every: Annotated[Count, Group.OUTPUT, FREE] = 50
-    """Steps between lines of metrics."""
+    log_every: Annotated[Count | None, Group.OUTPUT, FREE] = None
+    """Steps between lines of metrics; none = a fiftieth of the run, at most 50."""
     tensorboard: Annotated[bool, Group.OUTPUT, FREE] = True
     """Writes TensorBoard event files."""
     wandb: Annotated[str, Group.OUTPUT, FREE] = ""

@@ -34,6 +34,8 @@ from jaxtrain.tree import Batch
 SPARSE = 8
 """Classes that may be absent from a split, besides half of them, before its greatest label is taken
 for a mistake."""
+MOST_LOG_STEPS = 50
+"""The most steps between two lines of metrics, unless --log_every says otherwise."""
 MOST_MEASURED = 10_000
 """How many examples of a data set that is not in memory its statistics are measured on."""
 
@@ -47,6 +49,7 @@ class Lengths:
     evaluate: int
     save: int
     keep_every: int | None
+    log: int
 
 
 def accepted(run: config.Run) -> config.Run:
@@ -86,7 +89,10 @@ def lengths(run: config.Run, num_examples: int) -> Lengths:
         )
 
     keep_every = None if run.keep_every is None else every(run.keep_every)
-    return Lengths(total, per_epoch, every(run.eval_every), every(run.checkpoint_every), keep_every)
+    # Short runs, too, have a curve of some fifty points.
+    log = run.log_every or min(MOST_LOG_STEPS, max(1, total // 50))
+    evaluate, save = every(run.eval_every), every(run.checkpoint_every)
+    return Lengths(total, per_epoch, evaluate, save, keep_every, log)
 
 
 def notes(run: config.Run, length: Lengths) -> list[str]:
@@ -312,8 +318,9 @@ def selection(run: config.Run, splits: Splits, programs: Programs) -> Selection:
         metric = run.best.partition(",")[0].rpartition("/")[2]
         batch = programs.batch_with_ids()
         found = jax.eval_shape(programs.eval_step, programs.state, batch)
-        exact = getattr(run.task, "metrics", ())
-        if not exact:  # what is computed from a whole set is known at the first evaluation
+        if not tasks.measures_whole_sets(
+            run.task
+        ):  # what is computed from a whole set is known at the first evaluation
             best.check_metric(f"--best={run.best}", metric, found)
     return chosen
 

@@ -311,7 +311,7 @@ def _compile(
     chosen = run.steps_per_call or describe.earlier_steps_per_call(earlier, run, mesh)
     heartbeat.beat("compiling")
     trained = opened.execution.training(
-        opened.programs, source, per_call=chosen, most=run.log_every
+        opened.programs, source, per_call=chosen, most=run.log_every or build.MOST_LOG_STEPS
     )
     progress.show(tables.memory_table(trained.memory, device_bytes=_device_bytes(mesh)))
     if trained.copied:
@@ -332,7 +332,7 @@ def _cadence(opened: Opened, trained: Training) -> Cadence:
     return Cadence(
         length.total,
         trained.per_call,
-        run.log_every,
+        length.log,
         length.evaluate if opened.splits.on_the_way else 0,
         length.save,
         marks=run.profile_steps or (),
@@ -378,7 +378,7 @@ def _metrics_log(
     return metrics_log.MetricsLog(
         writers,
         progress,
-        every=run.log_every,
+        every=opened.length.log,
         step=first,
         total_steps=opened.length.total,
         batch_size=run.batch_size,

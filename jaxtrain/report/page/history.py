@@ -20,6 +20,13 @@ from jaxtrain.errors import UserError
 from jaxtrain.report.metrics_file import is_clock, read_metrics
 
 SPLITS = ("train", "validation", "test")
+"""The sets that any run may have; others bear the names that --evaluate gave them."""
+NOT_SETTINGS = (
+    *("compare_meshes", "compare_steps", "processes", "process", "coordinator", "hang_seconds"),
+    *("max_restarts", "workdir", "resume", "from_run", "allow_config_change", "force_unlock"),
+    *("eval_only", "profile_steps", "traceback", "checkpoint", "rewind"),
+)
+"""What says how one start behaved, and nothing of what was trained."""
 NOT_METRICS = ("step", "split", "epoch", "loss", "learning_rate", "grad_norm")
 MOST_CLASSES = 5000
 
@@ -92,6 +99,85 @@ class Curve:
     faint: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs with one configuration but for the seed: the settings in which it differs from other
+    groups, and the places of its runs among all."""
+
+    settings: Mapping[str, Any]
+    runs: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistic:
+    """The mean of some runs, their sample standard deviation (n - 1; None for a single one), and
+    how many they are."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+
+def statistic(values: Sequence[float | None]) -> Statistic | None:
+    """What is to be said of the values that are there; None if there are none.
+
+    >>> statistic([1.0, 3.0, None])
+    Statistic(mean=2.0, deviation=1.4142135623730951, count=2)
+
+    One value that is not finite makes the mean one: runs that diverged are not left out.
+    """
+    there = np.array([value for value in values if value is not None], np.float64)
+    if not len(there):
+        return None
+    if not np.isfinite(there).all():
+        return Statistic(math.nan, None if len(there) == 1 else math.nan, len(there))
+    deviation = float(there.std(ddof=1)) if len(there) > 1 else None
+    return Statistic(float(there.mean()), deviation, len(there))
+
+
+def groups(histories: Sequence[History]) -> list[Group]:
+    """The runs by configuration, the seed left out, in the order of their first run.
+
+    >>> runs = [
+    ...     History(Path("r"), {"config": {"seed": seed, "rate": rate}}, [], {})
+    ...     for rate in (1, 2)
+    ...     for seed in (0, 1)
+    ... ]
+    >>> [(group.settings, group.runs) for group in groups(runs)]
+    [({'rate': 1}, (0, 1)), ({'rate': 2}, (2, 3))]
+    """
+    settings = [key for key in differing(histories) if key != "seed"]
+    found: dict[str, list[int]] = {}
+    for index, run in enumerate(histories):
+        chosen = [run.name, *(run.config.get(key) for key in settings)]
+        found.setdefault(json.dumps(chosen, default=str), []).append(index)
+    return [
+        Group({key: histories[runs[0]].config.get(key) for key in settings}, tuple(runs))
+        for runs in found.values()
+    ]
+
+
+def results(histories: Sequence[History]) -> list[tuple[str, str, list[float | None]]]:
+    """What runs are compared by: set, metric, and the last value of each run (None if it has
+    none). The test split comes first, then the validation split, then further sets."""
+    metric = next((run.metric for run in histories if run.metric), None)
+    order = ["test", "validation", *(name for name in splits(histories) if name not in SPLITS)]
+    found = []
+    for split in order:
+        for key in dict.fromkeys([metric, "loss"]):
+            values = [run.last(key, split) if key else None for run in histories]
+            if key and any(value is not None for value in values):
+                found.append((split, key, values))
+    return found
+
+
+def splits(histories: Sequence[History]) -> list[str]:
+    """The sets that some of the runs have numbers of, the usual ones first."""
+    found = {str(line.get("split")) for run in histories for line in run.metrics}
+    named = dict.fromkeys(str(line.get("split")) for run in histories for line in run.metrics)
+    return [*(name for name in SPLITS if name in found), *(n for n in named if n not in SPLITS)]
+
+
 def load(folder: str | os.PathLike[str]) -> History:
     """Reads a run's folder.
 
@@ -129,26 +215,34 @@ def curves(histories: Sequence[History], key: str) -> list[Curve]:
     found = []
     labels = names(histories)
     for index, history in enumerate(histories):
-        series = {split: history.series(key, split) for split in SPLITS}
+        names_of_sets = splits([history])
+        series = {split: history.series(key, split) for split in names_of_sets}
         series = {
             split: (steps, [_drawable(value) for value in values])
             for split, (steps, values) in series.items()
         }
-        held_out = bool(series["validation"][0])
+        # Of several runs one held-out curve each: the validation split's, or the first set's.
+        shown = next((name for name in names_of_sets if name not in ("train", "test")), "")
+        held_out = bool(series.get(shown, ([], []))[0])
         for split, (steps, values) in series.items():
             if not steps:
                 continue
             if len(histories) == 1:
-                found.append(
-                    Curve(split, {"train": None, "validation": 0, "test": 1}[split], steps, values)
-                )
-            elif split == "validation" or split == "train":
+                color = {name: place for place, name in enumerate(_COLORED)}
+                named = [name for name in names_of_sets if name not in SPLITS]
+                color |= {name: len(_COLORED) + place for place, name in enumerate(named)}
+                found.append(Curve(split, color.get(split), steps, values))
+            elif split in (shown, "train"):
                 faint = split == "train" and held_out
                 found.append(
                     Curve("" if faint else labels[index], index, steps, values, faint=faint)
                 )
     # A single curve takes the first colour: gray is for the training curve beside others.
     return [dataclasses.replace(found[0], color=0)] if len(found) == 1 else found
+
+
+_COLORED = ("validation", "test")
+"""The sets whose colours are the first ones; that of the train split is gray."""
 
 
 def names(histories: Sequence[History]) -> list[str]:
@@ -189,7 +283,8 @@ def differing(histories: Sequence[History]) -> list[str]:
     return [
         key
         for key in keys
-        if key != "workdir" and any(config.get(key) != configs[0].get(key) for config in configs)
+        if key.partition(".")[0] not in NOT_SETTINGS
+        and any(config.get(key) != configs[0].get(key) for config in configs)
     ]
 
 

@@ -11,7 +11,7 @@ import io
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ MARK = "Made by jaxtrain."
 """What tells a page of ours from a user's own, which is never overwritten."""
 MOST_CLASSES_IN_TABLE = 30
 MOST_PAIRS = 15
-MOST_SETTINGS = 12
 
 
 def write_report(
@@ -142,7 +141,7 @@ def _main_numbers(run: History) -> str:
     """The main numbers of a run: its last metric and loss, steps, parameters and speed."""
     shown: list[tuple[str, str, str]] = []
     for key in dict.fromkeys([run.metric, "loss"]):
-        last = ((split, run.last(key, split)) for split in reversed(history.SPLITS) if key)
+        last = ((split, run.last(key, split)) for split in _by_weight(run) if key)
         split, value = next((found for found in last if found[1] is not None), ("", None))
         if key and value is not None:
             best = run.best(key, "validation") if split == "test" else None
@@ -166,46 +165,99 @@ def _main_numbers(run: History) -> str:
     return f"<dl class=numbers>{''.join(items)}</dl>"
 
 
+def _by_weight(run: History) -> list[str]:
+    """The sets of a run, the one that its result is read from first."""
+    found = history.splits([run])
+    return sorted(found, key=lambda name: {"test": 0, "validation": 1, "train": 3}.get(name, 2))
+
+
 def _comparison(histories: Sequence[History]) -> str:
-    """A table with a row for each run: results, and the settings in which the runs differ; the best
-    of a column is bold."""
-    metric = next((run.metric for run in histories if run.metric), None)
-    columns: list[tuple[str, list[float | None], Callable[[float], str], bool]] = []
-    for split in ("test", "validation"):
-        for key in dict.fromkeys([metric, "loss"]):
-            values = [run.last(key, split) if key else None for run in histories]
-            if key and any(value is not None for value in values):
-                columns.append(
-                    (
-                        f"{split} {_words(key)}",
-                        values,
-                        lambda value, key=key: value_text(key, value),
-                        history.smaller_is_better(key),
-                    )
-                )
+    """What differs first: a table with the mean of each setting over its seeds, if there are any,
+    and one with a row for each run. The best of a column is bold."""
+    columns = history.results(histories)
     rates = [_rate(run) for run in histories]
     if any(rate is not None for rate in rates):
-        columns.append(("examples / s", rates, rate_text, False))
-    settings = history.differing(histories)[:MOST_SETTINGS]
-    head = "".join(f"<th class=number>{_text(name)}</th>" for name, *_ in columns) + "".join(
-        f"<th>{_text(key)}</th>" for key in settings
-    )
-    rows = []
-    for index, (run, label) in enumerate(zip(histories, history.names(histories), strict=True)):
+        columns.append(("", "examples_per_second", rates))
+    settings = history.differing(histories)
+    seeds = _seeds(histories, columns)
+    names = history.names(histories)
+    rows: list[tuple[str, list[str], list[tuple[str, float | None]]]] = []
+    for index, (run, label) in enumerate(zip(histories, names, strict=True)):
         chip = f'<i class=chip style="--c:var(--{curve_color(index)})"></i>'
-        cells = f"<th scope=row>{chip}{_text(label)}</th>"
-        for _, values, text, smaller in columns:
-            finite = [value for value in values if value is not None and math.isfinite(value)]
-            value = values[index]
-            best = finite and value == (min if smaller else max)(finite)
-            shown = "" if value is None else _text(text(value))
-            cells += f"<td class='number{' best' if best else ''}'>{shown}</td>"
-        cells += "".join(f"<td>{_value(run.config.get(key))}</td>" for key in settings)
-        rows.append(f"<tr>{cells}</tr>")
-    return _section(
-        "Results",
-        f"<div class=wide><table><thead><tr><th>run</th>{head}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>",
+        cells = [
+            ("" if values[index] is None else _number(key, values[index]), values[index])
+            for _, key, values in columns
+        ]
+        rows.append(
+            (f"{chip}{_text(label)}", [_value(run.config.get(key)) for key in settings], cells)
+        )
+    more = "" if settings else "<p>The runs have the same settings.</p>"
+    return seeds + _section("Runs", more, _table("run", settings, columns, rows))
+
+
+Columns = Sequence[tuple[str, str, Sequence[float | None]]]
+"""What is compared: set, metric, and the value of each run."""
+
+
+def _seeds(histories: Sequence[History], columns: Columns) -> str:
+    """Mean and standard deviation of each setting over its seeds; nothing without any."""
+    groups = history.groups(histories)
+    if all(len(group.runs) == 1 for group in groups):
+        return ""
+    settings = list(groups[0].settings)
+    rows = []
+    for group in groups:
+        cells = []
+        for _, key, values in columns:
+            found = history.statistic([values[index] for index in group.runs])
+            cells.append((_statistic(key, found), None if found is None else found.mean))
+        shown = [_value(group.settings[key]) for key in settings]
+        rows.append((str(len(group.runs)), shown, cells))
+    lead = (
+        "<p>Mean over seeds ± sample standard deviation (n - 1), and the number of runs that have"
+        " the value.</p>"
+    )
+    return _section("Settings", lead, _table("runs", settings, columns, rows))
+
+
+def _statistic(key: str, found: history.Statistic | None) -> str:
+    if found is None:
+        return ""
+    mean = _number(key, found.mean)
+    spread = "" if found.deviation is None else f" ± {_number(key, found.deviation)}"
+    return f"{mean}{spread} <span class=note>({found.count})</span>"
+
+
+def _number(key: str, value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    return _text(rate_text(value) if key.endswith("_per_second") else value_text(key, value))
+
+
+def _table(
+    first: str,
+    settings: Sequence[str],
+    columns: Columns,
+    rows: Sequence[tuple[str, Sequence[str], Sequence[tuple[str, float | None]]]],
+) -> str:
+    """A table of settings and numbers; `rows` hold what stands first, the settings, and each number
+    as text and as what it is compared by."""
+    titles = [f"{split} {_words(key)}".strip() for split, key, _ in columns]
+    head = "".join(f"<th>{_text(key.removesuffix('.python'))}</th>" for key in settings)
+    head += "".join(f"<th class=number>{_text(title)}</th>" for title in titles)
+    body = []
+    for label, shown, cells in rows:
+        line = f"<th scope=row>{label}</th>" + "".join(f"<td>{value}</td>" for value in shown)
+        for place, (text, value) in enumerate(cells):
+            every = [other[2][place][1] for other in rows]
+            finite = [each for each in every if each is not None and math.isfinite(each)]
+            smaller = history.smaller_is_better(columns[place][1])
+            best = len(rows) > 1 and finite and value == (min if smaller else max)(finite)
+            line += f"<td class='number{' best' if best else ''}'>{text}</td>"
+        body.append(f"<tr>{line}</tr>")
+    return (
+        f"<div class=wide><table><thead><tr><th>{_text(first)}</th>{head}</tr></thead>"
+        f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
 

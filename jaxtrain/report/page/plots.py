@@ -86,7 +86,7 @@ def quantities(histories: Sequence[History]) -> list[Quantity]:
     found = {
         key
         for key in found
-        if any(run.series(key, split)[0] for run in histories for split in history.SPLITS)
+        if any(run.series(key, split)[0] for run in histories for split in history.splits([run]))
     }
     metric = next((run.metric for run in histories if run.metric), None)
     first = [
@@ -103,7 +103,7 @@ def wants_log(key: str, curves: Sequence[Curve]) -> bool:
     """Whether a loss spans so much that only a logarithmic axis shows its end."""
     values = [value for curve in curves for value in curve.values if math.isfinite(value)]
     return (
-        history.smaller_is_better(key)
+        (history.smaller_is_better(key) or key == "grad_norm")
         and bool(values)
         and min(values) > 0
         and max(values) > 30 * min(values)
@@ -123,10 +123,12 @@ def cut_of(key: str) -> Cut:
     return "lower" if "accuracy" in key else ""
 
 
-def axis_range(values: Sequence[float], *, log: bool, cut: Cut = "") -> tuple[float, float]:
+def axis_range(
+    values: Sequence[float], *, log: bool, cut: Cut = "", shown: Sequence[float] = ()
+) -> tuple[float, float]:
     """The range of an axis, never of size zero. `cut` leaves out the greatest 2% (`upper`: spikes
-    of a loss) or the least 10% (`lower`: an accuracy before the first epoch), or begins at `zero`
-    (a speed).
+    of a loss) or the least 10% (`lower`: dips of an accuracy), or begins at `zero` (a speed); what
+    must be `shown`, such as where curves begin, is never left out.
 
     >>> axis_range([1.0, 1.0], log=False), axis_range([8.0, 9.0], log=False, cut="zero")
     ((0.5, 1.5), (0.0, 9.0))
@@ -134,6 +136,7 @@ def axis_range(values: Sequence[float], *, log: bool, cut: Cut = "") -> tuple[fl
     ordered = sorted(values)
     low = 0.0 if cut == "zero" else ordered[len(ordered) // 10 if cut == "lower" else 0]
     high = ordered[min(len(ordered) - 1, math.ceil(0.98 * len(ordered))) if cut == "upper" else -1]
+    low, high = min([low, *shown]), max([high, *shown])
     if log:
         return (low, high) if high > low * 1.01 else (low / 2, high * 2)
     if high - low <= 1e-12 * max(abs(high), abs(low), 1e-300):
@@ -243,7 +246,7 @@ def _set_axes(axes: "Axes", curves: Sequence[Curve], quantity: Quantity, *, log:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     finite = [value for curve in curves for value in curve.values if _can_draw(value, log=log)]
-    low, high = axis_range(finite, log=log, cut=cut_of(quantity.key))
+    low, high = axis_range(finite, log=log, cut=cut_of(quantity.key), shown=_ends(curves, log=log))
     if log:
         margin = (high / low) ** 0.04
         axes.set_yscale("log")
@@ -263,6 +266,12 @@ def _set_axes(axes: "Axes", curves: Sequence[Curve], quantity: Quantity, *, log:
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("step")
+
+
+def _ends(curves: Sequence[Curve], *, log: bool) -> list[float]:
+    """Where each curve begins and ends, as far as it can be drawn."""
+    drawable = ([value for value in curve.values if _can_draw(value, log=log)] for curve in curves)
+    return [value for values in drawable if values for value in (values[0], values[-1])]
 
 
 def _draw_curve(axes: "Axes", curve: Curve, *, log: bool) -> None:
