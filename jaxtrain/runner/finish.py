@@ -23,7 +23,7 @@ from jaxtrain.train.lowering import Programs
 from jaxtrain.train.state import TrainState
 
 MOST_PREDICTED = 2**28
-"""Bytes of predictions beyond which they are not written: pictures, say, or logits of all tokens."""
+"""Bytes of predictions beyond which they are not written, such as pictures."""
 WORST = 24
 """How many of the worst mistakes keep their images for the report."""
 
