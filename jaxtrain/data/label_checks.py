@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxtrain.data.splits import Splits
-from jaxtrain.data.table import Table
+from jaxtrain.data.table import Table, where
 from jaxtrain.errors import UserError
 from jaxtrain.tasks import Wrong
 
@@ -42,12 +42,12 @@ class LabelCheck:
         if every:
             some = "in all" if whole else "in"
             raise UserError(
-                f"{what}: has no labels ({found.problem} {_place(table, row)}, and none is usable"
+                f"{what}: has no labels ({found.problem} in {where(table, row)}, and none is usable"
                 f" {some} {len(ids)} rows; {found.rule}); {self._remedy(found)}"
             )
         remedy = f", or {found.remedy}" if found.remedy else ""
         raise UserError(
-            f"{what}: {found.problem} {_place(table, row)}; {found.rule}; mend the data{remedy}"
+            f"{what}: {found.problem} in {where(table, row)}; {found.rule}; mend the data{remedy}"
         )
 
     def _remedy(self, found: Wrong) -> str:
@@ -65,13 +65,6 @@ def flag_of(split: str, expression: str) -> str:
 def _do_without(split: str) -> str:
     own = split in ("validation", "test")
     return f"pass --data.{split}= to do without" if own else f"drop {split} from --evaluate"
-
-
-def _place(table: Table, row: int) -> str:
-    """Where a row stands: a table that comes from files may know which."""
-    where = getattr(table, "where", None)
-    text = f"row {row}" if where is None else where(row)
-    return f"in {text}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +102,7 @@ class CheckedTable:
 
     def where(self, index: int) -> str:
         """Where a row stands, as the table below says it."""
-        where = getattr(self.table, "where", None)
-        return f"row {index}" if where is None else where(index)
+        return where(self.table, index)
 
 
 def checked(splits: Splits, task: Any, outputs: Any, data: Any) -> Splits:

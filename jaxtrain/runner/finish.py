@@ -23,7 +23,9 @@ from jaxtrain.train.lowering import Programs
 from jaxtrain.train.state import TrainState
 
 MOST_PREDICTED = 2**28
-"""Bytes of predictions beyond which they are not written: pictures, say, or logits of all tokens."""
+"""Bytes of predictions beyond which they are not written, such as pictures."""
+MOST_SHOWN = 12
+"""Metrics of a split that the summary shows; a task may have one for each of a thousand classes."""
 WORST = 24
 """How many of the worst mistakes keep their images for the report."""
 
@@ -66,7 +68,7 @@ def finish(
         values = {
             (split, name): done.last(name, split)
             for split in splits.held_out
-            for name in ("loss", "accuracy")
+            for name in _shown_metrics(done, split)
         }
         rows = {
             f"{split} {name}": tables.value_text(name, value)
@@ -77,6 +79,13 @@ def finish(
         progress.show(
             tables.named_values(f"{run.name}: done", rows | ({"report": str(page)} if page else {}))
         )
+
+
+def _shown_metrics(done: history.History, split: str) -> list[str]:
+    """The metrics of the last line of a split that the summary shows."""
+    last = next((line for line in reversed(done.metrics) if line.get("split") == split), {})
+    others = (name for name in last if name not in history.NOT_METRICS)
+    return ["loss", *(name for name in others if not history.is_clock(name))][:MOST_SHOWN]
 
 
 def write_report(run: config.Run, folder: Path) -> Path | None:

@@ -136,9 +136,9 @@ class Binary:
         for what, array in (("outputs", logits), ("labels", label)):
             if array.shape not in (rows, (*rows, 1)):
                 raise UserError(
-                    f"{what} have shape {array.shape}; the task Binary wants one number an example,"
-                    f" {rows} or {(*rows, 1)}, as --model.num_classes=1 gives; for several there are"
-                    " the tasks Classification and MultiLabel (--task=multi_label)"
+                    f"{what} have shape {array.shape}; the task Binary wants one number an"
+                    f" example, {rows} or {(*rows, 1)}, as --model.num_classes=1 gives; for several"
+                    " there are the tasks Classification and MultiLabel (--task=multi_label)"
                 )
         return logits.reshape(rows), label.reshape(rows)
 

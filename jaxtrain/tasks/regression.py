@@ -107,13 +107,14 @@ class Regression:
         if {outputs.shape, target.shape} == {rows, (*rows, 1)}:
             outputs = outputs.reshape(target.shape)
         if outputs.shape != target.shape:
-            wanted = target.shape[-1] if target.ndim == 2 else 1
-            raise UserError(
-                f"outputs have shape {outputs.shape}, targets {target.shape}; they must be equal, so"
-                f" give the model {wanted} outputs an example (--model.num_classes={wanted}), or set"
-                " --task.target"
+            count = target.shape[-1] if target.ndim == 2 else 1
+            remedy = (
+                f"give the model {count} outputs an example (--model.num_classes={count})"
                 if target.ndim <= 2
-                else f"outputs have shape {outputs.shape}, targets {target.shape}; they must be"
-                " equal, so change the model's last layer, or set --task.target"
+                else "change the model's last layer"
+            )
+            raise UserError(
+                f"outputs have shape {outputs.shape}, targets {target.shape}; they must be equal,"
+                f" so {remedy}, or set --task.target"
             )
         return outputs, target

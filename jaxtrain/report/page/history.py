@@ -418,7 +418,7 @@ def targets(predictions: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarr
 
 
 def class_numbers(array: np.ndarray | None) -> np.ndarray | None:
-    """An array of predictions, or None if it does not hold a class for each of at least one example."""
+    """The array, or None if it does not hold a class for each of at least one example."""
     if array is None or array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
         return None
     return None if array.min() < 0 else array
