@@ -56,6 +56,7 @@ class Constant(Schedule):
     warmup: Length = Horizon(0)
 
     def after_warmup(self, step: jax.Array, total_steps: jax.Array) -> jax.Array:
+        """1 at every step."""
         return jnp.ones_like(step)
 
 

@@ -117,6 +117,7 @@ def initial(recipe: Recipe, batch: dict[str, Any]) -> TrainState:
         variables = adapters.functions(bound.model).init(rng.root(0), bound.inputs(batch))
         params = variables.pop("params")
         # a rule that decides no parameter is an error
+        recipe.optimizer.check(params)
         recipe.optimizer.transform(params, 1.0).init(params)
         scaled = precision.POLICIES[recipe.precision].scaled
         return TrainState(
