@@ -489,6 +489,13 @@ SHRUNKEN = {
         "--model.width=16",
     ],
     "mnist1d": ["--data.path={mnist1d}", "--model.widths=8,8,8"],
+    "own": [
+        "--data=synthetic",
+        "--data.shape=8,8,1",
+        "--data.examples=64",
+        "--data.test_examples=16",
+        "--model.widths=8,8,8",
+    ],
 }
 """What makes each experiment small enough for a test; everything that is not here is the
 experiment's own."""

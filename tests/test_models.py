@@ -15,6 +15,7 @@ import pytest
 from jaxtrain import adapters, models
 from jaxtrain.models import layers, resnet, vit
 from jaxtrain.models.convnet import ConvNet
+from jaxtrain.models.fitted import Fitted
 from jaxtrain.models.mlp import MLP
 from jaxtrain.models.resnet import ResNet
 from jaxtrain.models.vit import ViT
@@ -52,6 +53,8 @@ TINY = {
         ConvNet(widths=(4,), depth=2, norm="none", block=2, pool="mean"),
         (2, 6, 6, 3),
     ),
+    "fitted": (Fitted(10, widths=(8,), input_mean=(9.0,), input_deviation=(2.0,)), (2, 5)),
+    "fitted_convnet": (Fitted(10, "convnet", (4, 8), mean=(1.0,), deviation=(3.0,)), (2, 10)),
     "resnet": (ResNet(stages=(1, 1), width=4, stem_width=4), (2, 7, 7, 3)),
     "resnet_project": (
         ResNet(stages=(1, 1), width=4, shortcut="project", stem="imagenet", zero_init=True),

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import flags as absl_flags
 
@@ -23,6 +23,8 @@ from jaxtrain.config import values as flag_values
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Field, field_type
 from jaxtrain.messages import warn
+
+Component = TypeVar("Component")
 
 HELP = ("help", "helpfull", "helpshort", "h", "?")
 _LENGTHS = ("steps", "epochs")
@@ -193,6 +195,23 @@ def _parse(
     finished = _finish(base, values, typed)
     _warn_of_secrets(flag for flag in defined.values() if flag.present and flag.name not in places)
     return finished
+
+
+def of_component(family: str, component: Component, argv: Sequence[str]) -> Component:
+    """A component with its own flags of a command line, for an experiment that must know it before
+    its run; unchanged where the command line names another by `--FAMILY=`.
+
+    >>> from jaxtrain.optimizers import SGD
+    >>> of_component("optimizer", SGD(), ["--optimizer.momentum=0.5", "--steps=3"]).momentum
+    0.5
+    """
+    scanned = list(_scan(argv))
+    if any(name == family for name, _ in scanned):
+        return component
+    prefix = f"{family}."
+    given = [f"--{name}={text}" for name, text in scanned if text and name.startswith(prefix)]
+    others: dict[str, Any] = dict.fromkeys(config.FAMILIES) | {family: component}
+    return getattr(parse(config.Run(name="component", steps=1, **others), given), family)
 
 
 def wants_traceback(argv: Sequence[str]) -> bool:

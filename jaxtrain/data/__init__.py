@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; tests/test_exports.py c
     from jaxtrain.data.sources.digits import Digits
     from jaxtrain.data.sources.images import Images
     from jaxtrain.data.sources.markov import SyntheticTokens
+    from jaxtrain.data.sources.own import Own
     from jaxtrain.data.sources.records import Records
     from jaxtrain.data.sources.synthetic import Synthetic
     from jaxtrain.data.sources.tfds_sets import Tfds
@@ -26,6 +27,7 @@ __all__ = [
     "BatchLoader",
     "Digits",
     "Images",
+    "Own",
     "Records",
     "Splits",
     "Synthetic",
@@ -38,6 +40,7 @@ _FILES = {
     "Arrays": "sources.arrays",
     "Digits": "sources.digits",
     "Images": "sources.images",
+    "Own": "sources.own",
     "Records": "sources.records",
     "Splits": "splits",
     "BatchLoader": "pipeline",
@@ -54,6 +57,7 @@ _SOURCES = {
     "images": "Images",
     "synthetic": "Synthetic",
     "tokens": "SyntheticTokens",
+    "own": "Own",
 }
 """Each source by the word that `--data` takes."""
 

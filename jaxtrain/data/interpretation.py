@@ -253,7 +253,9 @@ def labels_of(
     if array.dtype.kind == "f":
         notes = []
         values = np.asarray(array)
-        if values.size and np.isfinite(values).all() and (values == np.round(values)).all():
+        named = name in _TARGET_NAMES  # whoever says target means one
+        whole = np.isfinite(values).all() and (values == np.round(values)).all()
+        if values.size and whole and not named:
             low, high = values.min(), values.max()
             notes.append(
                 f"{name}: {array.dtype} of whole numbers {low:g}..{high:g}: taken as targets of a"

@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; tests/test_exports.py c
     from flax import linen as nn
 
     from jaxtrain.models.convnet import ConvNet
+    from jaxtrain.models.fitted import Fitted
     from jaxtrain.models.layers import Dropout
     from jaxtrain.models.mlp import MLP
     from jaxtrain.models.resnet import ResNet
@@ -17,7 +18,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; tests/test_exports.py c
 
     NAMES: Mapping[str, nn.Module]
 
-__all__ = ["MLP", "NAMES", "ConvNet", "Dropout", "ResNet", "Transformer", "ViT"]
+__all__ = ["MLP", "NAMES", "ConvNet", "Dropout", "Fitted", "ResNet", "Transformer", "ViT"]
 
 _FILES = {
     "MLP": "mlp",
@@ -25,9 +26,10 @@ _FILES = {
     "ResNet": "resnet",
     "ViT": "vit",
     "Transformer": "transformer",
+    "Fitted": "fitted",
     "Dropout": "layers",
 }
-_FAMILIES = ("mlp", "convnet", "resnet", "vit", "transformer")
+_FAMILIES = ("mlp", "convnet", "resnet", "vit", "transformer", "fitted")
 
 
 def __getattr__(name: str) -> Any:

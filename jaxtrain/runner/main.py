@@ -61,13 +61,17 @@ XLA_STATUS = re.compile(
 ValueError."""
 
 
-def main(run: config.Run, argv: Sequence[str] | None = None) -> NoReturn:
+def main(
+    run: config.Run | Callable[[Sequence[str]], config.Run], argv: Sequence[str] | None = None
+) -> NoReturn:
     """Runs an experiment as the command line says, and exits with its status (see
-    `jaxtrain/errors.py`)."""
+    `jaxtrain/errors.py`). A run that depends on the command line is given as a function of it."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         status = guarded(
-            lambda: _start(flags.parse(build.accepted(run), argv), argv),
+            lambda: _start(
+                flags.parse(build.accepted(run(argv) if callable(run) else run), argv), argv
+            ),
             show_traceback=flags.wants_traceback(argv),
         )
     except Exception:

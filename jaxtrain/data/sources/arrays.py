@@ -176,6 +176,20 @@ def _check_inputs(arrays: Mapping[str, np.ndarray], split: str, origin: str) -> 
         )
 
 
+def splits_of(path: str) -> set[str]:
+    """The splits that a file or folder of arrays has, by the names of its arrays."""
+    place = pathlib.Path(path).expanduser()
+    if place.is_dir():
+        names = [file.stem for file in place.glob("*.npy")]
+    elif place.suffix == ".npz" and zipfile.is_zipfile(place):
+        with zipfile.ZipFile(place) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+    else:
+        return {"train"}
+    matches = (_NAME.fullmatch(name) for name in names)
+    return {_SPLITS[match["before"] or match["after"] or "train"] for match in matches if match}
+
+
 def load_arrays(path: str) -> dict[str, np.ndarray]:
     """The arrays of an .npz or .npy file (read) or of a folder of .npy files (memory-mapped), by
     name; nothing is ever unpickled."""

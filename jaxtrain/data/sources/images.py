@@ -9,6 +9,7 @@ crops belong to augmentation.
 
 import concurrent.futures
 import dataclasses
+import itertools
 import os
 import pathlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -201,6 +202,39 @@ class ImageTable:
     def where(self, index: int) -> str:
         """The file of an example."""
         return str(self.files[index])
+
+
+def splits_of(root: pathlib.Path) -> set[str] | None:
+    """The splits that a folder of images has; None if it seems to be none: neither images nor
+    folders of images lie in it."""
+    folders = [child for child in root.iterdir() if child.is_dir()]
+    if not any(_first_files(root)):
+        return None
+    return {_SPLITS[folder.name] for folder in folders if folder.name in _SPLITS} or {"train"}
+
+
+def first_look(root: pathlib.Path) -> tuple[int, bool]:
+    """The shorter side that most of some images of a folder have, and whether they are gray."""
+    from PIL import Image
+
+    sides, gray = [], []
+    for file in _first_files(root):
+        try:
+            with Image.open(file) as image:
+                sides.append(min(image.size))
+                gray.append(image.mode.startswith(("L", "1", "I", "F")))
+        except (OSError, ValueError):
+            continue  # whoever opens the set is told its name
+    return (int(np.median(sides)), all(gray)) if sides else (1, False)
+
+
+def _first_files(root: pathlib.Path) -> list[pathlib.Path]:
+    """Some image files of a folder, from all of its class folders."""
+    files: list[pathlib.Path] = []
+    for pattern in ("*", "*/*", "*/*/*"):
+        found = (file for file in root.glob(pattern) if file.suffix.lower() in _SUFFIXES)
+        files += itertools.islice(found, 20)
+    return files
 
 
 def _split_folders(

@@ -43,6 +43,14 @@ class Records:
     test: str = "test"
     """Split to evaluate on at the end; empty for none"""
 
+    def splits(self) -> set[str]:
+        """The splits that dataset.json names; none if it is not readable."""
+        try:
+            path = pathlib.Path(self.path).expanduser() / "dataset.json"
+            return set(json.loads(path.read_text())["splits"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return set()
+
     def open(self) -> Splits:
         """Reads dataset.json and opens the files; `UserError` if they do not fit together."""
         root = pathlib.Path(self.path).expanduser()
