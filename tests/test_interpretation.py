@@ -576,7 +576,23 @@ def test_lost_digits_and_arrays_left_out_are_said() -> None:
     )
 
 
-def test_batches_of_files_are_looked_at_as_they_are_read(tmp_path: pathlib.Path) -> None:
+def test_files_are_read_before_the_training_unless_they_are_large(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = RANDOM.standard_normal((9000, 2)).astype(np.float32)
+    features[8000] = np.nan
+    np.save(tmp_path / "x.npy", features[:9])
+    np.save(tmp_path / "x_test.npy", features)
+    with pytest.raises(UserError, match="test: row 8000: image holds nan; mend the data, or give"):
+        Arrays(path=str(tmp_path)).open()
+    monkeypatch.setattr(checks, "READ_BYTES", 0)
+    Arrays(path=str(tmp_path)).open()  # some rows only, and this is not among them
+
+
+def test_batches_of_files_are_looked_at_as_they_are_read(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "_check_files", lambda table: None)  # large ones
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     features = RANDOM.standard_normal((40, 9)).astype(np.float32)
     features[33, 2] = np.inf
@@ -633,7 +649,10 @@ def write_deep_records(folder: pathlib.Path, **fields: np.ndarray) -> None:
     (folder / "dataset.json").write_text(json.dumps(index))
 
 
-def test_records_of_16_bits_are_scaled_and_bad_values_are_named(tmp_path: pathlib.Path) -> None:
+def test_records_of_16_bits_are_scaled_and_bad_values_are_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "_check_files", lambda table: None)  # large ones
     deep = DEEP[..., None]
     signal = RANDOM.standard_normal((40, 2)).astype(np.float32)
     signal[7, 1] = np.nan

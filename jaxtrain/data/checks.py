@@ -1,8 +1,8 @@
 """What is asked of the values of every split before the training, and of every batch that is read
 from files: finite, within 32 bits, and alike in all splits.
 
-Arrays in memory are looked at whole; of memory maps and files some rows are compared, and each
-batch as it is read. N: rows, D: columns
+Arrays in memory are looked at whole, and so are files with floats, up to 256 MB; of larger ones
+some rows are, and each batch as it is read. N: rows, D: columns
 """
 
 import dataclasses
@@ -10,11 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from jaxtrain.data.table import BEYOND_32_BITS, CHUNK, Table, is_image, where
+from jaxtrain.data.table import BEYOND_32_BITS, CHUNK, Table, is_image, num_bytes, where
 from jaxtrain.errors import UserError
 
 COMPARED = 64
 """How many rows of a split that is not in memory are compared with those of the others."""
+READ_BYTES = 2**28
+"""Splits of up to so many bytes are read whole before the training, if they hold floats."""
 FACTOR = 16
 """How many times wider than the other the range of one of two splits may be."""
 _KNOWN = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))
@@ -34,6 +36,7 @@ def check_values(tables: Mapping[str, Table], origin: str) -> list[str]:
     notes = []
     for split, table in tables.items():
         if not _in_memory(table):
+            _check_files(table)
             continue
         assert table.arrays is not None
         unused = _unused(table.arrays)
@@ -47,6 +50,19 @@ def check_values(tables: Mapping[str, Table], origin: str) -> list[str]:
             elif array.dtype.kind in "iu" and array.dtype.itemsize >= 4:
                 _check_integers(array, place)
     return list(dict.fromkeys(notes))
+
+
+def _check_files(table: Table) -> None:
+    """Reads the rows of a table that is not in memory, or of a large one some, so that bad values
+    of a test split are not found at the end."""
+    if not any(np.dtype(field.dtype).kind == "f" for field in table.fields.values()):
+        return
+    few = num_bytes(table) <= READ_BYTES
+    some = np.unique(np.linspace(0, len(table) - 1, CHUNK).astype(np.int64))
+    rows = np.arange(len(table)) if few else some
+    for start in range(0, len(rows), COMPARED):
+        part = rows[start : start + COMPARED]
+        check_rows(table, table.read(part), part)
 
 
 def _in_memory(table: Table) -> bool:

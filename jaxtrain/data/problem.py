@@ -182,8 +182,17 @@ def _largest(splits: Splits, name: str) -> int:
         for start in range(0, len(table), 4096):
             rows = table.read(np.arange(start, min(start + 4096, len(table))))[name]
             if rows.min() < 0:
-                raise UserError(f"--data.path: {name} holds {rows.min()}; tokens are >= 0")
+                raise UserError(
+                    f"--data.path: {name} holds {rows.min()}; tokens are >= 0; for features save"
+                    " floats"
+                )
             largest = max(largest, int(rows.max()))
+    if largest >= 2**20:
+        raise UserError(
+            f"--data.path: {name} holds whole numbers up to {largest}, too many for tokens; map"
+            f" them"
+            " by np.unique(values, return_inverse=True), or save features as floats"
+        )
     return largest
 
 

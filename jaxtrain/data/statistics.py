@@ -18,6 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtrain.data import checks
 from jaxtrain.data.table import Table, is_image
 from jaxtrain.errors import UserError
 from jaxtrain.tree import Batch
@@ -69,6 +70,7 @@ def measure(table: Table, max_examples: int | None = None, chunk: int = 4096) ->
 def _used_images(table: Table, rows: np.ndarray) -> np.ndarray:
     """The images of some rows; of those with a weight of 0, which may hold anything, none."""
     read = table.read(rows)
+    checks.check_rows(table, read, rows)
     weight = read.get("weight")
     return read["image"] if weight is None or weight.ndim != 1 else read["image"][weight != 0]
 
