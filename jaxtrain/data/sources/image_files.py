@@ -216,7 +216,7 @@ def _look(file: pathlib.Path, limits: Limits | None) -> str:
             deep, upper = deep_limits(image, limits) is not None, ";16" in _raw(image)
             several = getattr(image, "is_animated", False)
             image.load()
-            alpha = "A" in image.getbands() and image.getchannel("A").getextrema()[0] < 255
+            alpha = "A" in image.getbands() and np.asarray(image.getchannel("A")).min() < 255
             if deep and limits is not None:
                 _unit(np.asarray(image), limits)
     except UserError as error:
