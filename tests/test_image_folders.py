@@ -279,5 +279,14 @@ def test_upper_bits_and_several_pictures_are_said(tmp_path: pathlib.Path) -> Non
     save(tmp_path, "cat/1.png", COLOURS)
     frames = [Image.fromarray(BYTES), Image.fromarray(BYTES // 2)]
     frames[0].save(tmp_path / "cat" / "2.tif", save_all=True, append_images=frames[1:])
-    (note,) = source(tmp_path).open().notes
-    assert note == f"1 images hold several pictures; the first is taken, e.g. {tmp_path}/cat/2.tif"
+    glass = np.concatenate([COLOURS, BYTES[..., None] // 2], axis=-1)
+    save(tmp_path, "cat/3.png", glass)
+    opened = source(tmp_path).open()
+    assert opened.notes == (
+        (
+            f"1 images are transparent in places, which is not seen; the colours below are, e.g."
+            f" {tmp_path}/cat/3.png"
+        ),
+        f"1 images hold several pictures; the first is taken, e.g. {tmp_path}/cat/2.tif",
+    )
+    assert np.array_equal(opened.train.read(np.array([2]))["image"][0], COLOURS)

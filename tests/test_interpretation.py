@@ -592,7 +592,7 @@ def test_files_are_read_before_the_training_unless_they_are_large(
 def test_batches_of_files_are_looked_at_as_they_are_read(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "_check_files", lambda table: None)  # large ones
+    monkeypatch.setattr(checks, "_check_files", lambda *_: None)  # large ones
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     features = RANDOM.standard_normal((40, 9)).astype(np.float32)
     features[33, 2] = np.inf
@@ -652,7 +652,7 @@ def write_deep_records(folder: pathlib.Path, **fields: np.ndarray) -> None:
 def test_records_of_16_bits_are_scaled_and_bad_values_are_named(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "_check_files", lambda table: None)  # large ones
+    monkeypatch.setattr(checks, "_check_files", lambda *_: None)  # large ones
     deep = DEEP[..., None]
     signal = RANDOM.standard_normal((40, 2)).astype(np.float32)
     signal[7, 1] = np.nan
@@ -719,3 +719,24 @@ def test_a_table_of_ones_own_is_looked_at_as_well() -> None:
         choose(tables, test="test", **parts)
     with pytest.raises(UserError, match="a table's array has dtype complex128; expected integers"):
         _ = ArrayTable({"image": np.ones(3) * 1j}).fields
+
+
+def test_tables_that_are_read_in_order_only_are_left_until_they_are_loaded() -> None:
+    class InOrder(ArrayTable):
+        arrays, in_order = None, True
+
+        def __init__(self) -> None:
+            pass
+
+        fields = ArrayTable({"image": np.ones((9, 4, 4, 1))}).fields
+        num_classes = class_names = None
+
+        def __len__(self) -> int:
+            return 9
+
+        def read(self, indices: np.ndarray) -> Any:
+            raise AssertionError("read out of order")
+
+    tables = {"train": InOrder(), "test": InOrder()}
+    parts = {"train": "train", "validation": "", "test": "test", "fingerprint": ""}
+    assert choose(tables, **parts).notes == ()

@@ -216,18 +216,21 @@ def _look(file: pathlib.Path, limits: Limits | None) -> str:
             deep, upper = deep_limits(image, limits) is not None, ";16" in _raw(image)
             several = getattr(image, "is_animated", False)
             image.load()
+            alpha = "A" in image.getbands() and np.asarray(image.getchannel("A")).min() < 255
             if deep and limits is not None:
                 _unit(np.asarray(image), limits)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(_unreadable(file, error)) from error
-    return "deep" if deep else "upper" if upper else "several" if several else ""
+    kinds = {"deep": deep, "upper": upper, "several": several, "alpha": alpha}
+    return next((kind for kind, found in kinds.items() if found), "")
 
 
 def _notes(files: Sequence[pathlib.Path], found: Sequence[str]) -> list[str]:
     words = {
         "upper": "of 16 bits a channel are read by their upper 8 (Pillow)",
+        "alpha": "are transparent in places, which is not seen; the colours below are",
         "several": "hold several pictures; the first is taken",
     }
     notes = []

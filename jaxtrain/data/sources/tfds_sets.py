@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxtrain import extras, messages
+from jaxtrain.data import checks
 from jaxtrain.data.sources.image_files import fit_pixels
 from jaxtrain.data.sources.records import located, read_located
 from jaxtrain.data.splits import Splits, choose, digest_of_files, newest_change
@@ -82,9 +83,11 @@ class Tfds:
         }
         if not self._loads(sum(map(num_bytes, parts.values())), table_class, file_format):
             return opened
-        return dataclasses.replace(
-            opened, **{role: load(part, chunk=16384) for role, part in parts.items()}
-        )
+        loaded = {role: load(part, chunk=16384) for role, part in parts.items()}
+        origin = f"--data.name={self.name}"
+        found = [*checks.check_values(loaded, origin), *checks.check_alike(loaded, origin)]
+        notes = tuple(dict.fromkeys([*opened.notes, *found]))
+        return dataclasses.replace(opened, notes=notes, **loaded)
 
     def _loads(self, size: int, table_class: type, file_format: str) -> bool:
         """Whether the parts are to be loaded whole."""
@@ -283,6 +286,8 @@ class TensorflowTable:
     whole."""
 
     arrays = None
+    in_order = True
+    """Nobody reads single rows of it; it is looked at when it is loaded."""
 
     def __init__(self, builder: Any, split: str, describe: _Description) -> None:
         self.fields, self.num_classes, self.class_names = (
