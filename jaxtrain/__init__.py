@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; tests/test_exports.py c
     )
     from jaxtrain.config import Run
     from jaxtrain.horizon import Horizon
+    from jaxtrain.inference.trained import load
     from jaxtrain.runner.main import main
     from jaxtrain.train.recipe import Recipe
     from jaxtrain.train.state import TrainState, init_state
@@ -39,6 +40,7 @@ __all__ = [
     "augment",
     "data",
     "init_state",
+    "load",
     "losses",
     "main",
     "make_eval_step",
@@ -62,6 +64,7 @@ _FILES = {
     "make_train_steps": "train.steps",
     "make_eval_step": "train.steps",
     "make_predict_step": "train.steps",
+    "load": "inference.trained",
     "main": "runner.main",
 }
 """The file of each public name that is not itself a module."""

@@ -21,6 +21,7 @@ MODULES = {
     "tensorboard": ("tensorboard", "report"),
     "orbax.checkpoint": ("orbax-checkpoint", "checkpoints"),
     "xxhash": ("xxhash", "checkpoints"),
+    "safetensors": ("safetensors", "safetensors"),
 }
 """The package and the extra behind each module that is not part of the core."""
 

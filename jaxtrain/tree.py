@@ -88,7 +88,7 @@ def match(
     matches no leaf, or if no pattern matches a leaf and there is no `default`. Of rules that are
     made for any tree, such as the optimizers' own names, some match no leaf: `must_decide=False`.
     """
-    compiled = [(_compile(pattern, name), value) for pattern, value in rules]
+    compiled = [(compile_pattern(pattern, name), value) for pattern, value in rules]
     idle = set(range(len(compiled)))
 
     def value_at(path: Sequence[Any], _: Any) -> Value:
@@ -202,7 +202,8 @@ def _are_axes(node: Any) -> bool:
     )
 
 
-def _compile(pattern: str, name: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str, name: str) -> re.Pattern[str]:
+    """The pattern of a rule; `UserError`, naming the rules, if it is no regular expression."""
     try:
         return re.compile(pattern)
     except re.error as error:

@@ -472,7 +472,7 @@ def test_42_parameters_of_another_model(
     )
     line = (
         "checkpoint step 24 does not fit the model: missing params/hidden1 (2 arrays), extra: none,"
-        " shape: none"
+        " shape: none; to go on without: --init_rules='hidden1=skip'"
     )
     assert capsys.readouterr().err == f"jaxtrain: error: --init_from={finished}: {line}\n"
     assert (
@@ -481,7 +481,7 @@ def test_42_parameters_of_another_model(
     )
     line = (
         "checkpoint step 24 does not fit the model: missing: none, extra: params/hidden0 (2"
-        " arrays), shape: none"
+        " arrays), shape: none; to go on without: --init_rules='hidden0=skip'"
     )
     assert capsys.readouterr().err == f"jaxtrain: error: --init_from={finished}: {line}\n"
 

@@ -236,14 +236,32 @@ def test_every_field_of_a_run_bears_its_marks() -> None:
 
 # Written out once more, so that a mark is not changed by accident.
 FREE_AT_RESUME = {
-    *("steps", "epochs", "init_from", "mesh", "shard", "remat", "offload", "platform"),
-    *("device_data", "debug_nans", "steps_per_call", "eval_every", "eval_batch_size"),
+    *(
+        "steps",
+        "epochs",
+        "init_from",
+        "init_rules",
+        "mesh",
+        "shard",
+        "remat",
+        "offload",
+        "platform",
+    ),
+    *(
+        "init_params",
+        "init_checkpoint",
+        "device_data",
+        "debug_nans",
+        "steps_per_call",
+        "eval_every",
+        "eval_batch_size",
+    ),
     *("checkpoint_every", "keep", "keep_every", "log_every", "tensorboard", "wandb", "report"),
 }
 ONE_STARTS_OWN = {
     *("compare_meshes", "compare_steps", "processes", "process", "coordinator", "hang_seconds"),
     *("max_restarts", "workdir", "resume", "from_run", "allow_config_change", "force_unlock"),
-    *("eval_only", "profile_steps", "traceback"),
+    *("eval_only", "profile_steps", "traceback", "checkpoint", "rewind"),
 }
 
 
@@ -683,7 +701,13 @@ def test_every_file_of_the_cli_is_a_command() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["lst"], "unknown command 'lst'; valid: list, verify, report; did you mean 'list'?"),
+        (
+            ["lst"],
+            (
+                "unknown command 'lst'; valid: list, verify, report, predict, export; did you"
+                " mean 'list'?"
+            ),
+        ),
         (
             ["list", "optmizers"],
             (

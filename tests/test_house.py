@@ -44,6 +44,7 @@ LOOPS = {"jaxtrain/train/loop.py: train", "jaxtrain/runner/run.py: _train"}
 FLOORS = (
     ("main", {"__init__", "__main__"}),
     ("commands", {"runner", "cli"}),
+    ("use", {"inference"}),
     ("training", {"train"}),
     ("parts", {"models", "data", "augment", "optimizers", "checkpoints", "config"}),
     ("machine", {"precision", "parallel", "plan", "processes", "report"}),
@@ -58,7 +59,7 @@ FLOORS = (
 )
 """The plan of the house, highest floor first: a room imports only from floors below its own. The
 single files may use one another."""
-KNOW_THE_RUN = {"runner", "cli", "__init__"}
+KNOW_THE_RUN = {"runner", "cli", "inference", "__init__"}
 """The only rooms above `config` that see the configuration of a whole run, besides the front door,
 which passes its name on; every other one asks for the few things it needs."""
 STORY_WORDS = re.compile(

@@ -426,7 +426,7 @@ def test_the_requirements_are_the_core_and_its_three_extras() -> None:
 def test_extras_and_licence() -> None:
     assert set(project()["optional-dependencies"]) == {
         *("data", "report", "checkpoints", "all"),
-        *("cuda12", "cuda13", "plan", "wandb", "tensorflow"),
+        *("cuda12", "cuda13", "plan", "wandb", "tensorflow", "safetensors"),
         *("test", "docs"),
     }
     licence = (ROOT / "LICENSE").read_text()

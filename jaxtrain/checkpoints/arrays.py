@@ -137,6 +137,15 @@ def check_fit(step: int, stored: Specs, wanted: Specs) -> None:
             )
 
 
+def castable(one: str, other: str) -> bool:
+    """Whether an array may be stored in the other dtype: the same, or both of real floats."""
+    if one == other or (one == "uint32" and other.startswith("key<")):
+        return True
+    return not {one[:4], other[:4]} & {"key<"} and all(
+        jnp.issubdtype(jnp.dtype(dtype), jnp.floating) for dtype in (one, other)
+    )
+
+
 def not_finite(arrays: HostState, parts: Iterable[str]) -> str | None:
     """The first path under one of these parts whose array holds NaN or infinity."""
     for path, array in arrays.items():

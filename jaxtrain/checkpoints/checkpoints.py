@@ -207,6 +207,24 @@ class Checkpoints:
         """Dtype and shape of every array that a step holds, by path."""
         return manifest.read(self.folder / str(step))["tree"]
 
+    def chosen_step(self, word: str, flag: str, on_problem: Callable[[str], None]) -> int | None:
+        """The step that `last`, `best` or a number names; None if there is no checkpoint at all.
+        `UserError` naming `flag`, with the steps that there are, if that one is not there."""
+        if word == "last":
+            return self.newest_verified(on_problem)
+        steps = self.steps()
+        if not steps:
+            # damage is said, not taken for a folder that holds nothing
+            return self.newest_verified(on_problem)
+        listed = f"{self.folder} holds {', '.join(map(str, steps))}"
+        if word == "best":
+            if (best := self.best()) is None:
+                raise UserError(f"{flag}: no checkpoint has a validation score; {listed}")
+            return best
+        if int(word) not in steps:
+            raise UserError(f"{flag}: no such checkpoint; {listed}")
+        return int(word)
+
     def restore(
         self, step: int, like: PyTree, *, partial: bool = False
     ) -> tuple[PyTree, dict[str, Any]]:
@@ -231,11 +249,7 @@ class Checkpoints:
         return arrays.digest(self._read(step, manifest.read(self.folder / str(step))["tree"]))
 
     def _read(self, step: int, stored: arrays.Specs) -> HostState:
-        try:
-            return arrays.read(self.folder / str(step) / PAYLOAD, stored)
-        # the storage library has no error class of its own, and its texts are pages long
-        except Exception as error:
-            raise CheckpointError(f"step {step}: {PAYLOAD}: {_reason(error)}") from error
+        return read_step(self.folder / str(step), stored)
 
     def _commit_in_background(self, state: HostState, record: Record) -> None:
         """The background thread: everything after the copy; its error waits for the next call."""
@@ -345,6 +359,16 @@ def _refuse_inner_folder(folder: Path) -> None:
     if inner.name == FOLDER and (inner != folder or committed.numbered(folder)):
         what = "a checkpoint" if inner != folder else "the folder of the checkpoints"
         raise UserError(f"{folder}: is {what}; give the workdir, {inner.parent}")
+
+
+def read_step(folder: Path, stored: arrays.Specs) -> HostState:
+    """All arrays in the folder of a step, which are as `stored` says; `CheckpointError`, in one
+    line, if they cannot be read."""
+    try:
+        return arrays.read(folder / PAYLOAD, stored)
+    # the storage library has no error class of its own, and its texts are pages long
+    except Exception as error:
+        raise CheckpointError(f"step {folder.name}: {PAYLOAD}: {_reason(error)}") from error
 
 
 def digest(state: PyTree) -> str:

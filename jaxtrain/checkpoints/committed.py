@@ -49,6 +49,12 @@ def verify(folder: Path, step: int) -> list[str]:
     path = folder / str(step)
     if not path.is_dir() and not path.is_symlink():
         return ["is a file, not a directory" if path.exists() else "no such checkpoint"]
+    return problems(path, step)
+
+
+def problems(path: Path, step: int | None = None) -> list[str]:
+    """What is wrong with the folder of a step, wherever it lies; with `step`, also if it is not
+    that one."""
     return manifest.problems(path) or _record_problems(manifest.read(path), step)
 
 
@@ -84,10 +90,10 @@ def newest(folder: Path, on_problem: Callable[[str], None]) -> int | None:
     return None
 
 
-def _record_problems(record: Record, step: int) -> list[str]:
+def _record_problems(record: Record, step: int | None) -> list[str]:
     """Whether a manifest that matches its COMMIT describes a checkpoint: other programs may have
     written both."""
-    if record.get("step") != step:
+    if step is not None and record.get("step") != step:
         return [f"{manifest.MANIFEST}: is of step {record.get('step')}; was the folder renamed?"]
     arrays = record.get("tree")
     if (

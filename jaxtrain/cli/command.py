@@ -1,7 +1,7 @@
 """What a command of `python -m jaxtrain` is, and the arguments that several of them take."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jaxtrain import messages
@@ -24,6 +24,61 @@ def refuse_flags(command: str, arguments: Sequence[str], takes: str = "none") ->
     """Raises `UserError` for a flag that the command does not take."""
     if flag := next((argument for argument in arguments if argument.startswith("-")), None):
         raise UserError(f"{command}: unknown flag {messages.printable(flag)}; it takes {takes}")
+
+
+def options(
+    command: str, arguments: Sequence[str], known: Mapping[str, str | None]
+) -> tuple[Path, dict[str, str]]:
+    """The folder of a run and the values of `--name=value` that a command was given; `known` holds
+    each name with an example, or None for one that takes no value. `UserError` for anything else.
+
+    >>> options("export", [".", "--out=w"], {"out": "weights.safetensors", "overwrite": None})
+    (PosixPath('.'), {'out': 'w'})
+    """
+    places, given = [], dict[str, str]()
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if not argument.startswith("-"):
+            places.append(argument)
+            continue
+        name, equals, value = argument.lstrip("-").partition("=")
+        if name not in known:
+            near = messages.nearest(name, known)
+            hint = f"did you mean --{near}?" if near else f"valid: --{', --'.join(known)}"
+            raise UserError(f"{command}: unknown flag --{messages.printable(name)}; {hint}")
+        example = known[name]
+        if example is None and equals:
+            raise UserError(f"{command} --{name}: takes no value")
+        if example is not None and not equals:
+            if not waiting or waiting[0].startswith("-"):
+                raise UserError(f"{command} --{name}: needs a value, e.g. --{name}={example}")
+            value = waiting.pop(0)
+        if example is not None and not value:
+            raise UserError(f"{command} --{name}=: needs a value, e.g. --{name}={example}")
+        if given.get(name, value) != value:
+            raise UserError(f"{command}: --{name} is given twice; give it once")
+        given[name] = value
+    [workdir] = workdirs(command, places, several=False)
+    return workdir, given
+
+
+def new_file(command: str, given: Mapping[str, str], suffixes: Sequence[str]) -> Path:
+    """The file that `--out` names; `UserError` if there is no such folder, its suffix is none of
+    these, or it is there and nobody said `--overwrite`."""
+    if "out" not in given:
+        raise UserError(f"{command}: needs --out=FILE{suffixes[0]}")
+    path = Path(given["out"]).expanduser()
+    flag = f"{command} --out={messages.printable(given['out'])}"
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"{flag}: must end in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise UserError(f"{flag}: is a directory; name a file in it")
+    if path.exists() and "overwrite" not in given:
+        raise UserError(f"{flag}: is there already; choose another name, or add --overwrite")
+    if not path.parent.is_dir():
+        raise UserError(f"{flag}: no such directory: {messages.printable(str(path.parent))}")
+    return path
 
 
 def workdirs(

@@ -8,13 +8,15 @@ import sys
 from collections.abc import Sequence
 
 from jaxtrain import messages
-from jaxtrain.cli import list_components, report, verify
+from jaxtrain.cli import export, list_components, predict, report, verify
 from jaxtrain.errors import RunError, UserError
 
 COMMANDS = {
     "list": list_components.COMMAND,
     "verify": verify.COMMAND,
     "report": report.COMMAND,
+    "predict": predict.COMMAND,
+    "export": export.COMMAND,
 }
 
 

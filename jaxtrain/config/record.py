@@ -69,7 +69,7 @@ def from_json(run: config.Run, record: Mapping[str, Any]) -> config.Run:
     changes: dict[str, Any] = {}
     for field in fields_of(run):
         if field.name in config.FAMILIES:
-            changes[field.name] = _family(run, field.name, record[field.name])
+            changes[field.name] = family_from_json(run, field.name, record[field.name])
         elif field.name in names and Mark.INVOCATION not in field.marks:
             changes[field.name] = _value(
                 field, field.name, record[field.name], getattr(run, field.name)
@@ -247,7 +247,9 @@ def _is_json(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-def _family(run: config.Run, family: str, record: Any) -> Any:
+def family_from_json(run: config.Run, family: str, record: Any) -> Any:
+    """One component from its record, of the kinds that `run` holds or offers; errors as in
+    `from_json`."""
     own = getattr(run, family)
     if record is None and own is None:
         return None

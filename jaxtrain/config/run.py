@@ -7,6 +7,7 @@ those that ask the disk.
 
 import dataclasses
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from jaxtrain.errors import UserError
 from jaxtrain.fields import Above, AtLeast, Between, Count
 from jaxtrain.horizon import Horizon
 from jaxtrain.schedules import Constant
+from jaxtrain.tree import Rules
 
 BatchSize = Annotated[int, AtLeast(1, whole=True)]
 Seed = Annotated[int, Between(0, 2**32 - 1, whole=True)]
@@ -62,7 +64,16 @@ class Run(StepOptions):
     """Standardizes images by the mean and deviation of the train split; otherwise they are only
     scaled to 0..1."""
     init_from: Annotated[str, Group.TRAINING, FREE, PATH] = ""
-    """A workdir or checkpoint whose parameters the run starts from (a warm start, not a resume)."""
+    """A workdir, checkpoint or safetensors file whose parameters the run starts from (a warm start,
+    not a resume)."""
+    init_rules: Annotated[Rules[str], Group.TRAINING, FREE] = ()
+    """What --init_from leaves out, resizes or renames, by path pattern: PATTERN=skip,
+    PATTERN=resize or OLD=NEW, e.g. head=skip,encoder=backbone."""
+    init_params: Annotated[Literal["auto", "average", "raw"], Group.TRAINING, FREE] = "auto"
+    """Which parameters --init_from takes: the average where there is one, the average or none, or
+    the raw ones."""
+    init_checkpoint: Annotated[str, Group.TRAINING, FREE] = "last"
+    """Which step of a workdir --init_from takes: best, last or a number."""
 
     mesh: Annotated[str, Group.DEVICES, FREE] = "data:-1"
     """The devices as named axes, e.g. data:2,fsdp:4; one size may be -1, which takes what is
@@ -117,6 +128,11 @@ class Run(StepOptions):
     allow_config_change: Annotated[tuple[str, ...], Group.WORKDIR, INVOCATION] = ()
     """Names of flags that may differ from those of the run being resumed, e.g.
     optimizer.learning_rate."""
+    checkpoint: Annotated[str, Group.WORKDIR, INVOCATION] = "last"
+    """Which checkpoint to go on from or to evaluate: best, last or a step."""
+    rewind: Annotated[bool, Group.WORKDIR, INVOCATION] = False
+    """Lets --checkpoint go on from an earlier step: later checkpoints and the metrics are set aside
+    in WORKDIR/rewound-TIME."""
     force_unlock: Annotated[bool, Group.WORKDIR, INVOCATION] = False
     """Takes over a workdir whose owner is surely dead."""
 
@@ -227,6 +243,36 @@ def check(run: Run) -> None:
         raise UserError(
             "--eval_only and --resume=never: evaluating needs a checkpoint; drop one of them"
         )
+    _check_start(run)
+
+
+def _check_start(run: Run) -> None:
+    """The rules between the flags that say where a run starts."""
+    for name in ("checkpoint", "init_checkpoint"):
+        word = getattr(run, name)
+        if word not in ("best", "last") and not re.fullmatch("0|[1-9][0-9]{0,17}", word):
+            near = messages.did_you_mean(word, ("best", "last"))
+            raise UserError(f"--{name}={messages.shown(word)}: must be best, last or a step{near}")
+    defaults = {"init_rules": (), "init_params": "auto", "init_checkpoint": "last"}
+    for name, default in defaults.items():
+        if not run.init_from and getattr(run, name) != default:
+            text = values.text(getattr(run, name))
+            raise UserError(f"--{name}={text}: belongs to --init_from, which is not given")
+    if run.checkpoint != "last" and run.resume == "never":
+        raise UserError(
+            f"--checkpoint={run.checkpoint} and --resume=never: cannot go together; drop one of"
+            " them"
+        )
+    if run.checkpoint != "last" and run.max_restarts and not run.eval_only:
+        raise UserError(
+            f"--checkpoint={run.checkpoint}: every restart would go back to it; drop"
+            f" --max_restarts={run.max_restarts}"
+        )
+    if run.rewind and (run.eval_only or run.checkpoint == "last"):
+        raise UserError(
+            "--rewind: goes on from an earlier step; give it with --checkpoint=best or a step, and"
+            " without --eval_only"
+        )
 
 
 def check_paths(run: Run) -> None:
@@ -234,7 +280,9 @@ def check_paths(run: Run) -> None:
     trace on the disk."""
     if run.workdir:
         _check_workdir(run.workdir)
-    if run.init_from and not os.path.exists(run.init_from):
+    # a run that goes on does not read it again
+    begun = run.workdir and os.path.exists(os.path.join(run.workdir, "run.json"))
+    if run.init_from and not begun and not os.path.exists(run.init_from):
         raise UserError(
             f"--init_from={messages.printable(run.init_from)}: no such file or"
             f" directory{messages.did_you_mean_path(run.init_from)}"

@@ -13,6 +13,8 @@ from jaxtrain import config, optimizers, precision, tree
 from jaxtrain.config import record as run_record
 from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import Table, is_image
+from jaxtrain.inference import inputs
+from jaxtrain.inference import trained as trained_model
 from jaxtrain.parallel import mesh as meshes
 from jaxtrain.runner import workdir
 from jaxtrain.runner.build import Lengths
@@ -109,6 +111,8 @@ def record(
     now = workdir.describe(run, argv) | {
         "run_id": earlier["run_id"],
         "hyper": hyper.collect(programs.recipe),
+        "classes": {name: trained_model.class_of(getattr(run, name)) for name in config.FAMILIES},
+        "inputs": inputs.describe(run.task, splits.train, programs.recipe.prepare, run.batch_size),
         "data": {
             "fingerprint": splits.fingerprint,
             "train": len(splits.train),

@@ -3,6 +3,9 @@ begin with (new, resumed, or with parameters from elsewhere)."""
 
 import dataclasses
 import os
+import shutil
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain import config, messages, rng, tree
-from jaxtrain.checkpoints import arrays
+from jaxtrain.checkpoints import arrays, committed, positions, variables, warm_start, weights_file
 from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.errors import CheckpointError, UserError
 from jaxtrain.precision.loss_scale import LossScale
@@ -37,6 +40,8 @@ class Found:
     run_id: str
     newest: int | None
     """The step to go on from."""
+    later: list[int]
+    """The steps after it, which --rewind sets aside."""
 
 
 def inspect(run: config.Run, folder: Path, fingerprint: str, abstract: TrainState) -> Found:
@@ -50,8 +55,10 @@ def _inspect(run: config.Run, folder: Path, fingerprint: str, abstract: TrainSta
     record = workdir.read(folder)
     notes = _check_folder(run, folder, record, fingerprint, abstract)
     run_id = (record or {}).get("run_id") or os.urandom(8).hex()
-    newest = _newest(run, folder, Checkpoints(folder, run_id=run_id), record)
-    return Found(record, notes, run_id, newest)
+    checkpoints = Checkpoints(folder, run_id=run_id)
+    newest = _newest(run, folder, checkpoints, record)
+    later = _later(run, checkpoints, newest) if run.checkpoint != "last" else []
+    return Found(record, notes, run_id, newest, later)
 
 
 def _check_folder(
@@ -112,12 +119,58 @@ def _newest(
     newest = checkpoints.resume_step(run.resume, messages.warn)
     if newest is None and run.eval_only:
         raise UserError(f"--eval_only: no committed checkpoint in {place}")
+    if run.checkpoint != "last":
+        newest = _chosen(run, checkpoints)
     if newest is not None and record is None:
         raise UserError(
             f"--workdir={folder}: holds checkpoints but no run.json; restore it, or use a new"
             " workdir"
         )
     return newest
+
+
+def _chosen(run: config.Run, checkpoints: Checkpoints) -> int:
+    """The step that --checkpoint names, verified; `UserError` if it is not there."""
+    flag = f"--checkpoint={run.checkpoint}"
+    step = checkpoints.chosen_step(run.checkpoint, flag, messages.warn)
+    if step is None:
+        raise UserError(f"{flag}: no committed checkpoint in {checkpoints.folder}")
+    if problems := checkpoints.verify(step):
+        raise CheckpointError(f"{flag}: step {step}: {problems[0]}")
+    return step
+
+
+def _later(run: config.Run, checkpoints: Checkpoints, chosen: int | None) -> list[int]:
+    """The steps after the chosen one; `UserError` if going on would replace them and nobody said
+    that it may."""
+    later = [step for step in committed.numbered(checkpoints.folder) if step > (chosen or 0)]
+    if run.eval_only or not later:
+        return []
+    if not run.rewind:
+        workdir = checkpoints.folder.parent
+        raise UserError(
+            f"--checkpoint={run.checkpoint}: going on from step {chosen} would replace the later"
+            f" steps {', '.join(map(str, later))}; add --rewind to set them aside, or take a new"
+            f" --workdir with --init_from={workdir} --init_checkpoint={chosen}"
+        )
+    return later
+
+
+def set_aside(folder: Path, found: Found) -> str | None:
+    """Moves the checkpoints after the chosen one, and a copy of the metrics, into a folder of their
+    own; what was done, in words."""
+    if not found.later:
+        return None
+    place = folder / f"rewound-{time.strftime('%Y%m%d-%H%M%S')}"
+    kept = place / "checkpoints"
+    kept.mkdir(parents=True)
+    if (metrics := folder / "metrics.jsonl").is_file():
+        shutil.copy2(metrics, place / metrics.name)
+    # The newest first: a kill on the way leaves a folder that can be gone on from.
+    for step in reversed(found.later):
+        os.rename(folder / "checkpoints" / str(step), kept / str(step))
+    steps = ", ".join(map(str, found.later))
+    return f"back to step {found.newest}: steps {steps} and the metrics so far are in {place}"
 
 
 def starting_state(
@@ -127,11 +180,9 @@ def starting_state(
     checkpoints: Checkpoints,
     newest: int | None,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state to begin with and what its checkpoint says besides: restored, or new (perhaps with
-    parameters from elsewhere)."""
+    """The state to begin with and what its checkpoint says besides: restored, or new."""
     if newest is None:
-        warm = _warm(run.init_from, programs.state) if run.init_from else {}
-        return dataclasses.replace(execution.initialize(programs, run.seed), **warm), {}
+        return execution.initialize(programs, run.seed), {}
     # The numbers of the recipe are those of today's flags; the checkpoint has its own, of other
     # names if a part was switched on or off since. What an allowed change adds (a loss scale, an
     # average) begins now, and what it takes away is not read.
@@ -189,14 +240,13 @@ def _completed(
         changes["opt_state"] = _cast(restored.opt_state, abstract.opt_state)
     seeded = jax.random.key_data(rng.root(run.seed))
     new_seed = not np.array_equal(seeded, group.fetch(jax.random.key_data(restored.key)))
-    if restored.opt_state is None or new_seed:
+    if restored.opt_state is None:
+        messages.warn("the optimizer's state in the checkpoint is another's; it begins anew")
+        changes["opt_state"] = programs.restart(restored).opt_state
+    if new_seed:
         fresh = execution.initialize(programs, run.seed)
-        if restored.opt_state is None:
-            messages.warn("the optimizer's state in the checkpoint is another's; it begins anew")
-            changes["opt_state"] = fresh.opt_state
-        if new_seed:
-            changes["key"] = fresh.key
-            changes["position"] = dataclasses.replace(restored.position, seed=fresh.position.seed)
+        changes["key"] = fresh.key
+        changes["position"] = dataclasses.replace(restored.position, seed=fresh.position.seed)
     return dataclasses.replace(restored, **changes)
 
 
@@ -211,24 +261,128 @@ def _cast(values: tree.PyTree, like: tree.PyTree, *, copy: bool = False) -> tree
     return jax.tree.map(cast, values, like)
 
 
-def _warm(source: str, abstract: TrainState) -> dict[str, Any]:
-    """The parameters, and the model's other variables, of another run or of one of its checkpoints;
-    an average starts from them too."""
-    path, flag = Path(source), f"--init_from={source}"
-    single = path.name.isdecimal() and path.parent.name == "checkpoints"
-    checkpoints = Checkpoints(path.parent.parent if single else path)
+@dataclasses.dataclass(frozen=True)
+class Warm:
+    """What a warm start took, and from where."""
+
+    source: str
+    step: int | None
+    averaged: str
+    """Which average its parameters are, in words; empty for the raw ones."""
+    plan: warm_start.Plan
+
+    def lines(self) -> list[str]:
+        """What was taken, in words."""
+        step = "" if self.step is None else f" of step {self.step}"
+        which = self.averaged or "the raw ones: there is no average, or --init_params=raw"
+        counts = [
+            f"{count} {what}"
+            for what in ("taken", "resized", "new", "skipped")
+            if (count := self.plan.count(what))
+        ]
+        return [
+            (
+                f"warm start from {self.source}: parameters{step} ({which}); arrays:"
+                f" {', '.join(counts)}"
+            ),
+            *(f"note: {note}" for note in self.plan.notes),
+        ]
+
+    def table(self) -> list[tuple[str, tuple[int, ...], str, str]]:
+        """A row for each array: path, shape, what became of it, and where it came from."""
+        rows = []
+        for row in self.plan.rows:
+            source = row.source if row.source != row.path else ""
+            how = ", ".join(text for text in (row.cast and f"{row.cast}", row.note) if text)
+            rows.append((row.path, row.shape, row.what, f"{source} {how}".strip()))
+        return rows
+
+    def record(self) -> dict[str, Any]:
+        """For run.json."""
+        return {
+            "source": self.source,
+            "step": self.step,
+            "params": self.averaged or "raw",
+            "arrays": [
+                {"path": path, "shape": list(shape), "what": what, "from": source}
+                for path, shape, what, source in self.table()
+            ],
+        }
+
+
+def warm_state(
+    run: config.Run, programs: Programs, execution: Execution
+) -> tuple[TrainState, Warm]:
+    """A new state with the parameters, and the model's other variables, of another run or of a
+    file; the optimizer and an average start from them."""
+    flag = f"--init_from={run.init_from}"
+    abstract = programs.state
+    wanted = {"params": abstract.params, **abstract.collections}
     try:
-        newest = int(path.name) if single else checkpoints.newest_verified(messages.warn)
-        if newest is None:
-            raise UserError(
-                f"{flag}: no committed checkpoint there; give a workdir, or"
-                " WORKDIR/checkpoints/STEP"
-            )
-        wanted = {"params": abstract.params, "collections": abstract.collections}
-        restored, _ = checkpoints.restore(newest, wanted, partial=True)
+        stored, what = _stored(run, flag)
+        plan = warm_start.plan(
+            stored.specs,
+            arrays.specs(wanted),
+            run.init_rules,
+            what=what,
+            images=(stored.image, _image(programs.batch)),
+        )
+        taken = plan.values(stored.read())
+        if path := arrays.not_finite(taken, [path.partition("/")[0] for path in taken]):
+            raise UserError(f"{what}: {path} holds NaN or infinity")
     except (CheckpointError, ValueError) as error:
         text = str(error)
         raise UserError(text if text.startswith(flag) else f"{flag}: {text}") from error
-    if abstract.ema is None:
-        return restored
-    return restored | {"ema": jax.tree.map(lambda leaf: leaf.copy(), restored["params"])}
+    fresh = execution.initialize(programs, run.seed)
+    leaves = tree.flatten(wanted)
+    placed = arrays.to_devices(taken, {path: leaves[path] for path in taken})
+    whole = {"params": fresh.params, **fresh.collections}
+    filled = [placed.get(path, leaf) for path, leaf in tree.flatten(whole).items()]
+    new = jax.tree.unflatten(jax.tree.structure(whole), filled)
+    state = dataclasses.replace(fresh, params=new.pop("params"), collections=new)
+    return programs.restart(state), Warm(run.init_from, stored.step, stored.averaged, plan)
+
+
+def _stored(run: config.Run, flag: str) -> tuple[variables.Stored, str]:
+    """The variables that --init_from names, not read yet, and what they are called."""
+    path = Path(run.init_from)
+    if path.is_file():
+        if run.init_params == "average" or run.init_checkpoint != "last":
+            raise UserError(
+                f"{flag}: is a file, which holds one set of parameters; drop --init_params and"
+                " --init_checkpoint"
+            )
+        return weights_file.read(path), "the file"
+    if (path / "MANIFEST.json").exists():
+        if run.init_checkpoint != "last":
+            raise UserError(
+                f"{flag}: is one checkpoint already; drop --init_checkpoint={run.init_checkpoint}"
+            )
+        folder = path
+    else:
+        folder = _step_folder(run, path.parent if path.name == "checkpoints" else path, flag)
+    stored = variables.of_step(folder, choice=run.init_params)
+    return stored, f"checkpoint step {stored.step}"
+
+
+def _step_folder(run: config.Run, workdir: Path, flag: str) -> Path:
+    """The folder of the step of a workdir that --init_checkpoint names, which process 0 chooses."""
+    checkpoints = Checkpoints(workdir)
+    word = f"{flag}: --init_checkpoint={run.init_checkpoint}"
+
+    def choose() -> int | None:
+        return checkpoints.chosen_step(run.init_checkpoint, word, messages.warn)
+
+    step = group.on_main(choose)
+    if step is None:
+        raise UserError(
+            f"{flag}: no committed checkpoint there; give a workdir, or WORKDIR/checkpoints/STEP"
+        )
+    return checkpoints.folder / str(step)
+
+
+def _image(batch: Mapping[str, Any]) -> positions.Grid | None:
+    """Height and width of the images in a batch, if it holds any."""
+    return next(
+        ((leaf.shape[1], leaf.shape[2]) for leaf in batch.values() if len(leaf.shape) == 4), None
+    )

@@ -90,12 +90,32 @@ def start(opened: Opened) -> int:
         if stop.status is not None:
             progress.line(f"{stop.name}: nothing done yet, nothing to save")
             return stop.status
-        state, kept = restore.starting_state(
-            run, opened.programs, opened.execution, checkpoints, found.newest
-        )
+        state, kept, warm = _beginning(opened, found, checkpoints, progress)
         if run.eval_only:
             return _evaluate_only(opened, state, progress)
-        return _train(opened, found, state, kept, checkpoints, progress, stop)
+        return _train(opened, found, state, kept, checkpoints, progress, stop, warm)
+
+
+def _beginning(
+    opened: Opened, found: restore.Found, checkpoints: Checkpoints, progress: Progress
+) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
+    """The state to begin with, what its checkpoint says besides, and what run.json keeps of a warm
+    start."""
+    run = opened.run
+    if found.newest is None and run.init_from:
+        state, warm = restore.warm_state(run, opened.programs, opened.execution)
+        for line in warm.lines():
+            progress.line(line)
+        if any(row.what != "taken" or row.source != row.path for row in warm.plan.rows):
+            progress.show(tables.warm_start_table(warm.table()))
+        return state, {}, {"init": warm.record()}
+    state, kept = restore.starting_state(
+        run, opened.programs, opened.execution, checkpoints, found.newest
+    )
+    if line := group.on_main(lambda: restore.set_aside(opened.folder, found)):
+        progress.line(line)
+    earlier = found.record or {}
+    return state, kept, {"init": earlier["init"]} if "init" in earlier else {}
 
 
 def _close(checkpoints: Checkpoints) -> None:
@@ -153,6 +173,7 @@ def _train(
     checkpoints: Checkpoints,
     progress: Progress,
     stop: group.StopAgreement,
+    warm: dict[str, Any],
 ) -> int:
     """Compiles, runs the loop, and writes what a finished run leaves."""
     run, first = opened.run, found.newest or 0
@@ -174,7 +195,7 @@ def _train(
             earlier,
             step=first,
         )
-        workdir.write(opened.folder, record)
+        workdir.write(opened.folder, record | warm)
     writers = _writers(opened, found.run_id)
     with closing.closed_in_order(profiler.close, trained.feed.close, writers.close):
         writers.resume(first, int(kept.get("metrics_bytes", 0)))

@@ -20,6 +20,7 @@ from jaxtrain.train.recipe import Recipe
 from jaxtrain.train.state import (
     Placement,
     TrainState,
+    beginning,
     initial_numbers,
     initializer,
     parameter_axes,
@@ -52,6 +53,17 @@ class Programs:
     def initialize_alone(self, seed: int) -> TrainState:
         """The same state by a program for one device, which rounds alike for every mesh."""
         return jax.jit(self.initializer)(initial_numbers(self.recipe), np.uint32(seed))
+
+    def restart(self, state: TrainState) -> TrainState:
+        """The state before the first step from the parameters that `state` holds: its optimizer's
+        state and average made for these, for some optimizers keep copies of them."""
+
+        def restarted(state: TrainState) -> tuple[Any, Any]:
+            return beginning(self.recipe, state.params, state.hyper, state.key, self.places.axes)
+
+        where = self.places.state
+        opt_state, ema = jax.jit(restarted, out_shardings=(where.opt_state, where.ema))(state)
+        return dataclasses.replace(state, opt_state=opt_state, ema=ema)
 
     @property
     def batch_size(self) -> int:

@@ -97,6 +97,23 @@ def sharding_table(rows: Sequence[tuple[str, Sequence[int], str, int, str]]) -> 
     return table
 
 
+def warm_start_table(rows: Sequence[tuple[str, Sequence[int], str, str]]) -> Table:
+    """What a warm start took: path, shape, what became of it (taken, resized, new, skipped) and
+    where it came from; equal layers share a row."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for path, shape, what, source in rows:
+        key = (re.sub(r"\d+", "#", path), tuple(shape), what, re.sub(r"\d+", "#", source))
+        groups.setdefault(key, []).append(path)
+    sources = {(path, what): source for path, _, what, source in rows}
+    table = _table("warm start", "shape", "arrays", "", "from")
+    table.columns[-1].justify = "left"
+    for (_, shape, what, _), paths in groups.items():
+        size = "×".join(map(str, shape)) or "scalar"
+        source = sources[paths[0], what]
+        table.add_row(clean(merged_path(paths)), size, f"{len(paths):,}", what, clean(source))
+    return table
+
+
 def merged_path(paths: Sequence[str]) -> str:
     """Paths that differ in numbers only as one.
 

@@ -1,0 +1,56 @@
+"""`python -m jaxtrain export WORKDIR --out=weights.safetensors`: the plain parameters of a run, for
+other programs and for `--init_from`."""
+
+import os
+from collections.abc import Sequence
+
+from jaxtrain import extras, messages
+from jaxtrain.cli.command import Command, new_file, options
+from jaxtrain.errors import UserError
+
+FLAGS = {"out": "weights.safetensors", "checkpoint": "best", "params": "raw", "overwrite": None}
+CHOICES = ("auto", "average", "raw")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Writes the parameters of a step, the average where there is one, and the model's other
+    variables."""
+    workdir, given = options("export", arguments, FLAGS)
+    path = new_file("export", given, (".safetensors",))
+    choice = given.get("params", "auto")
+    if choice not in CHOICES:
+        raise UserError(
+            f"export --params={messages.shown(choice)}: unknown; valid: {', '.join(CHOICES)}"
+            f"{messages.did_you_mean(choice, CHOICES)}"
+        )
+    extras.require("export", "safetensors", "orbax.checkpoint", "xxhash")
+    # Reading files needs no card, and a run may be using it.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from jaxtrain.checkpoints import arrays, variables, weights_file
+    from jaxtrain.inference import trained
+
+    record = trained.read_record(workdir)
+    step = trained.chosen_step(workdir, given.get("checkpoint", "last"))
+    stored = variables.of_step(workdir / "checkpoints" / str(step), choice=choice)
+    values = stored.read()
+    metadata = {
+        "step": step,
+        "params": stored.averaged or "raw",
+        "digest": arrays.digest(values),
+        "name": record["name"],
+        "config": record["config"],
+        "class_names": record["data"].get("class_names") or [],
+        "inputs": record.get("inputs"),
+    }
+    weights_file.write(path, values, metadata)
+    size = messages.bytes_text(sum(value.nbytes for value in values.values()))
+    which = stored.averaged or "the raw parameters"
+    print(f"step {step} ({which}): {len(values)} arrays, {size} -> {path}")
+    return 0
+
+
+COMMAND = Command(
+    "WORKDIR --out=FILE.safetensors [--checkpoint=last|best|STEP]",
+    "plain parameters as a file",
+    run,
+)

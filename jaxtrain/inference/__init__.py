@@ -1,0 +1,9 @@
+"""What was trained, put to use: a model with its parameters and what its inputs need, without
+labels, flags or optimizer."""
+
+__all__ = [
+    "answers",
+    "inputs",
+    "tables",
+    "trained",
+]
