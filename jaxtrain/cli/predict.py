@@ -111,7 +111,9 @@ def _write_csv(
     prediction = found.get("prediction")
     if prediction is not None and prediction.ndim == 1 and (words := model.names_of(prediction)):
         columns["class"] = words
-    for name, value in found.items():
+    first = [name for name in ("prediction", "value", "probability") if name in found]
+    for name in [*first, *(name for name in found if name not in first)]:
+        value = found[name]
         flat = value.reshape(len(value), -1)
         if value.ndim == 1:
             columns[name] = value

@@ -42,13 +42,17 @@ class Field:
                 f"{name} has shape {_shown(array.shape)}; the model takes (N,"
                 f" {', '.join(map(str, self.shape))}), or one example of {_shown(self.shape)}"
             )
-        if not _convertible(array.dtype, self.dtype):
-            raise UserError(
-                f"{name} is {array.dtype}, the run was trained on {self.dtype}; give it the same"
-                " numbers, scaled as they were"
-            )
+        self.check_dtype(name, array.dtype)
         self._check_values(name, array)
         return array.astype(self.dtype, copy=False)
+
+    def check_dtype(self, name: str, dtype: np.dtype) -> None:
+        """`UserError` unless rows of this dtype mean what those of training meant."""
+        if not _convertible(dtype, self.dtype):
+            raise UserError(
+                f"{name} is {dtype}, the run was trained on {self.dtype}; give it the same"
+                " numbers, scaled as they were"
+            )
 
     def _check_values(self, name: str, array: np.ndarray) -> None:
         if not array.size:
@@ -108,7 +112,12 @@ class Inputs:
                 raise UserError(
                     f"holds {', '.join(fields)}; the model takes {', '.join(self.fields)}"
                 )
-            field.convert(name, np.empty((0, *fields[name].shape), fields[name].dtype))
+            if (shape := tuple(fields[name].shape)) != field.shape:
+                raise UserError(
+                    f"an example of {name} has shape {_shown(shape)}; the model takes"
+                    f" {_shown(field.shape)}"
+                )
+            field.check_dtype(name, np.dtype(fields[name].dtype))
 
     def rows(self, given: Any) -> tuple[dict[str, np.ndarray], bool]:
         """The fields of a batch from an array or arrays by name, and whether it was one example
@@ -144,8 +153,6 @@ class Inputs:
         names = list(self.fields)
         if len(names) == 1:
             return {names[0]: given}
-        if isinstance(given, tuple) and len(given) == len(names):
-            return dict(zip(names, given, strict=True))
         raise UserError(
             f"the model takes {', '.join(names)}; give them by name, as a dict of arrays"
         )

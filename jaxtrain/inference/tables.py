@@ -55,7 +55,10 @@ def open_path(
 
 def of_run(source: Any, split: str, fingerprint: str) -> Opened:
     """A split of the data of a run: as asked for, or the test split, or the validation split."""
-    splits = source.open()
+    try:
+        splits = source.open()
+    except UserError as error:
+        raise UserError(f"the data of the run: {error}; or give --data.path=FILE") from error
     there = {name: getattr(splits, name) for name in SPLITS if getattr(splits, name) is not None}
     if split and split not in there:
         raise UserError(
@@ -107,7 +110,8 @@ def _images(root: Path, files: list[Path], inputs: Inputs, source: Any) -> Opene
         **settings,
     )
     names = tuple(str(file.relative_to(root)) for file in files)
-    return Opened(_Renamed(table, name), names, f"{len(files)} images")
+    count = "1 image" if len(files) == 1 else f"{len(files)} images"
+    return Opened(_Renamed(table, name), names, count)
 
 
 @dataclasses.dataclass(frozen=True)
