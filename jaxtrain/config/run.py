@@ -296,6 +296,33 @@ def _check_start(run: Run) -> None:
         )
 
 
+def _check_evaluation(run: Run) -> None:
+    """The rules for what is evaluated, and called, on the way."""
+    names = [name for name, _ in run.evaluate]
+    for name in names:
+        taken = name in ("train", "validation", "test") or names.count(name) > 1
+        if taken or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
+            rule = "is the name of another set" if taken else "use letters, digits, points, - and _"
+            raise UserError(f"--evaluate={messages.printable(name)}=...: {rule}; rename the set")
+    if run.stop_after is not None and not re.fullmatch(STOP_AFTER, run.stop_after):
+        raise UserError(
+            f"--stop_after={messages.shown(run.stop_after)}: not a number of evaluations; expected"
+            " e.g. 5evals, or none"
+        )
+    if run.stop_after is not None and not run.eval_every.value:
+        raise UserError(
+            f"--stop_after={run.stop_after} and --eval_every=0: nothing is evaluated on the way;"
+            " set --eval_every or drop --stop_after"
+        )
+    for name in ("at_step", "at_evaluation"):
+        hook = getattr(run, name)
+        if hook is not None and not callable(hook):
+            raise UserError(
+                f"{name}={hook!r}: is a {type(hook).__name__}; give a function of (step, state,"
+                " metrics)"
+            )
+
+
 def check_paths(run: Run) -> None:
     """Raises `UserError` if the workdir cannot be written or `init_from` is not there; leaves no
     trace on the disk."""

@@ -40,6 +40,8 @@ class Found:
     run_id: str
     newest: int | None
     """The step to go on from."""
+    loop: dict[str, Any]
+    """What the loop said of itself when it committed that step."""
     later: list[int]
     """The steps after it, which --rewind sets aside."""
 
@@ -57,8 +59,9 @@ def _inspect(run: config.Run, folder: Path, fingerprint: str, abstract: TrainSta
     run_id = (record or {}).get("run_id") or os.urandom(8).hex()
     checkpoints = Checkpoints(folder, run_id=run_id)
     newest = _newest(run, folder, checkpoints, record)
+    loop = {} if newest is None else checkpoints.loop(newest)
     later = _later(run, checkpoints, newest) if run.checkpoint != "last" else []
-    return Found(record, notes, run_id, newest, later)
+    return Found(record, notes, run_id, newest, loop, later)
 
 
 def _check_folder(
