@@ -468,7 +468,7 @@ def test_a_model_imports_alone() -> None:
     }
     families = {
         f"jaxtrain.models.{name}"
-        for name in ("layers", "mlp", "convnet", "resnet", "vit", "transformer")
+        for name in ("layers", "mlp", "convnet", "resnet", "vit", "transformer", "fitted")
     }
     ours = {name for name in loaded if name.startswith("jaxtrain")}
     roots = {"jaxtrain.errors", "jaxtrain.fields", "jaxtrain.horizon"}
