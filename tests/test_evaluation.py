@@ -116,6 +116,12 @@ def test_what_cannot_be_evaluated_is_one_line(
     ("source", "words"),
     [
         (Synthetic(shape=(5, 5, 1), num_classes=4, examples=40), "--evaluate=odd=Synthetic: "),
+        (
+            Arrays.of(
+                {"image": np.zeros((4, 4, 4, 1), np.float32), "label": np.arange(4)}, test="train"
+            ),
+            "--evaluate=odd=Arrays: image is uint8 in train and float32 in odd",
+        ),
         (3, "evaluate={'odd': int}: give a split of the data as text, or a data source"),
     ],
 )
@@ -225,6 +231,32 @@ def test_early_stopping_is_exact_through_a_signal(
     best = Checkpoints(folder).best()
     assert best == Checkpoints(early).best() and best is not None
     assert "ended at step" in capsys.readouterr().out
+
+
+def test_early_stopping_is_exact_through_a_kill(tmp_path: Path) -> None:
+    """A kill before the last commits leaves an earlier one, and lines that are cut back."""
+    often = WORSE | {"checkpoint_every": Horizon(3, "steps")}
+    assert start(tmp_path / "whole", *STOP, "--keep=99", **often) == 0
+    folder = Path(shutil.copytree(tmp_path / "whole", tmp_path / "run"))
+    for step in Checkpoints(folder).steps()[-2:]:
+        shutil.rmtree(folder / "checkpoints" / str(step))
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 9')
+    assert start(folder, *STOP, "--keep=99", **often) == 0
+    assert lines(folder) == lines(tmp_path / "whole")
+    assert digest(folder) == digest(tmp_path / "whole")
+
+
+def test_sets_alone_are_enough(tmp_path: Path) -> None:
+    flags = [
+        "--data.validation=",
+        "--evaluate=held=train[80%:]",
+        "--eval_every=12",
+        "--best=held/loss",
+    ]
+    assert start(tmp_path, *flags, "--stop_after=9") == 0
+    assert [line["step"] for line in split_lines(tmp_path, "held")] == [0, 12, 24]
+    assert Checkpoints(tmp_path).best() == 24
 
 
 def test_the_best_is_exact_through_a_signal(

@@ -318,6 +318,7 @@ def _finish(run: config.Run, values: dict[str, Any], typed: Mapping[str, str | N
         "eval_every" in typed
         and run.eval_every.value
         and getattr(run.data, "validation", None) == ""
+        and not run.evaluate
     ):
         raise UserError(
             f"--eval_every={typed['eval_every']}: dataset has no eval split; set --data.validation"

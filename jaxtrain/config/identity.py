@@ -24,6 +24,8 @@ from jaxtrain.fields import is_component, named_like_a_secret
 MOST_CHARACTERS = 300
 """What is longer ends in a hash of the whole, so that run.json stays readable."""
 MOST_DEPTH = 12
+MOST_BYTES = 1 << 26
+"""Of larger arrays only some rows are looked at."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
 
 
@@ -150,6 +152,9 @@ def _of_array(array: Any) -> str:
 
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
+    if array.nbytes > MOST_BYTES:  # whole data sets: rows far apart tell them apart
+        shape = f"{array.dtype}{list(array.shape)} of which "
+        return shape + _of_array(array[:: max(1, len(array) // 64)][:64])
     host = np.ascontiguousarray(array)
     content = _digest(host.reshape(-1).view(np.uint8).data if host.size else b"")
     return f"array({host.dtype}{list(host.shape)}, sha256:{content})"

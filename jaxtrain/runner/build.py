@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtrain import config, messages, optimizers, precision, schedules, tasks
 from jaxtrain.config import record as run_record
 from jaxtrain.config.step_options import options_of
-from jaxtrain.data import label_checks, pipeline, statistics
+from jaxtrain.data import checks, label_checks, pipeline, statistics
 from jaxtrain.data.order import Shuffled
 from jaxtrain.data.pipeline import BatchLoader
 from jaxtrain.data.splits import Splits
@@ -278,7 +278,10 @@ def with_evaluation_sets(run: config.Run, splits: Splits) -> Splits:
         if isinstance(source, str):
             notes += [note for note in opened.notes if note not in notes]
         else:
-            notes += [f"{name}: {note}" for note in opened.notes]
+            # The splits of one source were compared when it was opened.
+            flag = label_checks.flag_of(name, _expression(run, name))
+            alike = checks.check_alike({"train": splits.train, name: table}, flag)
+            notes += [f"{name}: {note}" for note in (*opened.notes, *alike)]
         sets[name] = table
     return dataclasses.replace(splits, evaluate=sets, notes=tuple(notes))
 

@@ -74,7 +74,9 @@ class Hooks:
         except (Exception, SystemExit) as error:  # noqa: BLE001 - none is worth a run
             self.failures[name] += 1
             if self.failures[name] == 1:
-                where = traceback.extract_tb(error.__traceback__)[-1]
+                frames = traceback.extract_tb(error.__traceback__)
+                theirs = [each for each in frames if "site-packages" not in each.filename]
+                where = theirs[-1]  # their own line, not that of a library which it called
                 said = messages.one_line(f"{type(error).__name__}: {error}")
                 self._note(
                     f"{name}: step {step}: {said} ({where.filename}:{where.lineno}); training goes"
