@@ -114,7 +114,6 @@ def initializer(
         variables = adapters.functions(recipe.model).init(rng.stream(key, "init", 0), inputs)
         params = jax.tree.map(_strong, variables.pop("params"))
         recipe.optimizer.check(params)
-        _check_rounding(recipe, params)
         opt_state, average = beginning(recipe, params, numbers, key, axes)
         scaling = LossScale.new() if precision.POLICIES[recipe.precision].scaled else None
         return TrainState(
@@ -176,24 +175,6 @@ def _check_rounding(recipe: Recipe, params: tree.PyTree) -> None:
             f"--optimizer_state=bf16: {kind} keeps copies of the parameters in its state, and would"
             " round them; use --optimizer_state=fp32"
         )
-
-
-def beginning(
-    recipe: Recipe,
-    params: tree.PyTree,
-    numbers: dict[str, jax.Array],
-    key: jax.Array,
-    axes: tree.PyTree,
-) -> tuple[tree.PyTree, tree.PyTree]:
-    """The optimizer's state and the average, or None, before the first step from these
-    parameters."""
-    optimizer = hyper.bind(recipe.optimizer, numbers, "optimizer")
-    transform = optimizer.transform(params, optimizer.learning_rate, axes)
-    average = None if recipe.ema_decay is None else jax.tree.map(_begun_average, params)
-    opt_state = transform.init(params)
-    if recipe.optimizer_state == "bf16":
-        opt_state = stochastic_rounding.to_bf16(opt_state, rng.stream(key, "rounding", 0))
-    return opt_state, average
 
 
 def place(
