@@ -62,6 +62,7 @@ QUICK: dict[str, Any] = {
     "clip_norm": None,
     "batch_size": 16,
     "steps": 4,
+    "eval_every": Horizon(0, "steps"),
     "checkpoint_every": Horizon(2, "steps"),
     "offers": {},
 }
