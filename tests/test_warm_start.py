@@ -3,6 +3,10 @@ interpolation written by hand."""
 
 import json
 import re
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +15,17 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from test_run import start, toy
+from test_run import ROOT, quiet_environment, start, toy
 
-from jaxtrain.checkpoints import positions, warm_start
+from jaxtrain.checkpoints import positions, warm_start, weights_file
 from jaxtrain.checkpoints.checkpoints import Checkpoints
+from jaxtrain.config import replaced
 from jaxtrain.data.sources.synthetic import Synthetic
 from jaxtrain.errors import UserError
 from jaxtrain.horizon import Horizon
 from jaxtrain.models import ViT
 from jaxtrain.optimizers import SGD, ScheduleFreeSGD
+from jaxtrain.runner import restore
 
 
 class Normed(nn.Module):
@@ -56,6 +62,7 @@ QUICK: dict[str, Any] = {
     "clip_norm": None,
     "batch_size": 16,
     "steps": 4,
+    "eval_every": Horizon(0, "steps"),
     "checkpoint_every": Horizon(2, "steps"),
     "offers": {},
 }
@@ -201,9 +208,14 @@ def test_positions_of_a_vit_are_interpolated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = ViT(num_classes=4, patch=2, width=8, depth=1, heads=2)
-    assert quick(tmp_path / "small", "--steps=2", model=model, data=data(side=4)) == 0
+    variables = nn.meta.unbox(model.init(jax.random.key(1), np.zeros((1, 4, 4, 1), np.float32)))
+    small = {
+        "/".join(key.key for key in path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+    }
+    weights_file.write(tmp_path / "small.safetensors", small, {})
     larger: dict[str, Any] = {"model": model, "data": data(side=8)}
-    warm = [*STILL, f"--init_from={tmp_path}/small"]
+    warm = [*STILL, f"--init_from={tmp_path}/small.safetensors"]
     assert quick(tmp_path / "warm", *warm, **larger) == 2
     line = (
         "shape: params/positions (1,5,8) vs (1,17,8); to go on without:"
@@ -211,7 +223,7 @@ def test_positions_of_a_vit_are_interpolated(
     )
     assert line in capsys.readouterr().err
     assert quick(tmp_path / "warm", *warm, "--init_rules=positions=resize", **larger) == 0
-    old = stored(tmp_path / "small", 2)["ema/positions"]
+    old = small["params/positions"]
     new = stored(tmp_path / "warm", 1)["params/positions"]
     np.testing.assert_array_equal(new[:, :1], old[:, :1])
     expected = by_hand(old[0, 1:].reshape(2, 2, 8).astype(np.float64), 4, 4)
@@ -460,14 +472,9 @@ def test_flags_that_are_wrong(
 
 def test_places_of_a_source(source: Path, tmp_path: Path) -> None:
     """A step, a copy of a step under another name, the folder of all steps, an older step."""
-    import shutil
-
     shutil.copytree(source / "checkpoints" / "2", tmp_path / "copied")
     old = {step: stored(source, step)["ema/head/kernel"] for step in (2, 4)}
     run = toy(**QUICK)
-    from jaxtrain.config import replaced
-    from jaxtrain.runner import restore
-
     rows: list[tuple[str, str, int]] = [
         (str(source / "checkpoints" / "2"), "last", 2),
         (str(tmp_path / "copied"), "last", 2),
@@ -479,3 +486,29 @@ def test_places_of_a_source(source: Path, tmp_path: Path) -> None:
         found, _ = restore._stored(changed, "--init_from")
         assert found.step == expected
         np.testing.assert_array_equal(found.read()["params/head/kernel"], old[expected])
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_same(tmp_path: Path) -> None:
+    """Process 0 chooses the step, and each places its own parts of the arrays."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    small = ["--model=mlp", "--model.widths=8", "--batch_size=32", "--notensorboard", "--noreport"]
+    command = [sys.executable, str(ROOT / "experiments" / "digits.py"), *small, "--platform=cpu"]
+    environment = quiet_environment()
+    first = [*command, "--steps=5", "--mesh=data:1", f"--workdir={tmp_path}/a"]
+    subprocess.run(first, env=environment, check=True, capture_output=True)
+    warm = [
+        *("--steps=1", "--ema_decay=none", "--optimizer.learning_rate=1e-30"),
+        *(f"--workdir={tmp_path}/b", f"--init_from={tmp_path}/a", "--init_rules=head=skip"),
+        *("--mesh=fsdp:-1", "--processes=2", f"--coordinator=localhost:{port}"),
+    ]
+    both = [
+        subprocess.Popen([*command, *warm, f"--process={index}"], env=environment)
+        for index in range(2)
+    ]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    old, new = stored(tmp_path / "a", 5), stored(tmp_path / "b", 1)
+    assert np.array_equal(old["ema/hidden0/kernel"], new["params/hidden0/kernel"])
+    assert not np.array_equal(old["ema/head/kernel"], new["params/head/kernel"])

@@ -111,13 +111,18 @@ def _names(stored: Specs, averaged: str) -> dict[str, str]:
 
 
 def _schedule_free_prefix(stored: Iterable[str]) -> str | None:
-    """Where a state holds that of Optax's schedule-free wrapper, if it does."""
+    """Where a state holds that of Optax's schedule-free wrapper; None if it holds none, or several,
+    of which none is all parameters'."""
     ends = ("b1", "weight_sum", "max_lr", "step_count")
-    for path in stored:
-        prefix = path.removesuffix("weight_sum")
-        if path.startswith("opt_state/") and all(f"{prefix}{end}" in stored for end in ends):
-            return prefix
-    return None
+    there = set(stored)
+    found = [
+        prefix
+        for path in there
+        if path.startswith("opt_state/") and path.endswith(ends[1])
+        for prefix in [path.removesuffix(ends[1])]
+        if all(f"{prefix}{end}" in there for end in ends)
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _schedule_free(variables: HostState, found: HostState) -> HostState:
