@@ -55,11 +55,5 @@ def by_hand(params, collections, batches, keys):
 
 
 if __name__ == "__main__":
-    begun = os.path.exists("runs/body")
-    jaxtrain.main(
-        *(
-            [experiment()]
-            if begun
-            else [run(range(5), name="body", optimizer=optax.adam(3e-3)), ["--workdir=runs/body"]]
-        )
-    )
+    body = {"name": "body", "workdir": "runs/body", "optimizer": optax.adam(3e-3)}
+    jaxtrain.main(experiment() if os.path.exists("runs/body") else run(range(5), **body))

@@ -2,7 +2,8 @@
 
     python examples/two_inputs.py
 
-What I have: a model of two arguments, and arrays. What I write: a task: did the token come before?
+What I have: a model of two arguments, and arrays whose padding has the tag -1. What I write: how the
+task calls them. To tag: did this token come before?
 """
 
 import jax
@@ -13,6 +14,7 @@ from flax import linen as nn
 
 import jaxtrain
 from jaxtrain.data import Arrays
+from jaxtrain.tasks import Classification
 
 
 class Tagger(nn.Module):
@@ -21,23 +23,20 @@ class Tagger(nn.Module):
         return nn.Dense(2)(nn.RNN(nn.GRUCell(32))(nn.Embed(12, 32)(tokens), seq_lengths=lengths))
 
 
-class SeenBefore:
-    def inputs(self, batch):
-        return batch["tokens"], batch["lengths"]
-
-    def loss(self, outputs, batch, train=True):
-        each = optax.softmax_cross_entropy_with_integer_labels(outputs, batch["tags"])
-        real = jnp.arange(each.shape[1])[None] < batch["lengths"][:, None]
-        return {"loss": (jnp.sum(each * real), jnp.sum(real))}
-
-
 def experiment():
     tokens = np.random.default_rng(0).integers(0, 12, (2000, 16))
     seen = np.tril(tokens[:, :, None] == tokens[:, None], -1).any(-1)
-    arrays = {"tokens": tokens, "lengths": 4 + tokens.sum(1) % 13, "tags": seen.astype(int)}
-    data = Arrays.of(arrays, train="train[:80%]", validation="train[80%:]", test="")
-    parts = {"model": Tagger(), "data": data, "task": SeenBefore(), "optimizer": optax.adam(3e-3)}
-    return jaxtrain.Run(name="two_inputs", **parts, steps=400)
+    lengths = 4 + tokens.sum(1) % 13
+    arrays = {"tokens": tokens, "lengths": lengths}
+    arrays["tags"] = np.where(np.arange(16) < lengths[:, None], seen, -1)
+    return jaxtrain.Run(
+        name="two_inputs",
+        model=Tagger(),
+        data=Arrays.of(arrays, train="train[:80%]", validation="train[80%:]", test=""),
+        task=Classification(input="tokens,lengths", target="tags", ignore=-1),
+        optimizer=optax.adam(3e-3),
+        steps=400,
+    )
 
 
 def by_hand(params, collections, batches, keys):
@@ -46,7 +45,7 @@ def by_hand(params, collections, batches, keys):
 
     def loss(params, tokens, lengths, tags):
         log_p = jax.nn.log_softmax(Tagger().apply({"params": params}, tokens, lengths))
-        chosen = jnp.take_along_axis(log_p, tags[..., None], -1)[..., 0]
+        chosen = jnp.take_along_axis(log_p, jnp.maximum(tags, 0)[..., None], -1)[..., 0]
         return -jnp.mean(chosen, where=np.arange(16) < lengths[:, None])
 
     for batch in batches:
