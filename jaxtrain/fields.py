@@ -167,7 +167,9 @@ class FieldType(typing.NamedTuple):
         return next((mark.rule for mark in self.marks if isinstance(mark, Bound)), "")
 
     def item_types(self, count: int) -> Sequence[Any]:
-        """The types of a tuple's `count` items."""
+        """The types of a tuple's `count` items; of a bare `tuple` nothing is known."""
+        if not self.items:
+            return [Any] * count
         return [self.items[0]] * count if self.items[-1] is Ellipsis else self.items
 
 

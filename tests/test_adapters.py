@@ -262,3 +262,21 @@ def test_streams_are_what_flax_takes() -> None:
     wanted = model.apply({}, ones, rngs={"dropout": key})
     found = net.apply({"params": {}}, ones, train=True, key=key)[0]
     np.testing.assert_array_equal(found, wanted)
+
+
+class WithMethods:
+    """An object of one's own with the two functions as methods."""
+
+    def init(self, key, x):
+        return {"w": jnp.full((4, 1), 2.0)}
+
+    def apply(self, params, x, *, training):
+        return x @ params["w"] * (3.0 if training else 1.0)
+
+
+def test_an_object_with_init_and_apply_is_a_pair_of_functions() -> None:
+    net, ones = adapters.functions(WithMethods()), jnp.ones((2, 4))
+    variables = net.init(jax.random.key(0), ones)
+    assert net.apply(variables, ones, train=True)[0].tolist() == [[24.0], [24.0]]
+    assert net.apply(variables, ones, train=False)[0].tolist() == [[8.0], [8.0]]
+    assert adapters.logical_axes(WithMethods(), ones) == {"params": {"w": None}}

@@ -89,6 +89,8 @@ def _of_kind(model: Any) -> Functions:
     _check_instance(model)
     if nnx_modules.is_nnx(model):
         return nnx_modules.functions(_callable(model))
+    if (pair := function_pairs.of_methods(model)) is not None:
+        return function_pairs.functions(pair)
     kinds = (
         "a Linen module, an NNX module, a function of rngs that makes one, an Equinox module, a"
         " transform of Haiku, or a pair (init, apply)"
@@ -109,6 +111,8 @@ def logical_axes(model: Any, inputs: Any) -> Variables:
     """
     model = model.model if isinstance(model, Functions) else model
     _check_instance(model)
+    if not (isinstance(model, nn.Module) or _is_equinox(model) or nnx_modules.is_nnx(model)):
+        model = function_pairs.of_methods(model) or model
     if function_pairs.is_pair(model):
         model = linen_modules.is_bound_pair(model) or model
     key = jax.eval_shape(lambda: jax.random.key(0))

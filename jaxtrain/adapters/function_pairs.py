@@ -18,6 +18,14 @@ def is_pair(model: Any) -> bool:
     return isinstance(model, tuple) and len(model) == 2 and all(callable(part) for part in model)
 
 
+def of_methods(model: Any) -> tuple[Any, Any] | None:
+    """The methods `init` and `apply` of an object that has both, or None."""
+    if isinstance(model, type):
+        return None
+    pair = getattr(model, "init", None), getattr(model, "apply", None)
+    return pair if all(callable(part) for part in pair) else None
+
+
 def functions(model: tuple[Any, Any]) -> Functions:
     """The two pure functions of a pair `init(key, *inputs) -> params` and `apply(params, *inputs)
     -> outputs`, or with a state `init -> (params, state)`, `apply(params, state, *inputs) ->
