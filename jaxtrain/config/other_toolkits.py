@@ -706,6 +706,7 @@ SAME_VALUES = (
     ("fp16", "float16", "f16", "half", "16", "16-mixed", "16-true", "fp16-mixed", "mixed_float16"),
     ("bf16", "bfloat16", "bf16-mixed", "bf16-true", "mixed_bfloat16"),
     ("fp32", "float32", "f32", "32", "32-true", "single", "full", "float", "highest"),
+    ("fp32", "fp64", "float64", "64", "64-true", "double"),
     ("fp8", "float8", "f8", "transformer-engine", "e4m3"),
     ("tf32", "tensorfloat32", "high"),
     ("auto", "default", "automatic", "tpu", "mps", "best", "all", "any"),
