@@ -182,7 +182,6 @@ RENAMED: Mapping[str, str] = {
     "ckpt_dir": "workdir",
     "model_init": "init_from",
     "load_parameters_path": "init_from",
-    "init_checkpoint": "init_from",
     "init_from_checkpoint": "init_from",
     "pretrained_path": "init_from",
     "finetune": "init_from",
