@@ -43,6 +43,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def did_you_mean_path(path: str) -> str:
     """The end of a message about a missing path: the nearest name in its folder, if one is near."""
     parent = Path(path).parent
+    if Path(path).is_symlink():
+        return "; it is a link to nothing"
     readable = parent.is_dir() and os.access(parent, os.R_OK)
     match = nearest(Path(path).name, os.listdir(parent) if readable else [])
     if match is None:

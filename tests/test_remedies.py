@@ -179,6 +179,13 @@ RULES: tuple[tuple[str, Callable[[list[str], re.Match[str]], list[str]]], ...] =
           if _is_subject(each, match) else each for each in arguments),
         match[2],
     ]),
+    (
+        r"in (\S+): (\S+); did you mean it\?",
+        lambda arguments, match: [
+            f"--{_subject(match)}={match[1]}/{match[2]}" if _is_subject(each, match) else each
+            for each in arguments
+        ],
+    ),
     (r"comes with (--\w+=\w+)", _added),
     (r"did you mean (--[\w.]+(?:=[^\s?]*)?)(?:\?| or|,)", _renamed),
     (r"did you mean ('[^']*'|[\w.%\-]+?)(?: of the run)?\?", _with_value()),
@@ -196,7 +203,7 @@ RULES: tuple[tuple[str, Callable[[list[str], re.Match[str]], list[str]]], ...] =
     (r"to keep none for ever, give (none)", _with_value()),
     (r", or (none)$", _with_value()),
     (r"expected PATTERN=VALUE, e\.g\. (\S+)", _with_value()),
-    (r"expected e\.g\. (\w+)", _with_value()),
+    (r"expected e\.g\. ([\w=\[\]:%]+)", _with_value()),
     (r"must be at most (\d+)", _with_value()),
     (r"must be at most (100%)", _with_value()),
     (r"must be (?:an integer )?>= (\d+)", _with_value()),

@@ -96,7 +96,9 @@ class SettingFlag(absl_flags.Flag):
             if self.name == "resume" and "did you mean" not in str(problem):
                 said = other_toolkits.instead("resume", argument, ("workdir", "init_from"))
                 more = f"; {said}" if said else ""
-            said = str(problem).replace(", or none", "") if self.name in _LENGTHS else problem
+            said = str(problem).replace(", or none", "") if self.name in _LENGTHS else str(problem)
+            if self.name == "init_rules":  # whose rules are others than those of --shard
+                said = said.replace("head/kernel=fsdp:-", "head=skip")
             raise UserError(f"--{self.name}={self._shown(argument)}: {said}{more}") from None
 
     def _shown(self, argument: str | None) -> str:

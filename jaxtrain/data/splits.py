@@ -104,7 +104,10 @@ def _row(text: str | None, length: int, default: int) -> int | None:
         return default
     # As in TFDS: percents are rounded to the closest row, and negative ends count from the last
     # one.
-    row = round(int(text[:-1]) * length / 100) if text.endswith("%") else int(text)
+    percent = text.endswith("%")
+    if percent and abs(int(text[:-1])) > 100:
+        return None  # of few examples, 101% would be rounded to all of them
+    row = round(int(text[:-1]) * length / 100) if percent else int(text)
     row = row + length if row < 0 else row
     return row if 0 <= row <= length else None
 

@@ -254,6 +254,8 @@ def _tables(
 ) -> tuple[dict[str, Table], tuple[str, ...]]:
     """The table of each split; what their arrays are is decided by the train split, or else by the
     first. Of splits that are not used nothing but the length is looked at."""
+    if not by_split:
+        raise UserError(f"{origin}: holds no arrays; save some, e.g. np.savez(path, x=x, y=y)")
     by_split = {split: by_split[split] for split in sorted(by_split, key=lambda s: s not in used)}
     notes: list[str] = []
     first = "train" if "train" in used & by_split.keys() else next(iter(by_split))

@@ -1,0 +1,132 @@
+"""A table of wrong inputs by their sources: the arguments, the exact line, a remedy that the line
+says, and what following it gives (most often nothing: it is accepted).
+
+What flags and data alone decide is here; status 2 is theirs all. Files are those of `write_files`,
+`{tmp}` is their folder. What more there is: test_bad_inputs.py (the first table of flags),
+test_other_toolkits.py, test_flagfile.py, test_bad_runs.py, test_bad_data.py, test_python_values.py,
+test_environment.py.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_remedies import rich_run
+
+from jaxtrain import config
+from jaxtrain.config import flags
+from jaxtrain.data.sources.records import write_records
+from jaxtrain.data.table import ArrayTable
+from jaxtrain.errors import UserError
+
+TABLE = Path(__file__).with_name("wrong_inputs.json")
+RANDOM = np.random.default_rng(0)
+
+
+def write_files(folder: Path) -> None:
+    """Data of every kind, right and wrong."""
+    pixels = RANDOM.integers(0, 256, (40, 4, 4, 1), dtype=np.uint8)
+    labels = np.arange(40) % 4
+    halves = {"x_test": pixels[:8], "y_test": labels[:8]}
+
+    def save(name: str, **arrays: np.ndarray) -> None:
+        np.savez(folder / f"{name}.npz", **arrays)
+
+    save("good", x=pixels, y=labels, **halves)
+    save("untested", x=pixels, y=labels)
+    save("uneven", x=pixels, y=labels[:39], **halves)
+    save("uneven_test", x=pixels, y=labels, x_test=pixels[:8], y_test=labels[:7])
+    save("empty", x=pixels[:0], y=labels[:0], **halves)
+    save("none")
+    save("scalar", x=np.float32(3), y=labels, **halves)
+    save("objects", x=np.array([{}] * 40, object), y=labels, **halves)
+    save("complex", x=pixels.astype(complex), y=labels, **halves)
+    save("names", data=pixels, target=labels)
+    save("two", x=pixels, x_train=pixels, y=labels, **halves)
+    save("nan", x=np.where(pixels > 250, np.nan, pixels / 255.0), y=labels, **halves)
+    save("other_shape", x=pixels, y=labels, x_test=pixels[:8, :3], y_test=labels[:8])
+    save("float_in_test", x=pixels, y=labels, x_test=pixels[:8] / 255.0, y_test=labels[:8])
+    whole = (folder / "good.npz").read_bytes()
+    (folder / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    (folder / "zero.npz").write_bytes(b"")
+    (folder / "text.npz").write_text("x,y\n1,2\n", encoding="utf-8")
+    (folder / "table.csv").write_text("x,y\n1,2\n", encoding="utf-8")
+    (folder / "gone.npz").symlink_to("nowhere.npz")
+    (folder / "nothing").mkdir()
+
+    def images(name: str, classes: Sequence[str], count: int = 4) -> Path:
+        for split in ("train", "test"):
+            for label in classes:
+                (folder / name / split / label).mkdir(parents=True)
+                for row in range(count):
+                    image = RANDOM.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+                    Image.fromarray(image).save(folder / name / split / label / f"{row}.png")
+        return folder / name
+
+    images("pictures", ["cat", "dog"])
+    (images("one_empty", ["cat", "dog"]) / "train" / "mouse").mkdir()
+    (images("beside", ["cat", "dog"]) / "mouse").mkdir()
+    (images("corrupt", ["cat", "dog"]) / "train" / "cat" / "0.png").write_bytes(b"no image")
+    (images("corrupt_test", ["cat", "dog"]) / "test" / "dog" / "1.png").write_bytes(b"")
+    (folder / "loose").mkdir()
+    Image.fromarray(pixels[0, :, :, 0]).save(folder / "loose" / "0.png")
+    (folder / "loose_train" / "train").mkdir(parents=True)
+    Image.fromarray(pixels[0, :, :, 0]).save(folder / "loose_train" / "train" / "0.png")
+
+    table = ArrayTable({"image": pixels / np.float32(255), "label": labels}, 4)
+    write_records(folder / "records", {"train": table, "test": table})
+    write_records(folder / "cut_records", {"train": table, "test": table})
+    for path in (folder / "cut_records").iterdir():
+        if path.is_file() and path.stat().st_size > 1000:
+            os.truncate(path, path.stat().st_size // 2)
+
+
+def wrong(arguments: Sequence[str], run: config.Run) -> str | None:
+    """What is wrong with a command line, up to the opening of its data; None if nothing is."""
+    try:
+        parsed = flags.parse(run, arguments)
+        if any(argument.startswith("--data.path=") for argument in arguments):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                parsed.data.open()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+ROWS: list[tuple[str, str, str]] = [
+    tuple(row) for row in json.loads(TABLE.read_text(encoding="utf-8"))
+]
+"""Arguments, the line, and the arguments after the remedy; blanks separate arguments."""
+RUN = rich_run()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `write_files`."""
+    folder = tmp_path_factory.mktemp("files")
+    write_files(folder)
+    return folder
+
+
+# NumPy leaves a damaged .npz open when it refuses it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("row", ROWS, ids=[row[0][:70] for row in ROWS])
+def test_wrong_inputs(row: tuple[str, str, str], files: Path) -> None:
+    typed, line, remedy = (text.replace("{tmp}", str(files)) for text in row)
+    assert wrong(typed.split(), RUN) == line  # a `UserError`, whose status is 2
+    assert wrong(remedy.split(), RUN) is None
+
+
+def test_the_table_holds_every_source() -> None:
+    for source in ("arrays", "images", "records", "tfds"):
+        assert sum(f"--data={source}" in row[0] for row in ROWS) >= 7
+    assert len(ROWS) >= 230
+    assert len({row[0] for row in ROWS}) == len(ROWS)
+    for family in ("optimizer", "schedule", "model", "task", "augment"):
+        assert sum(row[0].startswith(f"--{family}") for row in ROWS) >= 5
