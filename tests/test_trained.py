@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtrain import optimizers, tree
 from jaxtrain.checkpoints import arrays as checkpoint_arrays
 from jaxtrain.errors import UserError
-from jaxtrain.optimizers import SGD, AdamW, Lamb, match_table
+from jaxtrain.optimizers import SGD, AdamW, Lamb, from_optax, match_table
 from jaxtrain.parallel import mesh
 from jaxtrain.tasks import Classification, Regression
 from jaxtrain.train import compare_meshes, reproducible, steps
@@ -152,6 +152,33 @@ def test_an_optimizer_sees_the_trained_parameters_only(name: str) -> None:
         assert not tree.flatten({key: found[key] for key in rest})
         params = optax.apply_updates(params, wanted)
     assert tree.size(wide) == tree.size(state)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        optax.adamw(0.1),
+        optax.contrib.prodigy(1.0),
+        optax.polyak_sgd(),
+        optax.chain(optax.clip_by_global_norm(0.1), optax.lamb(0.1)),
+    ],
+    ids=["adamw", "prodigy", "polyak", "clipped lamb"],
+)
+def test_a_transformation_of_optax_sees_the_trained_parameters_only(own: Any) -> None:
+    part = {"head": {"kernel": jnp.linspace(-1, 1, 24).reshape(6, 4)}}
+    rest = {"body": 30 * jnp.ones(5), "ids": jnp.arange(3), "key": jax.random.key(0)}
+    gradients = jax.tree.map(lambda leaf: 0.1 * leaf + 0.3, part)
+    optimizer = dataclasses.replace(from_optax.of(own), frozen=("^body",))
+    optimizer.check(jax.eval_shape(lambda: part | rest))
+    chain, own = optimizer.transform(part | rest, 1.0), optax.with_extra_args_support(own)
+    given = gradients | dict.fromkeys(rest)
+    found, _ = chain.update(
+        given, chain.init(part | rest), part | rest, value=jnp.float32(1), grad=given
+    )
+    wanted, _ = own.update(gradients, own.init(part), part, value=jnp.float32(1), grad=gradients)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found["head"], wanted["head"]
+    )
 
 
 class Frozen(nn.Module):

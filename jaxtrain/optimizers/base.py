@@ -262,7 +262,9 @@ def _of_trained(
     def update(
         updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
-        new, state = inner.update(seen(updates), state, seen(params), **extra)
+        own = None if params is None else seen(params)
+        extra |= {name: seen(extra[name]) for name in ("grad",) if name in extra}
+        new, state = inner.update(seen(updates), state, own, **extra)
         rest = jax.tree.map(
             lambda keep, old: old if keep or old is None else jnp.zeros_like(old), trains, updates
         )
@@ -290,7 +292,8 @@ def _typed(inner: Transformation) -> optax.GradientTransformationExtraArgs:
         new_updates, new_state = inner.update(
             _widen(updates), _widen(state), _widen(params), **extra
         )
-        return jax.tree.map(_as, new_updates, params), jax.tree.map(_as, new_state, state)
+        like = updates if params is None else params
+        return jax.tree.map(_as, new_updates, like), jax.tree.map(_as, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
