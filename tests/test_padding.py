@@ -49,6 +49,7 @@ def apply(params: dict[str, Any], x: jax.Array) -> jax.Array:
         (np.inf, (0, 2, 4, 6), {"microbatches": 2}),  # one of the parts is padding only
         (-np.inf, (0,), {"precision": "fp16"}),
         (np.nan, (0, 5), {"remat": "dots"}),
+        (1e30, (1, 7), {}),  # its square is infinite
     ],
     ids=str,
 )

@@ -27,7 +27,8 @@ def replaced(batch: Batch, dtype: Any = jnp.float32, *, by_row: bool = True) -> 
     >>> replaced(batch)["image"].tolist()
     [[1.0, 2.0], [1.0, 2.0], [4.0, 5.0]]
 
-    `dtype` is what the model computes in: a number that it cannot hold is infinite. Weights may
+    `dtype` is what the model computes in: a number that it cannot hold is infinite, and so is one
+    whose square is (memory that nobody filled holds such). Weights may
     have more dims than the batch (one a token, say): what lies at a place of weight 0 and is no
     number becomes 0. So does it everywhere with `by_row` off, which needs no row of another device
     and is enough where no gradient is taken.
@@ -64,7 +65,7 @@ def _rows_replaced(content: PyTree, unseen_B: jax.Array, dtype: Any) -> PyTree:
         if leaf.shape[:1] != unseen_B.shape or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             return leaf
         # A sum of one row and zeros, which a mesh adds up; an index would gather the whole batch.
-        sound = leaf if not _is_float(leaf) else jnp.where(jnp.isfinite(leaf), leaf, 0)
+        sound = leaf if not _is_float(leaf) else jnp.where(_finite(leaf, dtype), leaf, 0)
         row = jnp.sum(
             jnp.where(_over(first_B, leaf), sound, jnp.zeros_like(leaf)), axis=0, keepdims=True
         ).astype(leaf.dtype)
@@ -78,7 +79,9 @@ def _is_float(leaf: jax.Array) -> bool:
 
 
 def _finite(leaf: jax.Array, dtype: Any) -> jax.Array:
-    return jnp.isfinite(leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf)
+    held = leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf
+    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    return jnp.isfinite(held) & jnp.isfinite(jnp.square(jnp.abs(leaf.astype(wide))))
 
 
 def _over(mask: jax.Array, leaf: jax.Array) -> jax.Array:
