@@ -339,7 +339,7 @@ def test_flags_of_a_run_with_an_optax_transformation() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer": AdamW}, "optimizer=AdamW: a function or class; call it"),
+        ({"optimizer": AdamW}, "optimizer=AdamW: a class; give one of its kind, such as AdamW()"),
         ({"optimizer": "adamw"}, "optimizer=str: not an optimizer of jaxtrain.optimizers"),
         ({"schedule": python_branch}, "schedule=python_branch: cannot be compiled"),
     ],

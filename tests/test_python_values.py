@@ -284,3 +284,43 @@ def test_horizons_beyond_the_run_get_a_line() -> None:
     ]
     rates = run_with(optimizer=SGD(learning_rate=99.0), schedule=schedules.of(lambda step: 1.0))
     assert build.notes(rates, build.lengths(rates, 1000)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"steps": 2**31},
+            (
+                "--steps=2147483648: 2147483648 steps are more than are counted; must be at most"
+                " 2147483647"
+            ),
+        ),
+        (
+            {"steps": None, "epochs": 1e12},
+            (
+                "--epochs=1e12: 7812500000000 steps are more than are counted; must be at most"
+                " 2147483647"
+            ),
+        ),
+    ],
+)
+def test_more_steps_than_int32_counts(changes: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build.lengths(run_with(**changes), 1000)
+    assert str(caught.value) == line
+    assert build.lengths(run_with(steps=2**31 - 1), 1000).total == 2**31 - 1
+
+
+@pytest.mark.parametrize(
+    ("family", "given"), [("model", MLP), ("task", Classification), ("schedule", Cosine)]
+)
+def test_a_class_in_place_of_its_instance(family: str, given: type) -> None:
+    line = f"^{family}={given.__name__}: a class; give one of its kind, such as {given.__name__}"
+    with pytest.raises(UserError, match=line):
+        build.accepted(run_with(**{family: given}))
+
+
+def test_an_average_that_would_never_move() -> None:
+    with pytest.raises(UserError, match=r"^--ema_decay=0.9999999999: is 1 in float32"):
+        flags.parse(run_with(ema_decay=0.9999999999), [])

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jaxtrain import config, messages, optimizers, precision, schedules, tasks
 from jaxtrain.config import record as run_record
+from jaxtrain.config import values
 from jaxtrain.config.step_options import options_of
 from jaxtrain.data import label_checks, pipeline, statistics
 from jaxtrain.data.order import Shuffled
@@ -36,6 +37,8 @@ SPARSE = 8
 for a mistake."""
 MOST_LOG_STEPS = 50
 """The most steps between two lines of metrics, unless --log_every says otherwise."""
+MOST_STEPS = 2**31 - 1
+"""The step is an int32, on every device."""
 MOST_MEASURED = 10_000
 """How many examples of a data set that is not in memory its statistics are measured on."""
 
@@ -55,6 +58,12 @@ class Lengths:
 def accepted(run: config.Run) -> config.Run:
     """The run with components in place of Optax transformations and functions of the step, among
     what it offers, too; `UserError` for what is neither."""
+    for family in config.FAMILIES:
+        if isinstance(given := getattr(run, family), type):
+            raise UserError(
+                f"{family}={given.__name__}: a class; give one of its kind, such as"
+                f" {given.__name__}()"
+            )
     of = {"optimizer": optimizers.of, "schedule": schedules.of}
     changes = {
         family: of[family](getattr(run, family))
@@ -80,6 +89,13 @@ def lengths(run: config.Run, num_examples: int) -> Lengths:
         )
     per_epoch = num_examples / run.batch_size
     total = run.steps if run.steps is not None else max(1, round((run.epochs or 0) * per_epoch))
+
+    if total > MOST_STEPS:
+        given = "steps" if run.steps is not None else "epochs"
+        raise UserError(
+            f"--{given}={values.text(getattr(run, given))}: {total} steps are more than are counted;"
+            f" must be at most {MOST_STEPS}"
+        )
 
     def every(horizon: Any) -> int:
         return (
