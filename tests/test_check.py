@@ -9,11 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 
-from jaxtrain import metrics
+from jaxtrain import config, metrics
+from jaxtrain.data import Arrays
+from jaxtrain.errors import UserError
 from jaxtrain.optimizers import SGD
+from jaxtrain.parallel import mesh as meshes
+from jaxtrain.runner import build
 from jaxtrain.train import check, explain
 from jaxtrain.train.recipe import Recipe
 
@@ -254,3 +259,47 @@ class Moving(nn.Module):
 def test_averages_that_move_in_evaluation_are_refused() -> None:
     with pytest.raises(ValueError, match=r"model=Moving: moves its averages \(batch_stats\) in"):
         checked(Moving())
+
+
+class CountsAll(Squares):
+    def loss(self, outputs: Any, batch: Any, *, train: bool = True) -> Any:
+        loss_B = jnp.square(outputs[:, 0] - batch["y"])
+        return {"loss": (loss_B.sum(), jnp.float32(len(loss_B)))}
+
+
+class Copying(CountsAll):
+    def loss(self, outputs: Any, batch: Any, *, train: bool = True) -> Any:
+        return Squares().loss(outputs, {**batch}, train=train)
+
+
+@pytest.mark.parametrize(
+    ("task", "size", "padded"),
+    [(CountsAll(), 16, 2), (CountsAll(), 15, 0), (Squares(), 16, 0), (Copying(), 16, 0)],
+)
+def test_a_loss_that_counts_padding_is_refused_where_there_is_any(
+    task: Any, size: int, padded: int
+) -> None:
+    arrays = {"x": np.zeros((70, 4), np.float32), "y": np.zeros(70, np.float32)}
+    source = Arrays.of(arrays, train="train[:40]", validation="train[40:]", test="")
+    run = config.Run(
+        name="toy",
+        model=nn.Dense(2),
+        data=source,
+        task=task,
+        optimizer=SGD(),
+        steps=2,
+        eval_batch_size=size,
+    )
+    execution = build.execution(run, meshes.make("data:1"))
+    said = ""
+    try:
+        build.check_padding(run, source.open(), execution, checked(nn.Dense(2), task))
+    except UserError as error:
+        said = str(error)
+    assert said == (
+        f"task=CountsAll: its loss does not look at batch['weight'], which is 0 for the {padded}"
+        " rows that fill the last batch of validation (30 examples in batches of 16); give"
+        " {'loss': metrics.weighted(loss_B, batch.get('weight'))}"
+        if padded
+        else ""
+    )

@@ -269,6 +269,26 @@ def check_held_out(run: config.Run, splits: Splits, recipe: Recipe, found: check
             ) from error
 
 
+def check_padding(
+    run: config.Run, splits: Splits, execution: Execution, found: check.Checked
+) -> None:
+    """`UserError` if the last batch of a held-out set is padded and the task's loss does not look
+    at `weight`: padding would count as examples."""
+    if found.reads_weight:
+        return
+    for name, table in splits.held_out.items():
+        size = evaluation_size(run, table, execution)
+        if not len(table) % size:
+            continue
+        kind = type(run.task).__name__
+        raise UserError(
+            f"task={kind}: its loss does not look at batch['weight'], which is 0 for the"
+            f" {-len(table) % size} rows that fill the last batch of {name} ({len(table)} examples"
+            f" in batches of {size}); give {{'loss': metrics.weighted(loss_B,"
+            " batch.get('weight'))}"
+        )
+
+
 def _expression(run: config.Run, name: str) -> str:
     """What a flag, or a field of the data, says of a set."""
     said = dict(run.evaluate).get(name, getattr(run.data, name, ""))

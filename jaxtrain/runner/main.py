@@ -215,6 +215,7 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
     found = build.check_model(run, splits.train, recipe, execution)
     splits = build.check_labels(run, splits, found)
     build.check_held_out(run, splits, recipe, found)
+    build.check_padding(run, splits, execution, found)
     if run.compare_meshes:
         return _compare(run, splits.train, recipe, jax.devices(mesh.devices.flat[0].platform))
     programs = lowering.lower(recipe, found.batch, mesh)

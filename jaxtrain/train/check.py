@@ -33,6 +33,8 @@ class Checked:
     """Shapes and dtypes of a training batch."""
     state: TrainState
     """Shapes and dtypes of the parameters and collections; the optimizer's state is left out."""
+    reads_weight: bool = True
+    """Whether the task's loss looks at `weight`, which is 0 for padding, in evaluation."""
 
 
 @dataclasses.dataclass
@@ -44,6 +46,8 @@ class _Seen:
     quiet: dict[str, bool] = dataclasses.field(default_factory=dict)
     """Dropouts and batch norms of Linen by name, and whether they are as in evaluation."""
     drew_in_evaluation: bool = False
+    read: set[str] = dataclasses.field(default_factory=set)
+    """Fields of the batch that the loss looked at in evaluation."""
 
 
 def check(recipe: Recipe, batch: Shapes) -> Checked:
@@ -72,7 +76,7 @@ def check(recipe: Recipe, batch: Shapes) -> Checked:
     with _told(recipe, batch, seen, train=True), nn.intercept_methods(_noting_layers(seen)):
         total = jax.eval_shape(functools.partial(_training, recipe, seen), state, {**ids, **batch})
     _check_collections(recipe, state.collections, total.collections)
-    return Checked(outputs, tuple(_notes(recipe, seen)), batch, state)
+    return Checked(outputs, tuple(_notes(recipe, seen)), batch, state, "weight" in seen.read)
 
 
 def evaluated(
@@ -146,8 +150,43 @@ def _evaluation(recipe: Recipe, seen: _Seen, state: TrainState, batch: Batch) ->
     bound = _watched(recipe, state, seen)
     batch = train_step.prepared(bound, batch, None)
     outputs = train_step.outputs(bound, dataclasses.replace(state, hyper={}), batch)
-    bound.task.loss(outputs, batch, train=False)
+    bound.task.loss(outputs, _NotedBatch(batch, seen.read), train=False)
     return outputs
+
+
+class _NotedBatch(dict[str, Any]):
+    """A batch that notes which of its fields are read; whoever copies it reads all of them."""
+
+    def __init__(self, batch: Batch, read: set[str]) -> None:
+        super().__init__(batch)
+        self._read = read
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The field, or the default."""
+        self._read.add(name)
+        return super().get(name, default)
+
+    def __contains__(self, name: object) -> bool:
+        self._read.add(str(name))
+        return super().__contains__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        self._read.update(super().__iter__())
+        return super().__iter__()
+
+    def items(self) -> Any:
+        """All fields."""
+        self._read.update(super().__iter__())
+        return super().items()
+
+    def values(self) -> Any:
+        """All fields."""
+        self._read.update(super().__iter__())
+        return super().values()
 
 
 class _WatchedTask:
