@@ -158,8 +158,11 @@ def test_a_task_may_add_what_was_sown_itself() -> None:
 
 
 def test_a_rule_for_what_nobody_sows_is_an_error() -> None:
-    with pytest.raises(ValueError, match="--aux_losses"):
-        trained(Router(), batch_of(), aux_losses=(("blance", 0.5),))
+    rules = (("blance", 0.5),)
+    with pytest.raises(ValueError, match=r"=blance=0.5: the model sows no such value; it sows b"):
+        trained(Router(), batch_of(), aux_losses=rules)
+    with pytest.raises(ValueError, match=r"^--aux_losses=blance=0.5: the model sows nothing in"):
+        trained(nn.Dense(1), batch_of(), aux_losses=rules)
 
 
 class Summed(nn.Module):

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtrain import metrics, tree
+from jaxtrain import messages, metrics, tree
 from jaxtrain.errors import UserError
 from jaxtrain.tree import Batch
 
@@ -79,6 +79,18 @@ def _weights(sown: tree.PyTree, rules: tree.Rules[float]) -> dict[str, float]:
     """The weight of each sown value that is added, by path."""
     if not rules and not any(_is_for_losses(name) for name in sown):
         return {}
+    names = sorted({name_of(path) for path in tree.flatten(sown)})
+    for pattern, weight in rules:
+        if not names:
+            raise UserError(
+                f"--aux_losses={pattern}={weight:g}: the model sows nothing in training; let it"
+                " sow a loss (self.sow('losses', 'NAME', value)), or drop the flag"
+            )
+        if not any(re.search(pattern, path) for path in tree.flatten(sown)):
+            raise UserError(
+                f"--aux_losses={pattern}={weight:g}: the model sows no such value; it sows"
+                f" {', '.join(names)}{messages.did_you_mean(pattern, names)}"
+            )
     found = tree.flatten(tree.match(rules, sown, name="--aux_losses", default=float("nan")))
     return {
         path: 1.0 if math.isnan(weight) else weight
