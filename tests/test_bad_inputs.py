@@ -287,7 +287,7 @@ ROWS = [
     Row("--seed --steps=3", "--seed: needs a value before --steps, e.g. --seed=0"),
     Row("--workdir --steps=3", "--workdir: needs a value before --steps, e.g. --workdir=TEXT"),
     Row("--keep=0", "--keep=0: must be >= 1"),
-    Row("--log_every=0", "--log_every=0: must be >= 1"),
+    Row("--log_every=0", "--log_every=0: must be >= 1, or none"),
     Row("--steps_per_call=0", "--steps_per_call=0: must be >= 1, or none"),
     Row("--eval_batch_size=0", "--eval_batch_size=0: must be an integer >= 1"),
     Row("--data.classes=1", "--data.classes=1: must be in 2..100"),

@@ -94,8 +94,8 @@ def backends(monkeypatch: pytest.MonkeyPatch, error: Exception | None, *logged: 
 
 
 NO_TPU = RuntimeError(
-    "Unable to initialize backend 'tpu': INTERNAL: Failed to open libtpu.so (set JAX_PLATFORMS='' to"
-    " automatically choose an available backend)"
+    "Unable to initialize backend 'tpu': INTERNAL: Failed to open libtpu.so (set JAX_PLATFORMS=''"
+    " to automatically choose an available backend)"
 )
 DEAD = RuntimeError("CUDA driver version is insufficient\nfor the runtime")
 

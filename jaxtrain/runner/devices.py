@@ -22,7 +22,7 @@ def find(platform: str) -> Sequence[Device]:
     jax says of a plugin that failed is a warning of one line."""
     with _said() as problems:
         try:
-            # By name too: in a process that has used jax already, setting jax_platforms comes late.
+            # By name too: in a process that has used jax, setting jax_platforms comes late.
             found = jax.devices() if platform == "auto" else jax.devices(platform)
         except (RuntimeError, AssertionError) as error:  # jax asserts that there is some backend
             raise UserError(_why_none(platform, error, problems)) from error
@@ -61,8 +61,8 @@ def _why_none(platform: str, error: BaseException, problems: Sequence[str]) -> s
     if platform == "gpu":
         if hidden is not None and (hidden == "" or hidden.startswith("-")):
             return (
-                f"--platform=gpu: no GPU found (CUDA_VISIBLE_DEVICES={hidden} hides them); unset it,"
-                " or use --platform=cpu"
+                f"--platform=gpu: no GPU found (CUDA_VISIBLE_DEVICES={hidden} hides them); unset"
+                " it, or use --platform=cpu"
             )
         if problems:
             return f"--platform=gpu: no GPU found ({problems[0]}); mend it, or use --platform=cpu"

@@ -27,8 +27,8 @@ def notes(run: config.Run, total_steps: int) -> list[str]:
 def _trace(run: config.Run, total_steps: int) -> Iterator[str]:
     if run.profile_steps is not None and run.profile_steps[1] > total_steps:
         yield (
-            f"--profile_steps={values.text(run.profile_steps)}: the run has {total_steps} steps; the"
-            " trace ends with it"
+            f"--profile_steps={values.text(run.profile_steps)}: the run has {total_steps} steps;"
+            " the trace ends with it"
         )
 
 
