@@ -89,12 +89,11 @@ def lengths(run: config.Run, num_examples: int) -> Lengths:
         )
     per_epoch = num_examples / run.batch_size
     total = run.steps if run.steps is not None else max(1, round((run.epochs or 0) * per_epoch))
-
     if total > MOST_STEPS:
         given = "steps" if run.steps is not None else "epochs"
         raise UserError(
-            f"--{given}={values.text(getattr(run, given))}: {total} steps are more than are counted;"
-            f" must be at most {MOST_STEPS}"
+            f"--{given}={values.text(getattr(run, given))}: {total} steps are more than are"
+            f" counted; must be at most {MOST_STEPS}"
         )
 
     def every(horizon: Any) -> int:
