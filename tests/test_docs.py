@@ -164,7 +164,7 @@ def test_every_flag_on_the_page_exists(page: Path, monkeypatch: pytest.MonkeyPat
         kept = [
             word
             for word in argv
-            if not word.startswith("--from_run=")
+            if not word.startswith(("--from_run=", "--flagfile="))
             and "$" not in word
             and word not in ("--help", "--helpfull")
         ]

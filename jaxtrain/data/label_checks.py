@@ -11,7 +11,7 @@ import numpy as np
 from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import Table, where
 from jaxtrain.errors import UserError
-from jaxtrain.tasks import Wrong
+from jaxtrain.tasks import Wrong, has_hook
 
 FIRST = 128
 """How many of the first rows of a split that is not in memory are checked before the training, and
@@ -111,7 +111,7 @@ def checked(splits: Splits, task: Any, outputs: Any, data: Any) -> Splits:
 
     `data` is the source, whose fields `train`, `validation` and `test` messages name.
     """
-    if not hasattr(task, "wrong_labels"):
+    if not has_hook(task, "wrong_labels", outputs):
         return splits
     found: dict[str, CheckedTable] = {}
     for split, table in ({"train": splits.train} | splits.held_out).items():

@@ -223,7 +223,7 @@ def check_model(
     }
 
     found = check.check(recipe, batch)
-    if hasattr(run.task, "check"):
+    if tasks.has_hook(run.task, "check", found.outputs):
         run.task.check(found.outputs, _classes(run.task, train))
     for note in found.notes:
         messages.warn(note)

@@ -25,7 +25,8 @@ def notes(run: config.Run, total_steps: int) -> list[str]:
 
 
 def _trace(run: config.Run, total_steps: int) -> Iterator[str]:
-    if run.profile_steps is not None and run.profile_steps[1] > total_steps:
+    first, last = run.profile_steps or (0, 0)
+    if first < total_steps < last:
         yield (
             f"--profile_steps={values.text(run.profile_steps)}: the run has {total_steps} steps;"
             " the trace ends with it"

@@ -10,7 +10,14 @@ from jaxtrain.tasks.binary import Binary, MultiLabel
 from jaxtrain.tasks.classification import Classification
 from jaxtrain.tasks.labels import Wrong
 from jaxtrain.tasks.next_token import NextToken
-from jaxtrain.tasks.protocol import Hooks, Task, measures_whole_sets, score_of, units_of
+from jaxtrain.tasks.protocol import (
+    Hooks,
+    Task,
+    has_hook,
+    measures_whole_sets,
+    score_of,
+    units_of,
+)
 from jaxtrain.tasks.regression import Regression
 
 __all__ = [
@@ -23,6 +30,7 @@ __all__ = [
     "Regression",
     "Task",
     "Wrong",
+    "has_hook",
     "measures_whole_sets",
     "score_of",
     "units_of",

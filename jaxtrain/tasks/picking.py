@@ -68,9 +68,10 @@ def as_text(names: str | Sequence[str] | Mapping[str, str]) -> str:
 def field_of(batch: Batch, name: str, flag: str) -> jax.Array:
     """One field of a batch; `UserError` naming the flag that chooses another."""
     if name not in batch:
-        near = did_you_mean(name, batch) if name else ""
+        keys = sorted(set(batch) - {"id", "weight"})  # those that every batch may have
+        near = did_you_mean(name, keys) if name else ""
         raise UserError(
-            f"batch has keys {', '.join(sorted(batch))}; the task wants {name!r}; set {flag}{near}"
+            f"batch has keys {', '.join(keys)}; the task wants {name!r}; set {flag}{near}"
         )
     return batch[name]
 

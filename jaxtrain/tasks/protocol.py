@@ -89,6 +89,25 @@ def score_of(task: Any) -> Callable[[Mapping[str, float]], float]:
     return getattr(task, "score", score)
 
 
+def has_hook(task: Any, name: str, outputs: Any) -> bool:
+    """Whether a task says something by this hook of (abstract) outputs like these.
+
+    >>> has_hook(None, "check", None)
+    False
+
+    A task that inherits the hook, but has a loss of its own for several outputs, says nothing by
+    it: what it inherits would ask for one array.
+    """
+    if not hasattr(task, name):
+        return False
+    kinds = type(task).__mro__
+    depth = {
+        each: next(i for i, k in enumerate(kinds) if each in vars(k)) for each in ("loss", name)
+    }
+    one_array = hasattr(outputs, "shape") or bool(getattr(task, "output", ""))
+    return one_array or depth["loss"] >= depth[name]
+
+
 def measures_whole_sets(task: Any) -> bool:
     """Whether a task has metrics that are no sums: an `evaluate`, and, if it has a field `metrics`,
     some in there. `UserError` if it has no `examine`, by which `evaluate` sees the examples."""
