@@ -280,3 +280,79 @@ def test_an_object_with_init_and_apply_is_a_pair_of_functions() -> None:
     assert net.apply(variables, ones, train=True)[0].tolist() == [[24.0], [24.0]]
     assert net.apply(variables, ones, train=False)[0].tolist() == [[8.0], [8.0]]
     assert adapters.logical_axes(WithMethods(), ones) == {"params": {"w": None}}
+
+
+class CalledWithStreams(nnx.Module):
+    """Its dropout has no stream but the one that the call brings."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.dropout = nnx.Dropout(0.5)
+        self.head = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        return self.head(self.dropout(x, rngs=rngs))
+
+
+class CalledWithKey(nn.Module):
+    """Noise where there is a key."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rng: Any = None) -> jax.Array:
+        x = nn.Dense(2)(x)
+        return x if rng is None else x + jax.random.normal(rng, x.shape)
+
+
+@pytest.mark.parametrize("model", [CalledWithStreams, CalledWithKey()], ids=["nnx", "linen"])
+def test_a_random_argument_with_a_default_is_given_in_training_only(model: Any) -> None:
+    net, x, key = adapters.functions(model), jnp.ones((3, 4)), jax.random.key(5)
+    variables = net.init(jax.random.key(0), x)
+    params = variables["params"]
+    layer = params["head" if model is CalledWithStreams else "Dense_0"]
+    plain = x @ layer["kernel"] + layer["bias"][None]
+    if model is CalledWithStreams:
+        dropped = nnx.Dropout(0.5)(x, rngs=nnx.Rngs(key))
+        expected = dropped @ layer["kernel"] + layer["bias"][None]
+    else:
+        expected = plain + jax.random.normal(key, plain.shape)
+    outputs = net.apply(variables, x, train=True, key=key)[0]
+    np.testing.assert_allclose(outputs, expected, rtol=1e-6)
+    np.testing.assert_allclose(net.apply(variables, x, train=False)[0], plain, rtol=1e-6)
+
+
+class PlainVariable(nnx.Module):
+    """A variable of no kind beside one that is sown."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.count = nnx.Variable(jnp.array(0))
+        self.head = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.count[...] += 1
+        self.sow(nnx.Intermediate, "seen", x)
+        return self.head(x)
+
+
+def test_what_is_sown_is_no_variable_of_a_broader_kind() -> None:
+    net, x = adapters.functions(PlainVariable), jnp.ones((3, 4))
+    variables = net.init(jax.random.key(0), x)
+    changed = net.apply(variables, x, train=True, key=jax.random.key(1))[1]
+    kept, sown = adapters.split_sown(changed, variables)
+    rest = {name: tree for name, tree in variables.items() if name != "params"}
+    assert jax.tree.structure(kept) == jax.tree.structure(rest)
+    assert [int(leaf) for leaf in jax.tree.leaves(kept)] == [1]
+    assert jax.tree.leaves(sown)[0].shape == (3, 4)
+
+
+@jax.numpy_rank_promotion("allow")  # stax has it in its layers
+def test_a_pair_of_stax_is_a_model() -> None:
+    from jax.example_libraries import stax
+
+    pair = stax.serial(stax.Dense(3), stax.Relu, stax.Dropout(0.5), stax.Dense(2))
+    net, x, key = adapters.functions(pair), jnp.ones((3, 4)), jax.random.key(5)
+    variables = net.init(jax.random.key(0), x)
+    params = pair[0](jax.random.key(0), (3, 4))[1]
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, variables["params"], params))
+    expected = pair[1](params, x, rng=key)
+    np.testing.assert_array_equal(net.apply(variables, x, train=True, key=key)[0], expected)
+    with pytest.raises(adapters.NeedsKey):  # it has no switch, and draws in evaluation too
+        net.apply(variables, x, train=False)

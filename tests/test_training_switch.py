@@ -1,6 +1,7 @@
 """The training switch of anybody's model, by any name and in any place, against the model itself
 called by hand."""
 
+import functools
 import inspect
 from typing import Any, Literal
 
@@ -439,3 +440,26 @@ def test_an_input_may_not_bear_the_name_of_the_switch() -> None:
 )
 def test_names(name: str, value: bool | None) -> None:
     assert training_switch.value_in_training(name) is value
+
+
+class MadeByPartial(nn.Module):
+    """A layer to be made is a field, with its switch."""
+
+    norm: Any = functools.partial(nn.BatchNorm, use_running_average=True, momentum=0.5)
+
+    @nn.compact
+    def __call__(self, x):
+        return self.norm(name="norm")(x)
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_the_switch_of_a_layer_to_be_made_acts(running: bool) -> None:
+    norm = functools.partial(nn.BatchNorm, use_running_average=running, momentum=0.5)
+    net = adapters.functions(MadeByPartial(norm=norm))
+    variables = net.init(KEY, X)
+    outputs, changed = net.apply(variables, X, train=True, key=KEY)
+    mean, variance = X.mean(0, keepdims=True), X.var(0, keepdims=True)
+    np.testing.assert_allclose(outputs, (X - mean) / jnp.sqrt(variance + 1e-5), atol=1e-5)
+    np.testing.assert_allclose(changed["batch_stats"]["norm"]["mean"], 0.5 * mean[0], atol=1e-6)
+    quiet = net.apply(variables, X, train=False)[0]
+    np.testing.assert_allclose(quiet, X / jnp.sqrt(1 + 1e-5), atol=1e-6)

@@ -34,7 +34,7 @@ class Call:
     def keys(self, key: jax.Array | None, *, only_required: bool = False) -> dict[str, Any]:
         """A value for each argument that takes a random key; None where there is no key.
 
-        Linen and NNX modules have streams of their own, and want only what they require.
+        In evaluation Linen and NNX modules are given only what they require, None.
         """
         names = [
             name
@@ -56,7 +56,7 @@ class Call:
         waiting, named = called_with(inputs)
         self._check_names(named)
         own = {name: value if train else not value for name, value in self.switches.items()}
-        own |= given
+        own |= {name: value for name, value in given.items() if name not in named}
         arguments: list[Any] = []
         options, by_position = dict(named), True
         for name, parameter in self.parameters.items():

@@ -32,7 +32,7 @@ def functions(model: tuple[Any, Any]) -> Functions:
     (outputs, state)`."""
     if is_haiku(model):
         return _haiku(model)
-    init_params, apply_params = model
+    init_params, apply_params = _of_inputs(*model)
     start = calling.of(init_params, "(init, apply)", skip=1, lenient=True)
     call = calling.of(apply_params, "(init, apply)", skip=1)
     others = set(call.parameters) - {"state"} - set(call.switches) - set(call.random)
@@ -59,6 +59,23 @@ def functions(model: tuple[Any, Any]) -> Functions:
 
     asks = calling.asking_for_a_key(apply, call.name) if call.random else apply
     return Functions(init, asks, model)
+
+
+def _of_inputs(init_params: Any, apply_params: Any) -> tuple[Any, Any]:
+    """A pair as `functions` takes it. Those of `jax.example_libraries.stax` differ: `init(rng,
+    input_shape) -> (output_shape, params)`, `apply(params, inputs, rng=key)`."""
+    if list(inspect.signature(init_params).parameters)[1:] != ["input_shape"]:
+        return init_params, apply_params
+
+    def init(key: jax.Array, inputs: Any) -> Any:
+        return init_params(key, jax.tree.map(jnp.shape, inputs))[1]
+
+    def apply(params: Any, inputs: Any, rng: Any) -> Any:
+        return apply_params(params, inputs, rng=rng)
+
+    takes = inspect.signature(apply_params).parameters
+    takes_key = any(p.name == "rng" or p.kind is p.VAR_KEYWORD for p in takes.values())
+    return init, apply if takes_key else apply_params
 
 
 def is_haiku(model: Any) -> bool:

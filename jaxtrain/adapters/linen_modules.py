@@ -3,6 +3,7 @@ kind."""
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,7 +41,7 @@ def functions(model: nn.Module) -> Functions:
     ) -> tuple[Any, Variables]:
         module, call = _switched(model, train=train), _call(model)
         arguments, options = call.arguments(
-            inputs, train=train, given=call.keys(key, only_required=True)
+            inputs, train=train, given=call.keys(key, only_required=key is None)
         )
         state = {name: tree for name, tree in variables.items() if name != "params"}
         changes = nn.DenyList(("params", *_SPECIAL)) if train else False
@@ -65,8 +66,8 @@ def functions(model: nn.Module) -> Functions:
         return outputs, state | dict(nn.meta.unbox(dict(changed)))
 
     # so that a model that is wrong is an error when it is looked at, not when it runs
-    required = _call(model).keys(None, only_required=True)
-    asks = calling.asking_for_a_key(apply, type(model).__name__) if required else apply
+    call = _call(model)
+    asks = calling.asking_for_a_key(apply, call.name) if call.random else apply
     return Functions(init, asks, model)
 
 
@@ -128,6 +129,11 @@ def _set_fields(
             new = {name: named(str(name), part) for name, part in value.items()}
             same = all(new[name] is value[name] for name in value)
             return value if same else type(value)(new)
+        if isinstance(value, functools.partial) and value.keywords:
+            # a layer to be made, such as partial(nn.BatchNorm, use_running_average=True)
+            new = {name: named(name, part) for name, part in value.keywords.items()}
+            same = all(new[name] is part for name, part in value.keywords.items())
+            return value if same else functools.partial(value.func, *value.args, **new)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             # a configuration, as Flax's examples hand it to every layer
             held = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}

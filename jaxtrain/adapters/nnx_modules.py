@@ -52,7 +52,7 @@ def functions(model: Any) -> Functions:
     call = calling.of(example.__call__, type(example).__name__)
 
     def pure(module: Any) -> tuple[Variables, Variables]:
-        _, _, *states, new = nnx.split(module, nnx.RngState, nnx.Param, *kinds, ...)
+        _, _, *states, new = nnx.split(module, nnx.RngState, nnx.Param, *map(_exactly, kinds), ...)
         found = {name: nnx.to_pure_dict(state) for name, state in zip(names, states, strict=True)}
         return found, _by_kind(new)
 
@@ -64,7 +64,7 @@ def functions(model: Any) -> Functions:
     def apply(
         variables: Variables, inputs: Any, *, train: bool, key: jax.Array | None = None
     ) -> tuple[Any, Variables]:
-        given = call.keys(key, only_required=True)
+        given = call.keys(key, only_required=key is None)
         if key is not None and "rngs" in given:
             given["rngs"] = key if _wants_key(call) else nnx.Rngs(key)
         arguments, options = call.arguments(inputs, train=train, given=given)
@@ -82,8 +82,8 @@ def functions(model: Any) -> Functions:
         source = found | sown if train else variables
         return outputs, {name: source[name] for name in source if name != "params"}
 
-    required = call.keys(None, only_required=True)
-    return Functions(init, calling.asking_for_a_key(apply, call.name) if required else apply, model)
+    asks = calling.asking_for_a_key(apply, call.name) if call.random else apply
+    return Functions(init, asks, model)
 
 
 def logical_axes(model: Any) -> Variables:
@@ -113,6 +113,12 @@ def _collection(kind: type) -> str:
     from flax import nnx
 
     return nnx.variablelib.variable_name_from_type(kind, allow_register=True)
+
+
+def _exactly(kind: type) -> Any:
+    """A filter for variables of a kind, and none of the kinds made of it: all of them are made of
+    `nnx.Variable`, also what is sown."""
+    return lambda _, variable: type(variable) is kind
 
 
 def _by_kind(state: Any) -> Variables:
