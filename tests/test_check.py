@@ -139,6 +139,10 @@ def scanned_pair(params: Any, x: Any) -> Any:
     return jax.lax.scan(body, x, None, length=2)[0]
 
 
+def transformed_pair(params: Any, x: Any) -> Any:
+    return jnp.abs(jnp.fft.rfft(x))[:, :2] @ params["w"][:2]
+
+
 MODELS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "parameters of training": (
         OnlyInTraining(),
@@ -153,6 +157,11 @@ MODELS: dict[str, tuple[Any, dict[str, Any], str]] = {
         "--precision=bf16: dtypes part at Dense (cell/hard): ",
     ),
     "scan in fp16": (Scanned(), {"precision": "fp16"}, "--precision=fp16: dtypes part at Dense"),
+    "fft in bf16": (
+        (lambda key, x: {"w": jnp.ones((4, 2))}, transformed_pair),
+        {"precision": "bf16"},
+        "RFFT input must be float32 or float64, got bfloat16; give it float32 there",
+    ),
     "scan of a pair": (
         (lambda key, x: {"w": jnp.ones((4, 4))}, scanned_pair),
         {"precision": "bf16"},
@@ -169,7 +178,7 @@ def test_a_model_that_cannot_train_is_one_line(name: str) -> None:
     words = str(caught.value)
     assert text in words and "\n" not in words, words
     if name != "growing" and name != "widening":
-        train = "False" if "scan" in name else "True"
+        train = "False" if "scan" in name or "fft" in name else "True"
         assert f"(while running the model on shapes, train={train}: x float32[8, 4], y" in words
     if "scan" in name:
         assert "or use --precision=fp32" in words

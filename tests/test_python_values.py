@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxtrain import config, fields, optimizers, schedules
 from jaxtrain.config import flags
@@ -319,6 +320,13 @@ def test_a_class_in_place_of_its_instance(family: str, given: type) -> None:
     line = f"^{family}={given.__name__}: a class; give one of its kind, such as {given.__name__}"
     with pytest.raises(UserError, match=line):
         build.accepted(run_with(**{family: given}))
+
+
+def test_a_class_that_rngs_make_is_a_model() -> None:
+    class Net(nnx.Module):
+        def __init__(self, *, rngs: nnx.Rngs) -> None: ...
+
+    assert build.accepted(run_with(model=Net)).model is Net
 
 
 def test_an_average_that_would_never_move() -> None:

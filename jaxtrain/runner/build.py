@@ -3,6 +3,7 @@ the checks before anything is compiled."""
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -55,11 +56,18 @@ class Lengths:
     log: int
 
 
+def _makes_a_model(kind: type) -> bool:
+    """Whether a class is called with `rngs` or `key` to make a model, as NNX's and Equinox's are."""
+    # of the class itself a metaclass hides it
+    return bool({"rngs", "key"} & inspect.signature(kind.__init__).parameters.keys())
+
+
 def accepted(run: config.Run) -> config.Run:
     """The run with components in place of Optax transformations and functions of the step, among
     what it offers, too; `UserError` for what is neither."""
     for family in config.FAMILIES:
-        if isinstance(given := getattr(run, family), type):
+        given = getattr(run, family)
+        if isinstance(given, type) and not (family == "model" and _makes_a_model(given)):
             raise UserError(
                 f"{family}={given.__name__}: a class; give one of its kind, such as"
                 f" {given.__name__}()"

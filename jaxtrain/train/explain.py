@@ -46,6 +46,10 @@ def line(recipe: Recipe, error: Exception, again: Callable[[], Any]) -> str | No
         return f"model={model}: {text}"
     if isinstance(error, TypeError) and (_CARRY.search(str(error)) or _DTYPES.search(str(error))):
         return _dtypes(recipe, model, error, again)
+    if recipe.precision != "fp32" and isinstance(
+        error, TypeError | ValueError | NotImplementedError
+    ):
+        return _too_narrow(recipe, model, error)
     return None
 
 
@@ -100,6 +104,18 @@ def _dtypes(recipe: Recipe, model: str, error: TypeError, again: Callable[[], An
     return (
         f"{said}: dtypes part at {where or f'model={model}'}: {_first(error)}; let it compute in"
         f" the dtype of its inputs (dtype=None), or use {remedy}"
+    )
+
+
+def _too_narrow(recipe: Recipe, model: str, error: Exception) -> str | None:
+    """The line about an operation, such as an FFT or a solver, that has no narrow dtypes."""
+    text = _first(error)
+    if not re.search(r"\b(?:bfloat16|float16|float8\w*)\b", text):
+        return None
+    where = _innermost(error.__traceback__) or f"model={model}"
+    return (
+        f"--precision={recipe.precision}: {where}: {text}; give it float32 there"
+        " (x.astype(jnp.float32)), or use --precision=fp32"
     )
 
 
