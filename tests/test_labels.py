@@ -311,28 +311,29 @@ def test_weights_that_are_none_are_refused() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Streamed(Source):
-    """600 rows that are not in memory; that of `bad`, in the train split, has a label 9."""
+    """9600 rows that are not in memory; that of `bad`, in the train split, has a label 9."""
 
     bad: int = 500
     test: str = ""
 
     def open(self) -> Splits:
-        labels = np.where(np.arange(600) == self.bad, 9, np.arange(600) % 4)
-        whole = ArrayTable({"image": np.zeros((600, 2), np.float32), "label": labels}, 4)
-        return Splits(SliceTable(whole, range(600)), None, None, "")
+        labels = np.where(np.arange(9600) == self.bad, 9, np.arange(9600) % 4)
+        whole = ArrayTable({"image": np.zeros((9600, 2), np.float32), "label": labels}, 4)
+        return Splits(SliceTable(whole, range(9600)), None, None, "")
 
 
 @pytest.mark.parametrize("bad", [100, 500])
 def test_a_run_over_a_stream_ends_with_the_row(tmp_path: Path, bad: int) -> None:
-    """Before the training where it is among the first rows, and else before the epoch's end."""
+    """Before the training where it is among the rows that are looked at, the first ones and some
+    all over the set, and else before the epoch's end."""
     run = config.Run(
         name="toy",
         model=models.MLP(num_classes=4, widths=()),
         task=Classification(),
         data=Streamed(bad=bad),
         optimizer=optimizers.SGD(learning_rate=0.1),
-        steps=20,
-        batch_size=32,
+        steps=10,
+        batch_size=960,
         workdir=str(tmp_path / "run"),
         tensorboard=False,
         report=False,

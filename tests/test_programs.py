@@ -10,7 +10,7 @@ import pytest
 import jaxtrain
 from jaxtrain.augment import NoAugment
 from jaxtrain.data.sources.arrays import Arrays
-from jaxtrain.data.table import ArrayTable, classes_of
+from jaxtrain.data.table import ArrayTable
 from jaxtrain.horizon import Horizon
 from jaxtrain.models import MLP
 from jaxtrain.optimizers import AdamW
@@ -125,10 +125,6 @@ def test_what_does_not_fit_is_said_before_compiling(changes, grid, message):
     with pytest.raises(ValueError, match="^(--|batch)") as caught:
         checked(make_run(**changes), grid)
     assert str(caught.value) == message
-
-
-def test_labels_past_the_outputs_are_found_without_being_told_the_classes():
-    assert classes_of(ArrayTable({"label": np.array([0, 6, 2])})) == 7
 
 
 def test_data_that_does_not_fit_on_the_device_is_streamed_or_refused():

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxtrain import config, fields, optimizers, schedules
+from jaxtrain import config, fields
 from jaxtrain.config import flags
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Count, Positive
 from jaxtrain.horizon import Horizon
 from jaxtrain.models import MLP
-from jaxtrain.optimizers import SGD, Adafactor, AdamW, Lion
+from jaxtrain.optimizers import SGD, Adafactor, AdamW
 from jaxtrain.runner import build
 from jaxtrain.schedules import Constant, Cosine, Linear, WarmupStableDecay
 from jaxtrain.tasks import Classification
@@ -250,41 +250,6 @@ def test_what_others_annotate_is_not_taken_at_its_word_but_for_its_bounds() -> N
     assert list(fields.out_of_bounds(Theirs())) == []
     assert list(fields.out_of_bounds(Theirs(depth=0))) == [("depth", 0, "must be >= 1")]
     assert [field.name for field in fields.fields_of(Unresolved())] == ["net", "rate"]
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "notes"),
-    [
-        (AdamW(), 0),
-        (AdamW(learning_rate=0.1), 0),
-        (AdamW(learning_rate=0.5), 1),
-        (AdamW(learning_rate=1e-6), 0),
-        (AdamW(learning_rate=1e-8), 1),
-        (SGD(learning_rate=10.0), 0),
-        (SGD(learning_rate=50.0), 1),
-        (Lion(learning_rate=0.1), 1),
-        (optimizers.NAMES["prodigy"], 0),
-    ],
-)
-def test_rates_far_from_the_usual_get_a_line(optimizer: Any, notes: int) -> None:
-    assert len(optimizers.rate_notes(optimizer)) == notes
-
-
-def test_horizons_beyond_the_run_get_a_line() -> None:
-    run = run_with(eval_every=Horizon(500), checkpoint_every=Horizon(101), keep_every=Horizon(1000))
-    assert build.notes(run, build.lengths(run, 1000)) == [
-        "--eval_every=500steps: the run has 100 steps; evaluated at its end only",
-        "--checkpoint_every=101steps: the run has 100 steps; committed at its end only",
-        "--keep_every=1000steps: the run has 100 steps; no checkpoint is kept for ever",
-    ]
-    run = run_with(eval_every=Horizon(100), checkpoint_every=Horizon(0))
-    assert build.notes(run, build.lengths(run, 10**6)) == []
-    run = run_with(optimizer=SGD(learning_rate=99.0))
-    assert build.notes(run, build.lengths(run, 1000)) == [
-        "--optimizer.learning_rate=99: 990 times the usual 0.1 of SGD, which mostly diverges"
-    ]
-    rates = run_with(optimizer=SGD(learning_rate=99.0), schedule=schedules.of(lambda step: 1.0))
-    assert build.notes(rates, build.lengths(rates, 1000)) == []
 
 
 @pytest.mark.parametrize(

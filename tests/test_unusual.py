@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from test_run import start, toy
 
-from jaxtrain import optimizers
+from jaxtrain import optimizers, schedules
+from jaxtrain.horizon import Horizon
 from jaxtrain.models import MLP
-from jaxtrain.optimizers import AdamW
+from jaxtrain.optimizers import SGD, AdamW, Lion
 from jaxtrain.runner import build, unusual
 from jaxtrain.tasks import Classification
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def notes(**changes: Any) -> list[str]:
     """What is said of the toy run with these changes: 96 examples, 24 steps of 16."""
     run = toy(**changes)
-    return unusual.notes(run, 24)
+    return unusual.notes(run, build.lengths(run, 96))
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,43 @@ def test_notes(changes: dict[str, Any], lines: list[str]) -> None:
     assert notes(**changes) == lines
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "count"),
+    [
+        (AdamW(), 0),
+        (AdamW(learning_rate=0.1), 0),
+        (AdamW(learning_rate=0.5), 1),
+        (AdamW(learning_rate=1e-6), 0),
+        (AdamW(learning_rate=1e-8), 1),
+        (SGD(learning_rate=10.0), 0),
+        (SGD(learning_rate=50.0), 1),
+        (Lion(learning_rate=0.1), 1),
+        (optimizers.NAMES["prodigy"], 0),
+    ],
+)
+def test_rates_far_from_the_usual_get_a_line(optimizer: Any, count: int) -> None:
+    assert len(notes(optimizer=optimizer)) == count
+
+
+def test_what_is_said_of_a_rate() -> None:
+    steep = SGD(learning_rate=99.0)
+    assert notes(optimizer=steep) == [
+        "--optimizer.learning_rate=99: 990 times the usual 0.1 of SGD, which mostly diverges"
+    ]
+    # The function may give the rates, and 99 a factor of them.
+    assert notes(optimizer=steep, schedule=schedules.of(lambda step: 1.0)) == []
+
+
+def test_horizons_beyond_the_run_get_a_line() -> None:
+    beyond = {"eval_every": 500, "checkpoint_every": 25, "keep_every": 1000}
+    assert notes(**{name: Horizon(steps) for name, steps in beyond.items()}) == [
+        "--eval_every=500steps: the run has 24 steps; evaluated at its end only",
+        "--checkpoint_every=25steps: the run has 24 steps; committed at its end only",
+        "--keep_every=1000steps: the run has 24 steps; no checkpoint is kept for ever",
+    ]
+    assert notes(eval_every=Horizon(24), checkpoint_every=Horizon(0)) == []
+
+
 @pytest.mark.parametrize("name", optimizers.NAMES)
 def test_no_optimizer_is_unusual_by_itself(name: str) -> None:
     assert notes(optimizer=optimizers.NAMES[name]) == []
@@ -68,7 +106,7 @@ def test_no_optimizer_is_unusual_by_itself(name: str) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda p: p.stem)
 def test_no_experiment_is_unusual(path: Path) -> None:
     run = runpy.run_path(str(path))["experiment"]()
-    assert unusual.notes(build.accepted(run), 2000) == []
+    assert unusual.notes(build.accepted(run), build.lengths(run, 10**6)) == []
 
 
 def test_a_note_is_shown_once_at_the_start(

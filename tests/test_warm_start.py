@@ -108,7 +108,7 @@ def test_an_average_is_taken_where_there_is_one(
             assert np.array_equal(new[f"params/{path}"], old[f"{part}/{path}"]), (word, path)
     said = capsys.readouterr().out.replace("\n", " ")
     assert "parameters of step 4 (its average (ema_decay)); arrays: 8 taken" in said
-    assert "parameters of step 4 (the raw ones" in said
+    assert "parameters of step 4 (the raw ones, by --init_params=raw); arrays:" in said
     record = json.loads((tmp_path / "auto" / "run.json").read_text())["init"]
     assert (record["step"], record["params"]) == (4, "its average (ema_decay)")
     assert {row["what"] for row in record["arrays"]} == {"taken"} and len(record["arrays"]) == 8

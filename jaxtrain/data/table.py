@@ -388,18 +388,6 @@ def is_image(field: jax.ShapeDtypeStruct) -> bool:
     return np.dtype(field.dtype) in (np.uint8, np.bool_) or np.dtype(field.dtype).kind == "f"
 
 
-def classes_of(table: Table) -> int | None:
-    """How many classes a table's labels need: what it says, or one more than its greatest label if
-    it is in memory.
-
-    >>> classes_of(ArrayTable({"label": np.array([0, 2])}))
-    3
-    """
-    if table.num_classes is not None or table.arrays is None or "label" not in table.arrays:
-        return table.num_classes
-    return int(table.arrays["label"].max()) + 1
-
-
 def _first_too_wide(values: np.ndarray) -> int | None:
     """The first row that holds an integer beyond 32 bits."""
     if values.dtype.kind not in "iu" or values.dtype.itemsize < 4 or values.dtype == np.int32:

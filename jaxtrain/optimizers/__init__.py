@@ -2,7 +2,7 @@
 Optax as one of them."""
 
 from jaxtrain.optimizers import adaptive, parameters, rare
-from jaxtrain.optimizers.base import Decaying, Optimizer, match_table, rate_notes
+from jaxtrain.optimizers.base import Decaying, Optimizer, match_table
 from jaxtrain.optimizers.common import (
     NAMES,
     SGD,
@@ -41,5 +41,4 @@ __all__ = [
     "of",
     "parameters",
     "rare",
-    "rate_notes",
 ]

@@ -164,22 +164,6 @@ class Decaying(Optimizer):
         return jax.tree.map(lambda parameter: float(parameter.decays), params)
 
 
-def rate_notes(optimizer: Optimizer) -> list[str]:
-    """A line if the learning rate is far outside of what is usual for this optimizer: from a
-    thousandth of its default to a hundred times as much.
-
-    >>> from jaxtrain.optimizers import AdamW
-    >>> rate_notes(AdamW(learning_rate=3.0))
-    ['--optimizer.learning_rate=3: 3000 times the usual 0.001 of AdamW, which mostly diverges']
-    """
-    rate, usual = optimizer.learning_rate, type(optimizer).learning_rate
-    if isinstance(rate, jax.Array) or 1e-3 <= rate / usual <= 1e2:
-        return []
-    kind, what = type(optimizer).__name__, "mostly diverges" if rate > usual else "hardly trains"
-    times = f"{rate / usual:g} times the usual {usual:g} of {kind}"
-    return [f"--optimizer.learning_rate={rate:g}: {times}, which {what}"]
-
-
 def match_table(optimizer: Optimizer, params: PyTree, axes: PyTree = None) -> list[tuple[str, ...]]:
     """Rows (path, shape, rate factor, decay factor) that show what the rules decide for every
     parameter; see `Optimizer.transform` for `params` and `axes`.

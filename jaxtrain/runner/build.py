@@ -118,27 +118,6 @@ def lengths(run: config.Run, num_examples: int) -> Lengths:
     return Lengths(total, per_epoch, evaluate, save, keep_every, log)
 
 
-def notes(run: config.Run, length: Lengths) -> list[str]:
-    """A line for each number that may be, but is seldom meant: horizons beyond the run's end, a
-    learning rate far from the usual."""
-    found = []
-    for name, often in (("eval_every", "evaluated"), ("checkpoint_every", "committed")):
-        horizon = getattr(run, name)
-        if horizon.unit == "steps" and horizon.value > length.total:
-            found.append(
-                f"--{name}={horizon}: the run has {length.total} steps; {often} at its end only"
-            )
-    if length.keep_every is not None and length.keep_every > length.total:
-        found.append(
-            f"--keep_every={run.keep_every}: the run has {length.total} steps; no checkpoint is"
-            " kept for ever"
-        )
-    # A function may give rates, with a peak of 1 to multiply.
-    if not isinstance(run.schedule, schedules.FromFunction):
-        found += optimizers.rate_notes(run.optimizer)
-    return found
-
-
 def chosen_precision(run: config.Run, mesh: Mesh) -> str:
     """The precision of the run on the devices of the mesh, with `auto` decided by the card;
     `UserError` if the card does not have it."""

@@ -203,7 +203,7 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
     for note in splits.notes:
         messages.warn(note)
     length = build.lengths(run, len(splits.train))
-    for note in [*build.notes(run, length), *unusual.notes(run, length.total)]:
+    for note in unusual.notes(run, length):
         messages.warn(note)
     if run.profile_steps is not None and run.profile_steps[0] >= length.total:
         first, last = run.profile_steps

@@ -272,12 +272,15 @@ class Warm:
     step: int | None
     averaged: str
     """Which average its parameters are, in words; empty for the raw ones."""
+    asked: str
+    """What --init_params said."""
     plan: warm_start.Plan
 
     def lines(self) -> list[str]:
         """What was taken, in words."""
         step = "" if self.step is None else f" of step {self.step}"
-        which = self.averaged or "the raw ones: there is no average, or --init_params=raw"
+        raw = "the raw ones, by --init_params=raw" if self.asked == "raw" else "there is no average"
+        which = self.averaged or raw
         counts = [
             f"{count} {what}"
             for what in ("taken", "resized", "new", "skipped")
@@ -343,7 +346,9 @@ def warm_state(
     filled = [placed.get(path, leaf) for path, leaf in tree.flatten(whole).items()]
     new = jax.tree.unflatten(jax.tree.structure(whole), filled)
     state = dataclasses.replace(fresh, params=new.pop("params"), collections=new)
-    return programs.restart(state), Warm(run.init_from, stored.step, stored.averaged, plan)
+    return programs.restart(state), Warm(
+        run.init_from, stored.step, stored.averaged, run.init_params, plan
+    )
 
 
 def _stored(run: config.Run, flag: str) -> tuple[variables.Stored, str]:
