@@ -19,7 +19,8 @@ class MetricsLog:
     dispatch, in order.
 
     What an interval has summed so far is part of each checkpoint (`record`), so that a resumed run
-    writes the same lines. `lower_rate` is how the rate is lowered, as the line on a divergence says.
+    writes the same lines. `lower_rate` is how the rate is lowered, as the line of a divergence has
+    it.
     """
 
     def __init__(
