@@ -17,6 +17,7 @@ import pytest
 import jaxtrain
 from jaxtrain import config, losses, metrics, models, optimizers
 from jaxtrain.data import label_checks
+from jaxtrain.data.sources.arrays import Arrays
 from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import ArrayTable, JoinedTable, SliceTable
 from jaxtrain.errors import UserError
@@ -376,3 +377,21 @@ def test_an_ignored_label_counts_as_no_class_in_tables_that_are_not_in_memory() 
 
     assert build._classes(task, Stream()) is None  # type: ignore[arg-type]
     assert build._classes(Classification(ignore=-1), Stream()) == 256  # type: ignore[arg-type]
+
+
+def test_a_run_under_a_transfer_guard_of_the_users_own_trains(tmp_path: Path) -> None:
+    data = Arrays.of({"x": np.zeros((8, 2), np.float32), "y": np.arange(8) % 2})
+    run = config.Run(
+        name="toy",
+        model=models.MLP(num_classes=2, widths=()),
+        task=Classification(),
+        data=dataclasses.replace(data, test=""),
+        optimizer=optimizers.SGD(learning_rate=0.1),
+        steps=1,
+        batch_size=8,
+        workdir=str(tmp_path / "run"),
+        tensorboard=False,
+        report=False,
+    )
+    with jax.transfer_guard("disallow"):
+        assert runner_main.launch(run, []) == 0

@@ -10,6 +10,7 @@ import pytest
 
 from jaxtrain import config, fields, optimizers, schedules
 from jaxtrain.config import flags
+from jaxtrain.data.sources.arrays import Arrays
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Count, Positive
 from jaxtrain.horizon import Horizon
@@ -324,3 +325,13 @@ def test_a_class_in_place_of_its_instance(family: str, given: type) -> None:
 def test_an_average_that_would_never_move() -> None:
     with pytest.raises(UserError, match=r"^--ema_decay=0.9999999999: is 1 in float32"):
         flags.parse(run_with(ema_decay=0.9999999999), [])
+
+
+def test_what_numpy_has_besides_numbers_of_python_is_refused_with_a_remedy() -> None:
+    assert fields.misfit(np.int64(3), int) == (
+        "must be a whole number of Python, not an int64; write int(3)"
+    )
+    assert fields.misfit(np.array([0.1, 0.2]), float) == "must be a number, not 2 of them"
+    assert fields.misfit(np.array(0.1), float) is None
+    with pytest.raises(UserError, match=r"^arrays: a masked array of float64 \(2, 1\), whose mask"):
+        Arrays.of({"x": np.ma.masked_array([[1.0], [2.0]], [[False], [True]])}).open()
