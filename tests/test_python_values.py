@@ -335,3 +335,11 @@ def test_what_numpy_has_besides_numbers_of_python_is_refused_with_a_remedy() -> 
     assert fields.misfit(np.array(0.1), float) is None
     with pytest.raises(UserError, match=r"^arrays: a masked array of float64 \(2, 1\), whose mask"):
         Arrays.of({"x": np.ma.masked_array([[1.0], [2.0]], [[False], [True]])}).open()
+
+
+@pytest.mark.parametrize("family", ["model", "data", "task", "optimizer", "schedule"])
+def test_a_part_that_is_none_is_refused_by_its_name(family: str) -> None:
+    parts: dict[str, Any] = {"model": MLP(num_classes=3), "data": Arrays.of({"x": np.zeros(3)})}
+    parts |= {"task": Classification(), "optimizer": SGD(0.1), family: None}
+    with pytest.raises(UserError, match=rf"^{family}=None: a run needs one; give "):
+        build.accepted(config.Run(name="toy", steps=1, batch_size=1, **parts))

@@ -59,7 +59,11 @@ def accepted(run: config.Run) -> config.Run:
     """The run with components in place of Optax transformations and functions of the step, among
     what it offers, too; `UserError` for what is neither."""
     for family in config.FAMILIES:
-        if isinstance(given := getattr(run, family), type):
+        given = getattr(run, family)
+        if given is None and family != "augment":
+            example = "Constant(warmup=0.0)" if family == "schedule" else "one of its kind"
+            raise UserError(f"{family}=None: a run needs one; give {example}")
+        if isinstance(given, type):
             raise UserError(
                 f"{family}={given.__name__}: a class; give one of its kind, such as"
                 f" {given.__name__}()"
