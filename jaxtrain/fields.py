@@ -276,8 +276,12 @@ def misfit(value: Any, annotation: Any) -> str | None:
     ('must be a number, not a str', None, "must be a tuple, such as ('bias',)")
     """
     wanted = field_type(annotation)
+    if isinstance(value, np.integer) and wanted.base is int:
+        # Flax and JSON know no others.
+        return f"must be a whole number of Python, not {_kind(value)}; write int({value})"
     if hasattr(value, "dtype") and not isinstance(value, np.generic):
-        return None
+        several = wanted.base in _TYPES and getattr(value, "size", 1) != 1
+        return f"must be {_TYPES[wanted.base][0]}, not {value.size} of them" if several else None
     if value is None:
         known = wanted.origin in (*_TYPES, Literal, tuple) or wanted.base in _LENGTHS
         return None if wanted.optional or not known else "must not be None"

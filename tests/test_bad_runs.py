@@ -488,7 +488,7 @@ def test_42_parameters_of_another_model(
 
 def test_52_parts_that_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
-        start(tmp_path / "run", "--data.validation=train[70%:]", "--steps=1", "--eval_every=0") == 0
+        start(tmp_path / "run", "--data.validation=train[70%:]", "--steps=4", "--eval_every=0") == 0
     )
     assert (
         capsys.readouterr().err

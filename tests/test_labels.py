@@ -17,10 +17,12 @@ import pytest
 import jaxtrain
 from jaxtrain import config, losses, metrics, models, optimizers
 from jaxtrain.data import label_checks
+from jaxtrain.data.sources.arrays import Arrays
 from jaxtrain.data.splits import Splits
-from jaxtrain.data.table import ArrayTable, SliceTable
+from jaxtrain.data.table import ArrayTable, JoinedTable, SliceTable
 from jaxtrain.errors import UserError
 from jaxtrain.parallel import mesh as meshes
+from jaxtrain.runner import build
 from jaxtrain.runner import main as runner_main
 from jaxtrain.tasks import Binary, Classification, MultiLabel, NextToken, Regression
 
@@ -357,3 +359,40 @@ def test_a_file_of_tokens_is_checked_without_a_copy(tmp_path: Path) -> None:
     found = NextToken().wrong_labels({"tokens": tokens}, logits)
     assert found is not None
     assert (found.rows_N.tolist(), found.problem) == ([7], "tokens is 4")
+
+
+def test_an_ignored_label_counts_as_no_class_in_tables_that_are_not_in_memory() -> None:
+    """Three classes and 255, in the rows of a memory map that a stream or a part reads."""
+    labels = np.arange(40) % 4
+    whole = ArrayTable({"label": np.where(labels == 3, 255, labels)}, 256)
+    part = SliceTable(whole, np.arange(0, 40))
+    task = Classification(ignore=255)
+    assert [build._classes(task, table) for table in (whole, part)] == [3, 3]
+    assert build._classes(task, JoinedTable((part, part))) == 3
+    assert build._classes(Classification(), SliceTable(whole, range(40))) is None
+
+    @dataclasses.dataclass(frozen=True)
+    class Stream:
+        num_classes: int = 256
+        arrays = class_names = None
+
+    assert build._classes(task, Stream()) is None  # type: ignore[arg-type]
+    assert build._classes(Classification(ignore=-1), Stream()) == 256  # type: ignore[arg-type]
+
+
+def test_a_run_under_a_transfer_guard_of_the_users_own_trains(tmp_path: Path) -> None:
+    data = Arrays.of({"x": np.zeros((8, 2), np.float32), "y": np.arange(8) % 2})
+    run = config.Run(
+        name="toy",
+        model=models.MLP(num_classes=2, widths=()),
+        task=Classification(),
+        data=dataclasses.replace(data, test=""),
+        optimizer=optimizers.SGD(learning_rate=0.1),
+        steps=1,
+        batch_size=8,
+        workdir=str(tmp_path / "run"),
+        tensorboard=False,
+        report=False,
+    )
+    with jax.transfer_guard("disallow"):
+        assert runner_main.launch(run, []) == 0

@@ -13,6 +13,7 @@ from jaxtrain.augment import ImageAugment, mixup
 from jaxtrain.models import MLP
 from jaxtrain.optimizers import SGD
 from jaxtrain.parallel import mesh
+from jaxtrain.schedules import Constant
 from jaxtrain.tasks import Classification, NextToken, Regression
 from jaxtrain.train import padding, reproducible, steps
 from jaxtrain.train.state import init_state
@@ -184,3 +185,20 @@ def test_tokens_have_no_floats_to_look_at() -> None:
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), gradients, wanted
     )
     assert float(sums["loss"][1]) == 6.0
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_rows_that_the_task_ignores_are_as_if_they_were_not_there(microbatches: int) -> None:
+    """Against the same rows with numbers in them, of which the loss knows nothing."""
+    batch = rows() | {"label": jnp.asarray([0, 1, 255, 1, 0, 255, 1, 0])}
+    del batch["weight"], batch["target"]
+    bad = batch | {"image": batch["image"].at[np.array([2, 5])].set(jnp.nan)}
+    parts = (init, apply), Classification(ignore=255), SGD(0.1)
+    options: dict[str, Any] = {"schedule": Constant(warmup=0.0), "microbatches": microbatches}
+    step = steps.make_train_step(*parts, **options)
+    wanted, sums = step(init_state(*parts, seed=0, batch=batch, **options), batch)
+    found, others = step(init_state(*parts, seed=0, batch=batch, **options), bad)
+    for old, new in zip(jax.tree.leaves(wanted.params), jax.tree.leaves(found.params), strict=True):
+        np.testing.assert_allclose(new, old, rtol=1e-6)
+    assert float(others["loss"][1]) == 6
+    np.testing.assert_allclose(others["loss"][0], sums["loss"][0], rtol=1e-6)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from jaxtrain import config, fields
 from jaxtrain.config import flags
+from jaxtrain.data.sources.arrays import Arrays
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Count, Positive
 from jaxtrain.horizon import Horizon
@@ -297,3 +298,21 @@ def test_a_class_that_rngs_make_is_a_model() -> None:
 def test_an_average_that_would_never_move() -> None:
     with pytest.raises(UserError, match=r"^--ema_decay=0.9999999999: is 1 in float32"):
         flags.parse(run_with(ema_decay=0.9999999999), [])
+
+
+def test_what_numpy_has_besides_numbers_of_python_is_refused_with_a_remedy() -> None:
+    assert fields.misfit(np.int64(3), int) == (
+        "must be a whole number of Python, not an int64; write int(3)"
+    )
+    assert fields.misfit(np.array([0.1, 0.2]), float) == "must be a number, not 2 of them"
+    assert fields.misfit(np.array(0.1), float) is None
+    with pytest.raises(UserError, match=r"^arrays: a masked array of float64 \(2, 1\), whose mask"):
+        Arrays.of({"x": np.ma.masked_array([[1.0], [2.0]], [[False], [True]])}).open()
+
+
+@pytest.mark.parametrize("family", ["model", "data", "task", "optimizer", "schedule"])
+def test_a_part_that_is_none_is_refused_by_its_name(family: str) -> None:
+    parts: dict[str, Any] = {"model": MLP(num_classes=3), "data": Arrays.of({"x": np.zeros(3)})}
+    parts |= {"task": Classification(), "optimizer": SGD(0.1), family: None}
+    with pytest.raises(UserError, match=rf"^{family}=None: a run needs one; give "):
+        build.accepted(config.Run(name="toy", steps=1, batch_size=1, **parts))

@@ -40,10 +40,7 @@ def to_host(state: PyTree) -> HostState:
 
     `UserError` if two leaves have one path, or a path could not be stored.
     """
-    leaves = tree.flatten(state)
-    for path in leaves:
-        if not path or path.startswith("/") or "\0" in path or ".." in path.split("/"):
-            raise UserError(f"state: path {path!r} cannot be stored; rename it")
+    leaves = check_paths(state)
     plain = {
         path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves.items()
     }
@@ -55,6 +52,21 @@ def to_host(state: PyTree) -> HostState:
         else {path: group.fetch(array) for path, array in plain.items()}
     )
     return {path: np.array(array, copy=True, order="C") for path, array in arrays.items()}
+
+
+def check_paths(state: PyTree) -> dict[str, Any]:
+    """The leaves of a state, abstract or not, by path; `UserError` if one could not be stored.
+
+    >>> check_paths({"params": {"bias": 1}})
+    {'params/bias': 1}
+    """
+    leaves = tree.flatten(state)
+    for path in leaves:
+        if not path or path.startswith("/") or "\0" in path or ".." in path.split("/"):
+            raise UserError(
+                f"state: path {path!r} cannot be stored; rename this part of the model's parameters"
+            )
+    return leaves
 
 
 def specs(state: PyTree) -> Specs:

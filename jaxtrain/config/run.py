@@ -298,6 +298,11 @@ def _check_start(run: Run) -> None:
 
 def _check_evaluation(run: Run) -> None:
     """The rules for what is evaluated, and called, on the way."""
+    if isinstance(run.evaluate, str):
+        raise UserError(
+            f"evaluate={run.evaluate!r}: must be a dict of names and splits, such as"
+            f" {{'other': {run.evaluate!r}}}"
+        )
     names = [name for name, _ in run.evaluate]
     for name in names:
         taken = name in ("train", "validation", "test") or names.count(name) > 1

@@ -268,6 +268,11 @@ def labels_of(
 def as_plain(array: Any) -> np.ndarray:
     """An array of NumPy, memory maps as they are; Python texts (as pandas has them) as NumPy's."""
     array = np.asanyarray(array)
+    if isinstance(array, np.ma.MaskedArray):
+        raise UserError(
+            f"arrays: a masked array of {array.dtype} {array.shape}, whose mask would be lost; give"
+            " plain values by filled(), and an array weight with 0 for rows to leave out"
+        )
     if array.dtype == object and all(isinstance(value, str) for value in array.flat):
         return array.astype(str)
     return array

@@ -105,6 +105,11 @@ class CheckedTable:
         return where(self.table, index)
 
 
+def unchecked(table: Table) -> Table:
+    """The table below the checks of labels, for readers that have no use for labels."""
+    return table.table if isinstance(table, CheckedTable) else table
+
+
 def checked(splits: Splits, task: Any, outputs: Any, data: Any) -> Splits:
     """The splits, with those that are read by the batch checking their labels; `UserError` at once
     if those of a split in memory, or the first of another, are no labels of the task.

@@ -316,6 +316,26 @@ def join(*tables: Table) -> Table:
     return JoinedTable(tuple(tables))
 
 
+def column(table: Table, name: str) -> np.ndarray | None:
+    """One field of all rows, where it lies in memory or is memory-mapped; otherwise None.
+
+    >>> column(SliceTable(ArrayTable({"label": np.arange(9)}), range(3, 6)), "label")
+    array([3, 4, 5])
+    """
+    if table.arrays is not None:
+        return table.arrays.get(name)
+    if isinstance(table, ScaledTable):
+        return None if name == "image" else column(table.table, name)
+    if isinstance(table, SliceTable):
+        whole = column(table.table, name)
+        return None if whole is None else whole[np.asarray(table.rows)]
+    if isinstance(table, JoinedTable):
+        found = [column(each, name) for each in table.tables]
+        parts = [part for part in found if part is not None]
+        return np.concatenate(parts) if len(parts) == len(found) else None
+    return None
+
+
 def load(table: Table, chunk: int = 8192) -> ArrayTable:
     """The same table, whole in host memory.
 

@@ -19,7 +19,7 @@ from jaxtrain.data import checks, label_checks, pipeline, statistics
 from jaxtrain.data.order import Shuffled
 from jaxtrain.data.pipeline import BatchLoader
 from jaxtrain.data.splits import Splits
-from jaxtrain.data.table import Table
+from jaxtrain.data.table import Table, column
 from jaxtrain.errors import UserError
 from jaxtrain.fields import fields_of
 from jaxtrain.parallel import sharding
@@ -67,6 +67,9 @@ def accepted(run: config.Run) -> config.Run:
     what it offers, too; `UserError` for what is neither."""
     for family in config.FAMILIES:
         given = getattr(run, family)
+        if given is None and family != "augment":
+            example = "Constant(warmup=0.0)" if family == "schedule" else "one of its kind"
+            raise UserError(f"{family}=None: a run needs one; give {example}")
         if isinstance(given, type) and not (family == "model" and _makes_a_model(given)):
             raise UserError(
                 f"{family}={given.__name__}: a class; give one of its kind, such as"
@@ -220,14 +223,18 @@ def check_model(
 def _classes(task: Any, table: Table) -> int | None:
     """How many classes the data has, without the label that the task ignores; None if its labels
     say nothing, such as one 255 far from all others."""
-    labels = None if table.arrays is None else table.arrays.get(getattr(task, "target", "label"))
+    labels = column(table, getattr(task, "target", "label"))
+    ignore = getattr(task, "ignore", None)
+    if labels is None and ignore is not None and table.num_classes == ignore + 1:
+        return None  # the label to be ignored was counted, and nobody can count without reading all
     if labels is None or table.class_names is not None or labels.dtype.kind not in "iu":
         return table.num_classes
     found = np.unique(labels)
-    found = found[found != getattr(task, "ignore", None)]
+    found = found[found != ignore]
     if not found.size or found[-1] >= 2 * found.size + SPARSE:
         return None
-    return 1 + int(found[-1])
+    count = 1 + int(found[-1])
+    return count if table.num_classes is None else min(count, table.num_classes)
 
 
 def check_labels(run: config.Run, splits: Splits, found: check.Checked) -> Splits:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxtrain import config, optimizers, precision, tree
 from jaxtrain.config import record as run_record
+from jaxtrain.data import label_checks
 from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import Table, is_image
 from jaxtrain.inference import inputs
@@ -110,7 +111,13 @@ def record(
         "run_id": earlier["run_id"],
         "hyper": hyper.collect(programs.recipe),
         "classes": {name: trained_model.class_of(getattr(run, name)) for name in config.FAMILIES},
-        "inputs": inputs.describe(run.task, splits.train, programs.recipe.prepare, run.batch_size),
+        "inputs": inputs.describe(
+            # A label that cannot be used is an error where it is trained on.
+            run.task,
+            label_checks.unchecked(splits.train),
+            programs.recipe.prepare,
+            run.batch_size,
+        ),
         "data": {
             "fingerprint": splits.fingerprint,
             "train": len(splits.train),

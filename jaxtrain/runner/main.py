@@ -178,7 +178,8 @@ def _start(run: config.Run, argv: Sequence[str]) -> int:
 def launch(run: config.Run, argv: Sequence[str]) -> int:
     """Builds the parts of a run, trains or evaluates, and returns the exit status; jax's settings
     are afterwards as they were."""
-    with StopSignals() as stop, jax_settings.restored():
+    # The loop guards its transfers itself; what is set up before it has to transfer.
+    with StopSignals() as stop, jax_settings.restored(), jax.transfer_guard("allow"):
         return _launch(run, argv, stop)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxtrain import config, hardware, messages, tasks, tree
+from jaxtrain import config, hardware, messages, optimizers, tasks, tree
+from jaxtrain.checkpoints import arrays
 from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.checkpoints.lock import Lock
 from jaxtrain.config import record as run_record
@@ -91,6 +92,7 @@ def start(opened: Opened) -> int:
         if not run.eval_only:
             # What a killed start left half written would count as used space.
             checkpoints.delete_leftovers()
+            arrays.check_paths(opened.programs.state)
             checkpoints.check_space(opened.programs.state)
         stop = group.StopAgreement(opened.stop)
         stop.synchronize()
@@ -388,6 +390,11 @@ def _metrics_log(
         flops_per_step=trained.flops_per_step,
         peak_flops=peak and peak * opened.mesh.size,
         memory_bytes=lambda: _memory_in_use(device),
+        **(
+            {"lower_rate": "lower the rate of the Optax optimizer"}
+            if isinstance(run.optimizer, optimizers.FromOptax)
+            else {}
+        ),
     )
 
 

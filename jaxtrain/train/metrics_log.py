@@ -19,7 +19,8 @@ class MetricsLog:
     dispatch, in order.
 
     What an interval has summed so far is part of each checkpoint (`record`), so that a resumed run
-    writes the same lines.
+    writes the same lines. `lower_rate` is how the rate is lowered, as the line of a divergence has
+    it.
     """
 
     def __init__(
@@ -37,11 +38,13 @@ class MetricsLog:
         flops_per_step: float = 0.0,
         peak_flops: float | None = None,
         memory_bytes: Any = None,
+        lower_rate: str = "lower --optimizer.learning_rate",
     ) -> None:
         self._writers, self._progress = writers, progress
         self._every, self._total_steps, self._batch_size = every, total_steps, batch_size
         self._unit, self._units = unit, batch_size if units is None else units
         self._flops, self._peak, self._memory = flops_per_step, peak_flops, memory_bytes
+        self._lower_rate = lower_rate
         self._totals = metrics.Totals(interval)
         self._step = self._timed_step = step
         self._clock = time.monotonic()
@@ -71,7 +74,7 @@ class MetricsLog:
                 else f"one of steps {self._step + 1} to {step}"
             )
             raise Diverged(
-                f"{between}: {' and '.join(bad)} not finite; lower --optimizer.learning_rate, set"
+                f"{between}: {' and '.join(bad)} not finite; {self._lower_rate}, set"
                 " --clip_norm=1 or look with --debug_nans"
             )
         if (
@@ -80,8 +83,8 @@ class MetricsLog:
             and float(sums["loss_scale"][0]) <= float(sums["loss_scale"][1])
         ):
             raise Diverged(
-                f"step {step}: gradients overflow float16 even at loss scale 1; lower"
-                " --optimizer.learning_rate, or use bf16 or fp32"
+                f"step {step}: gradients overflow float16 even at loss scale 1;"
+                f" {self._lower_rate}, or use bf16 or fp32"
             )
         self._step = step
         self._totals.add(sums)

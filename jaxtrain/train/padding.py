@@ -35,8 +35,32 @@ def replaced(batch: Batch, dtype: Any = jnp.float32, *, by_row: bool = True) -> 
     """
     if "weight" not in batch:
         return batch
-    weight = batch["weight"]
-    content = {name: value for name, value in batch.items() if name not in NO_CONTENT}
+    return _without_unseen(batch, batch["weight"], NO_CONTENT, dtype, by_row=by_row)
+
+
+def ignored_replaced(batch: Batch, task: Any, dtype: Any = jnp.float32) -> Batch:
+    """The batch, with each row that the task's `ignore` leaves out whole and that holds nan or
+    infinity replaced likewise, but for its label, which goes on saying so.
+
+    >>> from jaxtrain.tasks import Classification
+    >>> batch = {"image": jnp.array([[1.0], [jnp.nan]]), "label": jnp.array([3, -1])}
+    >>> cleaned = ignored_replaced(batch, Classification(ignore=-1))
+    >>> cleaned["image"].tolist(), cleaned["label"].tolist()
+    ([[1.0], [1.0]], [3, -1])
+    """
+    ignore, target = getattr(task, "ignore", None), getattr(task, "target", "")
+    if ignore is None or target not in batch:
+        return batch
+    label = batch[target]
+    counts = jnp.any((label != ignore).reshape(label.shape[0], -1), axis=1)
+    apart = (*NO_CONTENT, target)
+    return _without_unseen(batch, counts.astype(jnp.float32), apart, dtype, by_row=True)
+
+
+def _without_unseen(
+    batch: Batch, weight: jax.Array, apart: tuple[str, ...], dtype: Any, *, by_row: bool
+) -> Batch:
+    content = {name: value for name, value in batch.items() if name not in apart}
     unseen_B = jnp.all((weight == 0).reshape(weight.shape[0], -1), axis=1)
     if by_row:
         content = _rows_replaced(content, unseen_B, dtype)

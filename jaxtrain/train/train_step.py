@@ -92,6 +92,7 @@ def gradients(
     """
     recipe = hyper.bind(recipe, state.hyper)
     batch = padding.replaced(prepared(recipe, batch, mesh), recipe.dtype)
+    batch = padding.ignored_replaced(batch, recipe.task, recipe.dtype)
     batch = augmented(recipe, state, batch, shard)
 
     def one(part: Batch, index: int | jax.Array) -> Total:

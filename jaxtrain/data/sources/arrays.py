@@ -295,7 +295,11 @@ def _as_fields(
     """The arrays of one split as fields of a table: of one length, and of numbers."""
     leading = next(name for name in ("image", "label", *arrays) if name in arrays)
     shape = arrays[leading].shape
-    length = shape[0] if shape else 0
+    if not shape:
+        raise UserError(
+            f"{origin}: {leading} is a single number; it needs one row an example, as in (N, 4)"
+        )
+    length = shape[0]
     fields: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         place = f"{origin}: {name}"

@@ -12,7 +12,6 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from jaxtrain import tree
 from jaxtrain.messages import bytes_text, scaled
 
 
@@ -277,7 +276,7 @@ def _numbers(texts: Sequence[str]) -> str:
 
 def _row(path: str, shape: str, arrays: Sequence[Any]) -> ParameterRow:
     count = sum(math.prod(array.shape) for array in arrays)
-    size = sum(math.prod(array.shape) * tree.itemsize(array) for array in arrays)
+    size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
     return ParameterRow(path, shape, len(arrays), count, size)
 
 
