@@ -7,9 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from jaxtrain import config, fields, optimizers, schedules
+from jaxtrain import adapters, config, fields, optimizers, schedules
 from jaxtrain.config import flags
+from jaxtrain.data import Digits
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Count, Positive
 from jaxtrain.horizon import Horizon
@@ -74,6 +76,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "rate as text": (
         {"optimizer": AdamW(learning_rate="1e-3")},
         "optimizer.learning_rate=1e-3: must be a number, not a str",
+    ),
+    "rate as a function": (
+        {"optimizer": AdamW(learning_rate=abs)},
+        (
+            "optimizer.learning_rate=<built-in function abs>: must be a number, not a"
+            " builtin_function_or_method; a function of the step is the run's schedule=, a factor"
+            " of the rate"
+        ),
     ),
     "no rate": (
         {"optimizer": AdamW(learning_rate=None)},
@@ -313,12 +323,22 @@ def test_more_steps_than_int32_counts(changes: dict[str, Any], line: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("family", "given"), [("model", MLP), ("task", Classification), ("schedule", Cosine)]
+    ("family", "given"), [("task", Classification), ("schedule", Cosine), ("data", Digits)]
 )
 def test_a_class_in_place_of_its_instance(family: str, given: type) -> None:
     line = f"^{family}={given.__name__}: a class; give one of its kind, such as {given.__name__}"
     with pytest.raises(UserError, match=line):
         build.accepted(run_with(**{family: given}))
+
+
+def test_a_class_of_nnx_is_a_model_and_one_of_linen_is_not() -> None:
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs, width: int = 3) -> None:
+            self.dense = nnx.Linear(2, width, rngs=rngs)
+
+    assert build.accepted(run_with(model=Net)).model is Net
+    with pytest.raises(UserError, match=r"^model=MLP: a class; give a module, such as MLP\(\)"):
+        adapters.functions(build.accepted(run_with(model=MLP)).model)
 
 
 def test_an_average_that_would_never_move() -> None:

@@ -59,7 +59,8 @@ def accepted(run: config.Run) -> config.Run:
     """The run with components in place of Optax transformations and functions of the step, among
     what it offers, too; `UserError` for what is neither."""
     for family in config.FAMILIES:
-        if isinstance(given := getattr(run, family), type):
+        # A class can be a model: of NNX or Equinox, made by the run (`adapters`).
+        if family != "model" and isinstance(given := getattr(run, family), type):
             raise UserError(
                 f"{family}={given.__name__}: a class; give one of its kind, such as"
                 f" {given.__name__}()"
