@@ -192,8 +192,8 @@ def column_notes(train: Table) -> list[str]:
         (
             f"image: its {image_ND.shape[1]} columns differ in scale (deviations {low:.3g} to"
             f" {high:.3g}) and one mean and deviation standardizes all, so that small ones hardly"
-            " count; scale each, x = (x - mean) / deviation by the train split, as experiments/own.py"
-            " does by itself"
+            " count; scale each, x = (x - mean) / deviation by the train split, as"
+            " experiments/own.py does by itself"
         )
     ]
 
