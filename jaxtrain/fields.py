@@ -295,7 +295,10 @@ def misfit(value: Any, annotation: Any) -> str | None:
     if wanted.base not in _TYPES:
         return None
     words, fits = _TYPES[wanted.base]
-    return None if fits(value) else f"must be {words}, not {_kind(value)}"
+    # Who brings a rate that changes over the steps brings it where Optax takes it.
+    schedule = "; a function of the step is the run's schedule=, a factor of the rate"
+    remedy = schedule if callable(value) and wanted.base is float else ""
+    return None if fits(value) else f"must be {words}, not {_kind(value)}{remedy}"
 
 
 def _tuple_misfit(value: Any, wanted: FieldType) -> str | None:

@@ -85,6 +85,10 @@ def test_several_sets_are_evaluated_by_name(
             "--best=error",
             "--best=error: is more or less of it better? write error,min or error,max",
         ),
+        (
+            "--best=los",
+            "--best=los: is more or less of it better? write los,min or los,max; did you",
+        ),
         ("--best=loss,up", "--best=loss,up: 'up' is no direction; write loss,min or loss,max"),
         (
             "--best=rotatd/loss",

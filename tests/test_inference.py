@@ -264,7 +264,14 @@ def test_a_model_that_only_python_knows(
     np.testing.assert_array_equal(found["prediction"], own["prediction"])
     with pytest.raises(UserError, match="does not fit MLP: missing params/hidden0"):
         jaxtrain.load(tmp_path / "run", model=MLP(num_classes=2, widths=(8,)))
+    with pytest.raises(UserError, match=r"model=Run.*give the run as experiment="):
+        jaxtrain.load(tmp_path / "run", model=toy(**QUICK))
     file = tmp_path / "own.py"
+    file.write_text("run = 1\n")
+    argv = ["predict", str(tmp_path / "run"), f"--out={tmp_path / 'p.npz'}", f"--experiment={file}"]
+    status, text = said(argv, capsys)
+    assert status == 2
+    assert "has no function `experiment`; write def experiment(): return jaxtrain.Run(" in text
     file.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n"
         "from test_inference import *\n"

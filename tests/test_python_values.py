@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxtrain import config, fields
+from jaxtrain import adapters, config, fields
 from jaxtrain.config import flags
+from jaxtrain.data import Digits
 from jaxtrain.data.sources.arrays import Arrays
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Count, Positive
@@ -76,6 +77,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "rate as text": (
         {"optimizer": AdamW(learning_rate="1e-3")},
         "optimizer.learning_rate=1e-3: must be a number, not a str",
+    ),
+    "rate as a function": (
+        {"optimizer": AdamW(learning_rate=abs)},
+        (
+            "optimizer.learning_rate=<built-in function abs>: must be a number, not a"
+            " builtin_function_or_method; a function of the step is the run's schedule=, a factor"
+            " of the rate"
+        ),
     ),
     "no rate": (
         {"optimizer": AdamW(learning_rate=None)},
@@ -280,7 +289,7 @@ def test_more_steps_than_int32_counts(changes: dict[str, Any], line: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("family", "given"), [("model", MLP), ("task", Classification), ("schedule", Cosine)]
+    ("family", "given"), [("task", Classification), ("schedule", Cosine), ("data", Digits)]
 )
 def test_a_class_in_place_of_its_instance(family: str, given: type) -> None:
     line = f"^{family}={given.__name__}: a class; give one of its kind, such as {given.__name__}"
@@ -288,11 +297,14 @@ def test_a_class_in_place_of_its_instance(family: str, given: type) -> None:
         build.accepted(run_with(**{family: given}))
 
 
-def test_a_class_that_rngs_make_is_a_model() -> None:
+def test_a_class_of_nnx_is_a_model_and_one_of_linen_is_not() -> None:
     class Net(nnx.Module):
-        def __init__(self, *, rngs: nnx.Rngs) -> None: ...
+        def __init__(self, rngs: nnx.Rngs, width: int = 3) -> None:
+            self.dense = nnx.Linear(2, width, rngs=rngs)
 
     assert build.accepted(run_with(model=Net)).model is Net
+    with pytest.raises(UserError, match=r"^model=MLP: a class; give a module, such as MLP\(\)"):
+        adapters.functions(build.accepted(run_with(model=MLP)).model)
 
 
 def test_an_average_that_would_never_move() -> None:

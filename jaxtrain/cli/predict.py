@@ -75,7 +75,11 @@ def _experiment(file: str) -> Any:
         raise UserError(f"{flag}: must be the Python file of the experiment")
     made = runpy.run_path(file).get("experiment")
     if not callable(made):
-        raise UserError(f"{flag}: has no function `experiment`")
+        raise UserError(
+            f"{flag}: has no function `experiment`; write def experiment(): return"
+            " jaxtrain.Run(...) there, and jaxtrain.main(experiment) under"
+            ' if __name__ == "__main__":'
+        )
     return made()
 
 

@@ -19,6 +19,8 @@ READ_BYTES = 2**28
 """Splits of up to so many bytes are read whole before the training, if they hold floats."""
 FACTOR = 16
 """How many times wider than the other the range of one of two splits may be."""
+UNEVEN = 100
+"""How many times wider than another a column is, if columns are said to differ in scale."""
 _KNOWN = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))
 
 
@@ -164,6 +166,34 @@ def _lost_digits(array: np.ndarray, place: str) -> list[str]:
             f"{place}: {array.dtype} loses digits in float32: {named}has values up to"
             f" {max(abs(low_D[column]), abs(high_D[column])):.15g}, rounded by up to"
             f" {error_D[column]:g}; take off an offset first, e.g. the smallest value"
+        )
+    ]
+
+
+def column_notes(train: Table) -> list[str]:
+    """A note on inputs that are rows of floats whose columns differ much in scale: one mean and
+    deviation of all standardize them, which is right for signals.
+
+    >>> from jaxtrain.data.table import ArrayTable
+    >>> wide = np.array([[0.0, 0.0], [0.1, 2000.0], [0.2, 1000.0]])
+    >>> column_notes(ArrayTable({"image": wide}))[0][:57]
+    'image: its 2 columns differ in scale (deviations 0.0816 t'
+    """
+    image_ND = (train.arrays or {}).get("image")
+    if image_ND is None or image_ND.ndim != 2 or image_ND.dtype.kind != "f":
+        return []
+    some = np.linspace(0, len(image_ND) - 1, min(len(image_ND), CHUNK)).astype(np.int64)
+    deviation_D = np.asarray(image_ND[some], np.float64).std(axis=0)
+    deviation_D = deviation_D[np.isfinite(deviation_D) & (deviation_D > 0)]
+    if not deviation_D.size or deviation_D.max() < UNEVEN * deviation_D.min():
+        return []
+    low, high = deviation_D.min(), deviation_D.max()
+    return [
+        (
+            f"image: its {image_ND.shape[1]} columns differ in scale (deviations {low:.3g} to"
+            f" {high:.3g}) and one mean and deviation standardizes all, so that small ones hardly"
+            " count; scale each, x = (x - mean) / deviation by the train split, as"
+            " experiments/own.py does by itself"
         )
     ]
 

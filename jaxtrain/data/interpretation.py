@@ -91,7 +91,10 @@ def _pixels(
     gray = rank == 3 and kind in "iu"
     if given is not None:
         same = dtype == np.uint8 and given == _BYTES
-        return Pixels(None if same else given, channel=gray), []
+        square = rank == 3 and array.shape[1] == array.shape[2] > 4
+        signal = kind == "f" and (square or (rank == 3 and name in _IMAGE_NAMES))
+        notes = [_signal_note(array, name)] if signal else []
+        return Pixels(None if same else given, channel=gray), notes
     if dtype == np.uint8 or kind == "b":
         # Masks of booleans stay as they are: they are read as 0 and 1.
         return Pixels(channel=gray and kind == "u"), _bytes_notes(array, name)
@@ -154,12 +157,16 @@ def _float_notes(array: np.ndarray, name: str) -> list[str]:
             range_words = "-1..1" if known else f"{_text(found)}, which is no usual range"
             notes.append(f"{name}: {array.dtype} in {range_words}: taken as they are")
     if square or (array.ndim == 3 and image):
-        height, width = array.shape[1:]
-        notes.append(
-            f"{name}: {array.dtype} ({height}, {width}): read as a signal of length {height} with"
-            f" {width} channels; for gray images save {name}[..., None]"
-        )
+        notes.append(_signal_note(array, name))
     return notes
+
+
+def _signal_note(array: np.ndarray, name: str) -> str:
+    height, width = array.shape[1:]
+    return (
+        f"{name}: {array.dtype} ({height}, {width}): read as a signal of length {height} with"
+        f" {width} channels; for gray images save {name}[..., None]"
+    )
 
 
 def _layout_notes(array: np.ndarray, name: str) -> list[str]:

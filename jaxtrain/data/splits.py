@@ -23,6 +23,7 @@ _PART = re.compile(
     r"\s*(?P<name>[\w.-]+)\s*(?:\[\s*(?P<start>-?\d+%?)?\s*:\s*(?P<stop>-?\d+%?)?\s*\])?\s*"
 )
 _SMALL_BYTES = 2**28  # what can be read in a moment, when a run starts
+_LOOKED_AT = 10_000_000  # labels that are counted in a moment
 _SHAPE_OF_ERROR = "not a split; expected e.g. train, train[:90%], train[55000:] or train+test"
 
 
@@ -175,13 +176,37 @@ def choose(
         for one, other in itertools.combinations(pieces, 2)
         if (share := _shared_percent(pieces[one], pieces[other]))
     )
+    blocks = tuple(
+        note
+        for role, chosen in pieces.items()
+        if (note := _sorted_note(tables, chosen, f"--data.{role}={expressions[role]}"))
+    )
     return Splits(
         parts["train"],
         parts.get("validation"),
         parts.get("test"),
         fingerprint,
-        (*notes, *found, *overlaps),
+        (*notes, *found, *overlaps, *blocks),
         modified_ns,
+    )
+
+
+def _sorted_note(tables: Mapping[str, Table], part: tuple[Piece, ...], flag: str) -> str | None:
+    """A note if a part is cut from rows that lie class by class, so that it lacks some of them:
+    what is learnt of the others says nothing of it."""
+    if len(part) != 1:
+        return None
+    ((name, start, stop),) = part
+    labels_N = (tables[name].arrays or {}).get("label")
+    if labels_N is None or labels_N.ndim != 1 or len(labels_N) > _LOOKED_AT:
+        return None
+    classes, held = len(np.unique(labels_N)), len(np.unique(labels_N[start:stop]))
+    if held == classes or np.count_nonzero(np.diff(labels_N)) != classes - 1:
+        return None
+    return (
+        f"{flag} holds {held} of {classes} classes, since the rows of {name} lie class by class;"
+        " shuffle them before they are saved, x and y by the same"
+        " np.random.default_rng(0).permutation(len(y))"
     )
 
 

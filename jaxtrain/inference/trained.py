@@ -154,6 +154,8 @@ def load(
     and so is `experiment`, what the experiment's own function returns. `UserError`, in one line, if
     the folder holds no run, or something that this cannot rebuild.
     """
+    if isinstance(model, config.Run):
+        raise UserError("load(model=Run): takes the model alone; give the run as experiment=")
     folder = Path(workdir)
     record = read_record(folder)
     where = f"{messages.printable(str(folder))}: run.json"

@@ -3,7 +3,6 @@ the checks before anything is compiled."""
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -56,12 +55,6 @@ class Lengths:
     log: int
 
 
-def _makes_a_model(kind: type) -> bool:
-    """Whether a class is called with `rngs` or `key` to make a model, as NNX's and Equinox's are."""
-    # of the class itself a metaclass hides it
-    return bool({"rngs", "key"} & inspect.signature(kind.__init__).parameters.keys())
-
-
 def accepted(run: config.Run) -> config.Run:
     """The run with components in place of Optax transformations and functions of the step, among
     what it offers, too; `UserError` for what is neither."""
@@ -70,7 +63,8 @@ def accepted(run: config.Run) -> config.Run:
         if given is None and family != "augment":
             example = "Constant(warmup=0.0)" if family == "schedule" else "one of its kind"
             raise UserError(f"{family}=None: a run needs one; give {example}")
-        if isinstance(given, type) and not (family == "model" and _makes_a_model(given)):
+        # A class can be a model: of NNX or Equinox, made by the run (`adapters`).
+        if isinstance(given, type) and family != "model":
             raise UserError(
                 f"{family}={given.__name__}: a class; give one of its kind, such as"
                 f" {given.__name__}()"

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtrain import config, extras, messages
 from jaxtrain.checkpoints.lock import Lock
 from jaxtrain.config import flags
+from jaxtrain.data import checks
 from jaxtrain.data.table import Table
 from jaxtrain.errors import (
     DIFFERENT,
@@ -201,7 +202,8 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
     jax_settings.apply(debug_nans=run.debug_nans, matmul_precision=run.matmul_precision)
     heartbeat.beat("data")
     splits = build.with_evaluation_sets(run, run.data.open())
-    for note in splits.notes:
+    columns = checks.column_notes(splits.train) if run.normalize else []
+    for note in [*splits.notes, *columns]:
         messages.warn(note)
     length = build.lengths(run, len(splits.train))
     for note in unusual.notes(run, length):

@@ -79,7 +79,7 @@ def parse(text: str, sets: Iterable[str], default: Score) -> Selection:
     if not metric or not (way or known):
         raise UserError(
             f"{flag}: is more or less of it better? write {name or 'loss'},min or"
-            f" {name or 'accuracy'},max"
+            f" {name or 'accuracy'},max{messages.did_you_mean(metric, _KNOWN)}"
         )
     sign = -1.0 if (way or known) == "min" else 1.0
 

@@ -414,7 +414,7 @@ def _writer_of(key: str) -> Callable[[float], str]:
         return lambda value: rate_text(value).replace(".0", "")
     return lambda value: (
         f"{value:.3g}"
-        if abs(value) < 1e4
+        if abs(value) < 999.5  # beyond, three digits would be written as 1e+03
         else value_text(key, int(value) if float(value).is_integer() else value)
     )
 
