@@ -18,7 +18,8 @@ from jaxtrain.data import Arrays
 from jaxtrain.errors import UserError
 from jaxtrain.optimizers import SGD
 from jaxtrain.parallel import mesh as meshes
-from jaxtrain.runner import build
+from jaxtrain.runner import build, main
+from jaxtrain.tasks import Regression
 from jaxtrain.train import check, explain
 from jaxtrain.train.recipe import Recipe
 
@@ -143,6 +144,28 @@ def transformed_pair(params: Any, x: Any) -> Any:
     return jnp.abs(jnp.fft.rfft(x))[:, :2] @ params["w"][:2]
 
 
+class Spectrum(nn.Module):
+    wide: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = x.astype(jnp.float32) if self.wide else x
+        return nn.Dense(1)(jnp.abs(jnp.fft.rfft(x)))
+
+
+class Inverse(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", lambda key, shape: jnp.eye(4), (4, 4))
+        return nn.Dense(1)(x @ jnp.linalg.inv(kernel))[:, 0]
+
+
+class NeverRuns(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return jax.lax.dot(x, jnp.ones((4, 1), jnp.int32)) + jnp.float32(jax.lax.rem(x, 2))
+
+
 MODELS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "parameters of training": (
         OnlyInTraining(),
@@ -183,6 +206,42 @@ def test_a_model_that_cannot_train_is_one_line(name: str) -> None:
     if "scan" in name:
         assert "or use --precision=fp32" in words
         checked(model, precision="fp32")  # the remedy
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_what_there_is_in_float32_only_is_one_line(precision: str) -> None:
+    with pytest.raises(UserError) as caught:
+        checked(Spectrum(), precision=precision)
+    words = str(caught.value)
+    rule = f"--precision={precision}: Spectrum.__call__ (test_check.py:"
+    assert words.startswith(rule) and "runs in float32 only: RFFT input must be float32" in words
+    assert "or use --precision=fp32 (while running the model on shapes" in words
+    checked(Spectrum(), precision="fp32")  # the remedies
+    checked(Spectrum(wide=True), precision=precision)
+
+
+def test_what_only_lowering_finds_out_is_one_line(tmp_path: Path) -> None:
+    arrays = {"image": np.eye(16, 4, dtype=np.float32), "target": np.eye(16, 1)[:, 0] / 2}
+    run = config.Run(
+        name="inverse",
+        model=Inverse(),
+        data=Arrays.of(arrays, train="train[:50%]", test=""),
+        task=Regression(),
+        optimizer=SGD(),
+        steps=1,
+        batch_size=8,
+        precision="bf16",
+        mesh="data:1",
+        workdir=str(tmp_path),
+    )
+    with pytest.raises(UserError, match=r"^--precision=bf16: model=Inverse runs in float32 only"):
+        main.launch(run, [])
+
+
+def test_a_fault_in_every_precision_is_not_laid_to_the_precision() -> None:
+    for precision in ("fp32", "bf16"):
+        with pytest.raises(TypeError, match="rem requires arguments to have equal types|dtype"):
+            checked(NeverRuns(), precision=precision)
 
 
 def test_parameters_of_training_alone_are_made_as_the_line_says() -> None:

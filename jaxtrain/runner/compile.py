@@ -5,6 +5,7 @@ feed.
 and adds their results in a fixed tree. A run chooses one of them, once.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -17,9 +18,10 @@ from jax.sharding import Mesh
 from jaxtrain import metrics, tasks, tree
 from jaxtrain.checkpoints import arrays
 from jaxtrain.data.pipeline import BatchLoader
+from jaxtrain.errors import UserError
 from jaxtrain.parallel import mesh as meshes
 from jaxtrain.parallel import sharding
-from jaxtrain.train import evaluate, feeds, reproducible, train_step
+from jaxtrain.train import evaluate, explain, feeds, reproducible, train_step
 from jaxtrain.train.lowering import Programs
 from jaxtrain.train.state import TrainState
 from jaxtrain.tree import Batch
@@ -111,7 +113,8 @@ class Sharded:
         repeats = 1 if platform == "cpu" else programs.recipe.microbatches
         if isinstance(source, BatchLoader):
             step, chosen, data = programs.train_step, 1, None
-            lowered = programs.lower_train_step()
+            with _said(programs):
+                lowered = programs.lower_train_step()
             compiled = lowered.compile()
             feed: feeds.Feed = feeds.LoaderFeed(
                 _checked(step) if self.debug_nans else compiled, source
@@ -119,7 +122,8 @@ class Sharded:
         else:
             steps, data = programs.train_steps, source
             count = feeds.device_count(1, data)
-            lowered = steps.single.lower(programs.state, data, count)
+            with _said(programs):
+                lowered = steps.single.lower(programs.state, data, count)
             chosen = per_call or feeds.steps_per_call(lowered, platform, most)
             chosen = 1 if self.debug_nans else chosen
             looped = steps.several.lower(programs.state, data, count) if chosen > 1 else lowered
@@ -221,6 +225,20 @@ class Reproducible:
             return evaluate.evaluate(step, state, batches, compiled=compiled)
 
         return means
+
+
+@contextlib.contextmanager
+def _said(programs: Programs) -> Iterator[None]:
+    """Makes one line of what a precision lacks and shapes alone do not show, such as
+    `jnp.linalg.inv` of bfloat16: only lowering finds out."""
+    try:
+        yield
+    except NotImplementedError as error:
+        recipe = programs.recipe
+        if recipe.precision == "fp32" or "dtype" not in str(error):
+            raise
+        where = f"model={explain.name_of(recipe.model)}"
+        raise UserError(explain.needs_float32(recipe.precision, where, error)) from error
 
 
 def _checked(jitted: Any) -> Any:

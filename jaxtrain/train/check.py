@@ -290,7 +290,9 @@ def _told(recipe: Recipe, batch: Shapes, seen: _Seen, *, train: bool) -> Iterato
     except Exception as error:
         fields = ", ".join(f"{name} {_shown(leaf)}" for name, leaf in batch.items())
         doing = f"while running {seen.doing} on shapes, train={train}: {fields}"
-        line = explain.line(recipe, error, _again(recipe, batch, train))
+        wide = dataclasses.replace(recipe, precision="fp32")
+        again = (_again(each, batch, train) for each in (recipe, wide))
+        line = explain.line(recipe, error, *again)
         if line is not None:
             raise UserError(f"{line} ({doing})") from error
         explain.note(error, doing)

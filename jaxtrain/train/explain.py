@@ -27,8 +27,11 @@ _CARRY = re.compile(
 )
 
 
-def line(recipe: Recipe, error: Exception, again: Callable[[], Any]) -> str | None:
-    """What an exception means, or None if it is not known; `again` runs the pass once more."""
+def line(
+    recipe: Recipe, error: Exception, again: Callable[[], Any], in_float32: Callable[[], Any]
+) -> str | None:
+    """What an exception means, or None if it is not known; `again` runs the pass once more,
+    `in_float32` does so in that precision."""
     model, text = name_of(recipe.model), _first(error)
     if isinstance(error, NameError) and (
         axis := re.search(r"unbound axis name:? (\S+?)[.\s]", text)
@@ -44,13 +47,27 @@ def line(recipe: Recipe, error: Exception, again: Callable[[], Any]) -> str | No
         )
     if isinstance(error, flax_errors.FlaxError) and not own_frames(error):
         return f"model={model}: {text}"
+    narrow = recipe.precision != "fp32"
+    if narrow and not _runs(in_float32):
+        return None  # the precision is not to blame
     if isinstance(error, TypeError) and (_CARRY.search(str(error)) or _DTYPES.search(str(error))):
         return _dtypes(recipe, model, error, again)
-    if recipe.precision != "fp32" and isinstance(
-        error, TypeError | ValueError | NotImplementedError
-    ):
-        return _too_narrow(recipe, model, error)
+    if narrow:
+        where = _innermost(error.__traceback__) or f"model={model}"
+        return needs_float32(recipe.precision, where, error)
     return None
+
+
+def needs_float32(precision: str, where: str, error: Exception) -> str:
+    """The line about what there is in float32 and not in the precision of the run.
+
+    >>> needs_float32("bf16", "model=Net", NotImplementedError("Unsupported dtype bfloat16"))[:58]
+    '--precision=bf16: model=Net runs in float32 only: Unsuppor'
+    """
+    return (
+        f"--precision={precision}: {where} runs in float32 only: {_first(error)}; let it compute in"
+        " float32 there (x.astype(jnp.float32)), or use --precision=fp32"
+    )
 
 
 def note(error: BaseException, doing: str) -> None:
@@ -94,6 +111,14 @@ def _is_own(filename: str) -> bool:
     return not any(filename.startswith(str(folder)) for folder in _LIBRARIES)
 
 
+def _runs(pass_: Callable[[], Any]) -> bool:
+    try:
+        pass_()
+    except Exception:  # noqa: BLE001  of a model of the user's own
+        return False
+    return True
+
+
 def _dtypes(recipe: Recipe, model: str, error: TypeError, again: Callable[[], Any]) -> str | None:
     """The line about dtypes that part under a precision that is not float32."""
     if recipe.precision == "fp32" and not jax.config.values["jax_enable_x64"]:
@@ -104,18 +129,6 @@ def _dtypes(recipe: Recipe, model: str, error: TypeError, again: Callable[[], An
     return (
         f"{said}: dtypes part at {where or f'model={model}'}: {_first(error)}; let it compute in"
         f" the dtype of its inputs (dtype=None), or use {remedy}"
-    )
-
-
-def _too_narrow(recipe: Recipe, model: str, error: Exception) -> str | None:
-    """The line about an operation, such as an FFT or a solver, that has no narrow dtypes."""
-    text = _first(error)
-    if not re.search(r"\b(?:bfloat16|float16|float8\w*)\b", text):
-        return None
-    where = _innermost(error.__traceback__) or f"model={model}"
-    return (
-        f"--precision={recipe.precision}: {where}: {text}; give it float32 there"
-        " (x.astype(jnp.float32)), or use --precision=fp32"
     )
 
 
@@ -153,7 +166,7 @@ def _innermost(trace: TracebackType | None) -> str | None:
     found = None
     while trace is not None:
         code = trace.tb_frame.f_code
-        if _is_own(code.co_filename):
+        if _is_own(code.co_filename) and code.co_name != "<module>":
             name = Path(code.co_filename).name
             found = f"{code.co_qualname} ({name}:{trace.tb_lineno})"
         trace = trace.tb_next
