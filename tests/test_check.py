@@ -183,7 +183,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "fft in bf16": (
         (lambda key, x: {"w": jnp.ones((4, 2))}, transformed_pair),
         {"precision": "bf16"},
-        "RFFT input must be float32 or float64, got bfloat16; give it float32 there",
+        "RFFT input must be float32 or float64, got bfloat16; let it compute in float32 there",
     ),
     "scan of a pair": (
         (lambda key, x: {"w": jnp.ones((4, 4))}, scanned_pair),

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx
 
 from jaxtrain import adapters, models, tasks, tree
-from jaxtrain.models import convnet, mlp, resnet, transformer, vit
+from jaxtrain.models import convnet, fitted, mlp, resnet, transformer, vit
 from jaxtrain.optimizers import AdamW, Lamb, Muon, match_table, parameters
 from jaxtrain.train.state import init_state
 from jaxtrain.train.steps import make_train_step
@@ -38,6 +38,8 @@ def shrunk(name: str) -> tuple[nn.Module, jax.ShapeDtypeStruct]:
     if isinstance(model, vit.ViT):
         small = model.clone(patch=2, width=24, depth=1, heads=3, num_classes=10)
         return small, jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    if isinstance(model, fitted.Fitted):
+        return model.clone(widths=(24, 16)), jax.ShapeDtypeStruct((2, 6), jnp.float32)
     assert isinstance(model, transformer.Transformer)
     small = model.clone(width=32, depth=1, heads=4, max_length=16)
     return small, jax.ShapeDtypeStruct((2, 8), jnp.int32)

@@ -34,7 +34,7 @@ SMALL = "is 0 in float32, which the step computes in; must be at least 1.2e-38"
 def run_with(**changes: Any) -> config.Run:
     parts = {
         "model": MLP(num_classes=3),
-        "data": None,
+        "data": Digits(),
         "task": Classification(),
         "optimizer": AdamW(),
         "steps": 100,

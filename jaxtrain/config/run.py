@@ -58,13 +58,13 @@ class Run(StepOptions):
     epochs: Annotated[float | None, Above(0), Group.TRAINING, FREE] = None
     """How many passes over the train split, fractions allowed; replaces the experiment's own
     --steps or --epochs."""
-    stop_after: Annotated[str | None, Group.TRAINING, FREE] = None
-    """Ends the run early once so many evaluations in a row were no better than the best before
-    them, e.g. 5evals; none = never."""
     batch_size: Annotated[BatchSize, Group.TRAINING] = 128
     """How many examples one step sees, over all devices."""
     seed: Annotated[Seed, Group.TRAINING] = 0
     """The root of every random stream of the run."""
+    stop_after: Annotated[str | None, Group.TRAINING, FREE] = None
+    """Ends the run early once so many evaluations in a row were no better than the best before
+    them, e.g. 5evals; none = never."""
     normalize: Annotated[bool, Group.TRAINING] = True
     """Standardizes images by the mean and deviation of the train split; otherwise they are only
     scaled to 0..1."""
