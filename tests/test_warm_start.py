@@ -205,8 +205,9 @@ def by_hand(grid_HWD: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 
 def test_positions_of_a_vit_are_interpolated(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     model = ViT(num_classes=4, patch=2, width=8, depth=1, heads=2)
     variables = nn.meta.unbox(model.init(jax.random.key(1), np.zeros((1, 4, 4, 1), np.float32)))
     small = {
