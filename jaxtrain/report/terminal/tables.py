@@ -106,6 +106,9 @@ def warm_start_table(rows: Sequence[tuple[str, Sequence[int], str, str]]) -> Tab
     sources = {(path, what): source for path, _, what, source in rows}
     table = _table("warm start", "shape", "arrays", "", "from")
     table.columns[-1].justify = "left"
+    # Paths stay whole in a narrow terminal; what may be long is where they came from.
+    table.columns[0].no_wrap, table.columns[-1].no_wrap = True, False
+    table.columns[-1].overflow = "fold"
     for (_, shape, what, _), paths in groups.items():
         size = "×".join(map(str, shape)) or "scalar"
         source = sources[paths[0], what]
