@@ -21,11 +21,11 @@ class Net(eqx.Module):
     dropout: eqx.nn.Dropout = eqx.nn.Dropout(0.2)
 
     def __init__(self, key):
-        self.layers = [eqx.nn.Linear(64, 96, key=key), eqx.nn.Linear(96, 10, key=key)]
+        first, second = jax.random.split(key)
+        self.layers = [eqx.nn.Linear(64, 96, key=first), eqx.nn.Linear(96, 10, key=second)]
 
     def __call__(self, x, key=None):
-        x = jax.nn.relu(self.layers[0](x.reshape(-1)))
-        return self.layers[1](self.dropout(x, key=key))
+        return self.layers[1](self.dropout(jax.nn.relu(self.layers[0](x.reshape(-1))), key=key))
 
 
 def experiment():

@@ -2,8 +2,7 @@
 
     python examples/two_inputs.py
 
-What I have: a model of two arguments, and arrays whose padding has the tag -1. What I write: how the
-task calls them. To tag: did this token come before?
+What I have: two arrays, and tags that are -1 in the padding. What I write: how the task calls them.
 """
 
 import jax
@@ -26,9 +25,8 @@ class Tagger(nn.Module):
 def experiment():
     tokens = np.random.default_rng(0).integers(0, 12, (2000, 16))
     seen = np.tril(tokens[:, :, None] == tokens[:, None], -1).any(-1)
-    lengths = 4 + tokens.sum(1) % 13
-    arrays = {"tokens": tokens, "lengths": lengths}
-    arrays["tags"] = np.where(np.arange(16) < lengths[:, None], seen, -1)
+    arrays = {"tokens": tokens, "lengths": 4 + tokens.sum(1) % 13}
+    arrays["tags"] = np.where(np.arange(16) < arrays["lengths"][:, None], seen, -1)
     return jaxtrain.Run(
         name="two_inputs",
         model=Tagger(),

@@ -8,6 +8,8 @@ model sees them, prepared.
 import dataclasses
 import functools
 import importlib.util
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ import pytest
 from jaxtrain import rng
 from jaxtrain.parallel import mesh as meshes
 from jaxtrain.runner import build
-from jaxtrain.train import lowering
+from jaxtrain.train import compare_meshes, lowering
 from jaxtrain.train.recipe import Recipe
 from jaxtrain.train.state import TrainState
 from jaxtrain.tree import Batch
@@ -104,3 +106,53 @@ def test_five_steps_equal_the_hand_written_loop(path: Path) -> None:
     by_hand = example.module.by_hand(*start, batches, keys)
     np.testing.assert_allclose(losses, np.float64(list(by_hand)), rtol=1e-6)
     assert losses[-1] != losses[0]
+
+
+def test_examples_are_short() -> None:
+    assert len(FILES) == 10
+    for path in FILES:
+        assert len(path.read_text().splitlines()) < 60, path.name
+
+
+def on_meshes(path: Path, steps: int) -> None:
+    """Trains on each mesh and compares it with one device, as --compare_meshes does."""
+    example = opened(path)
+    found = compare_meshes.compare_recipe(
+        example.recipe, iter(example.batches), MESHES, seed=example.run.seed, steps=steps
+    )
+    assert len(found.meshes) == len(MESHES)
+    for each in found.meshes:
+        assert found.agrees(each), f"{path.stem}: {each}"
+
+
+@pytest.mark.parametrize("name", ["regression", "pmap_style"])
+def test_trains_on_every_mesh(name: str) -> None:
+    on_meshes(ROOT / "examples" / f"{name}.py", steps=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_five_steps_on_every_mesh(path: Path) -> None:
+    on_meshes(path, steps=STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_each_is_a_program(path: Path, tmp_path: Path) -> None:
+    """As its first lines say, on eight devices and by --compare_meshes; the body of fine-tuning is
+    trained first."""
+    flags = ["--steps=2", "--mesh=data:2,fsdp:4", "--noreport"]
+    compared = ["--compare_meshes=data:8,fsdp:8,data:2xfsdp:4", "--compare_steps=2"]
+    runs = [flags, compared] if path.stem != "fine_tune" else [flags, flags, compared]
+    environment = dict(os.environ)
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    for each in runs:
+        done = subprocess.run(
+            [sys.executable, str(path), *each],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
