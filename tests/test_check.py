@@ -371,3 +371,37 @@ def test_a_loss_that_counts_padding_is_refused_where_there_is_any(
         if padded
         else ""
     )
+
+
+class Cached(nn.Module):
+    """Keeps the last batch, as a decoder keeps keys and values."""
+
+    @nn.compact
+    def __call__(self, x):
+        last = self.variable("cache", "last", jnp.zeros_like, x)
+        return nn.Dense(1)(x + 0 * last.value)[:, 0]
+
+
+def test_a_cache_of_the_training_batch_is_found_out_before_the_training(tmp_path: Path) -> None:
+    arrays = {"image": np.ones((40, 4), np.float32), "target": np.ones(40, np.float32)}
+    run = config.Run(
+        name="cached",
+        model=Cached(),
+        data=Arrays.of(arrays, train="train[:16]", validation="train[16:]", test=""),
+        task=Regression(),
+        optimizer=SGD(),
+        steps=1,
+        batch_size=8,
+        mesh="data:1",
+        workdir=str(tmp_path),
+        report=False,
+        tensorboard=False,
+    )
+    with pytest.raises(UserError) as caught:
+        main.launch(run, [])
+    said = str(caught.value)
+    assert said.startswith(
+        "--data.validation=train[16:]: the model cannot be run on its 24 rows at a time ("
+    )
+    assert said.endswith("so try --eval_batch_size=8")
+    assert main.launch(dataclasses.replace(run, eval_batch_size=8), []) == 0  # the remedy

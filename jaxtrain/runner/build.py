@@ -237,22 +237,33 @@ def check_labels(run: config.Run, splits: Splits, found: check.Checked) -> Split
     return label_checks.checked(splits, run.task, found.outputs, run.data)
 
 
-def check_held_out(run: config.Run, splits: Splits, recipe: Recipe, found: check.Checked) -> None:
-    """Runs model and task on the shapes of the held-out splits; a test split without labels must
-    not be found out after the training."""
+def check_held_out(
+    run: config.Run, splits: Splits, recipe: Recipe, execution: Execution, found: check.Checked
+) -> None:
+    """Runs model and task on the shapes of the held-out splits; what does not fit there must not be
+    found out after the training."""
     for name, table in splits.held_out.items():
-        if dict(table.fields) == dict(splits.train.fields):
+        alike = dict(table.fields) == dict(splits.train.fields)
+        # Of a model that keeps nothing the shapes of an example say all.
+        if alike and not found.state.collections:
             continue
+        size = evaluation_size(run, table, execution)
         other = {
-            field: jax.ShapeDtypeStruct((run.eval_batch_size, *spec.shape), spec.dtype)
+            field: jax.ShapeDtypeStruct((size, *spec.shape), spec.dtype)
             for field, spec in table.fields.items()
         }
         try:
             check.evaluated(recipe, found.state, other)
         except Exception as error:  # whatever the model says of a shape that is not its own
+            flag = label_checks.flag_of(name, _expression(run, name))
+            reason = messages.one_line(str(error))
+            if not alike:
+                raise UserError(f"{flag}: does not fit what is trained on ({reason})") from error
+            kept = ", ".join(found.state.collections)
             raise UserError(
-                f"{label_checks.flag_of(name, _expression(run, name))}: does not fit what is"
-                f" trained on ({messages.one_line(str(error))})"
+                f"{flag}: the model cannot be run on its {size} rows at a time ({reason}); it keeps"
+                f" {kept}, perhaps of the size of a training batch, so try"
+                f" --eval_batch_size={run.batch_size}"
             ) from error
 
 

@@ -217,7 +217,7 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
     recipe = build.recipe_of(run, splits.train, length, identity=build.identity_of(run, splits))
     found = build.check_model(run, splits.train, recipe, execution)
     splits = build.check_labels(run, splits, found)
-    build.check_held_out(run, splits, recipe, found)
+    build.check_held_out(run, splits, recipe, execution, found)
     build.check_padding(run, splits, execution, found)
     if run.compare_meshes:
         return _compare(run, splits.train, recipe, jax.devices(mesh.devices.flat[0].platform))
