@@ -13,6 +13,7 @@ import pytest
 from jaxtrain import config, optimizers, schedules
 from jaxtrain.config import flags
 from jaxtrain.config import record as run_record
+from jaxtrain.data import Digits
 from jaxtrain.errors import UserError
 from jaxtrain.models import MLP
 from jaxtrain.optimizers import SGD, AdamW, FromOptax
@@ -304,7 +305,7 @@ def experiment(**changes: Any) -> config.Run:
     given = {
         "name": "toy",
         "model": MLP(num_classes=3),
-        "data": None,
+        "data": Digits(),
         "task": TASK,
         "optimizer": optax.adamw(1e-3),
         "steps": 10,

@@ -144,7 +144,7 @@ def choose(
 
     >>> from jaxtrain.data.table import ArrayTable
     >>> parts = choose(
-    ...     {"all": ArrayTable({"label": np.arange(10)})},
+    ...     {"all": ArrayTable({"label": np.arange(10) % 2})},
     ...     train="all[:90%]",
     ...     validation="",
     ...     test="all[80%:]",
