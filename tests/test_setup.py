@@ -151,7 +151,7 @@ def machine(tmp_path: pathlib.Path) -> Machine:
 def test_cards_and_driver_choose_the_wheels(machine: Machine, cards: str, wheels: str) -> None:
     machine.write("nvidia-smi", NVIDIA)
     out, err = machine.run("train", "--steps=2", FAKE_CARDS=cards)
-    assert out == "ran ./experiments/digits.py --steps=2\n"
+    assert out == "ran -m jaxtrain ./experiments/digits.py --steps=2\n"
     extras = "" if wheels == "cpu" else f"[{wheels}]"
     assert [call for call in machine.calls() if call != "smi"] == ["venv", f"pip .{extras}"]
     assert f"with {wheels} wheels" in err
@@ -237,7 +237,10 @@ def test_a_second_launch_does_nothing_but_run(machine: Machine) -> None:
     assert machine.calls() == ["venv", "pip ."]
     other = machine.checkout / "other.py"
     other.touch()
-    assert machine.run("train", str(other), "--seed=1") == ("ran ./other.py --seed=1\n", "")
+    assert machine.run("train", str(other), "--seed=1") == (
+        "ran -m jaxtrain ./other.py --seed=1\n",
+        "",
+    )
     assert machine.run("test", "-k", "x")[0] == "ran -m pytest -k x\n"
     assert machine.calls() == ["pip .[test]"]
     assert machine.run("train")[1] == "" and machine.run("test")[1] == ""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxtrain import messages
-from jaxtrain.cli import export, list_components, predict, report, verify
+from jaxtrain.cli import export, list_components, predict, report, run_file, verify
 from jaxtrain.errors import RunError, UserError
 
 COMMANDS = {
@@ -23,6 +23,8 @@ COMMANDS = {
 def main(argv: Sequence[str]) -> int:
     """Runs one command; returns the exit status."""
     messages.open_standard_streams()
+    if argv and argv[0].endswith(".py"):
+        return _run_file(argv)
     arguments = [argument for argument in argv if argument != "--traceback"]
     try:
         status = _run(arguments)
@@ -49,6 +51,14 @@ def help_text() -> str:
     width = max(map(len, rows))
     lines = [f"  {usage.ljust(width)} {what}" for usage, what in rows.items()]
     return "\n".join(["jaxtrain: train JAX models from one command", "", *lines])
+
+
+def _run_file(argv: Sequence[str]) -> int:
+    try:
+        return run_file.run(argv)
+    except UserError as error:
+        print(f"jaxtrain: error: {error}", file=sys.stderr)
+        return error.status
 
 
 def _run(arguments: Sequence[str]) -> int:
