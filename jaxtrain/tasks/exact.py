@@ -101,7 +101,8 @@ def of_classes(
         if name == "f1_macro":
             values[name] = float(f1(right_C, found_C, there_C)[(found_C + there_C) > 0].mean())
         elif name == "f1_micro":
-            values[name] = float(share(right_C.sum(), there_C.sum()))
+            whole = share(right_C.sum(keepdims=True), there_C.sum(keepdims=True))
+            values[name] = float(whole[0])
         elif name == "balanced_accuracy":
             values[name] = float(recall_C[there_C > 0].mean())
         elif name == "per_class":
