@@ -44,13 +44,13 @@ QUICK: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
 def arrays_of(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file, which is closed again."""
     with np.load(path) as file:
         return {name: file[name] for name in file.files}
 
 
+@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images with two named classes, in one file."""
     path = tmp_path_factory.mktemp("data") / "images.npz"
