@@ -97,7 +97,7 @@ def test_predictions_of_the_test_split_are_those_of_the_run(
     assert status == 0, text
     assert text == f"step 4 (its average (ema_decay)): its test split -> {out}\n"
     found, own = arrays_of(out), arrays_of(trained / "predictions.npz")
-    assert sorted(found.files) == [
+    assert sorted(found) == [
         *("class_names", "id", "logits", "prediction", "probability", "step"),
     ]
     np.testing.assert_array_equal(found["prediction"], own["prediction"])
