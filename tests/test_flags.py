@@ -707,7 +707,8 @@ def test_the_command_answers_at_once_and_without_jax() -> None:
 def test_every_file_of_the_cli_is_a_command() -> None:
     files = {path.stem for path in Path(cli.__file__).parent.glob("*.py")}
     runs = {command.run.__module__.rpartition(".")[2] for command in cli.COMMANDS.values()}
-    assert files - {"__init__", "main", "command"} == runs
+    assert files - {"__init__", "main", "command", "run_file"} == runs
+    assert "python -m jaxtrain FILE.py [--flag=value ...]" in help_text()
     for name, command in cli.COMMANDS.items():
         assert f"python -m jaxtrain {name} {command.arguments} " in help_text()
 

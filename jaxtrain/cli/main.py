@@ -45,7 +45,10 @@ def main(argv: Sequence[str]) -> int:
 def help_text() -> str:
     """How to train, and every command, a line each."""
     train = "train; --help lists the experiment's flags"
-    rows = {"python experiments/NAME.py [--flag=value ...]": train}
+    rows = {
+        "python experiments/NAME.py [--flag=value ...]": train,
+        "python -m jaxtrain FILE.py [--flag=value ...]": "the same, for any experiment's file",
+    }
     for name, command in COMMANDS.items():
         rows[f"python -m jaxtrain {name} {command.arguments}".rstrip()] = command.help
     width = max(map(len, rows))
