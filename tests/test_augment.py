@@ -315,7 +315,7 @@ def test_half_precision_and_channels_stay() -> None:
 @pytest.mark.parametrize(
     ("augment", "batch", "message"),
     [
-        (ImageAugment(), {"image": jnp.ones((2, 8))}, "take --augment=signal"),
+        (ImageAugment(), {"image": jnp.ones((2, 8))}, "take SignalAugment"),
         (SignalAugment(), {"image": jnp.ones((2, 8, 8, 1))}, "take --augment=image"),
         (
             ImageAugment(),

@@ -21,10 +21,11 @@ import numpy as np
 import pytest
 from test_run import EXPERIMENT, ROOT, TINY, quiet_environment, start
 
-from jaxtrain.augment import NoAugment
+from jaxtrain.augment import NoAugment, SignalAugment
 from jaxtrain.checkpoints.lock import Lock
 from jaxtrain.data.sources.arrays import Arrays
 from jaxtrain.data.sources.synthetic import Synthetic
+from jaxtrain.errors import UserError
 from jaxtrain.models import MLP, ConvNet, ViT
 from jaxtrain.runner import build
 from jaxtrain.runner import compile as programs
@@ -114,7 +115,8 @@ ROWS = [
     ),
     Row(
         "",
-        "batch has keys image; the task wants 'label'; set --task.target",
+        "batch has keys image; the task wants 'label'; the data has none: give it an array of that"
+        " name",
         2,
         {"data": unlabelled()},
     ),
@@ -141,7 +143,7 @@ ROWS = [
     Row(
         "",
         "ImageAugment: image of shape (16, 4); expected (B, H, W, C); for signals take"
-        " --augment=signal",
+        " SignalAugment (--augment=signal, if it is offered)",
         2,
         {"data": Arrays.of({"x": np.zeros((40, 4), np.float32), "y": np.arange(40) % 4}, test="")},
     ),
@@ -233,6 +235,59 @@ def test_bad_runs(
 
 
 _initialize = lowering.Programs.initialize
+
+SIGNALS = {"x": np.zeros((40, 4), np.float32), "y": np.arange(40) % 4}
+FOLLOWED: list[tuple[str, dict[str, Any]]] = [
+    (f"{EIGHT} --batch_size=8", {}),
+    (f"{EIGHT} --batch_size=16", {}),
+    (f"{EIGHT} --microbatches=2", {}),
+    ("--batch_size=96", {}),
+    ("--profile_steps=20,23", {}),
+    (EIGHT, {}),
+    ("--mesh=fsdp:8", {}),
+    ("--mesh=data:2", {}),
+    ("--mesh=data:-1", {}),
+    ("--mesh=data:-1,fsdp:2", {}),
+    ("--mesh=data:-1,fsdp:4", {}),
+    ("--mesh=tensor:8 --model.widths=8", {}),
+    ("--mesh=tensor:8 --model.widths=16", {}),
+    ("--optimizer.frozen=hidden0", {}),
+    ("--data.train=train", {}),
+    ("--task.input=image", {}),
+    ("", {"data": Arrays.of(SIGNALS, test=""), "augment": NoAugment()}),
+    ("--model.num_classes=4", {}),
+    ("", {"model": ViT(num_classes=4, patch=2, width=8, depth=1, heads=2)}),
+    ("", {"data": Arrays.of(SIGNALS, test=""), "augment": SignalAugment()}),
+    (
+        "--data.test=",
+        {
+            "data": Arrays.of(SIGNALS | {"x_test": np.zeros((8, 4), np.float32)}),
+            "augment": NoAugment(),
+        },
+    ),
+    ("--schedule.warmup=5%", {}),
+    ("--device_data=auto", {}),
+    ("--platform=cpu", {}),
+]
+"""What the lines of `ROWS` say to write instead, in their order."""
+
+
+@pytest.mark.parametrize(("arguments", "changes"), FOLLOWED)
+def test_the_remedies_are_accepted(
+    arguments: str,
+    changes: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing is wrong before the state would be made."""
+
+    def reached(*_: Any, **__: Any) -> None:
+        raise UserError("reached")
+
+    monkeypatch.setattr(lowering.Programs, "initialize", reached)
+    assert start(tmp_path / "run", *arguments.split(), **changes) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "jaxtrain: error: reached"
 
 
 @pytest.fixture(scope="module")

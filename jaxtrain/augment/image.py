@@ -63,7 +63,8 @@ class ImageAugment:
             image_BHWC,
             ranks=(4,),
             name="ImageAugment",
-            expected="(B, H, W, C); for signals take --augment=signal",
+            expected="(B, H, W, C); for signals take SignalAugment (--augment=signal, if it is"
+            " offered)",
         )
         draws_BN = draws.uniform(keys_B)
         image_BHWC = self._move(image_BHWC, draws_BN)

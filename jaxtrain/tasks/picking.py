@@ -70,9 +70,11 @@ def field_of(batch: Batch, name: str, flag: str) -> jax.Array:
     if name not in batch:
         keys = sorted(set(batch) - {"id", "weight"})  # those that every batch may have
         near = did_you_mean(name, keys) if name else ""
-        raise UserError(
-            f"batch has keys {', '.join(keys)}; the task wants {name!r}; set {flag}{near}"
+        lacks = flag != FLAG and len(keys) == 1  # there is nothing but the inputs
+        remedy = (
+            "the data has none: give it an array of that name" if lacks else f"set {flag}{near}"
         )
+        raise UserError(f"batch has keys {', '.join(keys)}; the task wants {name!r}; {remedy}")
     return batch[name]
 
 
