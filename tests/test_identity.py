@@ -1,6 +1,7 @@
 """Run records without addresses: the same value has the same record in every process, another
 value another one, and what an error says about going on can be done."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -359,3 +361,34 @@ def test_every_offer_can_be_followed(
         return
     assert start(tmp_path, *arguments, remedy_of(said)) == 0, capsys.readouterr()
     assert lines(tmp_path)[-1]["step"] == 4
+
+
+def layer_times(factor: float) -> Any:
+    class Net(nn.Module):
+        width: int = 3
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return factor * nn.Dense(self.width)(x)
+
+    return Net()
+
+
+def pytree_times(factor: float) -> Any:
+    class Tree(eqx.Module):
+        bias: float = 0.0
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return factor * x + self.bias
+
+    return Tree()
+
+
+@pytest.mark.parametrize("made", [layer_times, pytree_times])
+def test_a_class_is_known_by_what_it_took_from_the_function_that_made_it(made: Any) -> None:
+    records = []
+    for factor in (2.0, 2.0, 3.0):
+        run = config.Run(name="toy", steps=1, **dict.fromkeys(config.FAMILIES))
+        records.append(run_record.to_json(dataclasses.replace(run, model=made(factor))))
+    assert records[0] == records[1] != records[2]
+    assert "factor=2.0" in str(records[0]["model"]) and " at 0x" not in str(records[0])

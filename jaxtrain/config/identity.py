@@ -6,10 +6,12 @@ No address in memory, no order of a set or mapping, and no hash that differs fro
 is in it.
 """
 
+import contextlib
 import dataclasses
 import enum
 import functools
 import hashlib
+import inspect
 import types
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
@@ -46,6 +48,47 @@ def identity(value: Any) -> str:
     return f"{text[:MOST_CHARACTERS]}... sha256:{_digest(text.encode())}"
 
 
+def name_of_class(kind: type) -> str:
+    """The name of a class; of one that a function made, with what its methods took from there.
+
+    >>> def made(scale):
+    ...     class Net:
+    ...         def __call__(self, x):
+    ...             return scale * x
+    ...
+    ...     return Net
+    >>> name_of_class(made(2)), name_of_class(int)
+    ('Net(scale=2)', 'int')
+    """
+    details = _named(_captured(kind), lambda part: _identity(part, (id(kind),)))
+    return f"{kind.__name__}({', '.join(details)})" if details else kind.__name__
+
+
+def _captured(kind: type) -> dict[str, Any]:
+    """What the methods of a class hold of the function that made it, by the names there."""
+    found: dict[str, Any] = {}
+    if "<locals>" not in kind.__qualname__:
+        return found
+    for member in vars(kind).values():
+        inner = getattr(member, "fget", None) or getattr(member, "__func__", None) or member
+        function = inspect.unwrap(inner) if callable(inner) else None
+        # what `dataclasses` writes stands in no file, and holds the types of the fields
+        if isinstance(function, types.FunctionType) and function.__code__.co_filename != "<string>":
+            found |= _cells(function)
+    return {name: value for name, value in found.items() if name != "__class__"}
+
+
+def _cells(function: types.FunctionType) -> dict[str, Any]:
+    """The variables of its surroundings that a function holds; those not yet filled are left
+    out."""
+    found = {}
+    names = function.__code__.co_freevars
+    for variable, cell in zip(names, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):
+            found[variable] = cell.cell_contents
+    return found
+
+
 def _identity(value: Any, above: tuple[int, ...]) -> str:
     """`above` holds the ids of the values that this one is part of: a closure may hold itself."""
     if isinstance(value, enum.Enum):
@@ -71,7 +114,7 @@ def _of_function(value: Any, inner: Any) -> str | None:
         arguments += _named(value.keywords, inner)
         return f"{_name(type(value))}({', '.join(arguments)})"
     if isinstance(value, type):
-        return _name(value)
+        return _of_class(value, inner)
     if isinstance(value, types.MethodType):
         if isinstance(value.__self__, type):
             return f"{_name(value.__self__)}.{value.__name__}"
@@ -86,19 +129,18 @@ def _of_function(value: Any, inner: Any) -> str | None:
     return None
 
 
+def _of_class(kind: type, inner: Any) -> str:
+    details = _named(_captured(kind), inner)
+    return f"{_name(kind)}({', '.join(details)})" if details else _name(kind)
+
+
 def _of_python_function(function: types.FunctionType, inner: Any) -> str:
     code = function.__code__
     # What a decorator copied the name of another function to is known by its own code.
     own = code.co_qualname == function.__qualname__
     module = function.__module__ if own else function.__globals__.get("__name__", "")
     name = f"{module}.{code.co_qualname}"
-    captured = {}
-    for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            captured[variable] = cell.cell_contents
-        except ValueError:  # not yet filled
-            continue
-    details = _named(captured, inner)
+    details = _named(_cells(function), inner)
     if "<" in name:  # no other module can say this name, so its defaults may be anything, too
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         details += [f"default {inner(part)}" for part in defaults]
@@ -142,7 +184,7 @@ def _of_object(value: Any, inner: Any) -> str | None:
             for field in dataclasses.fields(value)
             if field.name not in skipped
         }
-        return f"{_name(type(value))}({', '.join(_named(parts, inner))})"
+        return f"{_of_class(type(value), inner)}({', '.join(_named(parts, inner))})"
     return None
 
 
@@ -179,7 +221,8 @@ def _of_container(value: Any, inner: Any) -> str:
         if not name.startswith("__")
     }
     shown = ", ".join(_named(held, inner))
-    return f"{_name(type(value))}({shown})" if held else _name(type(value))
+    kind = _of_class(type(value), inner)
+    return f"{kind}({shown})" if held else kind
 
 
 def _named(parts: Mapping[str, Any], inner: Any) -> list[str]:

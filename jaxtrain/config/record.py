@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxtrain import config, messages
 from jaxtrain.config import secrets, values
-from jaxtrain.config.identity import identity
+from jaxtrain.config.identity import identity, name_of_class
 from jaxtrain.config.marks import Mark
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Field, fields_of, is_component
@@ -57,7 +57,7 @@ def kind_of(run: config.Run, family: str) -> str:
             if substance is not None and own[substance] != other[substance]:
                 continue  # alike in nothing but in how it is held
             named[name] = sum(own[key] != other[key] for key in own)
-    return min(named, key=named.__getitem__) if named else type(component).__name__
+    return min(named, key=named.__getitem__) if named else name_of_class(type(component))
 
 
 def from_json(run: config.Run, record: Mapping[str, Any]) -> config.Run:
@@ -199,7 +199,7 @@ def _completed(component: Any, old: Mapping[str, Any], kind: str) -> dict[str, A
     for field in fields_of(component):
         value, before = getattr(component, field.name), old.get(field.name)
         if is_component(value) and isinstance(before, Mapping):
-            known[field.name] = _completed(value, before, type(value).__name__)
+            known[field.name] = _completed(value, before, name_of_class(type(value)))
         elif field.name not in old:
             known |= _default(field)
     return known
@@ -209,7 +209,7 @@ def _default(field: Field) -> dict[str, Any]:
     if field.default is dataclasses.MISSING:
         return {}
     if is_component(field.default):
-        kind = type(field.default).__name__
+        kind = name_of_class(type(field.default))
         return {field.name: _component(field.default, f"{field.name}.", kind)}
     return {field.name: _recorded(field, field.default)}
 
@@ -226,7 +226,7 @@ def _component(component: Any, prefix: str, kind: str) -> dict[str, Any]:
     for field in fields_of(component):
         name, value = f"{prefix}{field.name}", getattr(component, field.name)
         if is_component(value):
-            record[field.name] = _component(value, f"{name}.", type(value).__name__)
+            record[field.name] = _component(value, f"{name}.", name_of_class(type(value)))
         else:
             record[field.name] = _recorded(field, value)
     return record
@@ -285,7 +285,7 @@ def _rebuilt(template: Any, record: Mapping[str, Any], prefix: str) -> Any:
         if (
             is_component(own)
             and isinstance(value, dict)
-            and value.get("kind") == type(own).__name__
+            and value.get("kind") == name_of_class(type(own))
         ):
             changes[field.name] = _rebuilt(own, value, f"{prefix}{field.name}.")
         else:
