@@ -139,7 +139,12 @@ def num_bytes(tree: PyTree) -> int:
 def itemsize(leaf: Any) -> int:
     """How many bytes an element of an array takes."""
     # A typed key has no itemsize of its own: threefry's is two 32-bit words.
-    return 8 if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+    return 8 if is_key(leaf) else leaf.dtype.itemsize
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether an array holds typed random keys."""
+    return jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 @jax.tree_util.register_static

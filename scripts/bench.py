@@ -53,7 +53,7 @@ from jaxtrain.processes.signals import StopSignals
 from jaxtrain.report.metrics_file import JsonlWriter, Writers, read_metrics
 from jaxtrain.report.terminal.progress import Progress, make_console
 from jaxtrain.report.trackers import TensorBoardWriter
-from jaxtrain.runner import build
+from jaxtrain.runner import build, preflight
 from jaxtrain.runner.profiler import Profiler
 from jaxtrain.schedules import Constant
 from jaxtrain.tasks import Classification, score_of
@@ -139,7 +139,7 @@ class OurLoop:
         recipe = build.recipe_of(self.run, self.table, build.lengths(self.run, len(self.table)))
         self.prepare = recipe.prepare
         execution = build.execution(self.run, mesh)
-        batch = build.check_model(self.run, self.table, recipe, execution).batch
+        batch = preflight.model(self.run, self.table, recipe, execution).batch
         programs = lowering.lower(recipe, batch, mesh)
         self.state = execution.initialize(programs, self.run.seed)
         data = build.place_data(self.run, self.table, mesh)

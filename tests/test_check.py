@@ -18,7 +18,7 @@ from jaxtrain.data import Arrays
 from jaxtrain.errors import UserError
 from jaxtrain.optimizers import SGD
 from jaxtrain.parallel import mesh as meshes
-from jaxtrain.runner import build, main
+from jaxtrain.runner import build, main, preflight
 from jaxtrain.tasks import Regression
 from jaxtrain.train import check, explain
 from jaxtrain.train.recipe import Recipe
@@ -364,7 +364,7 @@ def test_a_loss_that_counts_padding_is_refused_where_there_is_any(
     execution = build.execution(run, meshes.make("data:1"))
     said = ""
     try:
-        build.check_padding(run, source.open(), execution, checked(nn.Dense(2), task))
+        preflight.padding(run, source.open(), execution, checked(nn.Dense(2), task))
     except UserError as error:
         said = str(error)
     assert said == (

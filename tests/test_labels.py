@@ -22,8 +22,8 @@ from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import ArrayTable, JoinedTable, SliceTable
 from jaxtrain.errors import UserError
 from jaxtrain.parallel import mesh as meshes
-from jaxtrain.runner import build
 from jaxtrain.runner import main as runner_main
+from jaxtrain.runner import preflight
 from jaxtrain.tasks import Binary, Classification, MultiLabel, NextToken, Regression
 
 RANDOM = np.random.default_rng(0)
@@ -367,17 +367,17 @@ def test_an_ignored_label_counts_as_no_class_in_tables_that_are_not_in_memory() 
     whole = ArrayTable({"label": np.where(labels == 3, 255, labels)}, 256)
     part = SliceTable(whole, np.arange(0, 40))
     task = Classification(ignore=255)
-    assert [build._classes(task, table) for table in (whole, part)] == [3, 3]
-    assert build._classes(task, JoinedTable((part, part))) == 3
-    assert build._classes(Classification(), SliceTable(whole, range(40))) is None
+    assert [preflight._classes(task, table) for table in (whole, part)] == [3, 3]
+    assert preflight._classes(task, JoinedTable((part, part))) == 3
+    assert preflight._classes(Classification(), SliceTable(whole, range(40))) is None
 
     @dataclasses.dataclass(frozen=True)
     class Stream:
         num_classes: int = 256
         arrays = class_names = None
 
-    assert build._classes(task, Stream()) is None  # type: ignore[arg-type]
-    assert build._classes(Classification(ignore=-1), Stream()) == 256  # type: ignore[arg-type]
+    assert preflight._classes(task, Stream()) is None  # type: ignore[arg-type]
+    assert preflight._classes(Classification(ignore=-1), Stream()) == 256  # type: ignore[arg-type]
 
 
 def test_a_run_under_a_transfer_guard_of_the_users_own_trains(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from jaxtrain.horizon import Horizon
 from jaxtrain.models import MLP
 from jaxtrain.optimizers import AdamW
 from jaxtrain.parallel import mesh
-from jaxtrain.runner import build
+from jaxtrain.runner import build, preflight
 from jaxtrain.runner.compile import Sharded
 from jaxtrain.schedules import Cosine
 from jaxtrain.tasks import Classification
@@ -85,7 +85,7 @@ def test_a_batch_larger_than_the_data_is_refused():
 def checked(run, grid="data:1"):
     train, where = run.data.open().train, mesh.make(grid)
     recipe = build.recipe_of(run, train, build.lengths(run, len(train)))
-    return build.check_model(run, train, recipe, build.execution(run, where)).batch
+    return preflight.model(run, train, recipe, build.execution(run, where)).batch
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_streamed_data_trains_like_resident_data(grid):
     recipe = build.recipe_of(run, train, build.lengths(run, N))
     where = mesh.make(grid)
     execution = build.execution(run, where)
-    lowered = lowering.lower(recipe, build.check_model(run, train, recipe, execution).batch, where)
+    lowered = lowering.lower(recipe, preflight.model(run, train, recipe, execution).batch, where)
     finals = []
     for data in (None, build.place_data(run, train, where)):
         state = execution.initialize(lowered, 0)

@@ -42,7 +42,8 @@ def to_host(state: PyTree) -> HostState:
     """
     leaves = check_paths(state)
     plain = {
-        path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves.items()
+        path: jax.random.key_data(leaf) if tree.is_key(leaf) else leaf
+        for path, leaf in leaves.items()
     }
     # Here the host waits for the device. On CPU `device_get` gives views of device memory, which
     # the next step overwrites: hence the copy.
@@ -77,7 +78,7 @@ def specs(state: PyTree) -> Specs:
     """
     leaves = tree.flatten(state)
     shapes = {
-        path: jax.eval_shape(jax.random.key_data, leaf).shape if _is_key(leaf) else leaf.shape
+        path: jax.eval_shape(jax.random.key_data, leaf).shape if tree.is_key(leaf) else leaf.shape
         for path, leaf in leaves.items()
     }
     return {path: [str(leaf.dtype), list(shapes[path])] for path, leaf in leaves.items()}
@@ -99,7 +100,7 @@ def to_devices(arrays: HostState, like: PyTree) -> PyTree:
         # `key_impl` wants an array, and `like` is abstract.
         return (
             jax.random.wrap_key_data(array, impl=jax.random.key_impl(jnp.empty(0, leaf.dtype)))
-            if _is_key(leaf)
+            if tree.is_key(leaf)
             else array
         )
 
@@ -246,10 +247,6 @@ def _orbax() -> Iterator[tuple[Any, Any, Any]]:
     finally:
         handler.close()
         logger.removeFilter(is_ours)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _groups(paths: Iterable[str], others: Mapping[str, Any]) -> list[str]:

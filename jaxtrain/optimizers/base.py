@@ -47,6 +47,9 @@ class Optimizer:
     """Whether the state holds copies of parameters, which must not be rounded as averages may
     be."""
 
+    lower_rate: ClassVar[str] = "lower --optimizer.learning_rate"
+    """What to do about a run that diverges, for messages."""
+
     takes_complex: ClassVar[bool] = True
     """Whether its equations hold for complex parameters; if not, they are refused."""
 
@@ -286,7 +289,7 @@ def _own(leaf: Any) -> jax.Array:
     leaf = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)  # Optax's may be Python numbers
     # Several optimizers keep the first parameters themselves, or one array twice: neither could be
     # donated along with the parameters.
-    return leaf.copy() if _is_key(leaf) else jnp.array(leaf, leaf.dtype, copy=True)
+    return leaf.copy() if tree.is_key(leaf) else jnp.array(leaf, leaf.dtype, copy=True)
 
 
 def _widen(values: PyTree) -> PyTree:
@@ -298,8 +301,4 @@ def _widen(values: PyTree) -> PyTree:
 
 
 def _as(new: jax.Array, old: jax.Array) -> jax.Array:
-    return new if _is_key(old) else jnp.asarray(new, old.dtype)
-
-
-def _is_key(leaf: jax.Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return new if tree.is_key(old) else jnp.asarray(new, old.dtype)

@@ -35,6 +35,8 @@ class FromOptax(Optimizer):
     # state. A schedule that is not constant would multiply nothing, and is refused.
     learning_rate: ClassVar[float] = 1.0  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    lower_rate: ClassVar[str] = "lower the rate of the Optax optimizer"
+
     in_python: ClassVar[str] = "transformation"
     """The field that makes it what it is, and that no flag can set."""
 

@@ -1,5 +1,4 @@
-"""The parts of a run, built from its configuration: lengths, recipe, data feeds and evaluators; and
-the checks before anything is compiled."""
+"""The parts of a run, built from its configuration: lengths, recipe, data feeds and evaluators."""
 
 import dataclasses
 import functools
@@ -7,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import config, messages, optimizers, precision, schedules, tasks
+from jaxtrain import config, optimizers, precision, schedules, tasks
 from jaxtrain.config import record as run_record
 from jaxtrain.config import values
 from jaxtrain.config.step_options import options_of
@@ -18,13 +16,13 @@ from jaxtrain.data import checks, label_checks, pipeline, statistics
 from jaxtrain.data.order import Shuffled
 from jaxtrain.data.pipeline import BatchLoader
 from jaxtrain.data.splits import Splits
-from jaxtrain.data.table import Table, column
+from jaxtrain.data.table import Table
 from jaxtrain.errors import UserError
 from jaxtrain.fields import fields_of
 from jaxtrain.parallel import sharding
 from jaxtrain.processes import group
 from jaxtrain.runner.compile import Execution, Reproducible, Sharded
-from jaxtrain.train import check, loop
+from jaxtrain.train import loop
 from jaxtrain.train import selection as best
 from jaxtrain.train.lowering import Programs
 from jaxtrain.train.recipe import Recipe
@@ -32,9 +30,6 @@ from jaxtrain.train.selection import Selection
 from jaxtrain.train.state import TrainState
 from jaxtrain.tree import Batch
 
-SPARSE = 8
-"""Classes that may be absent from a split, besides half of them, before its greatest label is taken
-for a mistake."""
 MOST_LOG_STEPS = 50
 """The most steps between two lines of metrics, unless --log_every says otherwise."""
 MOST_STEPS = 2**31 - 1
@@ -182,112 +177,7 @@ def execution(run: config.Run, mesh: Mesh) -> Execution:
     return chosen
 
 
-def check_model(
-    run: config.Run, train: Table, recipe: Recipe, execution: Execution
-) -> check.Checked:
-    """Runs model and task on shapes alone, and says what should be said once. Whatever does not fit
-    is an error here, before anything is compiled."""
-    device = execution.mesh.local_devices[0]
-    if run.offload != "none" and "pinned_host" not in {
-        memory.kind for memory in device.addressable_memories()
-    }:
-        raise UserError(
-            f"--offload={run.offload}: programs on {device.device_kind} cannot reach the host's"
-            " memory; drop it"
-        )
-    part = run.batch_size // run.microbatches
-    if run.microbatches > 1 and part % execution.parts:
-        raise UserError(
-            f"--microbatches={run.microbatches}: a part of {part} examples is not divisible by"
-            f" {execution.parts} {execution.parts_word}; use fewer parts"
-        )
-    batch = {
-        name: jax.ShapeDtypeStruct((run.batch_size, *field.shape), field.dtype)
-        for name, field in train.fields.items()
-    }
-
-    found = check.check(recipe, batch)
-    if tasks.has_hook(run.task, "check", found.outputs):
-        run.task.check(found.outputs, _classes(run.task, train))
-    for note in found.notes:
-        messages.warn(note)
-    return found
-
-
-def _classes(task: Any, table: Table) -> int | None:
-    """How many classes the data has, without the label that the task ignores; None if its labels
-    say nothing, such as one 255 far from all others."""
-    labels = column(table, getattr(task, "target", "label"))
-    ignore = getattr(task, "ignore", None)
-    if labels is None and ignore is not None and table.num_classes == ignore + 1:
-        return None  # the label to be ignored was counted, and nobody can count without reading all
-    if labels is None or table.class_names is not None or labels.dtype.kind not in "iu":
-        return table.num_classes
-    found = np.unique(labels)
-    found = found[found != ignore]
-    if not found.size or found[-1] >= 2 * found.size + SPARSE:
-        return None
-    count = 1 + int(found[-1])
-    return count if table.num_classes is None else min(count, table.num_classes)
-
-
-def check_labels(run: config.Run, splits: Splits, found: check.Checked) -> Splits:
-    """The splits with their labels checked, at once or as they are read; by the classes that the
-    model's outputs have."""
-    return label_checks.checked(splits, run.task, found.outputs, run.data)
-
-
-def check_held_out(
-    run: config.Run, splits: Splits, recipe: Recipe, execution: Execution, found: check.Checked
-) -> None:
-    """Runs model and task on the shapes of the held-out splits; what does not fit there must not be
-    found out after the training."""
-    for name, table in splits.held_out.items():
-        alike = dict(table.fields) == dict(splits.train.fields)
-        # Of a model that keeps nothing the shapes of an example say all.
-        if alike and not found.state.collections:
-            continue
-        size = evaluation_size(run, table, execution)
-        other = {
-            field: jax.ShapeDtypeStruct((size, *spec.shape), spec.dtype)
-            for field, spec in table.fields.items()
-        }
-        try:
-            check.evaluated(recipe, found.state, other)
-        except Exception as error:  # whatever the model says of a shape that is not its own
-            flag = label_checks.flag_of(name, _expression(run, name))
-            reason = messages.one_line(str(error))
-            if not alike:
-                raise UserError(f"{flag}: does not fit what is trained on ({reason})") from error
-            kept = ", ".join(found.state.collections)
-            raise UserError(
-                f"{flag}: the model cannot be run on its {size} rows at a time ({reason}); it keeps"
-                f" {kept}, perhaps of the size of a training batch, so try"
-                f" --eval_batch_size={run.batch_size}"
-            ) from error
-
-
-def check_padding(
-    run: config.Run, splits: Splits, execution: Execution, found: check.Checked
-) -> None:
-    """`UserError` if the last batch of a held-out set is padded and the task's loss does not look
-    at `weight`: padding would count as examples."""
-    if found.reads_weight:
-        return
-    for name, table in splits.held_out.items():
-        size = evaluation_size(run, table, execution)
-        if not len(table) % size:
-            continue
-        kind = type(run.task).__name__
-        raise UserError(
-            f"task={kind}: its loss does not look at batch['weight'], which is 0 for the"
-            f" {-len(table) % size} rows that fill the last batch of {name} ({len(table)} examples"
-            f" in batches of {size}); give {{'loss': metrics.weighted(loss_B,"
-            " batch.get('weight'))}"
-        )
-
-
-def _expression(run: config.Run, name: str) -> str:
+def expression_of(run: config.Run, name: str) -> str:
     """What a flag, or a field of the data, says of a set."""
     said = dict(run.evaluate).get(name, getattr(run.data, name, ""))
     return said if isinstance(said, str) else type(said).__name__
@@ -305,7 +195,7 @@ def with_evaluation_sets(run: config.Run, splits: Splits) -> Splits:
         here, own = table.class_names, splits.train.class_names
         if here and own and tuple(here) != tuple(own):
             raise UserError(
-                f"{label_checks.flag_of(name, _expression(run, name))}: its classes are"
+                f"{label_checks.flag_of(name, expression_of(run, name))}: its classes are"
                 f" {', '.join(here[:8])}, the run learns {', '.join(own[:8])}; give a set with the"
                 " same classes in the same order"
             )
@@ -313,7 +203,7 @@ def with_evaluation_sets(run: config.Run, splits: Splits) -> Splits:
             notes += [note for note in opened.notes if note not in notes]
         else:
             # The splits of one source were compared when it was opened.
-            flag = label_checks.flag_of(name, _expression(run, name))
+            flag = label_checks.flag_of(name, expression_of(run, name))
             alike = checks.check_alike({"train": splits.train, name: table}, flag)
             notes += [f"{name}: {note}" for note in (*opened.notes, *alike)]
         sets[name] = table
@@ -355,9 +245,8 @@ def selection(run: config.Run, splits: Splits, programs: Programs) -> Selection:
         metric = run.best.partition(",")[0].rpartition("/")[2]
         batch = programs.batch_with_ids()
         found = jax.eval_shape(programs.eval_step, programs.state, batch)
-        if not tasks.measures_whole_sets(
-            run.task
-        ):  # what is computed from a whole set is known at the first evaluation
+        # What is computed from a whole set is known at the first evaluation.
+        if not tasks.measures_whole_sets(run.task):
             best.check_metric(f"--best={run.best}", metric, found)
     return chosen
 

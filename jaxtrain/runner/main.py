@@ -37,7 +37,7 @@ from jaxtrain.processes import cluster, group, heartbeat
 from jaxtrain.processes.signals import StopSignals
 from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
-from jaxtrain.runner import build, devices, jax_settings, unusual, workdir
+from jaxtrain.runner import build, devices, jax_settings, preflight, unusual, workdir
 from jaxtrain.runner.run import Opened, start
 from jaxtrain.train import compare_meshes, explain, lowering
 from jaxtrain.train.recipe import Recipe
@@ -215,10 +215,10 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
             " steps"
         )
     recipe = build.recipe_of(run, splits.train, length, identity=build.identity_of(run, splits))
-    found = build.check_model(run, splits.train, recipe, execution)
-    splits = build.check_labels(run, splits, found)
-    build.check_held_out(run, splits, recipe, execution, found)
-    build.check_padding(run, splits, execution, found)
+    found = preflight.model(run, splits.train, recipe, execution)
+    splits = preflight.labels(run, splits, found)
+    preflight.held_out(run, splits, recipe, execution, found)
+    preflight.padding(run, splits, execution, found)
     if run.compare_meshes:
         return _compare(run, splits.train, recipe, jax.devices(mesh.devices.flat[0].platform))
     programs = lowering.lower(recipe, found.batch, mesh)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxtrain import config, hardware, messages, optimizers, tasks, tree
+from jaxtrain import config, hardware, messages, tasks, tree
 from jaxtrain.checkpoints import arrays
 from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.checkpoints.lock import Lock
@@ -390,11 +390,7 @@ def _metrics_log(
         flops_per_step=trained.flops_per_step,
         peak_flops=peak and peak * opened.mesh.size,
         memory_bytes=lambda: _memory_in_use(device),
-        **(
-            {"lower_rate": "lower the rate of the Optax optimizer"}
-            if isinstance(run.optimizer, optimizers.FromOptax)
-            else {}
-        ),
+        lower_rate=run.optimizer.lower_rate,
     )
 
 

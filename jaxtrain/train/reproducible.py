@@ -27,7 +27,7 @@ from jaxtrain.parallel import mesh as meshes
 from jaxtrain.parallel import sharding
 from jaxtrain.processes import group
 from jaxtrain.tasks import Task
-from jaxtrain.train import train_step
+from jaxtrain.train import collection_sums, train_step
 from jaxtrain.train.recipe import Recipe
 from jaxtrain.train.state import TrainState, parameter_axes
 from jaxtrain.tree import Batch
@@ -383,7 +383,8 @@ class Trainer:
         total = train_step.gradients(self._recipe, state, batch, shard=index)
         # Keys have no sum: those of the first shard are taken.
         first = jax.tree.map(
-            lambda leaf: _only_if(index == 0, leaf) if _is_key(leaf) else leaf, total.collections
+            lambda leaf: _only_if(index == 0, leaf) if tree.is_key(leaf) else leaf,
+            total.collections,
         )
         return pack(dataclasses.replace(total, collections=first))
 
@@ -406,7 +407,7 @@ class Trainer:
         )
         total = unpack(packed, like)
         total = dataclasses.replace(
-            total, collections=train_step.mean_collections(total.collections, self._shards)
+            total, collections=collection_sums.mean(total.collections, self._shards)
         )
         rows = self._shards * jax.tree.leaves(part)[0].shape[0]
         axes = parameter_axes(self._recipe, part)
@@ -456,13 +457,9 @@ def pack(values: tree.PyTree) -> Packed:
     return {name: jnp.concatenate(leaves, axis=1) for name, leaves in groups.items()}
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _words(leaf: Any) -> jax.Array:
     """An array as numbers: of keys, what they are made of."""
-    return jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
+    return jax.random.key_data(leaf) if tree.is_key(leaf) else jnp.asarray(leaf)
 
 
 def _only_if(chosen: jax.Array, keys: jax.Array) -> jax.Array:
@@ -499,7 +496,7 @@ def unpack(packed: Mapping[str, jax.Array], like: tree.PyTree) -> tree.PyTree:
         part = packed[name][0, used[name] : used[name] + size].reshape(words.shape)
         found.append(
             jax.random.wrap_key_data(part, impl=jax.random.key_impl(jnp.empty(0, leaf.dtype)))
-            if _is_key(leaf)
+            if tree.is_key(leaf)
             else part.astype(leaf.dtype)
         )
         used[name] += size

@@ -21,7 +21,7 @@ from jaxtrain.errors import UserError
 from jaxtrain.optimizers import evaluation_params, trained
 from jaxtrain.parallel import fsdp, sharding
 from jaxtrain.precision import loss_scale, stochastic_rounding
-from jaxtrain.train import auxiliary_losses, frozen, hyper, padding
+from jaxtrain.train import auxiliary_losses, collection_sums, frozen, hyper, padding
 from jaxtrain.train.recipe import Recipe
 from jaxtrain.train.state import (
     Placement,
@@ -180,18 +180,7 @@ def _of_part(
     gradients = jax.tree.map(_upward, gradients)
     if state.scaling is not None:
         gradients = jax.tree.map(lambda gradient: gradient / factor, gradients)
-    return Total(gradients, sums, _whole_numbers(jnp.subtract, collections, state.collections))
-
-
-def _whole_numbers(
-    combine: Callable[..., jax.Array],
-    collections: dict[str, tree.PyTree],
-    others: dict[str, tree.PyTree],
-) -> dict[str, tree.PyTree]:
-    """The collections with their whole numbers combined with those of others."""
-    return jax.tree.map(
-        lambda one, other: combine(one, other) if _is_whole(one) else one, collections, others
-    )
+    return Total(gradients, sums, collection_sums.added(collections, state.collections))
 
 
 def _upward(gradient: jax.Array) -> jax.Array:
@@ -226,53 +215,19 @@ def _over_microbatches(
             one(jax.tree.map(lambda array, index=index: array[index], parts), index)
             for index in range(count)
         ]
-        whole = jax.tree.map(lambda *leaves: functools.reduce(_added, leaves), *results)
+        whole = jax.tree.map(
+            lambda *leaves: functools.reduce(collection_sums.add, leaves), *results
+        )
     else:
         shapes = jax.eval_shape(one, jax.tree.map(lambda array: array[0], parts), 0)
-        zeros = jax.tree.map(_zeros, shapes)
+        zeros = jax.tree.map(collection_sums.zeros, shapes)
 
         def body(carry: Total, item: Any) -> tuple[Total, None]:
-            return jax.tree.map(_added, carry, one(*item)), None
+            return jax.tree.map(collection_sums.add, carry, one(*item)), None
 
         whole, _ = jax.lax.scan(body, zeros, (parts, jnp.arange(count)))
-    return dataclasses.replace(whole, collections=mean_collections(whole.collections, count))
-
-
-def mean_collections(collections: dict[str, tree.PyTree], count: int) -> dict[str, tree.PyTree]:
-    """The mean of summed collections, in their own dtypes.
-
-    Parts count alike, so that the mean of a counter is the counter. Of flags there is no mean, and
-    of keys no sum: of those any, of these the last.
-    """
-
-    def mean(leaf: jax.Array) -> jax.Array:
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            return (leaf / count).astype(leaf.dtype)
-        if not _is_whole(leaf):
-            return leaf
-        # What an unsigned number lost is a large one.
-        signed = leaf.astype(f"int{8 * leaf.dtype.itemsize}")
-        return (signed // count).astype(leaf.dtype)
-
-    return jax.tree.map(mean, collections)
-
-
-def _added(one: jax.Array, other: jax.Array) -> jax.Array:
-    return other if _is_key(one) else one + other
-
-
-def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    if _is_key(leaf):
-        return jnp.broadcast_to(jax.random.key(0), leaf.shape).astype(leaf.dtype)
-    return jnp.zeros(leaf.shape, leaf.dtype)
-
-
-def _is_whole(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.integer)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    collections = collection_sums.mean(whole.collections, count)
+    return dataclasses.replace(whole, collections=collections)
 
 
 def mean_gradients(
@@ -327,7 +282,7 @@ def update(
         )
     moved = optax.apply_updates(trained.only(trains, state.params), updates)
     params = trained.merged(trains, moved, state.params)
-    collections = _whole_numbers(jnp.add, total.collections, state.collections)
+    collections = collection_sums.after(total.collections, state.collections)
     one = jnp.float32(1)
     sums = dict(total.sums)
     if rate is not None:

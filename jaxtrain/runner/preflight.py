@@ -1,0 +1,122 @@
+"""What is looked at before anything is compiled: the model, the labels, and the held-out sets of a
+run."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain import config, messages, tasks
+from jaxtrain.data import label_checks
+from jaxtrain.data.splits import Splits
+from jaxtrain.data.table import Table, column
+from jaxtrain.errors import UserError
+from jaxtrain.runner import build
+from jaxtrain.runner.compile import Execution
+from jaxtrain.train import check
+from jaxtrain.train.recipe import Recipe
+
+SPARSE = 8
+"""Classes that may be absent from a split, besides half of them, before its greatest label is taken
+for a mistake."""
+
+
+def model(run: config.Run, train: Table, recipe: Recipe, execution: Execution) -> check.Checked:
+    """Runs model and task on shapes alone, and says what should be said once. Whatever does not fit
+    is an error here, before anything is compiled."""
+    device = execution.mesh.local_devices[0]
+    if run.offload != "none" and "pinned_host" not in {
+        memory.kind for memory in device.addressable_memories()
+    }:
+        raise UserError(
+            f"--offload={run.offload}: programs on {device.device_kind} cannot reach the host's"
+            " memory; drop it"
+        )
+    part = run.batch_size // run.microbatches
+    if run.microbatches > 1 and part % execution.parts:
+        raise UserError(
+            f"--microbatches={run.microbatches}: a part of {part} examples is not divisible by"
+            f" {execution.parts} {execution.parts_word}; use fewer parts"
+        )
+    batch = {
+        name: jax.ShapeDtypeStruct((run.batch_size, *field.shape), field.dtype)
+        for name, field in train.fields.items()
+    }
+
+    found = check.check(recipe, batch)
+    if tasks.has_hook(run.task, "check", found.outputs):
+        run.task.check(found.outputs, _classes(run.task, train))
+    for note in found.notes:
+        messages.warn(note)
+    return found
+
+
+def _classes(task: Any, table: Table) -> int | None:
+    """How many classes the data has, without the label that the task ignores; None if its labels
+    say nothing, such as one 255 far from all others."""
+    labels = column(table, getattr(task, "target", "label"))
+    ignore = getattr(task, "ignore", None)
+    if labels is None and ignore is not None and table.num_classes == ignore + 1:
+        return None  # the label to be ignored was counted, and nobody can count without reading all
+    if labels is None or table.class_names is not None or labels.dtype.kind not in "iu":
+        return table.num_classes
+    found = np.unique(labels)
+    found = found[found != ignore]
+    if not found.size or found[-1] >= 2 * found.size + SPARSE:
+        return None
+    count = 1 + int(found[-1])
+    return count if table.num_classes is None else min(count, table.num_classes)
+
+
+def labels(run: config.Run, splits: Splits, found: check.Checked) -> Splits:
+    """The splits with their labels checked, at once or as they are read; by the classes that the
+    model's outputs have."""
+    return label_checks.checked(splits, run.task, found.outputs, run.data)
+
+
+def held_out(
+    run: config.Run, splits: Splits, recipe: Recipe, execution: Execution, found: check.Checked
+) -> None:
+    """Runs model and task on the shapes of the held-out splits; what does not fit there must not be
+    found out after the training."""
+    for name, table in splits.held_out.items():
+        alike = dict(table.fields) == dict(splits.train.fields)
+        # Of a model that keeps nothing the shapes of an example say all.
+        if alike and not found.state.collections:
+            continue
+        size = build.evaluation_size(run, table, execution)
+        other = {
+            field: jax.ShapeDtypeStruct((size, *spec.shape), spec.dtype)
+            for field, spec in table.fields.items()
+        }
+        try:
+            check.evaluated(recipe, found.state, other)
+        except Exception as error:  # whatever the model says of a shape that is not its own
+            flag = label_checks.flag_of(name, build.expression_of(run, name))
+            reason = messages.one_line(str(error))
+            if not alike:
+                raise UserError(f"{flag}: does not fit what is trained on ({reason})") from error
+            kept = ", ".join(found.state.collections)
+            raise UserError(
+                f"{flag}: the model cannot be run on its {size} rows at a time ({reason}); it keeps"
+                f" {kept}, perhaps of the size of a training batch, so try"
+                f" --eval_batch_size={run.batch_size}"
+            ) from error
+
+
+def padding(run: config.Run, splits: Splits, execution: Execution, found: check.Checked) -> None:
+    """`UserError` if the last batch of a held-out set is padded and the task's loss does not look
+    at `weight`: padding would count as examples."""
+    if found.reads_weight:
+        return
+    for name, table in splits.held_out.items():
+        size = build.evaluation_size(run, table, execution)
+        if not len(table) % size:
+            continue
+        kind = type(run.task).__name__
+        raise UserError(
+            f"task={kind}: its loss does not look at batch['weight'], which is 0 for the"
+            f" {-len(table) % size} rows that fill the last batch of {name} ({len(table)} examples"
+            f" in batches of {size}); give {{'loss': metrics.weighted(loss_B,"
+            " batch.get('weight'))}"
+        )
