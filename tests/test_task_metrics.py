@@ -433,3 +433,9 @@ def test_predictions_of_any_task_are_written_and_drawn(tmp_path) -> None:
     run = history.History(tmp_path, {}, (), read)
     plots = prediction_plots.draw_predictions([run])
     assert [plot.name for plot in plots] == ["predictions"]
+
+
+def test_of_one_example_there_is_no_r2() -> None:
+    """As scikit-learn has it, which warns; a report of 0 would be taken for a bad model."""
+    one = {"target": np.ones((1, 2)), "prediction": np.zeros((1, 2)), "weight": np.ones(1)}
+    assert np.isnan(Regression(metrics=("r2",)).evaluate(one)["r2"])
