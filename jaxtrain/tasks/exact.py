@@ -67,7 +67,7 @@ def share(part_C: np.ndarray, whole_C: np.ndarray) -> np.ndarray:
 
 def r2(target_ND: np.ndarray, prediction_ND: np.ndarray, weights_N: np.ndarray) -> float:
     """The share of the targets' variance that is explained, the mean over features; of a feature
-    that does not vary 1 if all is right, and 0 otherwise; nan of a single example, which cannot vary.
+    that does not vary 1 if all is right, and 0 otherwise; nan of a single example.
 
     >>> r2(np.array([[1.0], [3.0]]), np.array([[1.0], [2.0]]), np.ones(2))
     0.5
