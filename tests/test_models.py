@@ -14,6 +14,7 @@ import pytest
 
 from jaxtrain import adapters, models
 from jaxtrain.models import layers, resnet, vit
+from jaxtrain.models.attention import attention
 from jaxtrain.models.convnet import ConvNet
 from jaxtrain.models.fitted import Fitted
 from jaxtrain.models.mlp import MLP
@@ -351,8 +352,8 @@ def test_fewer_keys_and_values_are_each_shared_by_queries_in_a_row(causal: bool)
     assert key.shape == (2, 5, 2, 4)
     whole = (jnp.repeat(array, 3, axis=2) for array in (key, value))
     np.testing.assert_allclose(
-        layers.attention(query, key, value, causal=causal),
-        layers.attention(query, *whole, causal=causal),
+        attention(query, key, value, causal=causal),
+        attention(query, *whole, causal=causal),
         rtol=1e-5,
         atol=1e-6,
     )
@@ -468,10 +469,10 @@ def test_a_model_imports_alone() -> None:
     }
     families = {
         f"jaxtrain.models.{name}"
-        for name in ("layers", "mlp", "convnet", "resnet", "vit", "transformer", "fitted")
+        for name in (*models._FAMILIES, "layers", "attention", "cache", "rotary")
     }
     ours = {name for name in loaded if name.startswith("jaxtrain")}
-    roots = {"jaxtrain.errors", "jaxtrain.fields", "jaxtrain.horizon"}
+    roots = {"jaxtrain.errors", "jaxtrain.fields", "jaxtrain.horizon", "jaxtrain.late_logits"}
     assert ours <= {"jaxtrain", "jaxtrain.models"} | roots | families
 
 

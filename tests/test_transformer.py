@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxtrain import adapters
-from jaxtrain.models import layers, transformer
+from jaxtrain.models import layers, rotary, transformer
 from jaxtrain.models.convnet import ConvNet
 from jaxtrain.models.resnet import ResNet
 from jaxtrain.models.transformer import Transformer
@@ -149,10 +149,10 @@ def test_rotary_scores_depend_on_the_distance_only() -> None:
         np.tile(generator.normal(size=(1, 1, 2, 8)), (1, 20, 1, 1)).astype(np.float32)
         for _ in range(2)
     )
-    angles_TR = transformer.rotary_angles(20, 8)
+    waves = rotary.waves(jnp.arange(20), rotary.Rates(), 8)
     scores_NTS = np.einsum(
         "btnk,bsnk->nts",
-        *(np.asarray(transformer.apply_rotary(x, angles_TR), np.float64) for x in (query, key)),
+        *(np.asarray(rotary.rotated(x, waves), np.float64) for x in (query, key)),
     )
     for distance in range(-19, 20):
         diagonals = np.diagonal(scores_NTS, distance, axis1=1, axis2=2)

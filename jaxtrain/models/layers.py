@@ -19,6 +19,7 @@ Dims in names: B batch, H height, W width, L length or places, C channels, D fea
 width, N heads, K head width; `spatial` dims are all between B and C.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -31,13 +32,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtrain.errors import UserError
 
 Initializer = Callable[..., Any]
-Activation = Literal["relu", "gelu", "silu"]
+Activation = Literal["relu", "gelu", "gelu_exact", "silu"]
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "gelu": nn.gelu,
+    "gelu_exact": functools.partial(nn.gelu, approximate=False),
     "silu": nn.silu,
 }
+"""By name; `gelu` is the approximation by tanh, `gelu_exact` is made of the error function."""
 HE_FAN_IN = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
 HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 LECUN = nn.initializers.lecun_normal()
@@ -194,7 +197,7 @@ def dense(
     )
 
 
-def head_projection(heads: int, head_dim: int, *, name: str) -> DenseGeneral:
+def head_projection(heads: int, head_dim: int, *, bias: bool = True, name: str) -> DenseGeneral:
     """The product that makes the queries, keys or values (B, L, N, K) of the stream (B, L, D), with
     a kernel (D, N, K) and a bias (N, K) of its own.
 
@@ -209,6 +212,7 @@ def head_projection(heads: int, head_dim: int, *, name: str) -> DenseGeneral:
     kernel_init = boxed(XAVIER, "embed", "heads", "head_dim")
     return DenseGeneral(
         (heads, head_dim),
+        bias=bias,
         dot_general=dot_general_by_rows,
         kernel_init=kernel_init,
         bias_init=boxed(ZEROS, "heads", "head_dim"),
@@ -226,11 +230,11 @@ def query_key_value(x_BLD: jax.Array, heads: int) -> tuple[jax.Array, jax.Array,
     return query, key, value
 
 
-def output_projection(width: int, *, name: str) -> DenseGeneral:
+def output_projection(width: int, *, bias: bool = True, name: str) -> DenseGeneral:
     """The product that makes the stream (B, L, D) of what the heads found (B, L, N, K)."""
     kernel_init, bias_init = boxed(XAVIER, "heads", "head_dim", "embed"), boxed(ZEROS, "embed")
     return DenseGeneral(
-        width, axis=(-2, -1), kernel_init=kernel_init, bias_init=bias_init, name=name
+        width, axis=(-2, -1), bias=bias, kernel_init=kernel_init, bias_init=bias_init, name=name
     )
 
 
@@ -254,11 +258,53 @@ def batch_norm(
     )
 
 
-def layer_norm(axis: str, *, name: str | None = None) -> nn.LayerNorm:
+def layer_norm(axis: str, *, epsilon: float = 1e-6, name: str | None = None) -> nn.LayerNorm:
     """Layer normalisation over the last dim, whose logical axis is `axis`."""
     return nn.LayerNorm(
-        epsilon=1e-6, scale_init=boxed(ONES, axis), bias_init=boxed(ZEROS, axis), name=name
+        epsilon=epsilon, scale_init=boxed(ONES, axis), bias_init=boxed(ZEROS, axis), name=name
     )
+
+
+def norm(
+    kind: Literal["layer", "rms"], epsilon: float, *, offset: bool = False, name: str | None = None
+) -> nn.Module:
+    """A norm over a transformer's stream, by its name."""
+    if kind == "layer":
+        return layer_norm("embed", epsilon=epsilon, name=name)
+    return RMSNorm(epsilon, offset=offset, axes=("embed",), name=name)
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square over the last dims and multiplies by a scale (Zhang and
+    Sennrich 2019, arXiv 1910.07467).
+
+    >>> RMSNorm(1e-6).apply({"params": {"scale": jnp.ones(2)}}, jnp.array([[3.0, 3.0]])).round(
+    ...     4
+    ... ).tolist()
+    [[1.0, 1.0]]
+
+    The mean square is taken in float32. Llama rounds to the dtype of the input before it
+    multiplies; with `offset` the scale is born 0, the factor is 1 + scale, and rounding comes last,
+    as in Gemma.
+    """
+
+    epsilon: float = 1e-6
+    offset: bool = False
+    axes: tuple[str, ...] = ("head_dim",)
+    "the logical axes of the dims that are one: the last, or the last two"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dims = tuple(range(-len(self.axes), 0))
+        initializer = boxed(ZEROS if self.offset else ONES, *self.axes)
+        scale = self.param("scale", initializer, x.shape[-len(self.axes) :])
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean = jnp.mean(jnp.square(wide), axis=dims, keepdims=True)
+        y = wide * jax.lax.rsqrt(mean + self.epsilon)
+        scale = scale[(None,) * (x.ndim - scale.ndim)]
+        if self.offset:
+            return (y * (1.0 + scale.astype(y.dtype))).astype(x.dtype)
+        return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
 def head(num_classes: int, axis: str, *, initializer: Initializer = LECUN) -> Dense:
@@ -362,31 +408,3 @@ def global_average_pool(x: jax.Array) -> jax.Array:
     """Global average pooling: the mean over all spatial dims, (B, ..., C) -> (B, C)."""
     places = math.prod(x.shape[1:-1])
     return x.reshape(x.shape[0], places, x.shape[-1]).mean(axis=1)
-
-
-def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = False
-) -> jax.Array:
-    """Softmax attention of (B, L, N, K) arrays, each place over all places, or over itself and
-    those before it.
-
-    >>> attention(*[jnp.ones((1, 2, 1, 4))] * 3).shape
-    (1, 2, 1, 4)
-
-    Keys and values may have fewer heads, a divisor of N: as many queries in a row share one.
-
-    XLA's CPU backend has no float16 product of the kind that jax asks for here, so there float16 is
-    computed in float32.
-    """
-
-    def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return jax.nn.dot_product_attention(query, key, value, is_causal=causal)
-
-    def widened(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return plain(*(array.astype(jnp.float32) for array in (query, key, value))).astype(
-            query.dtype
-        )
-
-    if query.dtype != jnp.float16:
-        return plain(query, key, value)
-    return jax.lax.platform_dependent(query, key, value, cpu=widened, default=plain)

@@ -1,15 +1,20 @@
-"""The transformer over tokens: a causal decoder, pre-norm, with learned or rotary positions and a
-head that may be tied.
+"""The transformer over tokens: one block whose settings are the families that people use.
 
-GPT-2's arrangement (Radford et al. 2019), laid out so that its relatives become further fields
-rather than further files. It computes in the dtype of its parameters: tokens are integers, so the
-embedding decides the stream. Norms, the softmax and rotations are float32 inside.
+GPT-2's arrangement (Radford et al. 2019) is the default; Llama, Mistral, Qwen, Gemma, OLMo and
+SmolLM are other values of the same fields (`models.sizes` has them by name). Parameters are laid
+out by block, `block0` to the last, whatever the program does with them: `scan` stacks them inside
+the compiled step only, so checkpoints, optimizers and rules never see a difference. It computes in
+the dtype of its parameters: tokens are integers, so the embedding decides the stream. Norms, the
+softmax and rotations are float32 inside.
 
-Dims: B batch, T tokens of a sequence, V vocabulary, D model width, N heads, K head width, R half of
-K.
+Dims: B batch, T tokens of a sequence, V vocabulary, D model width, N heads, M heads of keys and
+values, K head width, F hidden width, R pairs that are turned.
 """
 
-from typing import Literal
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +22,18 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from jaxtrain.errors import UserError
-from jaxtrain.fields import Count, DropRate
-from jaxtrain.models import layers
+from jaxtrain.fields import Above, AtLeast, Between, Count, DropRate
+from jaxtrain.late_logits import LateLogits
+from jaxtrain.models import layers, rotary
+from jaxtrain.models.attention import attention
+from jaxtrain.models.cache import BlockCache, Cache, extended
 
 SMALL_NORMAL = nn.initializers.normal(0.02)
-ROTARY_BASE = 10000.0
+Kind = Literal["full", "window", "unrotated"]
+Arrangement = Literal["pre", "post", "output", "sandwich"]
+Norm = Literal["layer", "rms"]
+NotNegative = Annotated[float, AtLeast(0)]
+Whole = Annotated[int, AtLeast(0)]
 
 
 class Transformer(nn.Module):
@@ -32,9 +44,13 @@ class Transformer(nn.Module):
     >>> model.apply(variables, jnp.zeros((2, 8), jnp.int32)).shape
     (2, 8, 11)
 
-    A place sees itself and what is before it. Any length will do with rotary positions, up to
-    `max_length` with learned ones. `UserError` if the input is no (batch, length) of integers or
-    too long, or `heads` do not fit. A token beyond the vocabulary makes its sequence nan.
+    A place sees itself and what is before it; with `segments` (B, T) only what has its number, and
+    0 is padding. `positions` (B, T) count from 0, with segments from 0 in each, unless they are
+    given. Any length will do with rotary positions, up to `max_length` with learned ones. With a
+    `cache` the tokens go on from what it holds, and (logits, cache) come back. With `chunk` the
+    answer is `LateLogits`, which a loss goes over in parts. `UserError` if the input is no (batch,
+    length) of integers or too long, or the settings do not fit together. A token beyond the
+    vocabulary makes its sequence nan.
     """
 
     vocabulary: Count = 64
@@ -45,114 +61,492 @@ class Transformer(nn.Module):
     "transformer blocks"
     heads: Count = 4
     "attention heads; they share the width"
-    mlp_ratio: Count = 4
-    "hidden width of each block's dense layers, as a multiple of the width"
+    key_heads: Whole = 0
+    "heads of keys and values, a divisor of the heads; 0 for as many as those"
+    head_dim: Whole = 0
+    "width of a head; 0 for width / heads"
+    hidden: Whole = 0
+    "hidden width of each block's dense layers; 0 for 4 times the width"
+    activation: layers.Activation = "gelu"
+    "between a block's dense layers; gelu is the approximation by tanh"
+    gated: bool = False
+    "a third dense layer goes through the activation and multiplies the first (SwiGLU, GeGLU)"
+    bias: Literal["all", "qkv", "none"] = "all"
+    "which dense layers have a bias"
+    norm: Norm = "layer"
+    "centred and scaled (layer), or only scaled by the root mean square (rms)"
+    norm_epsilon: Annotated[float, Above(0)] = 1e-6
+    "added to the variance, or to the mean square"
+    norm_offset: bool = False
+    "an rms norm multiplies by 1 + scale, so that its scale is born 0 (Gemma)"
+    arrangement: Arrangement = "pre"
+    """where a block's norms stand: on what enters a branch (pre), on the sum (post, as BERT), on
+    what leaves a branch (output, as OLMo 2), or on both sides of it (sandwich, as Gemma)"""
+    qk_norm: Literal["none", "head", "all"] = "none"
+    "an rms norm on queries and keys, before they are turned: of each head, or of all as one"
     positions: Literal["learned", "rotary"] = "learned"
     """how places are told apart: a learned embedding of each, or queries and keys rotated by
     their place (no parameters)"""
     max_length: Count = 1024
     "how many places a learned embedding has; of no effect with rotary positions"
+    pattern: tuple[Kind, ...] = ("full",)
+    """the kinds of the blocks, repeated over the depth: full, window (sees the last places only) or
+    unrotated (has no positions)"""
+    window: Whole = 0
+    "how many places a window block sees, itself included"
+    rotary_base: Annotated[float, Above(1)] = 10000.0
+    "the slowest pair turns by nearly 1/base a place"
+    window_rotary_base: NotNegative = 0.0
+    "the base of window blocks, which are never slowed down; 0 for all as the full blocks"
+    rotary_scaling: rotary.Scaling = "none"
+    "how rotations are slowed down for longer texts"
+    rotary_factor: Annotated[float, Above(0)] = 1.0
+    "how many times longer"
+    rotary_low: NotNegative = 1.0
+    "turns within the first length below which a pair is slowed down (llama3, yarn)"
+    rotary_high: NotNegative = 4.0
+    "turns above which it is left as it is (llama3, yarn)"
+    rotary_length: Whole = 0
+    "the length that the model was first trained on (llama3, yarn)"
+    rotary_share: Annotated[float, Between(0.01, 1)] = 1.0
+    "the share of each head that is rotated"
+    attention_scale: NotNegative = 0.0
+    "what products of queries and keys are multiplied by; 0 for 1 / sqrt(width of a head)"
+    attention_cap: NotNegative = 0.0
+    "those products go through cap * tanh(x / cap); 0 for none"
+    logit_cap: NotNegative = 0.0
+    "the same for the logits"
+    embed_scale: bool = False
+    "embeddings are multiplied by sqrt(width)"
     tied: bool = True
     "the head's kernel is the token embedding; otherwise it has its own"
+    padded_vocabulary: Whole = 0
+    "rows of the embedding and the head, a round number for the hardware; 0 for the vocabulary"
     dropout: DropRate = 0.0
     "share dropped in training after the embedding and in each branch"
+    scan: bool = False
+    """blocks run in a loop of the compiled program: it compiles faster, and FSDP gathers one block
+    at a time"""
+    chunk: Whole = 0
+    "how many tokens' logits the loss holds at once; 0 for those of the whole batch"
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
-        self._check(inputs)
+    def __call__(
+        self,
+        tokens: jax.Array,
+        train: bool = False,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
+        self._check(tokens)
+        rows = self.padded_vocabulary or self.vocabulary
         embed_VD = self.param(
-            "embed", layers.boxed(SMALL_NORMAL, "vocab", "embed"), (self.vocabulary, self.width)
+            "embed", layers.boxed(SMALL_NORMAL, "vocab", "embed"), (rows, self.width)
         )
-        x_BTD = look_up(embed_VD, inputs)
-        length, angles_TR = inputs.shape[1], None
+        x_BTD = look_up(embed_VD, tokens, self.vocabulary)
+        if self.embed_scale:
+            x_BTD = x_BTD * jnp.asarray(self.width**0.5, x_BTD.dtype)
+        places = _places(tokens, segments, positions, cache)
         if self.positions == "learned":
-            initializer = layers.boxed(SMALL_NORMAL, "position", "embed")
-            positions_TD = self.param("positions", initializer, (self.max_length, self.width))[
-                :length
-            ]
-            x_BTD = layers.add_bias(x_BTD, positions_TD)
-        else:
-            angles_TR = rotary_angles(length, self.width // self.heads)
+            x_BTD = self._with_learned_positions(x_BTD, places)
         x_BTD = layers.Dropout(self.dropout)(x_BTD, train)
-        for index in range(self.depth):
-            block = Block(
-                self.heads, self.mlp_ratio * self.width, self.dropout, name=f"block{index}"
-            )
-            x_BTD = layers.block_end(block(x_BTD, angles_TR, train))
-        x_BTD = layers.layer_norm("embed", name="norm")(x_BTD)
-        if self.tied:
-            return jnp.einsum("btd,vd->btv", *promote_dtype(x_BTD, embed_VD))
-        return layers.dense(
-            self.vocabulary, ("embed", "vocab"), bias=False, initializer=SMALL_NORMAL, name="head"
-        )(x_BTD)
+        x_BTD, cache = self._through_blocks(x_BTD, Surroundings(segments, places, cache), train)
+        x_BTD = layers.norm(self.norm, self.norm_epsilon, offset=self.norm_offset, name="norm")(
+            x_BTD
+        )
+        logits = self._head(x_BTD, embed_VD, whole=cache is not None)
+        return logits if cache is None else (logits, cache)
 
-    def _check(self, inputs: jax.Array) -> None:
-        """What must fit, said by name before an index or a reshape says it in numbers."""
-        if inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer):
+    def _with_learned_positions(self, x_BTD: jax.Array, places: jax.Array) -> jax.Array:
+        initializer = layers.boxed(SMALL_NORMAL, "position", "embed")
+        table_PD = self.param("positions", initializer, (self.max_length, self.width))
+        if places.ndim == 1:
+            return layers.add_bias(x_BTD, table_PD[: places.shape[0]])
+        added_BTD = jnp.take(
+            table_PD, jnp.maximum(places, 0), axis=0, mode="fill", fill_value=jnp.nan
+        )
+        return x_BTD + added_BTD
+
+    def _through_blocks(
+        self, x_BTD: jax.Array, around: "Surroundings", train: bool
+    ) -> tuple[jax.Array, Cache | None]:
+        """The stream after all blocks, and the cache with what they saw."""
+        kinds: list[Kind] = [self.pattern[index % len(self.pattern)] for index in range(self.depth)]
+        waves: dict[Kind, Any] = {
+            kind: self._waves(kind, around.places) for kind in dict.fromkeys(kinds)
+        }
+        if self.scan and around.cache is None and not self.is_initializing():
+            return self._scanned(x_BTD, around, kinds, waves, train), None
+        caches: list[BlockCache] = []
+        for index, kind in enumerate(kinds):
+            block = Block(self._block(kind), name=f"block{index}")
+            held = None if around.cache is None else around.cache.blocks[index]
+            x_BTD, held = block(x_BTD, around, waves[kind], held, train)
+            x_BTD = layers.block_end(x_BTD)
+            if held is not None:
+                caches.append(held)
+        if around.cache is None:
+            return x_BTD, None
+        added_B = jnp.sum(around.places >= 0, axis=1, dtype=jnp.int32)
+        return x_BTD, Cache(tuple(caches), around.cache.length_B + added_B)
+
+    def _scanned(
+        self,
+        x_BTD: jax.Array,
+        around: "Surroundings",
+        kinds: Sequence[Kind],
+        waves: dict[Kind, Any],
+        train: bool,
+    ) -> jax.Array:
+        """The stream after all blocks, `period` of them at a time in one loop.
+
+        The parameters are stacked here, in the dtype of the computation; nothing outside of this
+        function knows.
+        """
+        if other := sorted(set(self.variables) - {"params"}):
             raise UserError(
-                f"Transformer: input {inputs.dtype}{list(inputs.shape)} is not (batch, length) of"
+                f"Transformer.scan=True: blocks keep {other[0]!r} besides their parameters, which"
+                " a loop does not carry; set scan=False, or another precision"
+            )
+        period = _period(kinds)
+        trees = [self.variables["params"][f"block{index}"] for index in range(self.depth)]
+        stacked = [
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees[place::period])
+            for place in range(period)
+        ]
+        draws = train and self.has_rng("dropout")
+        keys = jax.random.split(self.make_rng("dropout"), self.depth) if draws else None
+
+        def body(x_BTD: jax.Array, step: Any) -> tuple[jax.Array, None]:
+            params, keys = step
+            for place in range(period):
+                block = Block(self._block(kinds[place]), parent=None)
+                rngs = {} if keys is None else {"dropout": keys[place]}
+                x_BTD, _ = block.apply(
+                    {"params": params[place]},
+                    x_BTD,
+                    around,
+                    waves[kinds[place]],
+                    None,
+                    train,
+                    rngs=rngs,
+                )
+                x_BTD = layers.block_end(x_BTD)
+            return x_BTD, None
+
+        keys = None if keys is None else keys.reshape(-1, period)
+        # FSDP's gather of one block belongs here, at the head of the body.
+        return jax.lax.scan(body, x_BTD, (stacked, keys))[0]
+
+    def _block(self, kind: Kind) -> "BlockSettings":
+        """The settings of a block of this kind."""
+        return BlockSettings(
+            heads=self.heads,
+            key_heads=self.key_heads or self.heads,
+            head_dim=self.head_dim or self.width // self.heads,
+            hidden=self.hidden or 4 * self.width,
+            activation=self.activation,
+            gated=self.gated,
+            bias=self.bias,
+            norm=self.norm,
+            norm_epsilon=self.norm_epsilon,
+            norm_offset=self.norm_offset,
+            arrangement=self.arrangement,
+            qk_norm=self.qk_norm,
+            window=self.window if kind == "window" else 0,
+            attention_scale=self.attention_scale or None,
+            attention_cap=self.attention_cap,
+            dropout=self.dropout,
+        )
+
+    def _waves(self, kind: Kind, places: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        """How a block of this kind turns queries and keys; None for not at all."""
+        if self.positions != "rotary" or kind == "unrotated":
+            return None
+        rates = rotary.Rates(
+            self.rotary_base,
+            self.rotary_scaling,
+            self.rotary_factor,
+            self.rotary_low,
+            self.rotary_high,
+            self.rotary_length,
+        )
+        if kind == "window" and self.window_rotary_base:
+            rates = rotary.Rates(self.window_rotary_base)
+        return rotary.waves(jnp.maximum(places, 0), rates, self._rotated_dims)
+
+    @property
+    def _rotated_dims(self) -> int:
+        head_dim = self.head_dim or self.width // self.heads
+        return int(head_dim * self.rotary_share)
+
+    def _head(self, x_BTD: jax.Array, embed_VD: jax.Array, *, whole: bool) -> Any:
+        rows, cap = embed_VD.shape[0], self.logit_cap or None
+        if self.chunk and not whole:
+            kernel_DV = embed_VD.T if self.tied else _Kernel(rows, name="head")(self.width)
+            states_BTD, kernel_DV = promote_dtype(x_BTD, kernel_DV)
+            return LateLogits(states_BTD, kernel_DV, cap, self.vocabulary, self.chunk)
+        if self.tied:
+            logits_BTV = jnp.einsum("btd,vd->btv", *promote_dtype(x_BTD, embed_VD))
+        else:
+            logits_BTV = layers.dense(
+                rows, ("embed", "vocab"), bias=False, initializer=SMALL_NORMAL, name="head"
+            )(x_BTD)
+        if cap is not None:
+            wide = logits_BTV.astype(jnp.float32)
+            logits_BTV = (cap * jnp.tanh(wide / cap)).astype(logits_BTV.dtype)
+        return logits_BTV[..., : self.vocabulary]
+
+    def _check(self, tokens: jax.Array) -> None:
+        """What must fit, said by name before an index or a reshape says it in numbers."""
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise UserError(
+                f"Transformer: input {tokens.dtype}{list(tokens.shape)} is not (batch, length) of"
                 " integers; give it tokens"
             )
-        length = inputs.shape[1]
+        length = tokens.shape[1]
         if self.positions == "learned" and length > self.max_length:
             raise UserError(
                 f"Transformer.max_length={self.max_length}: the input has {length} tokens; make it"
                 f" {length}, or choose positions=rotary"
             )
-        if self.width % self.heads:
+        if not self.head_dim and self.width % self.heads:
             raise UserError(
                 f"Transformer.heads={self.heads}: does not divide width={self.width}; choose a"
-                " divisor of it"
+                " divisor of it, or set head_dim"
             )
-        if self.positions == "rotary" and self.width // self.heads % 2:
+        if self.heads % (self.key_heads or self.heads):
             raise UserError(
-                f"Transformer.heads={self.heads}: heads of {self.width // self.heads} are odd, and"
+                f"Transformer.key_heads={self.key_heads}: does not divide heads={self.heads};"
+                " choose a divisor of it"
+            )
+        if self.positions == "rotary" and self._rotated_dims % 2:
+            raise UserError(
+                f"Transformer.heads={self.heads}: heads of {self._rotated_dims} are odd, and"
                 f" positions=rotary rotates pairs; choose heads so that width={self.width} / heads"
                 " is even"
             )
+        if "window" in self.pattern and not self.window:
+            raise UserError(
+                "Transformer.window=0: the pattern has window blocks; say how many places they see"
+            )
+        if self.rotary_scaling in ("llama3", "yarn") and not self.rotary_length:
+            raise UserError(
+                f"Transformer.rotary_length=0: rotary_scaling={self.rotary_scaling} needs the"
+                " length that the model was first trained on"
+            )
+        if self.padded_vocabulary and self.padded_vocabulary < self.vocabulary:
+            raise UserError(
+                f"Transformer.padded_vocabulary={self.padded_vocabulary}: less than"
+                f" vocabulary={self.vocabulary}; make it at least that, or 0"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What all blocks see besides the stream."""
+
+    segments_BT: jax.Array | None
+    places: jax.Array
+    """Positions (T,) or (B, T); -1 for padding beside a cache."""
+    cache: Cache | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSettings:
+    """What one block is; the fields are `Transformer`'s, with the zeros resolved."""
+
+    heads: int
+    key_heads: int
+    head_dim: int
+    hidden: int
+    activation: layers.Activation = "gelu"
+    gated: bool = False
+    bias: Literal["all", "qkv", "none"] = "all"
+    norm: Norm = "layer"
+    norm_epsilon: float = 1e-6
+    norm_offset: bool = False
+    arrangement: Arrangement = "pre"
+    qk_norm: Literal["none", "head", "all"] = "none"
+    causal: bool = True
+    window: int = 0
+    attention_scale: float | None = None
+    attention_cap: float = 0.0
+    dropout: Any = 0.0
+
+    def make_norm(self, name: str) -> nn.Module:
+        """A norm over the stream."""
+        return layers.norm(self.norm, self.norm_epsilon, offset=self.norm_offset, name=name)
 
 
 class Block(nn.Module):
-    """Attention to what came before, then two dense layers, each on a normalised copy and added to
-    the stream."""
+    """Attention, then two or three dense layers, each as a branch that is added to the stream."""
 
-    heads: int
-    hidden: int
-    dropout: DropRate = 0.0
+    settings: BlockSettings
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, angles_TR: jax.Array | None, train: bool) -> jax.Array:
-        branch = Attention(self.heads, name="attention")(
-            layers.layer_norm("embed", name="norm0")(x_BTD), angles_TR
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        around: Surroundings,
+        waves: tuple[jax.Array, jax.Array] | None,
+        held: BlockCache | None,
+        train: bool,
+    ) -> tuple[jax.Array, BlockCache | None]:
+        settings = self.settings
+        attend = Attention(settings, name="attention")
+        branch, held = attend(self._before(x_BTD, "norm0"), around, waves, held)
+        x_BTD = self._added(x_BTD, branch, "norm0_out", train)
+        hidden = functools.partial(
+            layers.dense,
+            settings.hidden,
+            ("embed", "mlp"),
+            bias=settings.bias == "all",
+            initializer=layers.XAVIER,
         )
-        x_BTD = x_BTD + layers.Dropout(self.dropout)(branch, train)
-        branch = layers.layer_norm("embed", name="norm1")(x_BTD)
+        entering = self._before(x_BTD, "norm1")
+        act = layers.ACTIVATIONS[settings.activation]
+        branch = hidden(name="mlp_in")(entering)
+        branch = act(hidden(name="mlp_gate")(entering)) * branch if settings.gated else act(branch)
         branch = layers.dense(
-            self.hidden, ("embed", "mlp"), initializer=layers.XAVIER, name="mlp_in"
+            x_BTD.shape[-1],
+            ("mlp", "embed"),
+            bias=settings.bias == "all",
+            initializer=layers.XAVIER,
+            name="mlp_out",
         )(branch)
-        branch = layers.dense(
-            x_BTD.shape[-1], ("mlp", "embed"), initializer=layers.XAVIER, name="mlp_out"
-        )(nn.gelu(branch))
-        return x_BTD + layers.Dropout(self.dropout)(branch, train)
+        return self._added(x_BTD, branch, "norm1_out", train), held
+
+    def _before(self, x_BTD: jax.Array, name: str) -> jax.Array:
+        """What enters a branch."""
+        has_norm = self.settings.arrangement in ("pre", "sandwich")
+        return self.settings.make_norm(name)(x_BTD) if has_norm else x_BTD
+
+    def _added(self, x_BTD: jax.Array, branch: jax.Array, name: str, train: bool) -> jax.Array:
+        """The stream with what a branch found."""
+        if self.settings.arrangement in ("output", "sandwich"):
+            branch = self.settings.make_norm(name)(branch)
+        x_BTD = x_BTD + layers.Dropout(self.settings.dropout)(branch, train)
+        return (
+            self.settings.make_norm(name)(x_BTD) if self.settings.arrangement == "post" else x_BTD
+        )
 
 
 class Attention(nn.Module):
-    """Every place looks at itself and those before it; queries and keys are rotated if there are
-    angles."""
+    """Every place looks at those that it may see; queries and keys are turned if there are
+    waves."""
 
-    heads: int
+    settings: BlockSettings
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, angles_TR: jax.Array | None) -> jax.Array:
-        query, key, value = layers.query_key_value(x_BTD, self.heads)
-        if angles_TR is not None:
-            query, key = apply_rotary(query, angles_TR), apply_rotary(key, angles_TR)
-        mixed_BTNK = layers.attention(query, key, value, causal=True)
-        return layers.output_projection(x_BTD.shape[-1], name="out")(mixed_BTNK)
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        around: Surroundings,
+        waves: tuple[jax.Array, jax.Array] | None,
+        held: BlockCache | None,
+    ) -> tuple[jax.Array, BlockCache | None]:
+        settings = self.settings
+        query, key, value = (
+            layers.head_projection(
+                count, settings.head_dim, bias=settings.bias != "none", name=name
+            )(x_BTD)
+            for name, count in (
+                ("query", settings.heads),
+                ("key", settings.key_heads),
+                ("value", settings.key_heads),
+            )
+        )
+        if settings.qk_norm != "none":
+            query, key = (
+                layers.RMSNorm(
+                    settings.norm_epsilon,
+                    offset=settings.norm_offset,
+                    axes=("head_dim",) if settings.qk_norm == "head" else ("heads", "head_dim"),
+                    name=name,
+                )(array)
+                for name, array in (("query_norm", query), ("key_norm", key))
+            )
+        if waves is not None:
+            query, key = rotary.rotated(query, waves), rotary.rotated(key, waves)
+        seen: dict[str, Any] = {"segments": around.segments_BT, "key_segments": around.segments_BT}
+        if held is not None:
+            key, value, positions, held = extended(held, key, value, around.places)
+            seen = {"positions": around.places, "key_positions": positions}
+        mixed_BTNK = attention(
+            query,
+            key,
+            value,
+            causal=settings.causal,
+            window=settings.window,
+            cap=settings.attention_cap,
+            scale=settings.attention_scale,
+            **seen,
+        )
+        out = layers.output_projection(x_BTD.shape[-1], bias=settings.bias == "all", name="out")
+        return out(mixed_BTNK), held
 
 
-def look_up(embed_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """The row of each token, in the dtype of the table; nan for a token that has none.
+class _Kernel(nn.Module):
+    """The kernel of the head alone, under the name that the head's layer has."""
+
+    rows: int
+
+    @nn.compact
+    def __call__(self, width: int) -> jax.Array:
+        initializer = layers.boxed(SMALL_NORMAL, "embed", "vocab")
+        return self.param("kernel", initializer, (width, self.rows))
+
+
+def _places(
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array | None,
+    positions_BT: jax.Array | None,
+    cache: Cache | None,
+) -> jax.Array:
+    """The position of each token: (T,) where all rows have the same, otherwise (B, T)."""
+    if cache is not None:
+        # beside a cache rows may have lengths of their own; what is padding has no place
+        real_BT = jnp.ones_like(tokens_BT) if segments_BT is None else (segments_BT > 0) * 1
+        places_BT = cache.length_B[:, None] + jnp.cumsum(real_BT, axis=1) - 1
+        places_BT = places_BT if positions_BT is None else positions_BT
+        return jnp.where(real_BT > 0, places_BT, -1).astype(jnp.int32)
+    if positions_BT is not None:
+        return positions_BT
+    places_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+    if segments_BT is None:
+        return places_T
+    return places_in_segments(segments_BT)
+
+
+def places_in_segments(segments_BT: jax.Array) -> jax.Array:
+    """How many tokens of the same segment stand before each, int32 (B, T).
+
+    >>> places_in_segments(jnp.array([[1, 1, 2, 2, 2, 0]])).tolist()
+    [[0, 1, 0, 1, 2, 0]]
+    """
+    places_BT = jnp.broadcast_to(
+        jnp.arange(segments_BT.shape[1], dtype=jnp.int32)[None], segments_BT.shape
+    )
+    new_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
+    starts_BT = jax.lax.cummax(jnp.where(new_BT, places_BT, 0), axis=1)
+    return places_BT - starts_BT
+
+
+def _period(kinds: Sequence[Kind]) -> int:
+    """The fewest blocks that, repeated, are all of them."""
+    depth = len(kinds)
+    return next(
+        period
+        for period in range(1, depth + 1)
+        if depth % period == 0 and list(kinds) == list(kinds[:period]) * (depth // period)
+    )
+
+
+def look_up(embed_VD: jax.Array, tokens_BT: jax.Array, vocabulary: int | None = None) -> jax.Array:
+    """The row of each token, in the dtype of the table; nan for a token that has none, or is not
+    among the first `vocabulary`.
 
     >>> look_up(jnp.eye(3), jnp.array([[2, 0]])).tolist()
     [[[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]]
@@ -162,43 +556,13 @@ def look_up(embed_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     product). It is summed in float32: in bfloat16 4,096 equal numbers made a tenth of their sum.
     """
     wide = jnp.promote_types(embed_VD.dtype, jnp.float32)
+    rows = embed_VD.shape[0]
+    known_BT = (tokens_BT >= 0) & (tokens_BT < (vocabulary or rows))
     # -1 is a common padding, and to `take` the last row
-    tokens_BT = jnp.where(tokens_BT < 0, embed_VD.shape[0], tokens_BT)
+    tokens_BT = jnp.where(known_BT, tokens_BT, rows)
     return jnp.take(
         embed_VD.astype(wide), tokens_BT, axis=0, mode="fill", fill_value=jnp.nan
     ).astype(embed_VD.dtype)
-
-
-def rotary_angles(length: int, head_dim: int) -> jax.Array:
-    """The rotation of each pair of numbers at each place (T, R), in radians: from 1 down to
-    nearly 1/10000 a place (Su et al. 2021).
-
-    >>> rotary_angles(3, 4).tolist()[1]
-    [1.0, 0.009999999776482582]
-    """
-    pairs = head_dim // 2
-    rates_R = ROTARY_BASE ** -(jnp.arange(pairs, dtype=jnp.float32) / pairs)
-    return jnp.arange(length, dtype=jnp.float32)[:, None] * rates_R[None]
-
-
-def apply_rotary(x_BTNK: jax.Array, angles_TR: jax.Array) -> jax.Array:
-    """Each pair (number i, number i + R) rotated by its angle, so that a product of two depends on
-    the distance of their places only.
-
-    >>> apply_rotary(jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2), jnp.array([[jnp.pi / 2]])).round(
-    ...     3
-    ... ).ravel().tolist()
-    [-0.0, 1.0]
-
-    Halves are paired, as in Llama's weights at Hugging Face; the paper pairs neighbours. Computed
-    in float32: angles reach the length.
-    """
-    wide = jnp.promote_types(x_BTNK.dtype, jnp.float32)
-    cos, sin = (wave(angles_TR).astype(wide)[None, :, None, :] for wave in (jnp.cos, jnp.sin))
-    first, second = jnp.split(x_BTNK.astype(wide), 2, axis=-1)
-    return jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x_BTNK.dtype)
 
 
 NAMES: dict[str, nn.Module] = {

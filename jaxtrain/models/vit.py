@@ -14,6 +14,7 @@ from flax import linen as nn
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Count, DropRate
 from jaxtrain.models import layers
+from jaxtrain.models.attention import attention
 
 
 class ViT(nn.Module):
@@ -141,7 +142,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         query, key, value = layers.query_key_value(x_BLD, self.heads)
-        mixed_BLNK = layers.attention(query, key, value)
+        mixed_BLNK = attention(query, key, value)
         return layers.output_projection(x_BLD.shape[-1], name="out")(mixed_BLNK)
 
 
