@@ -48,7 +48,7 @@ def check_values(tables: Mapping[str, Table], origin: str) -> list[str]:
             place = f"{origin}: {split}: {name}"
             if array.dtype.kind == "f":
                 _check_finite(array, unused, place)
-                notes += _lost_digits(array, place)
+                notes += _lost_digits(array, unused, place)
             elif array.dtype.kind in "iu" and array.dtype.itemsize >= 4:
                 _check_integers(array, place)
     return list(dict.fromkeys(notes))
@@ -138,7 +138,7 @@ def _check_integers(array: np.ndarray, place: str) -> None:
             raise UserError(f"{place} holds {value} in row {start + row}; {BEYOND_32_BITS}")
 
 
-def _lost_digits(array: np.ndarray, place: str) -> list[str]:
+def _lost_digits(array: np.ndarray, unused: np.ndarray | None, place: str) -> list[str]:
     """A note on columns of float64 that float32 cannot tell apart: times in seconds since 1970,
     numbers of customers."""
     if array.dtype.itemsize <= 4 or not array.size:
@@ -149,10 +149,12 @@ def _lost_digits(array: np.ndarray, place: str) -> list[str]:
     columns = array.shape[-1] if array.ndim == 2 else 1
     low_D, high_D, error_D = np.full(columns, np.inf), np.full(columns, -np.inf), np.zeros(columns)
     whole_D = np.ones(columns, bool)
-    for _, values in _chunks(array):
+    for start, values in _chunks(array):
+        if unused is not None:  # these may hold anything
+            values = values[~unused[start : start + len(values)]]
+            if not len(values):
+                continue
         values_ND = values.reshape(-1, columns)
-        # What is not finite lies in rows of weight 0.
-        values_ND = np.where(np.isfinite(values_ND), values_ND, 0)
         low_D, high_D = np.minimum(low_D, values_ND.min(0)), np.maximum(high_D, values_ND.max(0))
         error_D = np.maximum(error_D, np.abs(values_ND - values_ND.astype(np.float32)).max(0))
         whole_D &= (values_ND == np.round(values_ND)).all(0)
