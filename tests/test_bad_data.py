@@ -105,7 +105,7 @@ ROWS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: arrays(folder, x=PIXELS / 255, x_test=PIXELS[:20] * 1.0),
         (
             "--data.path='{tmp}/my.npz': image is in 0..1 in train and in 0..255 in test: another"
-            " scale; scale both alike, or set --data.image_range"
+            " scale; scale both alike, or give the range of both, --data.image_range=0,255"
         ),
     ),
     "another text": (

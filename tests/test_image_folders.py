@@ -106,7 +106,7 @@ def test_what_has_no_known_range_is_refused_and_the_remedy_works(tmp_path: pathl
         source(tmp_path).open()
     assert str(raised.value) == (
         f"{file}: 32-bit floats ({low:g}..{high:g} here) have no known range; give that of all"
-        f" images, e.g. --data.image_range=0,{high:g}"
+        f" images, e.g. --data.image_range=0,{high}"
     )
     opened = source(tmp_path, image_range=(0, 256), color="gray").open()
     assert np.allclose(opened.train.read(np.array([0]))["image"][0, ..., 0], DEEP / 65536)

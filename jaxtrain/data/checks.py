@@ -200,9 +200,11 @@ def column_notes(train: Table) -> list[str]:
     ]
 
 
-def check_alike(tables: Mapping[str, Table], origin: str, *, ranges: bool = True) -> list[str]:
+def check_alike(
+    tables: Mapping[str, Table], origin: str, *, ranges: bool | None = None
+) -> list[str]:
     """Compares every split with the first: dtypes, the width of labels and targets, and (unless
-    told not to) the range of the images; returns notes.
+    `ranges` is False) the range of the images; returns notes.
 
     >>> from jaxtrain.data.table import ArrayTable
     >>> tables = {split: ArrayTable({"image": np.zeros((9, 4))}) for split in ("train", "test")}
@@ -210,7 +212,7 @@ def check_alike(tables: Mapping[str, Table], origin: str, *, ranges: bool = True
     []
 
     `UserError` if dtypes or widths differ, or if images (not features, which get a note) are on
-    another scale.
+    another scale; if `ranges` is True, --data.image_range is named as a remedy.
     """
     (first, train), *others = tables.items()
     _check_pixels(train, origin)
@@ -231,7 +233,7 @@ def check_alike(tables: Mapping[str, Table], origin: str, *, ranges: bool = True
                 )
     if (
         not others
-        or not ranges
+        or ranges is False
         or "image" not in train.fields
         or not is_image(train.fields["image"])
     ):
@@ -247,7 +249,10 @@ def check_alike(tables: Mapping[str, Table], origin: str, *, ranges: bool = True
             if len(train.fields["image"].shape) < 2:  # columns may well differ that much
                 notes.append(f"{words}; are both scaled alike?")
             else:
-                raise UserError(f"{words}; scale both alike, or set --data.image_range")
+                low = min(known[first].low, known[split].low)
+                high = max(known[first].high, known[split].high)
+                given = f", or give the range of both, {range_flag(low, high)}" if ranges else ""
+                raise UserError(f"{words}; scale both alike{given}")
     return notes
 
 
@@ -312,9 +317,28 @@ def array_range(array: np.ndarray, unused: np.ndarray | None = None) -> Range:
         array = array[~unused]
     if not array.size:
         return Range(0.0, 0.0, 0, whole=True)
-    parts = [(values.min(), values.max()) for _, values in _chunks(array)]
+    # What is not finite is found by `check_values`; here it may stand in rows of weight 0.
+    chunks = (_finite(values) for _, values in _chunks(array))
+    parts = [(values.min(), values.max()) for values in chunks if values.size]
+    if not parts:
+        return Range(0.0, 0.0, 0, whole=True)
     low, high = float(min(low for low, _ in parts)), float(max(high for _, high in parts))
     return Range(low, high, len(array), whole=len(array) == total)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    finite = values.dtype.kind != "f" or np.isfinite(values).all()
+    return values if finite else values[np.isfinite(values)]
+
+
+def range_flag(low: float, high: float) -> str:
+    """The flag that says a range, of which nothing is rounded away.
+
+    >>> range_flag(0.0, 1234567.0), range_flag(-0.5, 1 / 3)
+    ('--data.image_range=0,1234567', '--data.image_range=-0.5,0.3333333333333333')
+    """
+    exact = (f"{end:.0f}" if end == round(end) else repr(float(end)) for end in (low, high))
+    return f"--data.image_range={','.join(exact)}"
 
 
 def known_range(found: Range) -> tuple[float, float] | None:
