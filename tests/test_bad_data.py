@@ -222,4 +222,6 @@ def test_splits_that_do_not_fit_to_one_layout_are_not_written(tmp_path: Path) ->
         "write_records: image is uint8 (4, 4, 1) in train and float32 (4, 4, 1) in test; give it"
         " one dtype and shape"
     )
+    with pytest.raises(UserError, match="^write_records: no split given; give one at least, "):
+        write_records(tmp_path / "records", {})
     assert not (tmp_path / "records").exists()

@@ -220,8 +220,8 @@ def write_records(
 ) -> None:
     """Writes tables as a folder for `Records`; dataset.json comes last, so a half-written folder is
     not taken for a whole one. `UserError` if the tables have not the same fields."""
-    _check_fields(splits)
     extras.require("write_records", "array_record")
+    _check_fields(splits)
     from array_record.python.array_record_module import ArrayRecordWriter
 
     root = pathlib.Path(folder)
@@ -259,6 +259,8 @@ def write_records(
 def _check_fields(splits: Mapping[str, Table]) -> None:
     """`UserError` if fields would be left out, or read as what they are not: one layout is that of
     all records."""
+    if not splits:
+        raise UserError("write_records: no split given; give one at least, {'train': table}")
     (first, table), *others = splits.items()
     for split, other in others:
         for name in sorted(table.fields.keys() ^ other.fields.keys()):
