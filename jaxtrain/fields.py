@@ -14,6 +14,7 @@ A *traced* field changes neither shapes nor the program, so its value is fed to 
 `problem` is the one place where bounds are checked: flags, components and run.json all ask it.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -303,16 +304,48 @@ def misfit(value: Any, annotation: Any) -> str | None:
 
 def _tuple_misfit(value: Any, wanted: FieldType) -> str | None:
     if not isinstance(value, tuple):
-        example = f", such as ({value!r},)" if isinstance(value, str | int | float) else ""
-        return f"must be a tuple{example or f', not {_kind(value)}'}"
-    if wanted.items[-1] is not Ellipsis and len(value) != len(wanted.items):
-        return f"must have {len(wanted.items)} items"
+        meant = _as_tuple(value, wanted)
+        return f"must be a tuple, {f'not {_kind(value)}' if meant is None else f'such as {meant}'}"
+    if wanted.items and wanted.items[-1] is not Ellipsis and len(value) != len(wanted.items):
+        meant = _as_tuple(value[0], wanted) if len(value) == 1 else None
+        example = "" if meant is None else f", such as {meant}"
+        return f"must have {len(wanted.items)} items{example}"
     for position, (item, kind) in enumerate(
         zip(value, wanted.item_types(len(value)), strict=True), 1
     ):
         if wrong := misfit(item, kind):
             return f"item {position} ({item!r}): {wrong}"
     return None
+
+
+def _as_tuple(value: Any, wanted: FieldType) -> tuple[Any, ...] | None:
+    """A tuple that somebody may have meant by a value that is none; None if that cannot be told.
+
+    >>> rules = field_type(tuple[tuple[str, float], ...])
+    >>> _as_tuple("bias", rules), _as_tuple({"bias": 0.0}, rules), _as_tuple("bias=0.5", rules)
+    ((('bias', 1.0),), (('bias', 0.0),), (('bias', 0.5),))
+    """
+    first = field_type(wanted.items[0]) if wanted.items else None
+    rules = first is not None and first.origin is tuple
+    if isinstance(value, Mapping) and rules:
+        return tuple(value.items())
+    if not isinstance(value, str | int | float):
+        return None
+    if first is not None and rules:
+        pair = _as_tuple(value, first) if isinstance(value, str) else None
+        return None if pair is None else (pair,)
+    if not wanted.items or wanted.items[-1] is Ellipsis:
+        return (value,)
+    if not isinstance(value, str):
+        return (value,) * len(wanted.items)
+    # as flags have it, PATTERN=VALUE
+    pattern, equals, text = value.rpartition("=")
+    number = field_type(wanted.items[-1]).base in (float, int)
+    if not equals:
+        return value, 1.0 if number else "VALUE"
+    with contextlib.suppress(ValueError):
+        return pattern, float(text) if number else text
+    return pattern, 1.0
 
 
 def _is_real(value: Any) -> bool:

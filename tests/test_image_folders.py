@@ -5,6 +5,7 @@ pixels of 16 bits were clipped to 255, floats to 0, and half of a folder was lef
 import json
 import pathlib
 import shutil
+import subprocess
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ def test_what_has_no_known_range_is_refused_and_the_remedy_works(tmp_path: pathl
         source(tmp_path).open()
     assert str(raised.value) == (
         f"{file}: 32-bit floats ({low:g}..{high:g} here) have no known range; give that of all"
-        f" images, e.g. --data.image_range=0,{high:g}"
+        f" images, e.g. --data.image_range=0,{high}"
     )
     opened = source(tmp_path, image_range=(0, 256), color="gray").open()
     assert np.allclose(opened.train.read(np.array([0]))["image"][0, ..., 0], DEEP / 65536)
@@ -116,25 +117,30 @@ def test_what_has_no_known_range_is_refused_and_the_remedy_works(tmp_path: pathl
         source(tmp_path, image_range=(0, 1)).open()
 
 
-REFUSALS: list[tuple[str, str]] = [
+# What a folder holds, what is said of it, and commands that do what is said.
+REFUSALS: list[tuple[str, str, tuple[str, ...]]] = [
     (
         "train, bird",
         (
             "bird beside train would be left out; move class folders into train, and all else out"
             " of the folder"
         ),
+        ("mv bird train", "rm -r bird"),
     ),
     (
         "train, val, valid",
         "val and valid are folders of one split; put all into one",
+        ("cd valid; for file in */*; do mv $file ../val/${file%.png}-2.png; done; rm -r ../valid",),
     ),
     (
         "Train, Test",
         "Test, Train would be taken for classes; rename Test to test, Train to train",
+        ("mv Train train; mv Test test",),
     ),
     (
         "training, testing",
         "testing, training would be taken for classes; rename testing to test, training to train",
+        ("mv training train; mv testing test",),
     ),
     (
         "a.png, cat",
@@ -142,6 +148,7 @@ REFUSALS: list[tuple[str, str]] = [
             "1 image is in no class folder, e.g. {root}/a.png; move each into the folder of its"
             " class, e.g. {root}/cat/a.png"
         ),
+        ("mv a.png cat",),
     ),
     (
         "train, train/a.png",
@@ -149,6 +156,7 @@ REFUSALS: list[tuple[str, str]] = [
             "1 image is in no class folder, e.g. {root}/train/a.png; move each into the folder of"
             " its class, e.g. {root}/train/cat/a.png"
         ),
+        ("mv train/a.png train/cat",),
     ),
     (
         "train, train/cat/more",
@@ -156,37 +164,59 @@ REFUSALS: list[tuple[str, str]] = [
             "{root}/train/cat/more is a folder in the folder of a class; move its images up, or"
             " remove it"
         ),
+        ("mv train/cat/more/1.png train/cat/9.png; rmdir train/cat/more", "rm -r train/cat/more"),
     ),
     (
         "train, train/bird -> nowhere",
         "{root}/train/bird is a link that leads nowhere; mend or remove it",
+        (
+            "rm train/bird",
+            "mkdir ../birds; cp train/cat/1.png ../birds; ln -sfn ../../birds train/bird",
+        ),
     ),
     (
         "train, train/bird -> bird",
         "{root}/train/bird is a link that leads nowhere; mend or remove it",
+        ("rm train/bird",),
     ),
     (
         "train, train/cat/9.png -> 9.png",
         "{root}/train/cat/9.png is a link that leads nowhere; mend or remove it",
+        ("rm train/cat/9.png", "cp train/cat/1.png train/9; mv train/9 train/cat/9.png"),
     ),
 ]
 
 
-@pytest.mark.parametrize(("places", "line"), REFUSALS, ids=[places for places, _ in REFUSALS])
-def test_what_would_be_left_out_is_refused(places: str, line: str, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    ("places", "line", "followed"), REFUSALS, ids=[places for places, *_ in REFUSALS]
+)
+def test_what_would_be_left_out_is_refused_and_the_remedies_work(
+    places: str, line: str, followed: tuple[str, ...], tmp_path: pathlib.Path
+) -> None:
+    assert followed
+    for number, commands in enumerate(followed):
+        root = tmp_path / str(number)
+        lay_out(root, places)
+        with pytest.raises(UserError) as raised:
+            source(root).open()
+        assert str(raised.value) == f"--data.path='{root}': {line.format(root=root)}"
+        subprocess.run(commands, shell=True, check=True, cwd=root)
+        opened = source(root).open()
+        train = root / "train" if (root / "train").exists() else root
+        assert len(opened.train) == len([*train.glob("*/*.png")])
+
+
+def lay_out(root: pathlib.Path, places: str) -> None:
     for place in places.split(", "):
         name, _, target = place.partition(" -> ")
         if target:
-            (tmp_path / name).symlink_to(tmp_path / name if target in name else target)
+            (root / name).symlink_to(root / name if target in name else target)
         elif name.endswith(".png"):
-            save(tmp_path, name, COLOURS)
+            save(root, name, COLOURS)
         elif name in ("cat", "bird") or "/" in name:
-            save(tmp_path, f"{name}/1.png", COLOURS)
+            save(root, f"{name}/1.png", COLOURS)
         else:
-            fill(tmp_path, name)
-    with pytest.raises(UserError) as raised:
-        source(tmp_path).open()
-    assert str(raised.value) == f"--data.path='{tmp_path}': {line.format(root=tmp_path)}"
+            fill(root, name)
 
 
 def test_other_files_and_unused_splits_are_no_obstacle(tmp_path: pathlib.Path) -> None:
@@ -196,6 +226,9 @@ def test_other_files_and_unused_splits_are_no_obstacle(tmp_path: pathlib.Path) -
     assert len(source(tmp_path).open().train) == 6
     with pytest.raises(UserError, match=r"1 image is in no class folder, e.g. .*test/1.jpg; move"):
         source(tmp_path, test="test").open()
+    (tmp_path / "test" / "cat").mkdir()
+    (tmp_path / "test" / "1.jpg").rename(tmp_path / "test" / "cat" / "1.jpg")
+    assert len(source(tmp_path, test="test").open().test) == 1
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])

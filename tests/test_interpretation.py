@@ -169,6 +169,8 @@ class Pixels(NamedTuple):
     low: float
     high: float
     note: str
+    followed: tuple[tuple[np.ndarray, dict[str, Any]], ...] = ()
+    """What the note says to save or to set if it is wrong; then it is said no more."""
 
 
 PIXEL_ROWS = [
@@ -181,6 +183,7 @@ PIXEL_ROWS = [
         65535,
         f"x: uint16: divided by 65535, its whole range; its values are {(DEEP >> 4).min()}.."
         f"{(DEEP >> 4).max()}, --data.image_range=0,4095 if that is their range",
+        ((DEEP >> 4, {"image_range": (0, 4095)}),),
     ),
     Pixels(DEEP >> 4, {"image_range": (0.0, 4095.0)}, "float32", 0, 4095, ""),
     Pixels(HOUNSFIELD, {"image_range": (-1000.0, 3000.0)}, "float32", -1000, 3000, ""),
@@ -197,6 +200,7 @@ PIXEL_ROWS = [
         0,
         1,
         "x: float64 in 0..255: taken as they are; --data.image_range=0,255 scales them to 0..1",
+        ((PIXELS.astype(np.float64), {"image_range": (0, 255)}),),
     ),
     Pixels(PIXELS.astype(np.float32), {"image_range": (0.0, 255.0)}, "float32", 0, 255, ""),
     Pixels(
@@ -224,6 +228,7 @@ PIXEL_ROWS = [
         1,
         "x: (3, 12, 10): read as height 3, width 12, 10 channels; if channels come first, save"
         " x.transpose(0, 2, 3, 1)",
+        ((np.tile(PIXELS, (1, 2, 2, 1)), {}),),
     ),
     Pixels(
         PIXELS.reshape(40, 90),
@@ -233,6 +238,7 @@ PIXEL_ROWS = [
         1,
         "x: uint8 (90,): taken as pixels of 0..255 and standardized; if these are tokens or ids,"
         " save them as int32",
+        ((PIXELS.reshape(40, 90).astype(np.int32), {}),),
     ),
     Pixels(
         TOKENS,
@@ -242,6 +248,7 @@ PIXEL_ROWS = [
         1,
         "x: int64 (7,) in 0..89: whole numbers stay whole (tokens, ids), not standardized; for"
         " features save float32, for pixels give --data.image_range=LOW,HIGH",
+        ((TOKENS.astype(np.float32), {}), (TOKENS, {"image_range": (0, 89)})),
     ),
     Pixels(
         np.tile(PIXELS[:, :5, :, 0], (1, 2, 2)) / 255,
@@ -251,6 +258,7 @@ PIXEL_ROWS = [
         1,
         "x: float64 (10, 10): read as a signal of length 10 with 10 channels; for gray images save"
         " x[..., None]",
+        ((np.tile(PIXELS[:, :5, :, :1], (1, 2, 2, 1)) / 255, {}),),
     ),
     Pixels(TOKENS > 40, {}, "bool", 0, 1, ""),
 ]
@@ -277,6 +285,9 @@ def test_pixels_are_scaled_by_a_known_range_and_what_was_understood_is_said(
     assert mapped or any(note.startswith(row.note) for note in splits.notes or ("",))
     if row.array.ndim == 3 and row.array.dtype.kind in "iu":
         assert found.ndim == 4
+    assert bool(row.followed) == ("--data" in row.note or "save" in row.note)
+    for array, settings in row.followed:
+        assert not any(row.note.startswith(note) for note in opened({"x": array}, **settings).notes)
 
 
 def test_standardized_pixels_are_the_same_whatever_they_were_saved_as() -> None:
@@ -303,7 +314,8 @@ def bad(value: Any, row: int = 3, dtype: str = "float32") -> np.ndarray:
 
 BOTH = {"x": PIXELS, "y": LABELS, "y_test": LABELS[:20]}
 HALF = {"y": LABELS, "y_test": LABELS[:20]}
-REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+# Arrays and settings, what is said, and the changes that it proposes (None: left out).
+REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str, tuple[dict[str, Any], ...]]] = [
     # values that are not finite, in every split
     (
         {"x": bad(np.nan), **HALF, "x_test": bad(1)[:20]},
@@ -312,6 +324,7 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
             "arrays: train: image holds nan in row 3; mend the data, or give such rows a weight of"
             " 0 (an array `weight`, 1 for the others)"
         ),
+        ({"weight": np.arange(40) != 3},),
     ),
     (
         {"x": bad(1), **HALF, "x_test": bad(-np.inf, 11)[:20]},
@@ -320,6 +333,7 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
             "arrays: test: image holds -inf in row 11; mend the data, or give such rows a weight"
             " of 0 (an array `weight`, 1 for the others)"
         ),
+        ({"weight_test": np.arange(20) != 11}, {"x_test": bad(1)[:20]}),
     ),
     (
         {"x": PIXELS, "y": np.where(LABELS == 2, np.nan, 1.0)},
@@ -328,11 +342,13 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
             "arrays: train: target holds nan in row 2 (and 9 more rows); mend the data, or give"
             " such rows a weight of 0 (an array `weight`, 1 for the others)"
         ),
+        ({"weight": LABELS != 2},),
     ),
     (
         {"x": bad(1e39, dtype="float64")},
         {},
         "arrays: train: image holds 1e+39 in row 3, which is infinite in float32; scale the data",
+        ({"x": bad(1e39, dtype="float64") / 1e39},),
     ),
     # beyond 32 bits
     (
@@ -343,6 +359,7 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
             " -2147483648..2147483647; map the values to smaller ones, e.g. by np.unique(values,"
             " return_inverse=True)"
         ),
+        ({"x": np.unique([[1], [2**31]], return_inverse=True)[1]},),
     ),
     (
         {"x": TOKENS, "x_test": TOKENS, "user": LABELS, "user_test": LABELS.astype("u4") - 1},
@@ -352,64 +369,85 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
             " -2147483648..2147483647; map the values to smaller ones, e.g. by np.unique(values,"
             " return_inverse=True)"
         ),
+        (
+            dict(
+                zip(
+                    ("user", "user_test"),
+                    np.unique([LABELS, LABELS.astype("u4") - 1], return_inverse=True)[1].reshape(
+                        2, 40
+                    ),
+                    strict=True,
+                )
+            ),
+        ),
     ),
     # dtypes and ranges that differ between splits
     (
         {**BOTH, "x_test": PIXELS[:20] / np.float32(255)},
         {"test": "test"},
         "arrays: test: image is float32, that of train uint8; save both in one dtype and range",
+        ({"x_test": PIXELS[:20]}, {"x": PIXELS / np.float32(255)}),
     ),
     (
         {**BOTH, "x": PIXELS.astype(np.uint16) * 257, "x_test": PIXELS[:20]},
         {"test": "test"},
         "arrays: test: image is uint8, that of train uint16; save both in one dtype and range",
+        ({"x": PIXELS}, {"x_test": PIXELS[:20].astype(np.uint16) * 257}),
     ),
     (
         {**BOTH, "x": PIXELS / 255, "x_test": PIXELS[:20] * 1.0},
         {"test": "test"},
         (
             "arrays: image is in 0..1 in train and in 0..255 in test: another scale; scale both"
-            " alike, or set --data.image_range"
+            " alike, or give the range of both, --data.image_range=0,255"
         ),
+        ({"x_test": PIXELS[:20] / 255}, {"image_range": (0, 255)}),
     ),
     (
         {**BOTH, "x": PIXELS / 255, "x_test": PIXELS[:20] / 127.5 - 1},
         {"test": "test"},
         (
             "arrays: image is in 0..1 in train and in -1..1 in test: another scale; scale both"
-            " alike, or set --data.image_range"
+            " alike, or give the range of both, --data.image_range=-1,1"
         ),
+        ({"x_test": PIXELS[:20] / 255}, {"image_range": (-1, 1)}),
     ),
     (
         {**BOTH, "x_test": PIXELS[:20] // 128},
         {"test": "test"},
         (
             "arrays: image is in 0..255 in train and in 0..1 in test: another scale; scale both"
-            " alike, or set --data.image_range"
+            " alike, or give the range of both, --data.image_range=0,255"
         ),
+        ({"x_test": PIXELS[:20]}, {"image_range": (0, 255)}),
     ),
     (
         {**BOTH, "x": (PIXELS / 255 - 0.5) / 0.25, "x_test": PIXELS[:20] * 1.0},
         {"test": "test"},
         (
             "arrays: image is in -2..2 in train and in 0..255 in test: 64 times as wide; scale"
-            " both alike,"
-            " or set --data.image_range"
+            " both alike, or give the range of both, --data.image_range=-2,255"
         ),
+        ({"x_test": (PIXELS[:20] / 255 - 0.5) / 0.25}, {"image_range": (-2, 255)}),
     ),
     (
         {**BOTH, "x": HOUNSFIELD, "x_test": HOUNSFIELD[:20]},
         {"test": "test", "image_range": (0.0, 4095.0)},
         (
             f"arrays: train: image: has values {HOUNSFIELD.min()}..{HOUNSFIELD.max()}, which are"
-            f" not in 0..4095; scale all splits alike, or give the whole range by"
-            f" --data.image_range"
+            f" not in 0..4095; scale all splits alike, or give the whole range, e.g."
+            f" --data.image_range={HOUNSFIELD.min()},4095"
+        ),
+        (
+            {"image_range": (-1000, 4095)},
+            {"x": HOUNSFIELD.clip(0), "x_test": HOUNSFIELD[:20].clip(0)},
         ),
     ),
     (
         {"x": PIXELS, "x_test": PIXELS, "age": LABELS * 1.0, "age_test": LABELS},
         {"test": "test"},
         "arrays: age is float32 in train and int32 in test; save both in one dtype and range",
+        ({"age_test": LABELS * 1.0}, {"age": LABELS}),
     ),
     (
         {
@@ -423,6 +461,7 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
             "arrays: label has shape (4,) in train and (40,) in test, an example; give both the"
             " same width"
         ),
+        ({"y_test": np.eye(4)[LABELS] > 0},),
     ),
     (
         {**BOTH, "x_test": PIXELS[:20], "y_test": LABELS[:20] * 1.0},
@@ -431,6 +470,7 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
             "arrays: test: label has dtype float64, the labels of train are whole numbers; save"
             " both as integers"
         ),
+        ({"y_test": LABELS[:20]},),
     ),
     # texts
     (
@@ -445,11 +485,13 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
             "arrays: test: label holds 'c' in row 39, which is no class of train; its 2 classes"
             " are 'a', 'b'"
         ),
+        ({"y_test": np.array(["b"] * 39 + ["a"])},),
     ),
     (
         {"x": PIXELS, "y": np.array(["a", "b"] * 20), "x_test": PIXELS, "y_test": LABELS},
         {"test": "test"},
         "arrays: test: label has dtype int64, the labels of train are texts; save both alike",
+        ({"y": LABELS}, {"y_test": np.array(["a", "b"] * 20)}),
     ),
     # pixels of no known range
     (
@@ -460,6 +502,7 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
             f" type have no known range; give the whole range, e.g."
             f" --data.image_range={HOUNSFIELD.min()},{HOUNSFIELD.max()}"
         ),
+        ({"image_range": (HOUNSFIELD.min(), HOUNSFIELD.max())},),
     ),
     (
         {"images": TOKENS.reshape(40, 7, 1) * 9},
@@ -468,11 +511,13 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
             f"arrays: images: int64 (7, 1) in 0..{TOKENS.max() * 9}: pixels of this type have no"
             f" known range; give the whole range, e.g. --data.image_range=0,{TOKENS.max() * 9}"
         ),
+        ({"image_range": (0, TOKENS.max() * 9)},),
     ),
     (
         {"x": PIXELS},
         {"image_range": (1.0, 1.0)},
         "--data.image_range=1,1: the first must be less than the second",
+        ({"image_range": (0, 255)},),
     ),
     # no numbers
     (
@@ -482,6 +527,7 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
             "arrays: train: image has dtype complex128; expected integers, floats or booleans;"
             " save its real and imaginary parts as two channels"
         ),
+        ({"x": np.concatenate([PIXELS * 0, PIXELS], axis=-1)},),
     ),
     (
         {"x": PIXELS, "when": np.zeros(40, "datetime64[s]")},
@@ -490,6 +536,7 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
             "arrays: train: when has dtype datetime64[s]; expected integers, floats or booleans;"
             " convert it to numbers, e.g. by (x - x.min()) / numpy.timedelta64(1, 's')"
         ),
+        ({"when": np.arange(40) * np.timedelta64(1, "s") / np.timedelta64(1, "s")},),
     ),
     (
         {"x": PIXELS, "y": np.array([{}] * 40)},
@@ -498,6 +545,7 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
             "arrays: train: label has dtype object; expected integers, floats or booleans; save"
             " plain numbers, or texts as classes"
         ),
+        ({"y": LABELS}, {"y": np.array(["a", "b"] * 20, object)}),
     ),
     (
         {"x": np.zeros(40, [("a", "f4"), ("b", "f4")])},
@@ -506,30 +554,41 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
             "arrays: train: image has dtype [('a', '<f4'), ('b', '<f4')]; expected integers,"
             " floats or booleans; save each of its parts as an array of its own"
         ),
+        ({"x": None, "a": np.zeros(40, "f4"), "b": np.zeros(40, "f4")},),
     ),
     # weights
     (
         {"x": PIXELS, "weight": LABELS - 1.0},
         {},
         "arrays: train: weight is -1 in row 0; weights are >= 0; mend it",
+        ({"weight": LABELS * 1.0},),
     ),
     (
         {"x": PIXELS, "weight": LABELS * 0},
         {},
         "arrays: train: weight is 0 in every row, so nothing would count; leave the array out",
+        ({"weight": None},),
     ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("arrays", "settings", "line"), REFUSALS, ids=[line[8:50] for _, _, line in REFUSALS]
+    ("arrays", "settings", "line", "followed"), REFUSALS, ids=[row[2][8:50] for row in REFUSALS]
 )
-def test_what_is_wrong_in_any_split_is_refused_in_one_line(
-    arrays: dict[str, Any], settings: dict[str, Any], line: str
+def test_what_is_wrong_in_any_split_is_refused_in_one_line_whose_remedies_work(
+    arrays: dict[str, Any],
+    settings: dict[str, Any],
+    line: str,
+    followed: tuple[dict[str, Any], ...],
 ) -> None:
     with pytest.raises(UserError) as raised:
         opened(arrays, **settings)
     assert str(raised.value) == line
+    assert followed
+    for changes in followed:
+        after = {name: array for name, array in (arrays | changes).items() if array is not None}
+        given = {"image_range": after.pop("image_range")} if "image_range" in after else {}
+        opened(after, **(settings | given))
 
 
 def test_the_remedies_work_when_followed() -> None:
@@ -545,6 +604,35 @@ def test_the_remedies_work_when_followed() -> None:
     assert opened({"x": both}).train.fields["image"].shape == (6, 5, 6)
     shifted = {"x": PIXELS / 255, "x_test": PIXELS / 255 * 2}
     assert opened(shifted, test="test", image_range=(0.0, 2.0)).test is not None
+
+
+def test_a_proposed_range_holds_all_values_and_is_proposed_where_it_can_be_given() -> None:
+    """Six digits of 1234567 were out of it, and records have no --data.image_range."""
+    large = {"images": TOKENS.reshape(40, 7, 1) + 1234567 - TOKENS.max()}
+    with pytest.raises(UserError) as raised:
+        opened(large)
+    proposed = str(raised.value).rpartition("--data.image_range=")[2].split(",")
+    assert proposed[1] == "1234567"
+    low, high = map(float, proposed)
+    assert opened(large, image_range=(low, high)).notes == ()
+    tables = {
+        "train": ArrayTable({"image": PIXELS / 255}),
+        "test": ArrayTable({"image": PIXELS * 1.0}),
+    }
+    with pytest.raises(
+        UserError, match=r"^--data: image is in .*: another scale; scale both alike$"
+    ):
+        checks.check_alike(tables, "--data")
+
+
+def test_rows_of_weight_0_decide_no_range() -> None:
+    weight = np.arange(40) != 3
+    assert opened({"x": bad(np.nan), "weight": weight}).notes == ()
+    with pytest.raises(UserError, match="image: has values 1..300, which are not in 0..255"):
+        opened(
+            {"x": np.where(weight[:, None, None, None], 300.0, bad(np.nan)), "weight": weight},
+            image_range=(0, 255),
+        )
 
 
 def test_lost_digits_and_arrays_left_out_are_said() -> None:

@@ -175,45 +175,82 @@ def test_folders_of_images_arrays_and_records_are_told_apart(tmp_path: pathlib.P
 # --- refusals
 # --------------------------------------------------------------------------------------------------
 
-REFUSALS: list[tuple[dict[str, Any], str]] = [
+# Arrays, what is said, and the arrays and flags that it proposes.
+REFUSALS: list[tuple[dict[str, Any], str, tuple[dict[str, Any], ...]]] = [
     (
         {"x": ROWS},
         ("has no labels among features; name them by --data.label_key, or call them label,"
          " labels, y,"
         " target or targets"),
+        ({"mine": CLASSES, "flag": "--data.label_key=mine"}, *({name: CLASSES} for name in ("label", "labels", "y", "target", "targets"))),
     ),
-    ({"x": ROWS, "y": CLASSES * 0}, "label has 1 classes; at least 2 are needed"),
+    (
+        {"x": ROWS, "y": CLASSES * 0},
+        "label has 1 classes; at least 2 are needed",
+        ({"y": CLASSES > 0},),
+    ),
     (
         {"x": ROWS, "y": TOKENS},
         ("label holds 0..29 in 12 places an example; expected one class, or 0 and 1 for several"
         " labels; save numbers to be predicted as floats"),
+        ({"y": CLASSES}, {"y": TOKENS % 2}, {"y": TOKENS * 1.0}),
     ),
     (
         {"x": TOKENS[..., None], "y": CLASSES},
         ("image holds whole numbers of shape (12, 1) an example; expected tokens (length,), or"
         " features and pixels, which are floats or bytes"),
+        ({"x": TOKENS}, {"x": TOKENS[..., None] * 1.0}, {"x": TOKENS[..., None].astype(np.uint8)}),
     ),
     (
         {"x": np.zeros((60, 2, 2, 2, 2)), "y": CLASSES},
         ("image has shape (2, 2, 2, 2) an example; expected (features,), (length, channels) or"
         " (height, width, channels); take an experiment with a model of your own"),
+        tuple({"x": np.zeros((60, *shape))} for shape in ((16,), (4, 4), (4, 2, 2))),
+    ),
+    (
+        {"x": TOKENS - 5, "y": CLASSES},
+        "image holds -5; tokens are >= 0; for features save floats",
+        ({"x": TOKENS - 5.0},),
+    ),
+    (
+        {"x": TOKENS * 10**6, "y": CLASSES},
+        ("image holds whole numbers up to 29000000, too many for tokens; map them by"
+         " np.unique(values, return_inverse=True), or save features as floats"),
+        ({"x": np.unique(TOKENS * 10**6, return_inverse=True)[1].reshape(60, 12)},
+         {"x": TOKENS * 1e6}),
+    ),
+    (
+        {"x": ROWS, "y": np.zeros((60, 2, 2))},
+        ("target has shape (2, 2) an example; expected one number, or several in a row; take an"
+         " experiment with a task of your own"),
+        ({"y": NUMBERS}, {"y": np.zeros((60, 4))}),
     ),
     (
         {"x": ROWS[:4], "y": NUMBERS[:4]},
         ("4 examples are too few to hold out test and validation; give --data.test= and"
         " --data.validation= to do without"),
+        ({"flag": "--data.test= --data.validation="},),
     ),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("arrays", "line"), REFUSALS, ids=[line[:30] for _, line in REFUSALS])
-def test_what_poses_no_problem_is_refused(
-    arrays: dict[str, Any], line: str, tmp_path: pathlib.Path
+@pytest.mark.parametrize(
+    ("arrays", "line", "followed"), REFUSALS, ids=[row[1][:30] for row in REFUSALS]
+)
+def test_what_poses_no_problem_is_refused_and_the_remedies_work(
+    arrays: dict[str, Any], line: str, followed: tuple[dict[str, Any], ...], tmp_path: pathlib.Path
 ) -> None:
-    np.savez(tmp_path / "my.npz", **arrays)
+    path = tmp_path / "my.npz"
+    np.savez(path, **arrays)
     with pytest.raises(UserError) as raised:
-        experiment([f"--data.path={tmp_path}/my.npz"])
+        experiment([f"--data.path={path}"])
     assert str(raised.value) == f"--data.path: {line}"
+    assert followed
+    for changes in followed:
+        after = arrays | changes
+        given = after.pop("flag", "").split()
+        np.savez(path, **after)
+        experiment([f"--data.path={path}", *given])
 
 
 def test_tables_of_texts_say_how_to_save_arrays_and_that_works(
@@ -252,6 +289,13 @@ def test_paths_that_hold_nothing_are_named(tmp_path: pathlib.Path) -> None:
         with pytest.raises(UserError) as raised:
             experiment([f"--data.path={path}"])
         assert str(raised.value) == line
+    np.savez(tmp_path / "good.npz", x=ROWS, y=CLASSES)
+    for name in "ab":
+        (tmp_path / "empty" / name).mkdir()
+        for row in range(20):
+            Image.fromarray(PIXELS[row]).save(tmp_path / "empty" / name / f"{row}.png")
+    for path in ("empty", "good.npz"):
+        experiment([f"--data.path={tmp_path}/{path}"])  # the remedies
     with pytest.raises(UserError, match=r"my.npz: not a readable NumPy file \("):
         experiment([f"--data.path={tmp_path}/my.npz"])
     with pytest.raises(UserError, match=r"^--data.path='': no file given; give an .npz file"):

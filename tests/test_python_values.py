@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxtrain import adapters, config, fields
 from jaxtrain.config import flags
-from jaxtrain.data import Digits
+from jaxtrain.data import Digits, Images
 from jaxtrain.data.sources.arrays import Arrays
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Count, Positive
@@ -19,7 +19,7 @@ from jaxtrain.horizon import Horizon
 from jaxtrain.models import MLP
 from jaxtrain.optimizers import SGD, Adafactor, AdamW
 from jaxtrain.runner import build
-from jaxtrain.schedules import Constant, Cosine, Linear, WarmupStableDecay
+from jaxtrain.schedules import Constant, Cosine, Linear, WarmupStableDecay, resolve
 from jaxtrain.tasks import Classification
 from jaxtrain.train.recipe import Recipe
 from jaxtrain.train.state import initial_numbers
@@ -123,11 +123,23 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rules of a dict": (
         {"optimizer": AdamW(rates={"bias": 1.0})},
-        "optimizer.rates={'bias': 1.0}: must be a tuple, not a dict",
+        "optimizer.rates={'bias': 1.0}: must be a tuple, such as (('bias', 1.0),)",
     ),
     "a rule without value": (
         {"optimizer": AdamW(rates=("bias",))},
-        "optimizer.rates=bias: item 1 ('bias'): must be a tuple, such as ('bias',)",
+        "optimizer.rates=bias: item 1 ('bias'): must be a tuple, such as ('bias', 1.0)",
+    ),
+    "rules as flags have them": (
+        {"optimizer": AdamW(rates=("bias=0.5",))},
+        "optimizer.rates=bias=0.5: item 1 ('bias=0.5'): must be a tuple, such as ('bias', 0.5)",
+    ),
+    "half a rule": (
+        {"optimizer": AdamW(rates=(("bias",),))},
+        "optimizer.rates=bias: item 1 (('bias',)): must have 2 items, such as ('bias', 1.0)",
+    ),
+    "one side": (
+        {"data": Images(path="pictures", size=32)},
+        "data.size=32: must be a tuple, such as (32, 32)",
     ),
     "part of a count": (
         {"optimizer": Adafactor(min_factored_dim=2.5)},
@@ -144,6 +156,52 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+RATES = {"optimizer": AdamW(rates=(("bias", 1.0),))}
+TENTH_OF_RUN = {"schedule": Cosine(warmup=Horizon(10, "percent"))}
+FOLLOWED: dict[str, tuple[dict[str, Any], ...]] = {
+    "part of a step": (TENTH_OF_RUN, {"schedule": Cosine(warmup=1)}),
+    "a half": ({"schedule": Cosine(warmup=Horizon(5, "percent"))}, {"schedule": Cosine(warmup=2)}),
+    "horizon of parts": (TENTH_OF_RUN, {"schedule": Cosine(warmup=Horizon(1))}),
+    "text": ({"schedule": Cosine(warmup=Horizon(5, "percent"))}, {"schedule": Cosine(warmup=10)}),
+    "unit": tuple(
+        {"schedule": Cosine(warmup=Horizon(3, unit))} for unit in ("steps", "epochs", "percent")
+    ),
+    "percent": ({"schedule": Linear(warmup=Horizon(100, "percent"))},),
+    "choice": tuple(
+        {"schedule": WarmupStableDecay(shape=shape)} for shape in ("linear", "sqrt", "cosine")
+    ),
+    "rate as text": ({"optimizer": AdamW(learning_rate=1e-3)},),
+    "rate as a function": ({"optimizer": AdamW(learning_rate=0.1), "schedule": abs},),
+    "no rate": ({"optimizer": AdamW(learning_rate=1e-3)},),
+    "rate that is 0": ({"optimizer": AdamW(learning_rate=1.2e-38)},),
+    "subnormal": ({"optimizer": SGD(weight_decay=1.2e-38)}, {"optimizer": SGD(weight_decay=0)}),
+    "infinite rate": ({"optimizer": SGD(learning_rate=3.39e38)},),
+    "decay that is 1": ({"optimizer": AdamW(b2=0.9999999)}, {"optimizer": AdamW(b2=0)}),
+    "rate of NumPy": ({"optimizer": AdamW(learning_rate=np.float32(1))},),
+    "not a number": ({"optimizer": AdamW(learning_rate=1.0)},),
+    "one pattern": ({"optimizer": AdamW(frozen=("bias",))},),
+    "rules of a dict": (RATES,),
+    "a rule without value": (RATES,),
+    "rules as flags have them": ({"optimizer": AdamW(rates=(("bias", 0.5),))},),
+    "half a rule": (RATES,),
+    "one side": ({"data": Images(path="pictures", size=(32, 32))},),
+    "part of a count": ({"optimizer": Adafactor(min_factored_dim=2)},),
+    "yes": ({"optimizer": SGD(nesterov=True)}, {"optimizer": SGD(nesterov=False)}),
+    "smoothing": tuple({"task": Classification(label_smoothing=s)} for s in (0, 0.5, 1)),
+}
+"""What the messages of `WRONG` say to write instead."""
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_its_remedies_are_accepted(name: str) -> None:
+    assert FOLLOWED.keys() == WRONG.keys()
+    for changes in FOLLOWED[name]:
+        run = build.accepted(flags.parse(run_with(**changes), []))
+        schedule = resolve(run.schedule, total_steps=100, steps_per_epoch=10)
+        recipe = Recipe(run.model, run.task, run.optimizer, schedule=schedule, total_steps=100.0)
+        initial_numbers(recipe)
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_a_run_is_held_to_what_flags_are_held_to(name: str) -> None:
     changes, message = WRONG[name]
@@ -151,6 +209,8 @@ def test_a_run_is_held_to_what_flags_are_held_to(name: str) -> None:
         flags.parse(run_with(**changes), [])
     assert str(caught.value) == f"--{message}"
     parts = {"optimizer": AdamW(), "task": Classification()} | changes
+    if parts.pop("data", None):
+        return
     with pytest.raises(UserError) as caught:
         Recipe(MLP(num_classes=3), total_steps=100.0, **parts)
     family, rest = message.split("=", 1)
@@ -159,42 +219,64 @@ def test_a_run_is_held_to_what_flags_are_held_to(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "line"),
+    ("changes", "line", "followed"),
     [
         (
             {"eval_every": 100},
             '--eval_every=100: must be a horizon such as Horizon(5, "percent"), not an int',
+            {"eval_every": Horizon(5, "percent")},
         ),
-        ({"batch_size": 32.0}, "--batch_size=32: must be a whole number, not a float"),
-        ({"steps": "100"}, "--steps=100: must be a whole number, not a str"),
-        ({"seed": None}, "--seed=none: must not be None"),
-        ({"clip_norm": 1e-46}, f"--clip_norm=1e-46: {SMALL}"),
-        ({"mesh": ("data:1",)}, "--mesh=data:1: must be a text, not a tuple"),
+        (
+            {"batch_size": 32.0},
+            "--batch_size=32: must be a whole number, not a float",
+            {"batch_size": 32},
+        ),
+        ({"steps": "100"}, "--steps=100: must be a whole number, not a str", {"steps": 100}),
+        ({"seed": None}, "--seed=none: must not be None", {"seed": 0}),
+        ({"clip_norm": 1e-46}, f"--clip_norm=1e-46: {SMALL}", {"clip_norm": 1.2e-38}),
+        ({"mesh": ("data:1",)}, "--mesh=data:1: must be a text, not a tuple", {"mesh": "data:1"}),
+        (
+            {"shard": ("head=data:-",)},
+            (
+                "--shard=head=data:-: item 1 ('head=data:-'): must be a tuple, such as ('head',"
+                " 'data:-')"
+            ),
+            {"shard": (("head", "data:-"),)},
+        ),
     ],
 )
-def test_the_fields_of_a_run_itself(changes: dict[str, Any], line: str) -> None:
+def test_the_fields_of_a_run_itself(
+    changes: dict[str, Any], line: str, followed: dict[str, Any]
+) -> None:
     with pytest.raises(UserError) as caught:
         flags.parse(run_with(**changes), [])
     assert str(caught.value) == line
+    flags.parse(run_with(**followed), [])
 
 
 @pytest.mark.parametrize(
-    ("argument", "line"),
+    ("argument", "line", "followed"),
     [
-        ("--optimizer.learning_rate=1e-46", f"--optimizer.learning_rate=1e-46: {SMALL}"),
+        (
+            "--optimizer.learning_rate=1e-46",
+            f"--optimizer.learning_rate=1e-46: {SMALL}",
+            "--optimizer.learning_rate=1.2e-38",
+        ),
         (
             "--optimizer.b2=0.9999999999",
             (
                 "--optimizer.b2=0.9999999999: is 1 in float32, which the step computes in; must"
                 " be 0 <= value < 1 there"
             ),
+            "--optimizer.b2=0.9999999",
         ),
     ],
 )
-def test_flags_know_what_float32_holds(argument: str, line: str) -> None:
+def test_flags_know_what_float32_holds(argument: str, line: str, followed: str) -> None:
     with pytest.raises(UserError) as caught:
         flags.parse(run_with(), [argument])
     assert str(caught.value) == line
+    flags.parse(run_with(), [followed])
 
 
 def test_the_remedies_work() -> None:
@@ -295,6 +377,7 @@ def test_a_class_in_place_of_its_instance(family: str, given: type) -> None:
     line = f"^{family}={given.__name__}: a class; give one of its kind, such as {given.__name__}"
     with pytest.raises(UserError, match=line):
         build.accepted(run_with(**{family: given}))
+    build.accepted(run_with(**{family: given()}))
 
 
 def test_a_class_of_nnx_is_a_model_and_one_of_linen_is_not() -> None:
@@ -310,6 +393,7 @@ def test_a_class_of_nnx_is_a_model_and_one_of_linen_is_not() -> None:
 def test_an_average_that_would_never_move() -> None:
     with pytest.raises(UserError, match=r"^--ema_decay=0.9999999999: is 1 in float32"):
         flags.parse(run_with(ema_decay=0.9999999999), [])
+    flags.parse(run_with(ema_decay=0.9999999), [])
 
 
 def test_what_numpy_has_besides_numbers_of_python_is_refused_with_a_remedy() -> None:
@@ -320,6 +404,8 @@ def test_what_numpy_has_besides_numbers_of_python_is_refused_with_a_remedy() -> 
     assert fields.misfit(np.array(0.1), float) is None
     with pytest.raises(UserError, match=r"^arrays: a masked array of float64 \(2, 1\), whose mask"):
         Arrays.of({"x": np.ma.masked_array([[1.0], [2.0]], [[False], [True]])}).open()
+    filled = {"x": np.ma.masked_array([[1.0], [2.0]], [[False], [True]]).filled()}
+    assert Arrays.of({**filled, "weight": np.array([1, 0])}, test="").open().notes == ()
 
 
 @pytest.mark.parametrize("family", ["model", "data", "task", "optimizer", "schedule"])
@@ -328,3 +414,5 @@ def test_a_part_that_is_none_is_refused_by_its_name(family: str) -> None:
     parts |= {"task": Classification(), "optimizer": SGD(0.1), family: None}
     with pytest.raises(UserError, match=rf"^{family}=None: a run needs one; give "):
         build.accepted(config.Run(name="toy", steps=1, batch_size=1, **parts))
+    parts |= {family: run_with(schedule=Constant(warmup=0.0)).__dict__[family]}
+    build.accepted(config.Run(name="toy", steps=1, batch_size=1, **parts))

@@ -211,7 +211,11 @@ def of_component(family: str, component: Component, argv: Sequence[str]) -> Comp
     if any(name == family for name, _ in scanned):
         return component
     prefix = f"{family}."
-    given = [f"--{name}={text}" for name, text in scanned if text and name.startswith(prefix)]
+    given = [
+        f"--{name}" if text is None else f"--{name}={text}"
+        for name, text in scanned
+        if name.removeprefix("no").startswith(prefix)
+    ]
     others: dict[str, Any] = dict.fromkeys(config.FAMILIES) | {family: component}
     return getattr(parse(config.Run(name="component", steps=1, **others), given), family)
 

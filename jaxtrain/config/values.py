@@ -304,9 +304,11 @@ def _read_pair(part: str, items: Sequence[Any]) -> tuple[str, Any]:
 
 
 def _show_tuple(value: tuple[Any, ...]) -> str:
-    return ",".join(
-        f"{item[0]}={text(item[1])}" if isinstance(item, tuple) else text(item) for item in value
-    )
+    def shown_item(item: Any) -> str:
+        rule = isinstance(item, tuple) and len(item) == 2
+        return f"{item[0]}={text(item[1])}" if rule else text(item)
+
+    return ",".join(map(shown_item, value))
 
 
 def _dump_tuple(value: tuple[Any, ...]) -> list[Any]:

@@ -48,7 +48,7 @@ def check_values(tables: Mapping[str, Table], origin: str) -> list[str]:
             place = f"{origin}: {split}: {name}"
             if array.dtype.kind == "f":
                 _check_finite(array, unused, place)
-                notes += _lost_digits(array, place)
+                notes += _lost_digits(array, unused, place)
             elif array.dtype.kind in "iu" and array.dtype.itemsize >= 4:
                 _check_integers(array, place)
     return list(dict.fromkeys(notes))
@@ -138,7 +138,7 @@ def _check_integers(array: np.ndarray, place: str) -> None:
             raise UserError(f"{place} holds {value} in row {start + row}; {BEYOND_32_BITS}")
 
 
-def _lost_digits(array: np.ndarray, place: str) -> list[str]:
+def _lost_digits(array: np.ndarray, unused: np.ndarray | None, place: str) -> list[str]:
     """A note on columns of float64 that float32 cannot tell apart: times in seconds since 1970,
     numbers of customers."""
     if array.dtype.itemsize <= 4 or not array.size:
@@ -149,10 +149,12 @@ def _lost_digits(array: np.ndarray, place: str) -> list[str]:
     columns = array.shape[-1] if array.ndim == 2 else 1
     low_D, high_D, error_D = np.full(columns, np.inf), np.full(columns, -np.inf), np.zeros(columns)
     whole_D = np.ones(columns, bool)
-    for _, values in _chunks(array):
+    for start, values in _chunks(array):
+        if unused is not None:  # these may hold anything
+            values = values[~unused[start : start + len(values)]]
+            if not len(values):
+                continue
         values_ND = values.reshape(-1, columns)
-        # What is not finite lies in rows of weight 0.
-        values_ND = np.where(np.isfinite(values_ND), values_ND, 0)
         low_D, high_D = np.minimum(low_D, values_ND.min(0)), np.maximum(high_D, values_ND.max(0))
         error_D = np.maximum(error_D, np.abs(values_ND - values_ND.astype(np.float32)).max(0))
         whole_D &= (values_ND == np.round(values_ND)).all(0)
@@ -198,9 +200,11 @@ def column_notes(train: Table) -> list[str]:
     ]
 
 
-def check_alike(tables: Mapping[str, Table], origin: str, *, ranges: bool = True) -> list[str]:
+def check_alike(
+    tables: Mapping[str, Table], origin: str, *, ranges: bool | None = None
+) -> list[str]:
     """Compares every split with the first: dtypes, the width of labels and targets, and (unless
-    told not to) the range of the images; returns notes.
+    `ranges` is False) the range of the images; returns notes.
 
     >>> from jaxtrain.data.table import ArrayTable
     >>> tables = {split: ArrayTable({"image": np.zeros((9, 4))}) for split in ("train", "test")}
@@ -208,7 +212,7 @@ def check_alike(tables: Mapping[str, Table], origin: str, *, ranges: bool = True
     []
 
     `UserError` if dtypes or widths differ, or if images (not features, which get a note) are on
-    another scale.
+    another scale; if `ranges` is True, --data.image_range is named as a remedy.
     """
     (first, train), *others = tables.items()
     _check_pixels(train, origin)
@@ -229,7 +233,7 @@ def check_alike(tables: Mapping[str, Table], origin: str, *, ranges: bool = True
                 )
     if (
         not others
-        or not ranges
+        or ranges is False
         or "image" not in train.fields
         or not is_image(train.fields["image"])
     ):
@@ -245,7 +249,10 @@ def check_alike(tables: Mapping[str, Table], origin: str, *, ranges: bool = True
             if len(train.fields["image"].shape) < 2:  # columns may well differ that much
                 notes.append(f"{words}; are both scaled alike?")
             else:
-                raise UserError(f"{words}; scale both alike, or set --data.image_range")
+                low = min(known[first].low, known[split].low)
+                high = max(known[first].high, known[split].high)
+                given = f", or give the range of both, {range_flag(low, high)}" if ranges else ""
+                raise UserError(f"{words}; scale both alike{given}")
     return notes
 
 
@@ -310,9 +317,28 @@ def array_range(array: np.ndarray, unused: np.ndarray | None = None) -> Range:
         array = array[~unused]
     if not array.size:
         return Range(0.0, 0.0, 0, whole=True)
-    parts = [(values.min(), values.max()) for _, values in _chunks(array)]
+    # What is not finite is found by `check_values`; here it may stand in rows of weight 0.
+    chunks = (_finite(values) for _, values in _chunks(array))
+    parts = [(values.min(), values.max()) for values in chunks if values.size]
+    if not parts:
+        return Range(0.0, 0.0, 0, whole=True)
     low, high = float(min(low for low, _ in parts)), float(max(high for _, high in parts))
     return Range(low, high, len(array), whole=len(array) == total)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    finite = values.dtype.kind != "f" or np.isfinite(values).all()
+    return values if finite else values[np.isfinite(values)]
+
+
+def range_flag(low: float, high: float) -> str:
+    """The flag that says a range, of which nothing is rounded away.
+
+    >>> range_flag(0.0, 1234567.0), range_flag(-0.5, 1 / 3)
+    ('--data.image_range=0,1234567', '--data.image_range=-0.5,0.3333333333333333')
+    """
+    exact = (f"{end:.0f}" if end == round(end) else repr(float(end)) for end in (low, high))
+    return f"--data.image_range={','.join(exact)}"
 
 
 def known_range(found: Range) -> tuple[float, float] | None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain import messages
-from jaxtrain.data.checks import Range, array_range, known_range
+from jaxtrain.data.checks import Range, array_range, known_range, range_flag
 from jaxtrain.data.table import device_dtype, scale_to_unit
 from jaxtrain.errors import UserError
 
@@ -60,8 +60,8 @@ class Pixels:
         if found.low < limits[0] or found.high > limits[1]:
             raise UserError(
                 f"{place}: has values {found.low:g}..{found.high:g}, which are not in"
-                f" {limits[0]:g}..{limits[1]:g}; scale all splits alike, or give the whole range by"
-                " --data.image_range"
+                f" {limits[0]:g}..{limits[1]:g}; scale all splits alike, or give the whole range,"
+                f" e.g. {range_flag(min(found.low, limits[0]), max(found.high, limits[1]))}"
             )
         return array.astype(np.uint8) if self.to_bytes else scale_to_unit(array, *limits)
 
@@ -119,7 +119,7 @@ def _whole_numbers(array: np.ndarray, name: str, origin: str) -> tuple[Pixels, l
     if (surely and rank >= 3) or (array.dtype == np.int16 and rank >= 3):
         raise UserError(
             f"{origin}: {what}: pixels of this type have no known range; give the whole range, e.g."
-            f" --data.image_range={found.low:g},{max(found.high, found.low + 1):g}"
+            f" {range_flag(found.low, max(found.high, found.low + 1))}"
         )
     return Pixels(), [
         (

@@ -137,7 +137,7 @@ def choose(
     notes: tuple[str, ...] = (),
     modified_ns: int | None = None,
     origin: str = "--data",
-    ranges: bool = True,
+    ranges: bool | None = None,
 ) -> Splits:
     """Cuts a source's tables into the parts that its three expressions name; an empty validation or
     test means none.
@@ -154,7 +154,8 @@ def choose(
     (9, None, 2, ('all[:90%] and all[80%:] share 10 % of examples',))
 
     The values of every split that is named are looked at first (`checks`): `UserError`, beginning
-    with `origin`, if they are no numbers, or differ in dtype or (with `ranges`) in scale.
+    with `origin`, if they are no numbers, or differ in dtype or (unless `ranges` is False) in
+    scale; True means that the source has an image_range to set.
     """
     lengths = {name: len(table) for name, table in tables.items()}
     expressions = {"train": train, "validation": validation, "test": test}

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain.data.checks import range_flag
 from jaxtrain.errors import UserError
 
 Limits = tuple[float, float]
@@ -79,7 +80,7 @@ def deep_limits(image: Any, limits: Limits | None = None) -> Limits | None:
     low, high = image.getextrema()
     raise UserError(
         f"32-bit {kind} ({low:g}..{high:g} here) have no known range; give that of all images, e.g."
-        f" --data.image_range=0,{max(1, high):g}"
+        f" {range_flag(min(0, low), max(1, high))}"
     )
 
 

@@ -219,8 +219,9 @@ def write_records(
     folder: str | pathlib.Path, splits: Mapping[str, Table], examples_per_file: int = 16384
 ) -> None:
     """Writes tables as a folder for `Records`; dataset.json comes last, so a half-written folder is
-    not taken for a whole one."""
+    not taken for a whole one. `UserError` if the tables have not the same fields."""
     extras.require("write_records", "array_record")
+    _check_fields(splits)
     from array_record.python.array_record_module import ArrayRecordWriter
 
     root = pathlib.Path(folder)
@@ -253,6 +254,29 @@ def write_records(
             writer.close()
             index["splits"][split][name] = count
     (root / "dataset.json").write_text(json.dumps(index, indent=1))
+
+
+def _check_fields(splits: Mapping[str, Table]) -> None:
+    """`UserError` if fields would be left out, or read as what they are not: one layout is that of
+    all records."""
+    if not splits:
+        raise UserError("write_records: no split given; give one at least, {'train': table}")
+    (first, table), *others = splits.items()
+    for split, other in others:
+        for name in sorted(table.fields.keys() ^ other.fields.keys()):
+            has, lacks = (split, first) if name in other.fields else (first, split)
+            ones = ", here 1 in every row" if name == "weight" else ""
+            raise UserError(
+                f"write_records: {has} has a field {name!r}, {lacks} has none; give every split the"
+                f" same fields{ones}"
+            )
+        for name, field in table.fields.items():
+            found = other.fields[name]
+            if (found.dtype, found.shape) != (field.dtype, field.shape):
+                raise UserError(
+                    f"write_records: {name} is {field.dtype} {field.shape} in {first} and"
+                    f" {found.dtype} {found.shape} in {split}; give it one dtype and shape"
+                )
 
 
 def _first_line(error: Exception) -> str:
