@@ -158,7 +158,7 @@ def test_every_optimizer_is_right_or_refuses(name: str) -> None:
             descent(optimizer, start, target)
         assert str(caught.value) == (
             f"optimizer={type(optimizer).__name__}: kernel is complex64, and its equations are for"
-            " real numbers only; use SGD, Adam or AdamW, or freeze it"
+            " real numbers only; use SGD, Adam or AdamW, or freeze it (--optimizer.frozen=kernel)"
         )
         # the remedy; SGD, Adam and AdamW are other cases of this test
         params = {"kernel": jnp.asarray(start), "head": jnp.ones((4, 3))}

@@ -507,7 +507,7 @@ FLAGS: list[tuple[list[str], str]] = [
         ["--init_from={source}/checkpoints/4", "--init_checkpoint=2"],
         "--init_from={source}/checkpoints/4: is one checkpoint already; drop --init_checkpoint=2",
     ),
-    (["--init_from={source}/run.json"], "run.json: not a readable safetensors file ("),
+    (["--init_from={source}/run.json"], "header too large); give a workdir, WORKDIR"),
 ]
 
 
