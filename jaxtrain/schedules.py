@@ -196,10 +196,10 @@ def of(given: Any) -> Schedule:
         return given
     kind = _name(given) if callable(given) else type(given).__name__
     if not callable(given) or isinstance(given, type):
-        hint = f"; call it: {kind}()" if isinstance(given, type) else ""
+        hint = f"call it: {kind}()" if isinstance(given, type) else "give one, such as Cosine()"
         raise UserError(
             f"schedule={kind}: not a schedule of jaxtrain.schedules, and no function of the"
-            f" step{hint}"
+            f" step; {hint}"
         )
     try:
         value = jax.eval_shape(given, jax.ShapeDtypeStruct((), jnp.int32))

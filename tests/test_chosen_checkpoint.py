@@ -3,6 +3,7 @@ goes back."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,36 @@ REFUSED = [
     ),
     ("--checkpoint=4 --max_restarts=2", "--checkpoint=4: every restart would go back to it; drop"),
 ]
+
+
+FOLLOWED: list[list[str]] = [
+    ["--checkpoint=8 --eval_only"],
+    ["--checkpoint=best --eval_only"],
+    ["--checkpoint=8 --eval_only"],
+    [
+        "--checkpoint=4 --rewind",
+        "--init_from={W} --init_checkpoint=4",
+    ],
+    ["--checkpoint=12", "--resume=never"],
+    ["--checkpoint=4 --rewind"],
+    ["--checkpoint=4 --rewind"],
+]
+"""What the lines of `REFUSED` say to write instead, in their order."""
+
+
+@pytest.mark.parametrize(
+    ("argv", "followed"),
+    [(row[0], argv) for row, each in zip(REFUSED, FOLLOWED, strict=True) for argv in each],
+)
+def test_the_remedies_are_accepted(
+    argv: str, followed: str, finished: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    mended = followed.format(W=folder, tmp=tmp_path)
+    assert mended != argv
+    if "--init_from" in mended or "--resume" in mended:  # in a new workdir
+        folder = tmp_path / "new"
+    assert run(folder, *mended.split()) == 0
 
 
 @pytest.mark.parametrize(("argv", "line"), REFUSED, ids=[row[0] for row in REFUSED])

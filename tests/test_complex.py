@@ -158,8 +158,13 @@ def test_every_optimizer_is_right_or_refuses(name: str) -> None:
             descent(optimizer, start, target)
         assert str(caught.value) == (
             f"optimizer={type(optimizer).__name__}: kernel is complex64, and its equations are for"
-            " real numbers only; use SGD, Adam or AdamW, or freeze it"
+            " real numbers only; use SGD, Adam or AdamW, or freeze it (--optimizer.frozen=kernel)"
         )
+        # the remedy; SGD, Adam and AdamW are other cases of this test
+        params = {"kernel": jnp.asarray(start), "head": jnp.ones((4, 3))}
+        frozen = dataclasses.replace(optimizer, frozen=("kernel",)).transform(params, 1.0)
+        shapes = jax.eval_shape(frozen.update, params, jax.eval_shape(frozen.init, params), params)
+        assert shapes[0]["head"].dtype == jnp.float32
         return
     # No direction of the plane is special: turned by an angle, all turns.
     turn = np.exp(0.7j).astype(np.complex64)

@@ -67,13 +67,16 @@ def test_variables(variables: dict[str, str], line: str | None) -> None:
     with pytest.raises(UserError) as caught:
         jax_settings.check_environment(variables)
     assert str(caught.value) == line
-    if "; write " in line:  # the remedy, followed
-        jax_settings.check_environment({"XLA_FLAGS": line.rpartition("; write ")[2]})
+    # the remedy, followed
+    assert "; write " in line or "; unset it" in line
+    write = line.partition("; write ")[2]
+    jax_settings.check_environment({"XLA_FLAGS": write} if write else {})
 
 
 def test_without_jit() -> None:
     with jax.disable_jit(), pytest.raises(UserError, match=r"^JAX_DISABLE_JIT: .*; unset it, or"):
         jax_settings.check_environment({})
+    jax_settings.check_environment({})  # unset
 
 
 def backends(monkeypatch: pytest.MonkeyPatch, error: Exception | None, *logged: Any) -> None:
@@ -81,6 +84,8 @@ def backends(monkeypatch: pytest.MonkeyPatch, error: Exception | None, *logged: 
     there = jax.devices()
 
     def find(platform: str | None = None) -> list[Any]:
+        if error is not None and "cpu" in (platform, os.environ.get("JAX_PLATFORMS")):
+            return there
         logger = logging.getLogger("jax._src.xla_bridge")
         for each in logged:
             logger.error("Jax plugin configuration error", exc_info=each) if isinstance(
@@ -177,6 +182,16 @@ def test_no_device(
     with pytest.raises(UserError) as caught:
         devices.find(platform)
     assert str(caught.value) == line
+    # the remedies: what hides them unset, another platform
+    if "--platform=cpu" in line:
+        assert devices.find("cpu") == jax.devices("cpu")
+    if "JAX_PLATFORMS=cpu" in line:
+        monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+        assert devices.find("auto") == jax.devices("cpu")
+    if "unset it" in line:
+        monkeypatch.undo()
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        assert devices.find("auto") == jax.devices()
 
 
 @pytest.mark.parametrize(
@@ -223,6 +238,11 @@ def test_a_cache_that_cannot_be_written(
         jax.config.update("jax_compilation_cache_dir", folder)
         jax_settings.use_compilation_cache()
         assert jax.config.values["jax_compilation_cache_dir"] is None
+        said = capsys.readouterr().err
+        jax.config.update("jax_compilation_cache_dir", f"{tmp_path}/cache")  # the remedy
+        jax_settings.use_compilation_cache()
+        assert jax.config.values["jax_compilation_cache_dir"] == f"{tmp_path}/cache"
+        assert capsys.readouterr().err == ""
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
     reason = {
@@ -230,7 +250,7 @@ def test_a_cache_that_cannot_be_written(
         "nowhere": "/proc/nope: No such file or directory",
         "no home": "the home folder: Could not determine home directory.",
     }[place]
-    assert capsys.readouterr().err == (
+    assert said == (
         f"jaxtrain: warning: compiled programs are not kept: {reason}; set"
         " JAX_COMPILATION_CACHE_DIR to a folder that can be written\n"
     )
@@ -256,6 +276,8 @@ def test_a_disk_that_fills_names_the_file(
     assert start(tmp_path / "run") == 74
     name = tmp_path / "run" / "metrics.jsonl"
     assert capsys.readouterr().err == f"jaxtrain: error: {name}: {FULL}\n"
+    monkeypatch.undo()  # space was freed
+    assert start(tmp_path / "run") == 0
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
@@ -270,6 +292,8 @@ def test_a_record_that_cannot_be_written_is_named(
 
     assert runner_main.guarded(write) == 74
     assert capsys.readouterr().err == f"jaxtrain: error: {tmp_path}/run.json: {FULL}\n"
+    (tmp_path / ".run.json.tmp").unlink()
+    assert runner_main.guarded(write) == 0
 
 
 def test_help_for_a_reader_that_has_seen_enough() -> None:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from test_resume import stopped
-from test_run import digest, lines, start
+from test_run import digest, lines, start, wrong_at_start
 
 from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.data.sources.arrays import Arrays
@@ -36,6 +36,12 @@ def rotated() -> Arrays:
     assert test is not None and test.arrays is not None
     images = np.rot90(test.arrays["image"], axes=(1, 2)).copy()
     return Arrays.of({"image": images, "label": test.arrays["label"]}, train="train", test="")
+
+
+def four_images(dtype: Any) -> Arrays:
+    """A set of four blank images."""
+    images = np.zeros((4, 4, 4, 1), dtype)
+    return Arrays.of({"image": images, "label": np.arange(4)}, test="train")
 
 
 def split_lines(folder: Path, split: str) -> list[dict[str, Any]]:
@@ -69,44 +75,75 @@ def test_several_sets_are_evaluated_by_name(
     assert "step 24  also  accuracy" in said and "evaluation only" in said
 
 
+REFUSED: list[tuple[str, str]] = [
+    ("--evaluate=test=test", "--evaluate=test=...: is the name of another set; rename the set"),
+    ("--evaluate=a=test,a=train", "--evaluate=a=...: is the name of another set; rename"),
+    ("--evaluate=a/b=test", "--evaluate=a/b=...: use letters, digits, points, - and _; rename"),
+    ("--evaluate=rotated", "--evaluate='rotated': 'rotated' is not NAME=SPLIT; expected e.g."),
+    ("--evaluate=a=tset", "--evaluate=a='tset': unknown split 'tset'; valid: train, test"),
+    (
+        "--best=acuracy,max",
+        "--best=acuracy,max: the task has no metric 'acuracy'; it has accuracy",
+    ),
+    (
+        "--best=error",
+        "--best=error: is more or less of it better? write error,min or error,max",
+    ),
+    (
+        "--best=los",
+        "--best=los: is more or less of it better? write los,min or los,max; did you",
+    ),
+    ("--best=loss,up", "--best=loss,up: 'up' is no direction; write loss,min or loss,max"),
+    (
+        "--best=rotatd/loss",
+        "--best=rotatd/loss: 'rotatd' is not evaluated on the way; there is",
+    ),
+    ("--best=test/loss", "--best=test/loss: 'test' is not evaluated on the way; there is"),
+    (
+        "--stop_after=5steps",
+        "--stop_after='5steps': not a number of evaluations; expected e.g.",
+    ),
+    ("--stop_after=0", "--stop_after=0: not a number of evaluations; expected e.g. 5evals"),
+    (
+        "--stop_after=5 --eval_every=0",
+        "--stop_after=5 and --eval_every=0: nothing is evaluated",
+    ),
+    ("--stop_after=5 --data.validation=", "--stop_after=5: no validation split tells whether"),
+]
+FOLLOWED: list[str] = [
+    "--evaluate=other=test",
+    "--evaluate=a=test,b=train",
+    "--evaluate=a.b=test",
+    "--evaluate=rotated=test[:50%]",
+    "--evaluate=a=test",
+    "--best=accuracy,max",
+    "--best=error,min",
+    "--best=loss",
+    "--best=loss,min",
+    "--best=validation/loss",
+    "--best=validation/loss",
+    "--stop_after=5evals",
+    "--stop_after=5evals",
+    "--stop_after=5 --eval_every=6",
+    "--stop_after=5 --data.validation= --evaluate=held=train[80%:] --best=held/loss",
+]
+"""What the lines of `REFUSED` say to write instead, in their order."""
+NEXT = {
+    "--best=error,min": "--best=error,min: the task has no metric 'error'; it has accuracy, loss",
+}
+"""What shows as wrong then, where something does."""
+
+
 @pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        ("--evaluate=test=test", "--evaluate=test=...: is the name of another set; rename the set"),
-        ("--evaluate=a=test,a=train", "--evaluate=a=...: is the name of another set; rename"),
-        ("--evaluate=a/b=test", "--evaluate=a/b=...: use letters, digits, points, - and _; rename"),
-        ("--evaluate=rotated", "--evaluate='rotated': 'rotated' is not NAME=SPLIT; expected e.g."),
-        ("--evaluate=a=tset", "--evaluate=a='tset': unknown split 'tset'; valid: train, test"),
-        (
-            "--best=acuracy,max",
-            "--best=acuracy,max: the task has no metric 'acuracy'; it has accuracy",
-        ),
-        (
-            "--best=error",
-            "--best=error: is more or less of it better? write error,min or error,max",
-        ),
-        (
-            "--best=los",
-            "--best=los: is more or less of it better? write los,min or los,max; did you",
-        ),
-        ("--best=loss,up", "--best=loss,up: 'up' is no direction; write loss,min or loss,max"),
-        (
-            "--best=rotatd/loss",
-            "--best=rotatd/loss: 'rotatd' is not evaluated on the way; there is",
-        ),
-        ("--best=test/loss", "--best=test/loss: 'test' is not evaluated on the way; there is"),
-        (
-            "--stop_after=5steps",
-            "--stop_after='5steps': not a number of evaluations; expected e.g.",
-        ),
-        ("--stop_after=0", "--stop_after=0: not a number of evaluations; expected e.g. 5evals"),
-        (
-            "--stop_after=5 --eval_every=0",
-            "--stop_after=5 and --eval_every=0: nothing is evaluated",
-        ),
-        ("--stop_after=5 --data.validation=", "--stop_after=5: no validation split tells whether"),
-    ],
+    ("arguments", "followed"),
+    [(wrong, followed) for (wrong, _), followed in zip(REFUSED, FOLLOWED, strict=True)],
 )
+def test_the_remedies_are_accepted(arguments: str, followed: str, tmp_path: Path) -> None:
+    assert followed != arguments
+    assert wrong_at_start(tmp_path / "run", *followed.split()) == NEXT.get(followed, "")
+
+
+@pytest.mark.parametrize(("arguments", "line"), REFUSED)
 def test_what_cannot_be_evaluated_is_one_line(
     arguments: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,23 +154,31 @@ def test_what_cannot_be_evaluated_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("source", "words", "followed"),
     [
-        (Synthetic(shape=(5, 5, 1), num_classes=4, examples=40), "--evaluate=odd=Synthetic: "),
         (
-            Arrays.of(
-                {"image": np.zeros((4, 4, 4, 1), np.float32), "label": np.arange(4)}, test="train"
-            ),
-            "--evaluate=odd=Arrays: image is uint8 in train and float32 in odd",
+            Synthetic(shape=(5, 5, 1), num_classes=4, examples=40),
+            "--evaluate=odd=Synthetic: ",
+            Synthetic(shape=(4, 4, 1), num_classes=4, examples=40),
         ),
-        (3, "evaluate={'odd': int}: give a split of the data as text, or a data source"),
+        (
+            four_images(np.float32),
+            "--evaluate=odd=Arrays: image is uint8 in train and float32 in odd; save both in one",
+            four_images(np.uint8),
+        ),
+        (
+            3,
+            "evaluate={'odd': int}: give a split of the data as text, or a data source",
+            "test",
+        ),
     ],
 )
 def test_a_set_that_does_not_fit_is_found_out_before_training(
-    source: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Any, words: str, followed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert start(tmp_path / "run", evaluate={"odd": source}) == 2
     assert capsys.readouterr().err.startswith(f"jaxtrain: error: {words}")
+    assert wrong_at_start(tmp_path / "run", evaluate={"odd": followed}) == ""
 
 
 def test_standings_and_directions() -> None:
@@ -326,3 +371,4 @@ def test_what_is_no_function_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert (
         "at_step=3: is a int; give a function of (step, state, metrics)" in capsys.readouterr().err
     )
+    assert wrong_at_start(tmp_path / "run", at_step=lambda step, state, metrics: None) == ""

@@ -3,6 +3,7 @@ the run's own evaluation and against flax with the stored arrays."""
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,20 +133,33 @@ def test_a_model_in_python(trained: Path) -> None:
     assert model.names_of(np.array([1, 0])) == ["light", "dark"]
 
 
-WRONG_INPUTS: list[tuple[Any, str]] = [
-    (IMAGES[..., 0], "image has shape (64, 4, 4); the model takes (N, 4, 4, 1), or one example of"),
-    (IMAGES / 255.0, "image is float64, the run was trained on uint8; give it the same numbers"),
-    (IMAGES[:0], "0 examples; give some"),
-    ({"images": IMAGES}, "images: the model takes image; did you mean 'image'?"),
-    ({}, "lacks image; the model takes image"),
+WRONG_INPUTS: list[tuple[Any, str, Any]] = [
+    (
+        IMAGES[..., 0],
+        "image has shape (64, 4, 4); the model takes (N, 4, 4, 1), or one example of",
+        IMAGES[..., 0][..., None],
+    ),
+    (
+        IMAGES / 255.0,
+        "image is float64, the run was trained on uint8; give it the same numbers",
+        IMAGES,
+    ),
+    (IMAGES[:0], "0 examples; give some", IMAGES[:1]),
+    ({"images": IMAGES}, "images: the model takes image; did you mean 'image'?", {"image": IMAGES}),
+    ({}, "lacks image; the model takes image", {"image": IMAGES}),
 ]
+"""What is given, what is said, and what is given then."""
 
 
-@pytest.mark.parametrize(("given", "line"), WRONG_INPUTS, ids=[row[1][:20] for row in WRONG_INPUTS])
-def test_inputs_that_are_wrong(given: Any, line: str, trained: Path) -> None:
+@pytest.mark.parametrize(
+    ("given", "line", "followed"), WRONG_INPUTS, ids=[row[1][:20] for row in WRONG_INPUTS]
+)
+def test_inputs_that_are_wrong(given: Any, line: str, followed: Any, trained: Path) -> None:
+    model = jaxtrain.load(trained)
     with pytest.raises(UserError) as raised:
-        jaxtrain.load(trained).predict(given)
+        model.predict(given)
     assert str(raised.value).startswith(line) and "\n" not in str(raised.value)
+    assert np.isfinite(model.predict(followed)["logits"]).all()
 
 
 def test_files_of_inputs(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,17 +243,58 @@ WRONG_COMMANDS: list[tuple[str, str]] = [
 ]
 
 
+PREDICT, EXPORT = "predict {W} --out={tmp}/p.npz", "export {W} --out={tmp}/w.safetensors"
+FOLLOWED: list[str] = [
+    *[PREDICT] * 4,
+    "predict {W} --out={tmp}/there.npz --overwrite",
+    *[PREDICT] * 4,
+    f"{PREDICT} --overwrite",
+    *[PREDICT] * 2,
+    f"{PREDICT} --checkpoint=2",
+    f"{PREDICT} --checkpoint=last",
+    f"{PREDICT} --data.split=test",
+    f"{PREDICT} --data.path={{tmp}}/there.npz --data.image_key=a",
+    f"{PREDICT} --data.path={{tmp}}/there.npz --data.image_key=b",
+    f"{PREDICT} --data.path={{tmp}}/both.npz --data.split=test",
+    f"{PREDICT} --data.path={{tmp}}/both.npz --data.split=train",
+    f"{PREDICT} --data.path={{tmp}}/images",
+    PREDICT,
+    f"{PREDICT} --data.path={{tmp}}/there.npz --data.image_key=b",
+    EXPORT,
+    f"{EXPORT} --params=average",
+    EXPORT,
+]
+"""What the lines of `WRONG_COMMANDS` say to write instead, in their order."""
+
+
+@pytest.mark.parametrize("argv", list(dict.fromkeys(FOLLOWED)))
+def test_the_remedies_are_accepted(
+    argv: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(FOLLOWED) == len(WRONG_COMMANDS)
+    write_inputs(tmp_path)
+    status, text = said(argv.format(W=trained, tmp=tmp_path).split(), capsys)
+    assert status == 0, text
+
+
+def write_inputs(folder: Path) -> None:
+    """Files that the commands below name."""
+    np.savez(folder / "there.npz", a=IMAGES, b=IMAGES)
+    np.savez(folder / "both.npz", x_train=IMAGES, x_test=IMAGES)
+    np.savez(folder / "float.npz", x=IMAGES.astype(np.float32) / 255)
+    (folder / "text").mkdir()
+    (folder / "text" / "a.txt").write_text("a")
+    (folder / "images").mkdir()
+    Image.fromarray(IMAGES[0, ..., 0]).save(folder / "images" / "0.png")
+
+
 @pytest.mark.parametrize(
     ("argv", "line"), WRONG_COMMANDS, ids=[row[0][:60] for row in WRONG_COMMANDS]
 )
 def test_commands_that_are_wrong(
     argv: str, line: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    np.savez(tmp_path / "there.npz", a=IMAGES, b=IMAGES)
-    np.savez(tmp_path / "both.npz", x_train=IMAGES, x_test=IMAGES)
-    np.savez(tmp_path / "float.npz", x=IMAGES.astype(np.float32) / 255)
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.txt").write_text("a")
+    write_inputs(tmp_path)
     known = {"W": trained, "tmp": tmp_path}
     status, text = said(argv.format(**known).split(), capsys)
     assert status == 2 and line.format(**known) in text and text.count("\n") == 1, text
@@ -272,6 +327,8 @@ def test_a_model_that_only_python_knows(
         jaxtrain.load(tmp_path / "run", model=MLP(num_classes=2, widths=(8,)))
     with pytest.raises(UserError, match=r"model=Run.*give the run as experiment="):
         jaxtrain.load(tmp_path / "run", model=toy(**QUICK))
+    remedy = toy(**(QUICK | {"data": source, "model": Own()}))
+    assert jaxtrain.load(tmp_path / "run", experiment=remedy).step == 4
     file = tmp_path / "own.py"
     file.write_text("run = 1\n")
     argv = ["predict", str(tmp_path / "run"), f"--out={tmp_path / 'p.npz'}", f"--experiment={file}"]
@@ -291,12 +348,16 @@ def test_a_model_that_only_python_knows(
     np.testing.assert_array_equal(arrays_of(out)["prediction"], own["prediction"])
 
 
-def test_a_run_from_before(trained: Path, tmp_path: Path) -> None:
-    record = json.loads((trained / "run.json").read_text())
+def test_a_run_from_before(data: Path, trained: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    record = json.loads((folder / "run.json").read_text())
     del record["inputs"]
-    (tmp_path / "run.json").write_text(json.dumps(record))
+    (folder / "run.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="does not say what its inputs need .* go on with the run"):
-        jaxtrain.load(tmp_path)
+        jaxtrain.load(folder)
+    source = Arrays(path=str(data), train="train[:24]", validation="train[24:]", test="test")
+    assert start(folder, "--steps=5", **(QUICK | {"data": source})) == 0  # the remedy
+    assert jaxtrain.load(folder).step == 5
 
 
 def test_regression_on_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -156,12 +156,16 @@ def test_labels_of_another_shape_are_refused_with_what_to_do() -> None:
         UserError, match=r"labels have shape \(64, 1\).*drop their last dim, as lab"
     ):
         losses.cross_entropy(logits, jnp.zeros((64, 1), jnp.int32))
+    assert losses.cross_entropy(logits, jnp.zeros((64, 1), jnp.int32)[..., 0]).shape == (64,)
     with pytest.raises(UserError, match=r"one-hot labels of 7 classes.*--model.num_classes=7\)$"):
         losses.cross_entropy(logits, jnp.zeros((64, 7)))
+    assert losses.cross_entropy(jnp.zeros((64, 7)), jnp.zeros((64, 7))).shape == (64,)
     with pytest.raises(UserError, match=r"outputs have shape \(64,\), targets \(64, 1\)"):
         losses.squared_error(jnp.zeros(64), jnp.zeros((64, 1)))
+    assert losses.squared_error(jnp.zeros(64), jnp.zeros((64, 1))[..., 0]).shape == (64,)
     with pytest.raises(UserError, match=r"weights have shape \(64, 1\), values \(64,\)"):
         metrics.weighted(jnp.zeros(64), jnp.zeros((64, 1)))
+    assert metrics.weighted(jnp.zeros(64), jnp.ones(64))[1] == 64
 
 
 TOKENS = np.array([[1, 2, 3, 0], [3, 2, 1, 1]])
@@ -278,8 +282,19 @@ def checked(task, labels, test=None, *, width=4, field="label", streamed=False) 
 def test_the_first_wrong_label_is_named_before_the_training(task, labels, line, streamed) -> None:
     good = np.asarray(labels)[:1].repeat(3, 0)
     for split, arguments in (("train", (labels, good)), ("test", (good, labels))):
-        with pytest.raises(UserError, match=f"^{re.escape(f'--data.{split}={split}: {line}')}"):
+        with pytest.raises(
+            UserError, match=f"^{re.escape(f'--data.{split}={split}: {line}')}"
+        ) as caught:
             checked(task, *arguments, streamed=streamed)
+        # what the line says, done: the data mended, and the flag that it names
+        said = str(caught.value)
+        assert "mend the data" in said
+        assert len(checked(task, good, good, streamed=streamed).train) == 3
+        if ignore := re.search(r"or set --task\.ignore=(-?\d+) to leave", said):
+            task_then = dataclasses.replace(task, ignore=int(ignore[1]))
+            checked(task_then, *arguments, streamed=streamed)
+        if "--task=multi_label" in said:
+            checked(MultiLabel(), *arguments, streamed=streamed)
 
 
 @pytest.mark.parametrize("ignore", [None, -1])
@@ -290,6 +305,9 @@ def test_a_test_split_without_labels_is_refused(ignore: int | None) -> None:
         checked(Classification(ignore=ignore), [0, 1, 2], [-1] * 5)
     with pytest.raises(UserError, match=r"pass --data.test= to do without$"):
         checked(Classification(ignore=ignore), [0, 1, 2], [-1] * 5)
+    task, shape = Classification(ignore=ignore), jax.ShapeDtypeStruct((8, 4), jnp.float32)
+    alone = Splits(checked(task, [0, 1, 2]).train, None, None, "")  # the remedy
+    assert label_checks.checked(alone, task, shape, Source(test="")).test is None
     found = checked(Classification(ignore=-1), [0, -1, 2], [-1, 1, -1])  # some are enough
     assert len(found.test) == 3
 
@@ -309,6 +327,8 @@ def test_weights_that_are_none_are_refused() -> None:
     )
     assert found is not None
     assert (found.problem, found.rule) == ("weight is -2", "it must be finite and >= 0")
+    mended = {"label": np.array([0, 1]), "weight": np.array([1.0, 0.0])}
+    assert Classification().wrong_labels(mended, np.zeros((2, 4))) is None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,6 +105,8 @@ def test_a_path_one_folder_too_deep(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert str(error.value) == f"{path}: is {what}; give the workdir, {tmp_path}"
     assert cli_main(["verify", str(folder)]) == 2
     assert "give the workdir" in capsys.readouterr().err
+    assert Checkpoints(tmp_path).steps() == [4, 5]  # the remedy
+    assert cli_main(["verify", str(tmp_path)]) == 0
     # A workdir may have any name.
     assert filled(tmp_path / "other" / "checkpoints", (1,)).steps() == [1]
 
@@ -149,20 +151,36 @@ def test_reports_leave_other_files_alone(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "line"),
+    ("arguments", "line", "followed"),
     [
-        (["--out"], "report --out: needs a folder, e.g. --out=comparison"),
-        (["--out="], "report --out: needs a folder, e.g. --out=comparison"),
-        (["--out=a", "--out=b"], "report --out: is given twice; give it once"),
-        (["--format=pdf"], "report: unknown flag --format=pdf; it takes none but --out"),
+        (
+            ["--out"],
+            "report --out: needs a folder, e.g. --out=comparison",
+            ["--out=comparison"],
+        ),
+        (
+            ["--out="],
+            "report --out: needs a folder, e.g. --out=comparison",
+            ["--out=comparison"],
+        ),
+        (["--out=a", "--out=b"], "report --out: is given twice; give it once", ["--out=b"]),
+        (["--format=pdf"], "report: unknown flag --format=pdf; it takes none but --out", []),
     ],
 )
 def test_flags_of_report(
-    arguments: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    line: str,
+    followed: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And what the line says, done."""
     run = str(make_run(tmp_path / "a", full_lines(5)))
     assert cli_main(["report", run, *arguments]) == 2
     assert capsys.readouterr().err == f"jaxtrain: error: {line}\n"
+    monkeypatch.chdir(tmp_path)
+    assert cli_main(["report", run, *followed]) == 0
 
 
 def test_a_run_with_a_page_of_its_owner_still_ends_well(tmp_path: Path) -> None:

@@ -168,41 +168,48 @@ def test_compared_meshes_agree() -> None:
     assert compared.agree, compared.summary()
 
 
-def exchange(pairs: list[tuple[int, int]]) -> Any:
-    return (
-        lambda key, x: {"w": jnp.ones((x.shape[-1], 2))},
-        lambda params, x: jax.lax.ppermute(x @ params["w"], "i", pairs),
-    )
+def exchange(pairs: list[tuple[int, int]] | None) -> Any:
+    """Sends to others; None is to the next one in a ring of any size."""
+
+    def apply(params: dict[str, Any], x: jax.Array) -> jax.Array:
+        size = jax.lax.axis_size("i") if pairs is None else 0
+        ring = [(member, (member + 1) % size) for member in range(size)]
+        return jax.lax.ppermute(x @ params["w"], "i", pairs or ring)
+
+    return lambda key, x: {"w": jnp.ones((x.shape[-1], 2))}, apply
 
 
 def test_a_ring_of_one_is_the_identity() -> None:
-    found = run(exchange([(0, 0)]), None)
-    plain = run((exchange([])[0], lambda params, x: x @ params["w"]), None)
+    found = run(exchange(None), None)
+    plain = run((exchange(None)[0], lambda params, x: x @ params["w"]), None)
     assert found[1] == plain[1]
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "said", "followed"),
     [
         (
             Synchronised(groups=[[0, 1], [2, 3]]),
             "over the axis 'batch' run over the whole batch, as one member, and psum has"
             + " axis_index_groups; leave them out, so that it takes the whole batch",
+            Synchronised(),
         ),
         (
             exchange([(0, 1), (1, 0)]),
             "over the axis 'i' run over the whole batch, as one member, and ppermute sends to"
             + " others; let its pairs follow jax.lax.axis_size, which is 1",
+            exchange(None),
         ),
     ],
     ids=["groups", "ring"],
 )
-def test_collectives_among_some_members_are_refused(model: Any, said: str) -> None:
+def test_collectives_among_some_members_are_refused(model: Any, said: str, followed: Any) -> None:
     parts = model, Regression(), SGD(0.1)
     state = init_state(*parts, batch_of())
     with pytest.raises(UserError) as caught:
         steps.make_train_step(*parts)(state, batch_of())
     assert str(caught.value) == f"model: its collectives {said}"
+    jax.eval_shape(steps.make_train_step(followed, *parts[1:]), state, batch_of())
 
 
 def test_reproducible_refuses_and_the_remedies_work() -> None:

@@ -22,7 +22,7 @@ from jaxtrain.runner import build
 from jaxtrain.runner.main import main
 from jaxtrain.tasks import Regression
 from jaxtrain.train.recipe import Recipe
-from jaxtrain.train.state import init_state, place
+from jaxtrain.train.state import init_state, initial_numbers, initializer, place
 from jaxtrain.train.steps import make_eval_step, make_train_step
 
 BATCH = {
@@ -181,13 +181,14 @@ def test_its_averages_in_bf16_and_in_the_memory_of_the_host() -> None:
         trained(optax.contrib.schedule_free_sgd(0.1), 1, optimizer_state="bf16")
     with pytest.raises(ValueError, match="^--optimizer_state=bf16: FromOptax keeps copies of"):
         trained(optax.lbfgs(0.1, linesearch=None), 1, optimizer_state="bf16")
+    accepted(optax.contrib.schedule_free_sgd(0.1), optimizer_state="fp32")  # the remedy
     recipe = Recipe((init, apply), TASK, optax.adamw(1e-2), offload="optimizer")
     placed = place(recipe, state, BATCH, mesh.make("fsdp:8")).state.opt_state
     assert {leaf.memory_kind for leaf in jax.tree.leaves(placed)} == {"pinned_host"}
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "message", "followed"),
     [
         (
             lambda: optax.lbfgs(),
@@ -196,34 +197,61 @@ def test_its_averages_in_bf16_and_in_the_memory_of_the_host() -> None:
                 " not have; take one that needs gradients, parameters and the loss only (of lbfgs:"
                 " linesearch=None)"
             ),
+            lambda: optax.lbfgs(0.1, linesearch=None),
         ),
-        (lambda: optax.contrib.sophia(1e-3), "needs obj_fn, a function that it can call again"),
-        (lambda: optax.lookahead(optax.adam(1e-3), 5, 0.5), "optimizer: optax.lookahead needs"),
+        (
+            lambda: optax.contrib.sophia(1e-3),
+            "needs obj_fn, a function that it can call again",
+            lambda: optax.polyak_sgd(),  # which needs the loss, too
+        ),
+        (
+            lambda: optax.lookahead(optax.adam(1e-3), 5, 0.5),
+            "optimizer: optax.lookahead needs",
+            lambda: optax.adam(1e-3),
+        ),
         (
             lambda: optax.masked(optax.sgd(0.1), {"other": True}),
             "this Optax transformation cannot update the parameters (",
+            lambda: optax.masked(optax.sgd(0.1), kernels),
         ),
         (
             lambda: optax.GradientTransformation(lambda p: (), widened),
             "optimizer: this Optax transformation changes the structure or shapes",
+            lambda: optax.GradientTransformation(lambda p: (), lambda g, s, p=None: (g, s)),
         ),
-        (lambda: AdamW, "optimizer=AdamW: a function or class; call it, such as AdamW(1e-3)"),
+        (
+            lambda: AdamW,
+            "optimizer=AdamW: a function or class; call it, such as AdamW(1e-3)",
+            lambda: AdamW(1e-3),
+        ),
         (
             lambda: optax.adamw,
             "optimizer=adamw: a function or class; call it, such as adamw(1e-3)",
+            lambda: optax.adamw(1e-3),
         ),
         (
             lambda: "adamw",
-            "optimizer=str: not an optimizer of jaxtrain.optimizers, and no Optax transformation",
+            (
+                "optimizer=str: not an optimizer of jaxtrain.optimizers, and no Optax"
+                " transformation; give one, such as AdamW(1e-3)"
+            ),
+            lambda: AdamW(1e-3),
         ),
     ],
 )
-def test_what_cannot_be_used_is_said_in_a_line(make: Any, message: str) -> None:
+def test_what_cannot_be_used_is_said_in_a_line(make: Any, message: str, followed: Any) -> None:
     with pytest.raises(UserError) as caught:
         init_state((init, apply), TASK, make(), BATCH)
     first = str(caught.value).splitlines()[0]
     assert message in first
     assert first.startswith("optimizer")
+    accepted(followed())
+
+
+def accepted(optimizer: Any, **options: Any) -> None:
+    """Does all that `init_state` does before it compiles."""
+    recipe = Recipe((init, apply), TASK, optimizers.of(optimizer), **options)
+    jax.eval_shape(initializer(recipe, BATCH), initial_numbers(recipe), np.uint32(0))
 
 
 def test_a_rate_is_never_applied_twice() -> None:
@@ -237,7 +265,8 @@ def test_a_rate_is_never_applied_twice() -> None:
         init_state((init, apply), TASK, tx, BATCH, schedule=schedules.Cosine(warmup=2.0))
     with pytest.raises(ValueError, match="^schedule=Constant: the optimizer is"):
         init_state((init, apply), TASK, tx, BATCH, schedule=schedules.Constant(warmup=2.0))
-    init_state((init, apply), TASK, tx, BATCH, schedule=schedules.Constant())
+    accepted(tx, schedule=schedules.Constant())  # the remedies
+    accepted(AdamW(1e-2), schedule=schedules.Cosine(warmup=2.0), total_steps=20.0)
 
 
 def test_a_function_of_the_step_is_a_multiplier() -> None:
@@ -263,12 +292,17 @@ def python_branch(step: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "message"),
+    ("schedule", "message", "followed"),
     [
-        (python_branch, "^schedule=python_branch: cannot be compiled as a function of the step"),
+        (
+            python_branch,
+            "^schedule=python_branch: cannot be compiled as a function of the step",
+            lambda step: jnp.where(step < 10, 1.0, 0.1),
+        ),
         (
             lambda step: jnp.ones(3),
             r"^schedule=.*: gives \(3,\) for a step; must give one number(\n|$)",
+            lambda step: jnp.ones(()),
         ),
         (
             schedules.Cosine,
@@ -276,8 +310,16 @@ def python_branch(step: Any) -> Any:
                 "^schedule=Cosine: not a schedule of jaxtrain.schedules, and no function of the"
                 r" step; call it: Cosine\(\)(\n|$)"
             ),
+            schedules.Cosine(),
         ),
-        ("cosine", "^schedule=str: not a schedule of jaxtrain.schedules, and no function of"),
+        (
+            "cosine",
+            (
+                "^schedule=str: not a schedule of jaxtrain.schedules, and no function of the step;"
+                r" give one, such as Cosine\(\)(\n|$)"
+            ),
+            schedules.Cosine(),
+        ),
         (
             optax.cosine_decay_schedule(1e-3, 1000),
             (
@@ -285,12 +327,17 @@ def python_branch(step: Any) -> Any:
                 r" by learning_rate=0.01; give a function that peaks at 1, or, if it gives rates,"
                 r" set the optimizer's learning_rate to 1(\n|$)"
             ),
+            optax.cosine_decay_schedule(1.0, 1000),
         ),
-        (lambda step: 1 - 0.1 * step, r"^schedule=.*: is -.* at step .*; must be >= 0(\n|$)"),
+        (
+            lambda step: 1 - 0.1 * step,
+            r"^schedule=.*: is -.* at step .*; must be >= 0(\n|$)",
+            lambda step: jnp.maximum(1 - 0.1 * step, 0),
+        ),
     ],
 )
-def test_what_is_no_schedule_is_said_in_a_line(schedule: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_what_is_no_schedule_is_said_in_a_line(schedule: Any, message: str, followed: Any) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         init_state(
             (init, apply),
             TASK,
@@ -299,6 +346,9 @@ def test_what_is_no_schedule_is_said_in_a_line(schedule: Any, message: str) -> N
             schedule=schedule,
             total_steps=100.0,
         )
+    accepted(SGD(learning_rate=0.01), schedule=followed, total_steps=100.0)
+    if "set the optimizer's learning_rate to 1" in str(caught.value):
+        accepted(SGD(learning_rate=1.0), schedule=schedule, total_steps=100.0)
 
 
 def experiment(**changes: Any) -> config.Run:
@@ -328,6 +378,7 @@ def test_flags_of_a_run_with_an_optax_transformation() -> None:
         " and its transformation is set in Python only; learning_rate comes with --optimizer=sgd,"
         " --optimizer=momentum, --optimizer=nesterov, --optimizer=adam"
     )
+    assert flags.parse(run, ["--optimizer=sgd", "--optimizer.learning_rate=0.1"])  # the remedy
     # The same in every process, other where a number differs, and so a run of it resumes.
     one, same, other = (
         run_record.to_json(build.accepted(experiment(optimizer=optax.adamw(rate))))["optimizer"]
@@ -338,15 +389,27 @@ def test_flags_of_a_run_with_an_optax_transformation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "message", "followed"),
     [
-        ({"optimizer": AdamW}, "optimizer=AdamW: a class; give one of its kind, such as AdamW()"),
-        ({"optimizer": "adamw"}, "optimizer=str: not an optimizer of jaxtrain.optimizers"),
-        ({"schedule": python_branch}, "schedule=python_branch: cannot be compiled"),
+        (
+            {"optimizer": AdamW},
+            "optimizer=AdamW: a class; give one of its kind, such as AdamW()",
+            {"optimizer": AdamW()},
+        ),
+        (
+            {"optimizer": "adamw"},
+            "optimizer=str: not an optimizer of jaxtrain.optimizers",
+            {"optimizer": AdamW(1e-3)},
+        ),
+        (
+            {"optimizer": SGD(0.1), "schedule": python_branch},
+            "schedule=python_branch: cannot be compiled",
+            {"optimizer": SGD(0.1), "schedule": lambda step: jnp.where(step < 10, 1.0, 0.1)},
+        ),
     ],
 )
 def test_a_run_of_what_is_no_optimizer_ends_in_a_line(
-    changes: Any, message: str, capsys: pytest.CaptureFixture[str]
+    changes: Any, message: str, followed: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         main(experiment(**changes), [])
@@ -354,3 +417,4 @@ def test_a_run_of_what_is_no_optimizer_ends_in_a_line(
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
+    assert build.accepted(experiment(**followed))

@@ -51,23 +51,48 @@ def test_inputs_of_language_models_are_cut_as_the_tokens_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "line"),
+    ("names", "line", "followed"),
     [
-        ("image", "batch has keys attention_mask, label, lengths, tokens; the task wants 'image';"),
-        ("tokens,length", "the task wants 'length'; set --task.input; did you mean 'lengths'?"),
-        ("tokens,", "the task wants ''; set --task.input"),
-        ("tokens,mask=attention_mask", "--task.input=tokens,mask=attention_mask: names some argu"),
+        (
+            "image",
+            "batch has keys attention_mask, label, lengths, tokens; the task wants 'image';",
+            "tokens",
+        ),
+        (
+            "tokens,length",
+            "the task wants 'length'; set --task.input; did you mean 'lengths'?",
+            "tokens,lengths",
+        ),
+        ("tokens,", "the task wants ''; set --task.input", "tokens"),
+        (
+            "tokens,mask=attention_mask",
+            "--task.input=tokens,mask=attention_mask: names some argu",
+            "ids=tokens,mask=attention_mask",
+        ),
         (
             "a=tokens,a=lengths",
             "--task.input=a=tokens,a=lengths: names an argument twice; name each",
+            "a=tokens,b=lengths",
         ),
-        ("=tokens", "--task.input==tokens: names some arguments of the model, and others not;"),
-        ("1x=tokens", "names some arguments of the model, and others not; name all, as in ids=tok"),
+        (
+            "=tokens",
+            "--task.input==tokens: names some arguments of the model, and others not;",
+            "tokens",
+        ),
+        (
+            "1x=tokens",
+            "names some arguments of the model, and others not; name all, as in ids=tok",
+            "ids=tokens",
+        ),
     ],
 )
-def test_inputs_that_do_not_go_together(names: str, line: str) -> None:
+def test_inputs_that_do_not_go_together(names: str, line: str, followed: str) -> None:
+    """And what the line says to write instead gives the inputs."""
     with pytest.raises(UserError, match=re.escape(line)):
         Classification(input=names).inputs(BATCH)
+    found = Classification(input=followed).inputs(BATCH)
+    first = found["ids" if "ids" in found else "a"] if isinstance(found, dict) else found
+    assert (first[0] if isinstance(first, tuple) else first) is BATCH["tokens"]
 
 
 def test_python_may_name_inputs_by_a_tuple_or_a_dict() -> None:
@@ -138,8 +163,11 @@ def test_a_part_of_the_outputs(outputs: Any, path: str, listed: str) -> None:
         with pytest.raises(UserError, match=f"^{re.escape(line)}"):
             call(Classification())
         line = f"--task.output=nothing: no such array; its outputs are {listed}"
-        with pytest.raises(UserError, match=f"^{re.escape(line)}"):
+        with pytest.raises(UserError, match=f"^{re.escape(line)}") as caught:
             call(Classification(output="nothing"))
+        said = re.search(r"e\.g\. --task\.output=(\S+)$", str(caught.value))
+        assert said, "a remedy, which is followed"
+        assert Classification(output=said[1]).loss(outputs, BATCH)
 
 
 def test_other_tasks_pick_theirs() -> None:
@@ -158,6 +186,8 @@ def test_one_array_has_no_parts() -> None:
         UserError, match=r"^--task.output=0: the model gives one array; set --task.ou"
     ):
         picking.output_of(LOGITS_BC, "0")
+    assert picking.output_of(LOGITS_BC, "") is LOGITS_BC  # the remedies
+    assert picking.output_of((LOGITS_BC, None), "0") is LOGITS_BC
     with pytest.raises(
         UserError, match=r"^the model gives NoneType, which has no arrays; have it "
     ):

@@ -23,6 +23,7 @@ from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.config import flags
 from jaxtrain.data import statistics
 from jaxtrain.data.sources.synthetic import Synthetic
+from jaxtrain.errors import UserError
 from jaxtrain.horizon import Horizon
 from jaxtrain.models import MLP, ConvNet
 from jaxtrain.optimizers import SGD, AdamW
@@ -36,7 +37,7 @@ from jaxtrain.runner import main as runner_main
 from jaxtrain.runner import workdir as workdirs
 from jaxtrain.schedules import Constant, Cosine
 from jaxtrain.tasks import Classification
-from jaxtrain.train import cadence, compare_meshes, evaluate, loop
+from jaxtrain.train import cadence, compare_meshes, evaluate, loop, lowering
 from jaxtrain.train.metrics_log import MetricsLog
 from jaxtrain.train.selection import Standing
 
@@ -100,6 +101,27 @@ def start(workdir: Path | str, *argv: str, **changes: Any) -> int:
     return runner_main.guarded(
         lambda: runner_main.launch(flags.parse(toy(**changes), arguments), arguments)
     )
+
+
+def wrong_at_start(workdir: Path | str, *argv: str, **changes: Any) -> str:
+    """What is said to be wrong with a run before its state would be made; empty if nothing is."""
+
+    class Reached(Exception):
+        pass
+
+    def reached(*_: Any, **__: Any) -> None:
+        raise Reached
+
+    arguments = [f"--workdir={workdir}", *argv]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowering.Programs, "initialize", reached)
+        try:
+            runner_main.launch(flags.parse(toy(**changes), arguments), arguments)
+        except UserError as error:
+            return str(error)
+        except Reached:
+            return ""
+    raise AssertionError("no state was made")
 
 
 def lines(workdir: Path) -> list[dict[str, Any]]:

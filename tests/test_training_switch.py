@@ -2,7 +2,7 @@
 called by hand."""
 
 import functools
-import inspect
+import re
 from typing import Any, Literal
 
 import equinox as eqx
@@ -353,6 +353,10 @@ class EqxMode(eqx.Module):
         return noisy(self.head(x), dropping)
 
 
+def annotated(params: Any, x: jax.Array, dropping: bool) -> jax.Array:
+    return noisy(x * params, dropping)
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "required": (Dropping(), "model=Dropping: the argument 'dropping' looks like a training"),
     "optional": (Optional(), "argument 'with_stochastic_depth_and_dropout' looks like"),
@@ -370,10 +374,24 @@ REFUSED: dict[str, tuple[Any, str]] = {
         r"model=\(init, apply\): takes \(x, dropping\) and the task gives 1 input",
     ),
     "pair, annotated": (
-        (lambda key, x: jnp.ones(()), inspect.unwrap(NnxMode.__call__)),
+        (lambda key, x: jnp.ones(()), annotated),
         r"model=\(init, apply\): the argument 'dropping' looks like a training switch",
     ),
 }
+
+
+def written(remedy: str, model: Any) -> Any:
+    """The model after what a line says to write."""
+    names: dict[str, Any] = dict(globals())
+    if not remedy.startswith("class "):
+        if isinstance(model, tuple):
+            names["init"], names["apply"] = model
+        return eval(remedy, names)
+    exec(remedy, names)  # noqa: S102
+    made = names[remedy.split()[1].split("(")[0]]
+    if isinstance(model, nnx.Module):
+        return made(rngs=nnx.Rngs(0))
+    return made(model.head) if isinstance(model, eqx.Module) else made()
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -384,24 +402,22 @@ def test_a_switch_that_cannot_be_set_is_refused_and_its_remedy_works(name: str) 
         net.apply(net.init(KEY, X), X, train=True, key=KEY)
     words = str(caught.value)
     assert "\n" not in words
-    if ": class " not in words and "wrap it: (" not in words:
+    if "let the task's inputs be a tuple" in words:
+        net, inputs = adapters.functions(model), (X, True)
+        with pytest.raises(
+            ValueError, match=r"^model=\(init, apply\), its init: takes \(x\) and the"
+        ):
+            net.init(KEY, inputs)  # the next thing that is wrong
+        net = adapters.functions((lambda key, x, dropping: 2.0, model[1]))
+        np.testing.assert_array_equal(
+            net.apply(net.init(KEY, inputs), inputs, train=True)[0], 3 * X
+        )
         return
-    remedy = words[words.index("class ") if ": class " in words else words.index("(lambda") :]
-    remedy = remedy.split(" (or `not train`")[0].split(", or without train")[0]
-    kind = type(model).__name__
-    names: dict[str, Any] = dict(globals())
-    if remedy.startswith("class "):
-        exec(remedy, names)  # noqa: S102
-        made = names[remedy.split()[1].split("(")[0]]
-        if kind.startswith("Nnx"):
-            mended: Any = made(rngs=nnx.Rngs(0))
-        elif kind.startswith("Eqx"):
-            mended = made(model.head)
-        else:
-            mended = made()
-    else:
-        init, apply = eval(remedy, names)
-        mended = (init, apply)
+    found = re.search(
+        r"(?:what it is|it takes|wrap it): (.*?)(?: \(or `not train`|, or without|$)", words
+    )
+    assert found, "every line says what to write"
+    mended = written(found[1], model)
     net = adapters.functions(mended)
     variables = net.init(KEY, X)
     trained, evaluated = (net.apply(variables, X, train=t, key=KEY)[0] for t in (True, False))
@@ -422,6 +438,8 @@ def test_an_input_may_not_bear_the_name_of_the_switch() -> None:
     net = adapters.functions((lambda key, **inputs: {}, lambda params, x, train: x))
     with pytest.raises(ValueError, match="'train' is its training switch, and the task gives an"):
         net.apply({"params": {}}, {"x": X, "train": X}, train=True)
+    net = adapters.functions((net.init, lambda params, x, trained, train: x))  # the remedy
+    assert net.apply({"params": {}}, {"x": X, "trained": X}, train=True)[0] is X
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from test_run import ROOT, quiet_environment, start, toy
+from test_run import ROOT, quiet_environment, start, toy, wrong_at_start
 
 from jaxtrain.checkpoints import positions, warm_start, weights_file
 from jaxtrain.checkpoints.checkpoints import Checkpoints
@@ -260,7 +260,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (
         "head=skip,body=trunk",
         {},
-        "--init_rules: body=trunk: the new model has no params/trunk/kernel",
+        "--init_rules: body=trunk: the new model has no params/trunk/kernel (paths: params/body/",
     ),
     (r"head=skip,body=\3", {}, r"--init_rules: body=\3: no such group"),
     ("(=skip", {}, "--init_rules: '(' is not a regular expression"),
@@ -310,6 +310,29 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
 ]
 
 
+FOLLOWED: dict[str, str] = {
+    "hed=skip": "head=skip",
+    "head=skp": "head=skip",
+    "head=skip,body=trunk": "head=skip,body=body",
+    r"head=skip,body=\3": r"head=skip,(params)/(b)(ody)=\1/\2\3",
+    "(=skip": "(head)=skip",
+    ".=skip": "",
+    "head=skip,pos_embed=resize:cubic": "head=skip,pos_embed=resize:bicubic:4x4:4x4",
+    "head=skip,body=resize": "head=skip,body=skip",
+    "head=resize": "head=skip",
+}
+"""The rules after what the lines say, where that is not the rules themselves."""
+
+
+def follow(text: str, line: str) -> str:
+    """The rules that a line says, or those of `FOLLOWED`."""
+    if whole := re.search(r"--init_rules='([^']*)'", line):
+        return whole[1]
+    if first := re.search(r"one of them first: '([^']*)'", line):
+        return f"{first[1]},{text}"
+    return FOLLOWED[text]
+
+
 def rules_of(text: str) -> tuple[tuple[str, str], ...]:
     """Rules as the flag reads them."""
     return tuple(
@@ -322,7 +345,16 @@ def rules_of(text: str) -> tuple[tuple[str, str], ...]:
 def test_rules_that_are_wrong(text: str, changes: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError) as raised:
         warm_start.plan(OLD, wanted(**changes), rules_of(text))
-    assert line in str(raised.value) and "\n" not in str(raised.value)
+    said = str(raised.value)
+    assert line in said and "\n" not in said
+    # the remedy, and that of the next thing that is wrong
+    text = follow(text, said)
+    try:
+        plan = warm_start.plan(OLD, wanted(**changes), rules_of(text))
+    except UserError as error:
+        assert str(error) != said and ("drop --init_rules" in said or "both become" in said)
+        plan = warm_start.plan(OLD, wanted(**changes), rules_of(follow(text, str(error))))
+    assert plan.count("taken")
 
 
 @pytest.mark.parametrize(
@@ -410,20 +442,42 @@ def test_grids_of_positions(
 
 
 @pytest.mark.parametrize(
-    ("word", "old", "new", "images", "line"),
+    ("word", "old", "new", "images", "line", "followed"),
     [
-        ("resize", [1, 15, 8], [1, 65, 8], (None, (32, 32)), "15 places are not a square grid"),
-        ("resize", [1, 17, 8], [1, 64, 8], (None, (32, 32)), "have 0; both must have the same"),
-        ("resize:2x2", [1, 17, 8], [1, 65, 8], (None, (8, 8)), "give no grid or two"),
-        ("resize:2x2:9x9", [1, 17, 8], [1, 65, 8], (None, (8, 8)), "have 13 tokens beside it"),
-        ("resize", [1024, 8], [2048, 8], (None, None), "is for images, and the model sees none"),
+        (
+            *("resize", [1, 15, 8], [1, 65, 8], (None, (32, 32))),
+            *("15 places are not a square grid", "resize:2x7:8x8"),
+        ),
+        (
+            *("resize", [1, 17, 8], [1, 64, 8], (None, (32, 32))),
+            *("have 0; both must have the same", "skip"),
+        ),
+        (
+            *("resize:2x2", [1, 17, 8], [1, 65, 8], (None, (8, 8))),
+            *("give no grid or two", "resize:4x4:8x8"),
+        ),
+        (
+            *("resize:2x2:9x9", [1, 17, 8], [1, 65, 8], (None, (8, 8))),
+            *("have 13 tokens beside it", "skip"),
+        ),
+        (
+            *("resize", [1024, 8], [2048, 8], (None, None)),
+            *("is for images, and the model sees none", "resize:32x32:32x64"),
+        ),
     ],
 )
 def test_positions_without_a_grid(
-    word: str, old: list[int], new: list[int], images: Any, line: str
+    word: str, old: list[int], new: list[int], images: Any, line: str, followed: str
 ) -> None:
-    with pytest.raises(UserError, match=re.escape(line)):
+    """And the remedy of the line, followed: both grids, or left out."""
+    with pytest.raises(UserError, match=re.escape(line)) as raised:
         positions.Resize.between("pos", word, old, new, images=images)
+    assert ("skip it" if followed == "skip" else "grid") in str(raised.value)
+    stored, new_model = (
+        {"params/pos": [F32, shape], "params/a": [F32, [2]]} for shape in (old, new)
+    )
+    plan = warm_start.plan(stored, new_model, (("pos", followed),), images=images)
+    assert plan.count("resized") == (followed != "skip")
 
 
 FLAGS: list[tuple[list[str], str]] = [
@@ -453,23 +507,43 @@ FLAGS: list[tuple[list[str], str]] = [
         ["--init_from={source}/checkpoints/4", "--init_checkpoint=2"],
         "--init_from={source}/checkpoints/4: is one checkpoint already; drop --init_checkpoint=2",
     ),
-    (["--init_from={source}/run.json"], "run.json: not a readable safetensors file ("),
+    (["--init_from={source}/run.json"], "header too large); give a workdir, WORKDIR"),
 ]
 
 
-@pytest.mark.parametrize(("argv", "line"), FLAGS, ids=[" ".join(row[0]) for row in FLAGS])
+FOLLOWED_FLAGS = [
+    "--init_from={source} --init_rules=head=skip",
+    "--init_from={source} --init_params=raw",
+    "--init_from={source} --init_checkpoint=4",
+    "--init_from={source} --init_rules=head=skip",
+    "--init_from={source} --init_checkpoint=2",
+    "--init_from={source} --init_checkpoint=last",
+    "--init_from={source} --init_checkpoint=4",
+    "--init_from={source}/checkpoints/4",
+    "--init_from={source}",
+]
+"""What the lines of `FLAGS` say to write instead, in their order."""
+
+
+@pytest.mark.parametrize(
+    ("argv", "line", "followed"),
+    [(*row, followed) for row, followed in zip(FLAGS, FOLLOWED_FLAGS, strict=True)],
+    ids=[" ".join(row[0]) for row in FLAGS],
+)
 def test_flags_that_are_wrong(
     argv: list[str],
     line: str,
+    followed: str,
     source: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     argv = [text.format(source=source) for text in argv]
     assert quick(tmp_path / "run", *argv) == 2
     said = capsys.readouterr().err
     assert line.format(source=source) in said and said.count("\n") == 1
+    mended = followed.format(source=source).split()
+    assert mended != argv and wrong_at_start(tmp_path / "run", *mended, **QUICK) == ""
 
 
 def test_places_of_a_source(source: Path, tmp_path: Path) -> None:

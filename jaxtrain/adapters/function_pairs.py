@@ -33,7 +33,7 @@ def functions(model: tuple[Any, Any]) -> Functions:
     if is_haiku(model):
         return _haiku(model)
     init_params, apply_params = _of_inputs(*model)
-    start = calling.of(init_params, "(init, apply)", skip=1, lenient=True)
+    start = calling.of(init_params, "(init, apply), its init", skip=1, lenient=True)
     call = calling.of(apply_params, "(init, apply)", skip=1)
     others = set(call.parameters) - {"state"} - set(call.switches) - set(call.random)
     stateful = "state" in call.parameters and bool(others)

@@ -180,10 +180,10 @@ def _follow(stored: Specs, wanted: Specs, rules: Rules[str]) -> Decided:
             raise UserError(_of_no_use(pattern, value, [*stored, *wanted]))
         paths = led.get(number)
         if paths and not any(path in wanted for path in paths):
-            known = [*WORDS, *_names(wanted)]
+            near = messages.did_you_mean(value, [*WORDS, *_names(wanted)])
             raise UserError(
-                f"{FLAG}: {pattern}={value}: the new model has no {paths[0]}"
-                f"{messages.did_you_mean(value, known)}"
+                f"{FLAG}: {pattern}={value}: the new model has no {paths[0]}{near}"
+                f" (paths: {_some(list(wanted))})"
             )
     return decided
 
@@ -196,14 +196,20 @@ def _renamed(pattern: re.Pattern[str], value: str, path: str) -> str:
     try:
         return pattern.sub(value, path, count=1)
     except (re.error, IndexError) as error:
-        raise UserError(f"{FLAG}: {pattern.pattern}={value}: no such group ({error})") from error
+        raise UserError(
+            f"{FLAG}: {pattern.pattern}={value}: no such group ({error}); put what it stands for in"
+            " the pattern into ( )"
+        ) from error
 
 
 def _of_no_use(pattern: str, value: str, paths: Sequence[str]) -> str:
     known = list(dict.fromkeys(paths))
     near = messages.did_you_mean(pattern, [*_names(known), *known])
-    shown = ", ".join(known[:6]) + (", ..." if len(known) > 6 else "")
-    return f"{FLAG}: {pattern}={value}: no path holds {pattern!r}{near} (paths: {shown})"
+    return f"{FLAG}: {pattern}={value}: no path holds {pattern!r}{near} (paths: {_some(known)})"
+
+
+def _some(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:6]) + (", ..." if len(paths) > 6 else "")
 
 
 def _names(paths: Iterable[str]) -> list[str]:

@@ -84,7 +84,8 @@ def read(path: Path) -> variables.Stored:
             }
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"{shown}: not a readable safetensors file ({one_line(str(error))})"
+            f"{shown}: not a readable safetensors file ({one_line(str(error))}); give a workdir,"
+            " WORKDIR/checkpoints/STEP, or a whole one"
         ) from error
     ours = texts.get("format") == "jaxtrain"
     names = {name: name if ours else _path_of(name) for name in shapes}

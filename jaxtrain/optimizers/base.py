@@ -124,6 +124,7 @@ class Optimizer:
                 raise UserError(
                     f"optimizer={type(self).__name__}: {path} is {leaf.dtype}, and its equations"
                     " are for real numbers only; use SGD, Adam or AdamW, or freeze it"
+                    f" (--optimizer.frozen={path})"
                 )
 
 

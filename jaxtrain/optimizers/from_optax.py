@@ -113,7 +113,7 @@ def of(given: Any) -> Optimizer:
         raise UserError(f"optimizer={name}: a function or class; call it, such as {name}(1e-3)")
     raise UserError(
         f"optimizer={type(given).__name__}: not an optimizer of jaxtrain.optimizers, and no Optax"
-        " transformation"
+        " transformation; give one, such as AdamW(1e-3)"
     )
 
 

@@ -216,7 +216,8 @@ def checked_sums(task: Any, sums: Any) -> Any:
     if not isinstance(sums, Mapping):
         raise UserError(f"{what} gave {_shown(sums)}; {rule} {example}")
     if "loss" not in sums:
-        raise UserError(f"{what} gave {', '.join(map(str, sums)) or 'nothing'} and no 'loss'")
+        given = ", ".join(map(str, sums)) or "nothing"
+        raise UserError(f"{what} gave {given} and no 'loss'; {rule} {example}")
     for name, pair in sums.items():
         if not (isinstance(pair, tuple | list) and len(pair) == 2):
             raise UserError(f"{what} gave {_shown(pair)} as {name!r}; {rule} {example}")
