@@ -63,8 +63,9 @@ class LateLogits:
 def logits_of(states_ND: jax.Array, kernel_DV: jax.Array, cap: float | None = None) -> jax.Array:
     """The head's product of rows (N, D), summed in float32, and its soft cap.
 
-    >>> logits_of(jnp.ones((1, 4), jnp.bfloat16), jnp.ones((4, 1), jnp.bfloat16), cap=2.0).round(3)
-    Array([[1.928]], dtype=float32)
+    >>> logits = logits_of(jnp.ones((1, 4), jnp.bfloat16), jnp.ones((4, 1), jnp.bfloat16), cap=2.0)
+    >>> logits.dtype, round(float(logits[0, 0]), 3)
+    (dtype('float32'), 1.928)
     """
     logits_NV = jnp.matmul(states_ND, kernel_DV, preferred_element_type=jnp.float32)
     return logits_NV if not cap else cap * jnp.tanh(logits_NV / cap)
