@@ -182,7 +182,10 @@ REFUSALS: list[tuple[dict[str, Any], str, tuple[dict[str, Any], ...]]] = [
         ("has no labels among features; name them by --data.label_key, or call them label,"
          " labels, y,"
         " target or targets"),
-        ({"mine": CLASSES, "flag": "--data.label_key=mine"}, *({name: CLASSES} for name in ("label", "labels", "y", "target", "targets"))),
+        (
+            {"mine": CLASSES, "flag": "--data.label_key=mine"},
+            *({name: CLASSES} for name in ("label", "labels", "y", "target", "targets")),
+        ),
     ),
     (
         {"x": ROWS, "y": CLASSES * 0},
@@ -216,7 +219,7 @@ REFUSALS: list[tuple[dict[str, Any], str, tuple[dict[str, Any], ...]]] = [
         {"x": TOKENS * 10**6, "y": CLASSES},
         ("image holds whole numbers up to 29000000, too many for tokens; map them by"
          " np.unique(values, return_inverse=True), or save features as floats"),
-        ({"x": np.unique(TOKENS * 10**6, return_inverse=True)[1].reshape(60, 12)},
+        ({"x": np.unique(TOKENS * 10**6, return_inverse=True)[1]},
          {"x": TOKENS * 1e6}),
     ),
     (
