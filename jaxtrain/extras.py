@@ -22,6 +22,12 @@ MODULES = {
     "orbax.checkpoint": ("orbax-checkpoint", "checkpoints"),
     "xxhash": ("xxhash", "checkpoints"),
     "safetensors": ("safetensors", "safetensors"),
+    "tokenizers": ("tokenizers", "text"),
+    "sentencepiece": ("sentencepiece", "text"),
+    "jinja2": ("jinja2", "text"),
+    "pyarrow": ("pyarrow", "text"),
+    "gguf": ("gguf", "gguf"),
+    "lm_eval": ("lm_eval", "lm_eval"),
 }
 """The package and the extra behind each module that is not part of the core."""
 

@@ -430,6 +430,7 @@ def test_extras_and_licence() -> None:
     assert set(project()["optional-dependencies"]) == {
         *("data", "report", "checkpoints", "all"),
         *("cuda12", "cuda13", "plan", "wandb", "tensorflow", "safetensors"),
+        *("text", "gguf", "lm_eval"),
         *("test", "docs"),
     }
     licence = (ROOT / "LICENSE").read_text()
