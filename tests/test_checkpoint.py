@@ -26,6 +26,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtrain import durable_files
 from jaxtrain.checkpoints import (
     arrays as host_arrays,
 )
@@ -561,13 +562,13 @@ def test_nothing_goes_before_its_successor_is_proven(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = filled(tmp_path, (1,), keep=1)
-    publish = manifest.publish
+    publish = durable_files.publish
 
     def publish_badly(temporary: Path, path: Path) -> None:
         truncate(temporary)
         publish(temporary, path)
 
-    monkeypatch.setattr(manifest, "publish", publish_badly)
+    monkeypatch.setattr(durable_files, "publish", publish_badly)
     with pytest.raises(
         CheckpointError, match=r"^step 2: written, but reads back wrong \(state/\S+: 100 bytes"
     ):
@@ -775,7 +776,7 @@ def test_json_is_replaced_whole_and_durably(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "run.json"
-    manifest.write_json(path, {"a": 1})
+    durable_files.write_json(path, {"a": 1})
     events: list[str] = []
     fsync = os.fsync
 
@@ -785,12 +786,12 @@ def test_json_is_replaced_whole_and_durably(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", record)
-    manifest.write_json(path, {"a": 2})
+    durable_files.write_json(path, {"a": 2})
     # the new text is durable while the old name still says 1
     assert events == ["file 1", "folder 2"]
     assert os.listdir(tmp_path) == ["run.json"]
     with pytest.raises(ValueError, match="JSON"):
-        manifest.write_json(path, {"a": float("nan")})
+        durable_files.write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 2}
 
 
@@ -892,7 +893,7 @@ def test_what_was_saved_is_read_back_from_the_disk(
     """And not from the memory in which the system keeps what was just written."""
     (tmp_path / "probe").write_bytes(bytes(1 << 20))
     assert share_in_page_cache(tmp_path / "probe") == 1
-    manifest.fsync(tmp_path / "probe")
+    durable_files.fsync(tmp_path / "probe")
     manifest.evict_from_page_cache(tmp_path)
     if share_in_page_cache(tmp_path / "probe"):
         pytest.skip("this file system keeps its files in memory")

@@ -13,8 +13,7 @@ import jax
 import pytest
 from test_run import EXPERIMENT, ROOT, TINY, quiet_environment, start
 
-from jaxtrain import messages
-from jaxtrain.checkpoints import manifest
+from jaxtrain import durable_files, messages
 from jaxtrain.errors import UserError
 from jaxtrain.report.metrics_file import JsonlWriter
 from jaxtrain.runner import devices, jax_settings
@@ -287,7 +286,7 @@ def test_a_record_that_cannot_be_written_is_named(
     (tmp_path / ".run.json.tmp").symlink_to("/dev/full")
 
     def write() -> int:
-        manifest.write_json(tmp_path / "run.json", {"steps": 3})
+        durable_files.write_json(tmp_path / "run.json", {"steps": 3})
         return 0
 
     assert runner_main.guarded(write) == 74

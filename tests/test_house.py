@@ -53,7 +53,16 @@ FLOORS = (
         "single files",
         {
             *("tasks", "losses", "metrics", "schedules", "fields", "horizon"),
-            *("tree", "rng", "hardware", "errors", "messages", "extras", "late_logits"),
+            *(
+                "tree",
+                "rng",
+                "hardware",
+                "errors",
+                "messages",
+                "extras",
+                "durable_files",
+                "late_logits",
+            ),
         },
     ),
 )

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import jax
 
-from jaxtrain import tree
+from jaxtrain import durable_files, tree
 from jaxtrain.checkpoints import arrays, committed, manifest
 from jaxtrain.checkpoints.arrays import HostState
 from jaxtrain.checkpoints.manifest import Record
@@ -278,7 +278,7 @@ class Checkpoints:
             if os.path.lexists(self.folder / str(step)):
                 # The same state, now with its score. A kill just here costs this one commit.
                 self._delete(step)
-            manifest.publish(temporary, self.folder / str(step))
+            durable_files.publish(temporary, self.folder / str(step))
             manifest.evict_from_page_cache(self.folder / str(step))
             if found := self.verify(step):
                 raise CheckpointError(
@@ -298,7 +298,7 @@ class Checkpoints:
         """The folder is there, is the one of the last save, and has room."""
         if self._open_folder is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            manifest.fsync(self.folder.parent)
+            durable_files.fsync(self.folder.parent)
             self.delete_leftovers()
             self._open_folder = os.open(self.folder, os.O_RDONLY)
             weakref.finalize(self, os.close, self._open_folder)

@@ -3,7 +3,7 @@ hash of the manifest.
 
 A folder is written in this order: its files, `MANIFEST.json` over them, `COMMIT` with the SHA-256
 of the manifest's bytes, then everything is forced to the disk; only then may it be renamed to its
-final name (`publish`). `problems` checks it: it looks at every entry of the folder, without
+final name (`durable_files.publish`). `problems` checks it: it looks at every entry of the folder, without
 following links, before it opens a file, and says in words what is wrong. Nothing here knows arrays
 or jax.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain import extras
+from jaxtrain.durable_files import fsync
 from jaxtrain.messages import printable
 
 FORMAT = 1
@@ -31,26 +32,6 @@ Record = dict[str, Any]
 
 class Damaged(Exception):
     """A folder that is not whole; the text says which entry is wrong, and why."""
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a JSON file so that a crash or power cut leaves either the old or the new text.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "run.json"
-    >>> write_json(path, {"steps": 200})
-    >>> json.loads(path.read_text())
-    {'steps': 200}
-    """
-    # A fixed temporary name: what a killed process left is overwritten by the next, so nothing
-    # piles up.
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-        publish(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # that of a write has none
-        raise
 
 
 def write_manifest(folder: Path, record: Record) -> None:
@@ -68,24 +49,6 @@ def write_manifest(folder: Path, record: Record) -> None:
     # deepest first: a folder is durable once its entries are
     for parent, _, _ in os.walk(folder, topdown=False):
         fsync(Path(parent))
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Renames a file, or a folder with its manifest, to its final name, and makes the name itself
-    durable."""
-    if temporary.is_file():
-        fsync(temporary)
-    os.rename(temporary, path)
-    fsync(path.parent)  # without it, a power cut can forget the rename although the data is there
-
-
-def fsync(path: Path) -> None:
-    """Forces one file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def evict_from_page_cache(folder: Path) -> None:

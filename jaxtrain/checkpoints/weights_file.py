@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain import extras
-from jaxtrain.checkpoints import manifest, variables
+from jaxtrain import durable_files, extras
+from jaxtrain.checkpoints import variables
 from jaxtrain.checkpoints.arrays import HostState, Specs
 from jaxtrain.errors import CheckpointError, UserError
 from jaxtrain.messages import one_line, printable
@@ -62,7 +62,7 @@ def write(path: Path, arrays: HostState, metadata: Mapping[str, Any]) -> None:
             temporary,
             metadata=texts | {"format": "jaxtrain"},
         )
-        manifest.publish(temporary, path)
+        durable_files.publish(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()

@@ -87,7 +87,7 @@ def _write(path: Path, model: "Trained", opened: "Opened", found: "dict[str, np.
     """Writes the file whole or not at all."""
     import numpy as np
 
-    from jaxtrain.checkpoints import manifest
+    from jaxtrain import durable_files
 
     ids = found.pop("id")
     rows: dict[str, Any] = {"id": ids}
@@ -102,7 +102,7 @@ def _write(path: Path, model: "Trained", opened: "Opened", found: "dict[str, np.
         else:
             arrays: dict[str, Any] = {**rows, **found, **names, "step": np.int64(model.step)}
             np.savez(temporary, **arrays)
-        manifest.publish(temporary, path)
+        durable_files.publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

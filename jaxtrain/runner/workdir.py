@@ -14,8 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jaxtrain import config, messages
-from jaxtrain.checkpoints import lock, manifest
+from jaxtrain import config, durable_files, messages
+from jaxtrain.checkpoints import lock
 from jaxtrain.config import record as run_record
 from jaxtrain.config import secrets, suggestions
 from jaxtrain.errors import UserError
@@ -59,7 +59,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 def write(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes run.json durably."""
-    manifest.write_json(folder / "run.json", record)
+    durable_files.write_json(folder / "run.json", record)
 
 
 def foreign_files(folder: Path) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain.data.text.protocol import digest
+from jaxtrain.data.text.protocol import digest, valid_text
 from jaxtrain.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -42,7 +42,7 @@ class Bytes:
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
         """The bytes of the text; `special` reads `<|endoftext|>` as 256."""
-        parts = text.split(END_OF_TEXT) if special else [text]
+        parts = valid_text(text).split(END_OF_TEXT) if special else [valid_text(text)]
         ids = [np.frombuffer(part.encode(), np.uint8).astype(np.int32) for part in parts]
         return np.concatenate([ids[0], *(x for part in ids[1:] for x in (self.eos, part))]).astype(
             np.int32
@@ -118,7 +118,7 @@ class Characters:
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
         """The number of each character; `UserError` names one that the corpus does not have."""
-        codes_N = _code_points(text)
+        codes_N = _code_points(valid_text(text))
         ids_N = np.searchsorted(self._codes, codes_N)
         # one more, so that what lies behind the last has a place to be compared with
         unknown = np.append(self._codes, -1)[ids_N] != codes_N

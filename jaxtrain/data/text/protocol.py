@@ -11,6 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from jaxtrain.errors import UserError
+
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What decoders give for bytes that are no UTF-8, such as half a character."""
 
@@ -115,6 +117,18 @@ class TextStream:
         before = self._tokenizer.decode(self._context, special=self._special)
         both = self._tokenizer.decode([*self._context, *self._pending], special=self._special)
         return both[len(before) :]
+
+
+def valid_text(text: str) -> str:
+    """The text; `UserError` if it holds half a character, which no UTF-8 can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise UserError(
+            f"text: holds half a character (U+{code:04X}) at {error.start}; it was no UTF-8"
+        ) from error
+    return text
 
 
 def digest(value: Any) -> str:
