@@ -53,7 +53,16 @@ FLOORS = (
         "single files",
         {
             *("tasks", "losses", "metrics", "schedules", "fields", "horizon"),
-            *("late_logits", "tree", "rng", "hardware", "errors", "messages", "extras"),
+            *(
+                "late_logits",
+                "vocabulary_loss",
+                "tree",
+                "rng",
+                "hardware",
+                "errors",
+                "messages",
+                "extras",
+            ),
         },
     ),
 )
