@@ -53,16 +53,8 @@ FLOORS = (
         "single files",
         {
             *("tasks", "losses", "metrics", "schedules", "fields", "horizon"),
-            *(
-                "tree",
-                "rng",
-                "hardware",
-                "errors",
-                "messages",
-                "extras",
-                "durable_files",
-                "late_logits",
-            ),
+            *("tree", "rng", "hardware", "errors", "messages", "extras", "durable_files"),
+            *("late_logits", "vocabulary_loss"),
         },
     ),
 )
