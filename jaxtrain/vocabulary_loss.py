@@ -1,5 +1,5 @@
-"""Cross-entropy over a vocabulary, of whole logits or of late ones, whose float32 logits never exist
-for the whole batch.
+"""Cross-entropy over a vocabulary, of whole logits or of late ones, which never exist for the whole
+batch.
 
 Late logits are made for a few tokens of each sequence at a time, in one loop that takes the
 gradient, too: while the logits of a chunk are there, their softmax less the labels is multiplied

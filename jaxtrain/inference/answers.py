@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtrain import tasks, tree
+from jaxtrain import late_logits, tasks, tree
 from jaxtrain.tasks import picking
 
 
@@ -29,7 +29,7 @@ def answers(task: Any, outputs: Any) -> dict[str, jax.Array]:
     if hasattr(task, "predict"):
         return dict(task.predict(outputs))
     if isinstance(task, tasks.Classification | tasks.NextToken):
-        logits = picking.output_of(outputs, task.output)
+        logits = late_logits.whole(picking.output_of(outputs, task.output))
         prediction = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logits = logits.astype(jnp.float32)
         shares = jax.nn.softmax(logits, axis=-1)

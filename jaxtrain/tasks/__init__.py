@@ -17,6 +17,8 @@ from jaxtrain.tasks.protocol import (
     measures_whole_sets,
     score_of,
     units_of,
+    with_derived,
+    with_sources,
 )
 from jaxtrain.tasks.regression import Regression
 
@@ -34,6 +36,8 @@ __all__ = [
     "measures_whole_sets",
     "score_of",
     "units_of",
+    "with_derived",
+    "with_sources",
 ]
 
 NAMES = {

@@ -3,6 +3,7 @@
 Only `inputs` and `loss` are needed. The other names are optional, one by one.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -57,6 +58,11 @@ class Hooks(Protocol):
         and in the order of the set, with `id` and `weight`."""
         ...
 
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Further metrics of a whole set, by the means of its sums; such as a perplexity, which is
+        no mean of those of batches."""
+        ...
+
     def score(self, values: Mapping[str, float]) -> float:
         """What the best checkpoint is chosen by, greater is better."""
         ...
@@ -87,6 +93,34 @@ def score_of(task: Any) -> Callable[[Mapping[str, float]], float]:
         return values["accuracy"] if "accuracy" in values else -values["loss"]
 
     return getattr(task, "score", score)
+
+
+def with_derived(task: Any, means: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a whole set, with those that the task derives from them; `UserError` if one of
+    these is there already.
+
+    >>> with_derived(None, {"loss": 0.5})
+    {'loss': 0.5}
+    """
+    more = dict(task.derived(means)) if hasattr(task, "derived") else {}
+    if both := sorted(means.keys() & more.keys()):
+        raise UserError(
+            f"task {type(task).__name__}: derived gives {', '.join(both)}, which is there already;"
+            " rename it"
+        )
+    return {**means, **more}
+
+
+def with_sources(task: Any, names: tuple[str, ...]) -> Any:
+    """The task, told what the sources of a mixture are called, if it has a field `sources` and that
+    says nothing.
+
+    >>> with_sources(None, ("books", "code")) is None
+    True
+    """
+    if not names or getattr(task, "sources", None) != ():
+        return task
+    return dataclasses.replace(task, sources=tuple(names))
 
 
 def has_hook(task: Any, name: str, outputs: Any) -> bool:
