@@ -142,9 +142,10 @@ def recipe_of(
 ) -> Recipe:
     """What one step of the run does; with the `identity` of the data, its statistics are kept."""
     measure = functools.partial(_statistics, train, identity) if run.normalize else None
+    task: Any = run.task
     return Recipe(
         run.model,
-        tasks.with_sources(run.task, getattr(train, "source_names", ())),
+        task.with_data(train) if hasattr(task, "with_data") else task,
         run.optimizer,
         schedule=schedules.resolve(
             run.schedule, total_steps=length.total, steps_per_epoch=length.per_epoch

@@ -9,6 +9,7 @@ understands.
 from jaxtrain.tasks.binary import Binary, MultiLabel
 from jaxtrain.tasks.classification import Classification
 from jaxtrain.tasks.labels import Wrong
+from jaxtrain.tasks.masked_language import MaskedLanguage
 from jaxtrain.tasks.next_token import NextToken
 from jaxtrain.tasks.protocol import (
     Hooks,
@@ -18,7 +19,6 @@ from jaxtrain.tasks.protocol import (
     score_of,
     units_of,
     with_derived,
-    with_sources,
 )
 from jaxtrain.tasks.regression import Regression
 
@@ -27,6 +27,7 @@ __all__ = [
     "Binary",
     "Classification",
     "Hooks",
+    "MaskedLanguage",
     "MultiLabel",
     "NextToken",
     "Regression",
@@ -37,7 +38,6 @@ __all__ = [
     "score_of",
     "units_of",
     "with_derived",
-    "with_sources",
 ]
 
 NAMES = {
@@ -46,4 +46,5 @@ NAMES = {
     "multi_label": MultiLabel(),
     "regression": Regression(),
     "next_token": NextToken(),
+    "masked_language": MaskedLanguage(),
 }

@@ -4,7 +4,6 @@ Dims: B batch, T tokens to predict, V vocabulary.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,12 +13,9 @@ import jax.numpy as jnp
 from jaxtrain import fields, losses, vocabulary_loss
 from jaxtrain.errors import UserError
 from jaxtrain.metrics import Sums, weighted
-from jaxtrain.tasks import labels, picking
+from jaxtrain.tasks import labels, of_tokens, picking
 from jaxtrain.tasks.classification import check_width
 from jaxtrain.tree import Batch, Shapes
-
-MOST_NATS = 700.0
-"""The loss beyond which a perplexity is infinite in float64."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +84,10 @@ class NextToken:
         }
         return picking.inputs_of(cut, self.input)
 
+    def with_data(self, table: Any) -> "NextToken":
+        """Knows what the sources of a mixture are called."""
+        return of_tokens.named_by(self, table)
+
     def units(self, batch: Batch | Shapes) -> int:
         """How many tokens are predicted in a batch."""
         rows, length = batch[self._field].shape
@@ -130,32 +130,18 @@ class NextToken:
         )
         accuracy = weighted(found.right_BT, weights_BT)
         sums = {"loss": (found.total, accuracy[1]), "accuracy": accuracy}
-        if train and not (isinstance(self.z_loss, float) and self.z_loss == 0.0):
+        if train and not vocabulary_loss.is_off(self.z_loss):
             sums["z_loss"] = weighted(self.z_loss * jnp.square(found.log_z_BT), weights_BT)
         if "source" in batch:
-            sums |= self._of_sources(found.loss_BT, weights_BT, batch["source"])
+            sums |= of_tokens.by_source(self.sources, found.loss_BT, weights_BT, batch["source"])
         if "bytes" in batch and self.ignore is None and not train:
-            sums["bits_per_byte"] = _bits_per_byte(found.loss_BT, weights_BT, batch["bytes"])
+            bits = of_tokens.bits_per_byte(found.loss_BT, weights_BT, batch["bytes"])
+            sums["bits_per_byte"] = bits
         return sums
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
-        """The perplexity of a whole set: e to the power of its loss."""
-        loss = means["loss"]
-        return {"perplexity": math.inf if loss > MOST_NATS else math.exp(loss)}
-
-    def _of_sources(
-        self, loss_BT: jax.Array, weights_BT: jax.Array | None, source_B: jax.Array
-    ) -> dict[str, tuple[jax.Array, jax.Array]]:
-        """The loss of each source."""
-        total_B, count_B = _of_rows(loss_BT, weights_BT)
-        zero = jnp.zeros_like(total_B)
-        return {
-            f"loss_{name}": (
-                jnp.sum(jnp.where(source_B == place, total_B, zero)),
-                jnp.sum(jnp.where(source_B == place, count_B, zero)),
-            )
-            for place, name in enumerate(self.sources)
-        }
+        """The perplexity of a whole set."""
+        return {"perplexity": of_tokens.perplexity(means["loss"])}
 
     @property
     def _field(self) -> str:
@@ -184,29 +170,6 @@ class NextToken:
         weights_BT = labels.spread(weights, shape)
         if segments is None:
             return weights_BT
-        if segments.shape != whole:
-            raise UserError(
-                f"segments has shape {segments.shape}; the task wants {whole}, a number for each"
-                " token"
-            )
+        of_tokens.check_segments(segments, whole)
         same_BT = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
         return jnp.where(same_BT, 1.0 if weights_BT is None else weights_BT, 0.0)
-
-
-def _of_rows(loss_BT: jax.Array, weights_BT: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum and the weights of each sequence."""
-    if weights_BT is None:
-        return jnp.sum(loss_BT, axis=1), jnp.full(loss_BT.shape[0], loss_BT.shape[1], jnp.float32)
-    counted_BT = jnp.where(weights_BT > 0, loss_BT, 0.0) * weights_BT
-    return jnp.sum(counted_BT, axis=1), jnp.sum(weights_BT, axis=1)
-
-
-def _bits_per_byte(
-    loss_BT: jax.Array, weights_BT: jax.Array | None, bytes_B: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Bits of all tokens, and bytes of the sequences that count."""
-    total, _ = weighted(loss_BT, weights_BT)
-    bytes_B = bytes_B.astype(jnp.float32)
-    if weights_BT is not None:
-        bytes_B = bytes_B * jnp.max(weights_BT, axis=1)
-    return total / math.log(2), jnp.sum(bytes_B)

@@ -3,7 +3,6 @@
 Only `inputs` and `loss` are needed. The other names are optional, one by one.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -36,6 +35,15 @@ class Hooks(Protocol):
 
     def units(self, batch: Batch | Shapes) -> int:
         """How many of those a batch holds."""
+        ...
+
+    def with_data(self, table: Any) -> "Task":
+        """The task with what it did not know before it saw the table that is trained on."""
+        ...
+
+    def draw(self, batch: Batch, keys_B: jax.Array) -> Batch:
+        """A prepared and augmented batch with what the task draws of each example by its key; in
+        evaluation that key is the same at every step."""
         ...
 
     def check(self, outputs: Any, num_classes: int | None) -> None:
@@ -109,18 +117,6 @@ def with_derived(task: Any, means: Mapping[str, float]) -> dict[str, float]:
             " rename it"
         )
     return {**means, **more}
-
-
-def with_sources(task: Any, names: tuple[str, ...]) -> Any:
-    """The task, told what the sources of a mixture are called, if it has a field `sources` and that
-    says nothing.
-
-    >>> with_sources(None, ("books", "code")) is None
-    True
-    """
-    if not names or getattr(task, "sources", None) != ():
-        return task
-    return dataclasses.replace(task, sources=tuple(names))
 
 
 def has_hook(task: Any, name: str, outputs: Any) -> bool:
