@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
-import jaxtrain
 from jaxtrain.data.text import token_shards
 from jaxtrain.data.text.documents import Format
 from jaxtrain.data.text.protocol import Tokenizer
@@ -65,7 +64,7 @@ class _Worker:
 
     def __init__(self, index: int, head: dict[str, Any], answers: "_Answers") -> None:
         # The package is found where this one was, and nothing in the current folder by mistake.
-        package = str(Path(str(jaxtrain.__file__)).resolve().parent.parent)
+        package = str(Path(__file__).resolve().parents[3])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         environ = os.environ | {
             "PYTHONPATH": os.pathsep.join(paths),
