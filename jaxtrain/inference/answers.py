@@ -23,8 +23,8 @@ def answers(task: Any, outputs: Any) -> dict[str, jax.Array]:
 
     Classification: `prediction` (B,), `probability` and `logits` (B, C). Binary and multi-label:
     `prediction`, `probability` of a yes and `logits`, (B,) and (B, C). Tokens, next
-    or masked: `prediction` and its `probability` (B, T). Regression: `value`. Anything else: the outputs themselves, by
-    path.
+    or masked: `prediction` and its `probability` (B, T). Regression: `value`. Anything else: the
+    outputs themselves, by path.
     """
     if hasattr(task, "predict"):
         return dict(task.predict(outputs))
