@@ -244,8 +244,8 @@ def _id_of(tokenizer: TokenizerJson, token: str) -> int:
     found = tokenizer.token_id(token)
     if found is None:
         raise UserError(
-            f"{printable(tokenizer.name)}: has no token {token!r}, which tokenizer_config.json names; the"
-            " two files do not belong together"
+            f"{printable(tokenizer.name)}: has no token {token!r}, which tokenizer_config.json"
+            " names; the two files do not belong together"
         )
     return found
 
