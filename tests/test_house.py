@@ -46,6 +46,7 @@ FLOORS = (
     ("commands", {"runner", "cli"}),
     ("use", {"inference"}),
     ("training", {"train"}),
+    ("weights", {"weights"}),
     ("parts", {"models", "data", "augment", "optimizers", "checkpoints", "config"}),
     ("machine", {"precision", "parallel", "plan", "processes", "report"}),
     ("models of others", {"adapters"}),

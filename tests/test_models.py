@@ -112,8 +112,12 @@ def test_a_pooled_vit_has_a_token_and_its_place_less() -> None:
 
 
 def test_every_model_has_a_row() -> None:
-    """The decoder has a file of tests of its own, tests/test_transformer.py."""
-    small = {type(model) for model, _ in TINY.values()} | {models.Transformer}
+    """Models over tokens have files of tests of their own: tests/test_transformer.py,
+    tests/test_encoder.py."""
+    small = {type(model) for model, _ in TINY.values()} | {
+        models.Transformer,
+        models.Encoder,
+    }
     assert {type(model) for model in models.NAMES.values()} <= small
 
 
