@@ -476,7 +476,10 @@ def test_a_model_imports_alone() -> None:
         for name in (*models._FAMILIES, "layers", "attention", "cache", "rotary")
     }
     ours = {name for name in loaded if name.startswith("jaxtrain")}
-    roots = {"jaxtrain.errors", "jaxtrain.fields", "jaxtrain.horizon", "jaxtrain.late_logits"}
+    roots = {
+        f"jaxtrain.{name}"
+        for name in ("errors", "fields", "horizon", "late_logits", "block_loop", "messages", "tree")
+    }
     assert ours <= {"jaxtrain", "jaxtrain.models"} | roots | families
 
 
