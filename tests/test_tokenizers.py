@@ -370,9 +370,8 @@ WRONG: list[tuple[Callable[[Path], Any], str]] = [
     (
         lambda f: open_tokenizer("bites"),
         (
-            r"^tokenizer 'bites': no such file or folder; valid: bytes,"
-            r" characters, bpe:4096, a tokenizer.json, a .model, a .gguf, or a folder with one; did you"
-            r" mean 'bytes'\?$"
+            r"^tokenizer 'bites': no such file or folder; valid: bytes, characters, bpe:4096,"
+            r" a tokenizer.json, a .model, a .gguf, or a folder with one; did you mean 'bytes'\?$"
         ),
     ),
     (lambda f: open_tokenizer(f / "worlds.txt"), "in .*: words.txt; did you mean it"),

@@ -294,10 +294,11 @@ class _Work:
             learned, tokenizer, notes = self._learn(tokenizer, surveys)
         units = self._units(tokenizer, surveys, identities, part_bytes)
         jobs = _jobs(tokenizer.fingerprint, self.how, units, part_bytes)
-        summaries = self._run(jobs, tokenizer, self._taken(kept))
+        summaries = self._run(jobs, tokenizer, self._taken(kept, tokenizer))
         record = {
             "method": METHOD,
             "learned": learned,
+            "tokenizer": tokenizer.fingerprint,
             "notes": notes,
             "files": [
                 {"path": name, "identity": list(i), "digest": s.digest, "seen_ns": seen_ns}
@@ -367,9 +368,11 @@ class _Work:
             ]
         return units
 
-    def _taken(self, kept: Mapping[str, Any]) -> dict[str, list[Any]]:
+    def _taken(self, kept: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, list[Any]]:
         """Where units lie that an earlier opening made, in shards that are whole."""
         taken: dict[str, list[Any]] = {}
+        if kept.get("tokenizer") != tokenizer.fingerprint:
+            return taken  # it was learned from the contents before
         for shard in kept.get("shards", ()):
             summary = token_shards.read_summary(self._shards, shard["name"])
             with contextlib.suppress(token_shards.Damaged):
