@@ -2,7 +2,10 @@
 
 __all__ = [
     "documents",
+    "packing",
+    "pieces",
     "protocol",
     "token_cache",
     "tokenizers",
+    "windows",
 ]
