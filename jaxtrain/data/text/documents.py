@@ -116,7 +116,7 @@ def read_part(file: TextFile, how: Format, part: Part = WHOLE) -> Iterator[Docum
         raise UserError(f"{printable(file.path)}: cannot be read ({why})") from error
 
 
-def _open(file: TextFile) -> IO[bytes]:
+def _open(file: TextFile) -> IO[bytes] | gzip.GzipFile:
     if file.compression == "gzip":
         return gzip.open(file.path, "rb")
     if file.compression == "zstd":
@@ -203,6 +203,8 @@ def _read_lines(file: TextFile, how: Format, part: Part) -> Iterator[Document | 
             yield Bad(blank, "is a blank line")
             blank = 0
         yield _of_line(line, row, how.key)
+    if blank and part.stop is not None:
+        yield Bad(blank, "is a blank line")
     if row == 0 and part.start == 0:
         yield Bad(1, "is empty")
 
@@ -343,13 +345,29 @@ def survey(file: TextFile, how: Format, part_bytes: int) -> Survey:
                 break
             cuts.append(found)
             at = found + part_bytes
-    digest, read, rows = _hashed_with_rows(file, cuts)
-    edges = [0, *cuts, None]
+    edges: list[int | None] = [0, *cuts, None]
+    rows = _rows_at(file.path, cuts)
     parts = tuple(
         Part(start or 0, stop, row)
         for start, stop, row in zip(edges[:-1], edges[1:], rows, strict=True)
     )
-    return Survey(digest, read, parts)
+    return Survey(*_hashed(file), parts=parts)
+
+
+def parts_of_one(path: str, cuts: Sequence[int]) -> tuple[Part, ...]:
+    """The parts of a file that is one document, cut at these bytes."""
+    edges: list[int | None] = [0, *cuts, None]
+    rows = _rows_at(path, cuts)
+    return tuple(
+        Part(start or 0, stop, row, begins=not start, ends=stop is None)
+        for start, stop, row in zip(edges[:-1], edges[1:], rows, strict=True)
+    )
+
+
+def file_digest(path: str) -> str:
+    """SHA-256 of a file's contents, as `Survey` has it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _search(stream: IO[bytes], pattern: re.Pattern[bytes], start: int) -> int | None:
@@ -367,22 +385,20 @@ def _search(stream: IO[bytes], pattern: re.Pattern[bytes], start: int) -> int | 
 
 
 def _hashed(file: TextFile) -> tuple[str, int]:
-    digest, size, _ = _hashed_with_rows(file, [])
-    return digest, size
+    return file_digest(file.path), os.path.getsize(file.path)
 
 
-def _hashed_with_rows(file: TextFile, cuts: Sequence[int]) -> tuple[str, int, list[int]]:
-    """The digest, the size, and the number of the line at the head of each part."""
-    state, size, rows, row = hashlib.sha256(), 0, [1], 1
-    with open(file.path, "rb") as stream:
-        for cut in [*cuts, None]:
-            while chunk := stream.read(CHUNK if cut is None else min(CHUNK, cut - size)):
-                state.update(chunk)
-                size += len(chunk)
-                row += chunk.count(b"\n") if cut is not None else 0
-            if cut is not None:
-                rows.append(row)
-    return state.hexdigest(), size, rows
+def _rows_at(path: str, cuts: Sequence[int]) -> list[int]:
+    """The number of the line at the head of each part."""
+    rows, at = [1], 0
+    with open(path, "rb") as stream:
+        for cut in cuts:
+            row = rows[-1]
+            while chunk := stream.read(min(CHUNK, cut - at)):
+                at += len(chunk)
+                row += chunk.count(b"\n")
+            rows.append(row)
+    return rows
 
 
 def _row_parts(file: TextFile, key: str, part_bytes: int) -> tuple[Part, ...]:

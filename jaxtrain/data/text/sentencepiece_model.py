@@ -70,14 +70,22 @@ class SentencePiece:
             if processor.is_control(place)
         }
 
-    @functools.cached_property
+    @property
     def vocabulary(self) -> int:
         """How many pieces there are."""
-        return int(self._processor.get_piece_size())
+        return self._vocabulary
 
     @functools.cached_property
+    def _vocabulary(self) -> int:
+        return int(self._processor.get_piece_size())
+
+    @property
     def fingerprint(self) -> str:
         """Of its file and of what stands before and after a text."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         return digest([self.model, list(self.bos), list(self.eos)])
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:

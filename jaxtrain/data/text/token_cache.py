@@ -5,14 +5,33 @@ D: documents
 """
 
 import bisect
+import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import functools
-from collections.abc import Sequence
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jaxtrain.data.text.protocol import Tokenizer
+from jaxtrain import durable_files
+from jaxtrain.data.text import documents, long_text, token_shards
+from jaxtrain.data.text.documents import Format
+from jaxtrain.data.text.plain_tokenizers import END_OF_TEXT
+from jaxtrain.data.text.protocol import Tokenizer, digest
+from jaxtrain.data.text.text_files import TEXT, TextFile, TextFiles, find_files
+from jaxtrain.data.text.token_shards import Column, Job, Unit, id_dtype
+from jaxtrain.data.text.token_workers import Progress, tokenize
+from jaxtrain.data.text.tokenizers import SAVED, is_learned, learn, open_tokenizer, save
+from jaxtrain.errors import UserError
+from jaxtrain.messages import bytes_text, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +59,7 @@ class Tokens:
     modified_ns: int | None
     """When the newest of the files was changed."""
     notes: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
+    files: tuple[TextFile, ...] = ()
     file_D: np.ndarray | None = None
     row_D: np.ndarray | None = None
 
@@ -73,51 +92,418 @@ class Tokens:
         """Where a document stands, for messages: `corpus.jsonl:17`."""
         if self.file_D is None or self.row_D is None:
             return f"document {document}"
-        return f"{self.files[self.file_D[document]]}:{self.row_D[document]}"
+        return documents.place(self.files[self.file_D[document]], int(self.row_D[document]))
+
+
+METHOD = token_shards.METHOD
 
 
 def open_tokens(
     paths: str | Sequence[str],
     tokenizer: str | Tokenizer,
     *,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     key: str = "text",
     separator: str = "",
     bad: str = "error",
     processes: int = 0,
+    say: Callable[[str], None] | None = None,
 ) -> Tokens:
     """The tokens of files, folders and globs: read from the cache, or made now and kept there.
 
-    `tokenizer` is one, or its short text (`tokenizers.open_tokenizer`); `key` the field of JSON lines
-    or the column of Parquet; `separator` what stands between documents of plain text (empty: a
-    file is one document); `bad` is `error` or `skip`: what happens to broken or empty documents,
-    which are counted in `notes`. `processes` 0 is one a CPU. `UserError` names file and line.
+    `tokenizer` is one, or its short text (`tokenizers.open_tokenizer`; `characters` and `bpe:N` are
+    learned from these files and kept); `key` the field of JSON lines or the column of Parquet;
+    `separator` what stands between documents of plain text (empty: a file is one document); `bad`
+    is `error` or `skip`: what happens to broken or empty documents, which are counted in `notes`;
+    `processes` 0 is one a CPU; `say` takes the lines of progress (stderr if None).
+
+    A file that has changed is tokenised anew, and no other; a process that is killed leaves what
+    it finished to the next; two at once make everything once. `UserError` names file and line.
     """
-    raise NotImplementedError
+    if bad not in ("error", "skip"):
+        raise UserError(f"bad={bad!r}: valid: error, skip")
+    folder = (
+        Path.home() / ".cache" / "jaxtrain" / "tokens" if cache_dir is None else Path(cache_dir)
+    )
+    found, how = find_files(paths), Format(key, separator)
+    work = _Work(folder.expanduser(), found, how, bad == "error", processes, say or _print)
+    try:
+        return work.open(paths, tokenizer)
+    except OSError as error:
+        where = printable(str(error.filename or folder))
+        raise UserError(
+            f"token cache: {where}: {error.strerror}; give another cache_dir"
+        ) from error
+
+
+@dataclasses.dataclass
+class _Work:
+    """One opening of a corpus."""
+
+    folder: Path
+    found: TextFiles
+    how: Format
+    stop_at_bad: bool
+    processes: int
+    say: Callable[[str], None]
+
+    def open(self, paths: str | Sequence[str], tokenizer: str | Tokenizer) -> Tokens:
+        places = [os.path.abspath(path) for path in ([paths] if isinstance(paths, str) else paths)]
+        learned = isinstance(tokenizer, str) and is_learned(tokenizer)
+        if isinstance(tokenizer, str) and not learned:
+            tokenizer = open_tokenizer(tokenizer)
+        who = tokenizer if isinstance(tokenizer, str) else tokenizer.fingerprint
+        corpus = digest([METHOD, who, places, self.how.key, self.how.separator])
+        path = self.folder / "corpora" / f"{corpus}.json"
+        kept = _read_json(path)
+        if kept is not None and (tokens := self._current(kept, path, tokenizer)) is not None:
+            return tokens
+        for name in ("corpora", "shards", "learned"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        with _Lock(path.with_suffix(".lock"), self.say):
+            kept = _read_json(path)  # whoever held the lock may have made it
+            if kept is not None and (tokens := self._current(kept, path, tokenizer)) is not None:
+                return tokens
+            return self._make(kept or {}, path, tokenizer)
+
+    @property
+    def _shards(self) -> Path:
+        return self.folder / "shards"
+
+    # ---- what is there already
+
+    def _current(
+        self, kept: Mapping[str, Any], path: Path, tokenizer: str | Tokenizer
+    ) -> Tokens | None:
+        """The tokens that were kept, if every file and every shard is what it was."""
+        try:
+            files = kept["files"]
+            if [file["path"] for file in files] != self._paths() or kept["method"] != METHOD:
+                return None
+            changed = False
+            for entry, file in zip(files, self.found.files, strict=True):
+                identity = list(token_shards.identity_of(file.path))
+                if entry["identity"] != identity or not _settled(identity, entry["seen_ns"]):
+                    seen_ns = time.time_ns()
+                    if documents.file_digest(file.path) != entry["digest"]:
+                        return None
+                    if list(token_shards.identity_of(file.path)) != identity:
+                        return None
+                    entry.update(identity=identity, seen_ns=seen_ns)
+                    changed = True
+            summaries = []
+            for shard in kept["shards"]:
+                summary = token_shards.read_summary(self._shards, shard["name"])
+                if summary is None:
+                    return None
+                identity = token_shards.shard_identity(self._shards, shard["name"])
+                if shard["identity"] != identity:
+                    token_shards.verify(self._shards, summary)
+                    shard["identity"], changed = identity, True
+                summaries.append(summary)
+            tokens = self._assembled(kept, summaries, self._tokenizer(kept, tokenizer))
+        except (KeyError, TypeError, AttributeError, FileNotFoundError, token_shards.Damaged):
+            return None
+        if changed:
+            with contextlib.suppress(OSError):  # a cache that only others may write is as good
+                durable_files.write_json(path, dict(kept))
+        return tokens
+
+    def _paths(self) -> list[str]:
+        return [os.path.abspath(file.path) for file in self.found.files]
+
+    def _tokenizer(self, kept: Mapping[str, Any], tokenizer: str | Tokenizer) -> Tokenizer:
+        if isinstance(tokenizer, str):
+            return open_tokenizer(self.folder / "learned" / kept["learned"] / SAVED)
+        return tokenizer
+
+    def _assembled(
+        self, kept: Mapping[str, Any], summaries: Sequence[Mapping[str, Any]], tokenizer: Tokenizer
+    ) -> Tokens:
+        ids, rows, first_units = [], [], [0]
+        for summary in summaries:
+            shard, rows_D4 = token_shards.open_arrays(self._shards, summary)
+            ids.append(shard)
+            rows.append(rows_D4)
+            first_units.append(first_units[-1] + len(summary["units"]))
+        units = [unit for summary in summaries for unit in summary["units"]]
+        rows_D4 = np.concatenate(rows)
+        unit_D = rows_D4[:, Column.UNIT] + np.repeat(first_units[:-1], list(map(len, rows)))
+        begins_U = np.array([part["begins"] for part in kept["parts"]], bool)
+        files_U = np.array([part["file"] for part in kept["parts"]], np.int32)
+        # a unit that goes on with a document adds to it
+        (first_D,) = np.nonzero(begins_U[unit_D])
+        tokens_D, bytes_D = (
+            np.add.reduceat(rows_D4[:, column], first_D) if len(first_D) else np.zeros(0, np.int64)
+            for column in (Column.TOKENS, Column.BYTES)
+        )
+        of_files = [self.found.files[place] for place in files_U]
+        bad_units = list(zip(of_files, units, strict=True))
+        if self.stop_at_bad:
+            for file, unit in bad_units:
+                if unit["bad_count"]:
+                    raise UserError(documents.bad_words(file, *unit["bad"][0]))
+        notes = [*self.found.notes, *token_shards.bad_notes(bad_units), *kept.get("notes", [])]
+        if not len(first_D):
+            raise UserError(f"{printable(self.found.files[0].path)}: holds no document")
+        marks = sum(unit["marks"] for unit in units)
+        if marks and not self.how.separator:
+            notes.append(
+                f"the texts hold {END_OF_TEXT} {marks:,} times, as plain text; with"
+                f" separator={END_OF_TEXT} documents end there"
+            )
+        if not tokenizer.eos and len(first_D) > 1:
+            notes.append(
+                f"the tokenizer {printable(tokenizer.name)} has no token that ends a text: the"
+                f" {len(first_D):,} documents follow one another without a mark"
+            )
+        return Tokens(
+            shards=tuple(ids),
+            offsets_D1=np.concatenate([[0], np.cumsum(tokens_D)]).astype(np.int64),
+            bytes_D=bytes_D,
+            tokenizer=tokenizer,
+            fingerprint=digest(
+                [
+                    *(METHOD, tokenizer.fingerprint, self.how.key, self.how.separator),
+                    [file["digest"] for file in kept["files"]],
+                    sum(unit["bad_count"] for unit in units),
+                ]
+            ),
+            modified_ns=max(file["identity"][1] for file in kept["files"]),
+            notes=tuple(notes),
+            files=tuple(self.found.files),
+            file_D=files_U[unit_D[first_D]],
+            row_D=rows_D4[first_D, Column.ROW],
+        )
+
+    # ---- what is made
+
+    def _make(self, kept: Mapping[str, Any], path: Path, tokenizer: str | Tokenizer) -> Tokens:
+        files = self.found.files
+        seen_ns = time.time_ns()
+        identities = [token_shards.identity_of(file.path) for file in files]
+        part_bytes = _part_bytes(sum(identity[0] for identity in identities))
+        with concurrent.futures.ThreadPoolExecutor(self._processes()) as pool:
+            surveys = list(pool.map(lambda f: documents.survey(f, self.how, part_bytes), files))
+        for file, identity, found in zip(files, identities, surveys, strict=True):
+            if token_shards.identity_of(file.path) != identity or found.size != identity[0]:
+                raise UserError(token_shards.CHANGED.format(printable(file.path)))
+        learned, notes = "", []
+        if isinstance(tokenizer, str):
+            learned, tokenizer, notes = self._learn(tokenizer, surveys)
+        units = self._units(tokenizer, surveys, identities, part_bytes)
+        jobs = _jobs(tokenizer.fingerprint, self.how, units, part_bytes)
+        summaries = self._run(jobs, tokenizer, self._taken(kept))
+        record = {
+            "method": METHOD,
+            "learned": learned,
+            "notes": notes,
+            "files": [
+                {"path": name, "identity": list(i), "digest": s.digest, "seen_ns": seen_ns}
+                for name, i, s in zip(self._paths(), identities, surveys, strict=True)
+            ],
+            "parts": [{"file": file, "begins": unit.part.begins} for file, unit in units],
+            "shards": [
+                {"name": job.name, "identity": token_shards.shard_identity(self._shards, job.name)}
+                for job in jobs
+            ],
+        }
+        tokens = self._assembled(record, summaries, tokenizer)
+        durable_files.write_json(path, record)
+        self._remove_unused(kept)
+        return tokens
+
+    def _processes(self) -> int:
+        return self.processes or len(os.sched_getaffinity(0))
+
+    def _learn(
+        self, spec: str, surveys: Sequence[documents.Survey]
+    ) -> tuple[str, Tokenizer, list[str]]:
+        """The tokenizer that is made of this corpus, kept under the digest of its contents."""
+        stride, notes = 1, list[str]()
+        total = sum(found.size for found in surveys)
+        if total > _LEARNED_BYTES and spec != "characters":
+            stride = -(-total // _LEARNED_BYTES)
+            notes.append(f"tokenizer {spec}: learned from one of {stride} documents, evenly spread")
+        contents = [found.digest for found in surveys]
+        name = digest([METHOD, spec, self.how.key, self.how.separator, stride, contents])
+        folder = self.folder / "learned" / name
+        if not (folder / SAVED).is_file():
+            self.say(f"jaxtrain: learning the tokenizer {spec} from {bytes_text(total)}, once")
+            made = learn(spec, itertools.islice(self._texts(), 0, None, stride))
+            folder.mkdir(exist_ok=True)
+            save(made, folder)
+        return name, open_tokenizer(folder / SAVED), notes
+
+    def _texts(self) -> Iterator[str]:
+        for file in self.found.files:
+            for document in documents.read_part(file, self.how):
+                if isinstance(document, documents.Document):
+                    yield document.text
+                elif self.stop_at_bad:
+                    raise UserError(documents.bad_words(file, document.row, document.why))
+
+    def _units(
+        self,
+        tokenizer: Tokenizer,
+        surveys: Sequence[documents.Survey],
+        identities: Sequence[tuple[int, ...]],
+        part_bytes: int,
+    ) -> list[tuple[int, Unit]]:
+        units = []
+        for place, (file, found) in enumerate(zip(self.found.files, surveys, strict=True)):
+            parts = found.parts
+            if file.kind == TEXT and not file.compression and not self.how.separator:
+                cuts = long_text.file_cuts(tokenizer, file.path, part_bytes)
+                parts = documents.parts_of_one(file.path, cuts)
+            size = found.size // len(parts)
+            units += [
+                (place, Unit(file, part, found.digest, identities[place], size)) for part in parts
+            ]
+        return units
+
+    def _taken(self, kept: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Where units lie that an earlier opening made, in shards that are whole."""
+        taken: dict[str, list[Any]] = {}
+        for shard in kept.get("shards", ()):
+            summary = token_shards.read_summary(self._shards, shard["name"])
+            with contextlib.suppress(token_shards.Damaged):
+                if summary is not None:
+                    token_shards.verify(self._shards, summary)
+                    taken |= dict(token_shards.unit_ranges(summary))
+        return taken
+
+    def _run(
+        self, jobs: Sequence[Job], tokenizer: Tokenizer, taken: Mapping[str, Any]
+    ) -> list[Mapping[str, Any]]:
+        """Makes the shards that are not there; the summaries of all."""
+        done: dict[str, Mapping[str, Any]] = {}
+        for job in jobs:
+            summary = token_shards.read_summary(self._shards, job.name)
+            with contextlib.suppress(token_shards.Damaged):
+                if summary is not None:
+                    token_shards.verify(self._shards, summary)
+                    done[job.name] = summary
+        left = {
+            job.name: dataclasses.replace(
+                job, taken={unit.key: taken[unit.key] for unit in job.units if unit.key in taken}
+            )
+            for job in jobs
+            if job.name not in done
+        }
+        if left:
+            _remove_old_temporaries(self._shards)
+            report = Progress(
+                sum(unit.size for job in left.values() for unit in job.units), self.say
+            )
+            made = tokenize(
+                list(left.values()),
+                tokenizer,
+                self.how,
+                folder=self._shards,
+                stop_at_bad=self.stop_at_bad,
+                processes=self._processes(),
+                report=report,
+            )
+            report.finish(sum(unit["tokens"] for each in made for unit in each["units"]))
+            done |= {summary["name"]: summary for summary in made}
+        return [done[job.name] for job in jobs]
+
+    def _remove_unused(self, before: Mapping[str, Any]) -> None:
+        """Deletes the shards of the contents before, unless another corpus has them too."""
+        used = set[str]()
+        for path in (self.folder / "corpora").glob("*.json"):
+            kept = _read_json(path) or {}
+            used |= {shard["name"] for shard in kept.get("shards", ())}
+        for shard in before.get("shards", ()):
+            if shard["name"] not in used:
+                token_shards.remove_shard(self._shards, shard["name"])
+
+
+def _jobs(fingerprint: str, how: Format, units: Sequence[tuple[int, Unit]], size: int) -> list[Job]:
+    """Units in shards of about that many bytes, in order."""
+    groups: list[list[Unit]] = []
+    filled = size
+    for _, unit in units:
+        if filled >= size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(unit)
+        filled += unit.size
+    return [Job(token_shards.shard_name(fingerprint, how, group), tuple(group)) for group in groups]
+
+
+def _part_bytes(total: int) -> int:
+    """How large a shard's share of the text is: small enough that two processes share little data
+    and that a kill costs seconds, and never thousands of files. Powers of two, for a corpus that
+    grows a little shall be cut where it was."""
+    wanted = min(max(total // 64, 1 << 20), max(32 << 20, total // 2048))
+    return 1 << (wanted.bit_length() - 1)
+
+
+_LEARNED_BYTES = 1 << 28
+"""How much text a BPE is learned from at most."""
+_SETTLED_NS = 2_000_000_000
+"""A file that was changed so shortly before it was looked at may change again within the same tick
+of its file system's clock."""
+
+
+def _settled(identity: Sequence[int], seen_ns: int) -> bool:
+    return max(identity[1], identity[2]) < seen_ns - _SETTLED_NS
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _remove_old_temporaries(folder: Path) -> None:
+    """Removes what a killed process left half written."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 86_400:
+                path.unlink()
+
+
+def _print(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+class _Lock:
+    """Held while a corpus is tokenised; the kernel lets go of it with its process."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self._path, self._say = path, say
+
+    def __enter__(self) -> None:
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._say("jaxtrain: another process tokenises this text; waiting for it")
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
 
 
 def in_memory(texts: Sequence[str], tokenizer: Tokenizer) -> Tokens:
     """The tokens of a few texts, without files and cache: for tests, and for what is small."""
     dtype = id_dtype(tokenizer.vocabulary)
-    documents = [
+    per_document = [
         np.concatenate([tokenizer.bos, tokenizer.encode(text), tokenizer.eos[:1]]).astype(dtype)
         for text in texts
     ]
-    ids = np.concatenate([np.zeros(0, dtype), *documents])
+    ids = np.concatenate([np.zeros(0, dtype), *per_document])
     return Tokens(
         shards=(ids,),
-        offsets_D1=np.cumsum([0, *map(len, documents)], dtype=np.int64),
+        offsets_D1=np.cumsum([0, *map(len, per_document)], dtype=np.int64),
         bytes_D=np.array([len(text.encode()) for text in texts], np.int64),
         tokenizer=tokenizer,
-        fingerprint=f"{tokenizer.fingerprint}-{ids.tobytes().hex()[:32]}",
+        fingerprint=digest([tokenizer.fingerprint, ids.tobytes().hex()]),
         modified_ns=None,
     )
-
-
-def id_dtype(vocabulary: int) -> np.dtype:
-    """What ids are kept as: uint16 up to 65,536 of them.
-
-    >>> id_dtype(65_536), id_dtype(65_537)
-    (dtype('uint16'), dtype('uint32'))
-    """
-    return np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)

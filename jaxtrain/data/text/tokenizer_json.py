@@ -85,14 +85,22 @@ class TokenizerJson:
     def _parsing(self) -> Any:
         return self._made(plain=False)
 
-    @functools.cached_property
+    @property
     def vocabulary(self) -> int:
         """One more than the largest id."""
-        return max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        return self._vocabulary
 
     @functools.cached_property
+    def _vocabulary(self) -> int:
+        return max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @property
     def fingerprint(self) -> str:
         """Of its parts and of what stands before and after a text."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         return digest([json.loads(self.text), list(self.bos), list(self.eos)])
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
