@@ -1,22 +1,21 @@
 """Mixtures of sources: which source each example of a run is of, by weights that may change on the
 way, and which of its own examples it is.
 
-Example i is of the source in whose share of [0, 1) the number frac(i * phi + a) falls, phi being
-the golden ratio and a hung on the seed. Of all such sequences this one keeps closest to the shares:
-of any stretch of examples each source has its share to within two or three examples, where coin
-flips miss by the square root. The k-th example of a source is the k-th of its own shuffled epochs;
-the count of each is part of the position. So nothing is read again to go on, a source that is
-through begins its next epoch, and weights may be others from any example on: no source loses its
-place.
+No coin is flipped. The list of sources is halved again and again, and each halving has a phase, to
+which every example that comes to it adds the share of the first half, which takes those at which
+the phase passes a whole number. So after any number of examples two sources have their shares to
+within half an example, four to within one, eight to within one and a half; and any batch to within
+twice that. The k-th example of a source is the k-th of its own shuffled epochs; phases and counts
+are part of the position. So nothing is read again to go on, a source that is through begins its
+next epoch, and weights may be others from any example on: no source loses its place.
 
-S: sources, B: examples of a batch
+S: sources, H: halvings, B: examples of a batch
 """
 
 import dataclasses
-import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -30,9 +29,6 @@ from jaxtrain.data.table import ArrayTable, Table, join, where
 from jaxtrain.errors import UserError
 from jaxtrain.horizon import Horizon
 
-GOLDEN = 0x9E3779B9
-"""2**32 times the fraction of the golden ratio, to the nearest odd number: in uint32 the sequence
-i * GOLDEN meets every number once in 2**32."""
 TOLERANCE = 1e-6
 """How far the sum of weights may be from 1."""
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -46,11 +42,13 @@ Weights = tuple[float, ...]
 @dataclasses.dataclass(frozen=True)
 class MixedPosition:
     """Where a mixture stands: `drawn` + 2**32 `wraps` examples are consumed, and of each source
-    `offset_S` examples of its epoch `epoch_S`. All uint32."""
+    `offset_S` examples of its epoch `epoch_S`; `phase_H` are the phases of the halvings, in 2**-32.
+    All uint32."""
 
     seed: Any
     drawn: Any
     wraps: Any
+    phase_H: Any
     epoch_S: Any
     offset_S: Any
 
@@ -61,9 +59,11 @@ class Mixed:
     source's own order.
 
     >>> mixed = Mixed(("a", "b"), (4, 3), ((0, (0.75, 0.25)),))
+    >>> mixed.sources(mixed.start(0), 8).tolist()
+    [0, 0, 1, 0, 0, 0, 1, 0]
     >>> ids = mixed.ids(mixed.start(0), 16)
-    >>> int((ids < 4).sum()), sorted(ids[ids < 4][:4].tolist()), sorted(ids[ids >= 4][:3].tolist())
-    (12, [0, 1, 2, 3], [4, 5, 6])
+    >>> sorted(ids[ids < 4][:4].tolist()), sorted(ids[ids >= 4][:3].tolist())
+    ([0, 1, 2, 3], [4, 5, 6])
 
     Ids are those of the tables one after the other.
     """
@@ -77,9 +77,10 @@ class Mixed:
     def start(self, seed: Any) -> MixedPosition:
         """The position before the first example; `seed` may be traced."""
         xp: Any = np if isinstance(seed, int | np.integer) else jnp
-        zero, zeros_S = xp.uint32(0), xp.zeros(len(self.names), xp.uint32)
         seed = np.uint32(seed) if xp is np else jnp.asarray(seed, jnp.uint32)
-        return MixedPosition(seed, zero, zero, zeros_S, zeros_S if xp is np else zeros_S + zero)
+        zero, zeros_S = xp.uint32(0), xp.zeros(len(self.names), xp.uint32)
+        phase_H = xp.full(len(self.names) - 1, 2**31, xp.uint32)
+        return MixedPosition(seed, zero, zero, phase_H, zeros_S, zeros_S)
 
     def ids(self, position: MixedPosition, count: int, xp: ModuleType = np) -> Any:
         """The ids of the next `count` examples, int32 (count,)."""
@@ -99,24 +100,13 @@ class Mixed:
 
     def sources(self, position: MixedPosition, count: int, xp: ModuleType = np) -> Any:
         """The source of each of the next `count` examples, int32 (count,)."""
-        drawn = xp.asarray(position.drawn).astype(xp.uint32)
-        with np.errstate(over="ignore"):
-            place_B = drawn + xp.arange(count, dtype=xp.uint32)
-            wraps_B = xp.asarray(position.wraps).astype(xp.uint32) + (place_B < drawn)
-            start = order.subseed(position.seed, "mixture", xp)
-            share_B = place_B * xp.uint32(GOLDEN) + start
-        source_B = _source(share_B, self.pieces[0][1], xp)
-        for first, weights in self.pieces[1:]:
-            high, low = xp.uint32(first >> 32), xp.uint32(first & 0xFFFFFFFF)
-            reached_B = (wraps_B > high) | ((wraps_B == high) & (place_B >= low))
-            source_B = xp.where(reached_B, _source(share_B, weights, xp), source_B)
-        return source_B
+        return self._draw(position, count, xp)[0]
 
     def advance(self, position: MixedPosition, count: int) -> MixedPosition:
         """The position after `count` further examples."""
         xp: Any = jnp if isinstance(position.drawn, jax.Array) else np
-        source_B = self.sources(position, count, xp)
-        counts_S = (source_B[:, None] == xp.arange(len(self.names))).sum(axis=0)
+        source_B, phase_H = self._draw(position, count, xp)
+        counts_S = (source_B[:, None] == xp.arange(len(self.names))[None]).sum(axis=0)
         lengths_S = xp.asarray(np.array(self.lengths, np.uint32))
         consumed_S = xp.asarray(position.offset_S) + counts_S.astype(xp.uint32)
         with np.errstate(over="ignore"):
@@ -125,22 +115,66 @@ class Mixed:
             position.seed,
             drawn,
             (position.wraps + (drawn < position.drawn)).astype(xp.uint32),
+            phase_H,
             xp.asarray(position.epoch_S) + consumed_S // lengths_S,
             consumed_S % lengths_S,
         )
 
+    def _draw(self, position: MixedPosition, count: int, xp: ModuleType) -> tuple[Any, Any]:
+        """The source of each of the next examples, and the phases after them."""
+        begins = self._begins(position, count, xp)
+        source_B = xp.zeros(count, xp.int32)
+        comes = {(0, len(self.names)): xp.ones(count, bool)}
+        phases = []
+        for number, (low, middle, high) in enumerate(_halvings(0, len(self.names))):
+            here_B = comes.pop((low, high))
+            share_B, all_B = xp.zeros(count, xp.uint32), xp.zeros(count, bool)
+            for begins_B, (_, weights) in zip(begins, self.pieces, strict=True):
+                share = _share(weights, low, middle, high)
+                share_B = xp.where(begins_B, xp.uint32(share % 2**32), share_B)
+                all_B = xp.where(begins_B, share == 2**32, all_B)
+            added_B = xp.where(here_B, share_B, xp.uint32(0))
+            with np.errstate(over="ignore"):
+                phase_B = _part(position.phase_H, number, xp) + xp.cumsum(added_B, dtype=xp.uint32)
+            # a sum that has passed 2**32 is smaller than what was added last
+            takes_B = here_B & ((phase_B < share_B) | all_B)
+            phases.append(phase_B[-1])
+            for first, last, mine_B in ((low, middle, takes_B), (middle, high, here_B & ~takes_B)):
+                comes[first, last] = mine_B
+                if last == first + 1:
+                    source_B = xp.where(mine_B, xp.int32(first), source_B)
+        return source_B, xp.stack(phases).astype(xp.uint32)
 
-def _source(share_B: Any, weights: Weights, xp: ModuleType) -> Any:
-    """In whose share of [0, 2**32) each number lies, int32."""
-    edges = [round(edge * 2**32 / math.fsum(weights)) for edge in itertools.accumulate(weights)]
-    source_B = xp.zeros(share_B.shape, xp.int32)
-    for edge in edges[:-1]:
-        if edge == 0:
-            source_B = source_B + xp.int32(1)
-        elif edge < 2**32:
-            source_B = source_B + (share_B >= xp.uint32(edge)).astype(xp.int32)
-    # what has no share at the end of the list is not reached by rounding
-    return source_B
+    def _begins(self, position: MixedPosition, count: int, xp: ModuleType) -> list[Any]:
+        """For each piece which of the next examples lie behind its beginning."""
+        drawn = xp.asarray(position.drawn).astype(xp.uint32)
+        with np.errstate(over="ignore"):
+            place_B = drawn + xp.arange(count, dtype=xp.uint32)
+            wraps_B = xp.asarray(position.wraps).astype(xp.uint32) + (place_B < drawn)
+        found = []
+        for first, _ in self.pieces:
+            high, low = xp.uint32(first >> 32), xp.uint32(first & 0xFFFFFFFF)
+            found.append((wraps_B > high) | ((wraps_B == high) & (place_B >= low)))
+        return found
+
+
+def _halvings(low: int, high: int) -> Iterator[tuple[int, int, int]]:
+    """How sources low..high are halved: first, middle and last, the whole list first.
+
+    >>> list(_halvings(0, 3))
+    [(0, 2, 3), (0, 1, 2)]
+    """
+    if high - low > 1:
+        middle = (low + high + 1) // 2
+        yield low, middle, high
+        yield from _halvings(low, middle)
+        yield from _halvings(middle, high)
+
+
+def _share(weights: Weights, low: int, middle: int, high: int) -> int:
+    """The share of sources low..middle in that of low..high, in 2**-32."""
+    whole = math.fsum(weights[low:high])
+    return round(math.fsum(weights[low:middle]) / whole * 2**32) if whole else 0
 
 
 def _part(array_S: Any, place: int, xp: ModuleType) -> Any:

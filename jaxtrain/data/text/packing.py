@@ -174,7 +174,8 @@ def kept_plan(folder: Path, name: str, make: Callable[[], Plan]) -> Plan:
     path = folder / f"{name}.npz"
     names = [field.name for field in dataclasses.fields(Plan)]
     with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
-        with np.load(path, allow_pickle=False) as arrays:
+        # opened here: np.load leaves a file open that is no archive
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in names}
         return Plan(**{name: array if array.ndim else int(array) for name, array in found.items()})
     made = make()
