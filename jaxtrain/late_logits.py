@@ -60,6 +60,15 @@ class LateLogits:
         return logits_NV[:, : self.vocabulary].reshape(self.shape)
 
 
+def whole(outputs: Any) -> Any:
+    """The logits, where they are late ones; any other outputs as they are.
+
+    >>> whole(jnp.ones((1, 2, 3))).shape
+    (1, 2, 3)
+    """
+    return outputs.logits() if isinstance(outputs, LateLogits) else outputs
+
+
 def logits_of(states_ND: jax.Array, kernel_DV: jax.Array, cap: float | None = None) -> jax.Array:
     """The head's product of rows (N, D), summed in float32, and its soft cap.
 

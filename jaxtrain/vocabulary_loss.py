@@ -1,5 +1,5 @@
-"""Cross-entropy over a vocabulary, of whole logits or of late ones, whose float32 logits never exist
-for the whole batch.
+"""Cross-entropy over a vocabulary, of whole logits or of late ones, which never exist for the whole
+batch.
 
 Late logits are made for a few tokens of each sequence at a time, in one loop that takes the
 gradient, too: while the logits of a chunk are there, their softmax less the labels is multiplied
@@ -69,9 +69,9 @@ def scores(
     loss_N = losses.cross_entropy(rows_NV, labels_N)
     log_z_N = jax.nn.logsumexp(rows_NV.astype(jnp.float32), axis=-1)
     minimised_N = loss_N
-    if not _is_off(label_smoothing):
+    if not is_off(label_smoothing):
         minimised_N = losses.cross_entropy(rows_NV, labels_N, label_smoothing=label_smoothing)
-    if not _is_off(z_loss):
+    if not is_off(z_loss):
         minimised_N = minimised_N + z_loss * jnp.square(log_z_N)
     weights_N = None if weights_BT is None else weights_BT.ravel()
     return Scores(
@@ -82,7 +82,8 @@ def scores(
     )
 
 
-def _is_off(factor: Factor) -> bool:
+def is_off(factor: Factor) -> bool:
+    """Whether a factor is 0 for good; a traced one never is, though its value may be 0."""
     return isinstance(factor, int | float) and factor == 0
 
 
@@ -97,7 +98,7 @@ def _of_late(
     if late.chunk < 1:
         raise UserError(f"LateLogits.chunk={late.chunk}: must be at least 1 token of each sequence")
     weights_BT = jnp.ones(labels_BT.shape, jnp.float32) if weights_BT is None else weights_BT
-    form = _Form(late.chunk, late.vocabulary, late.cap, not _is_off(label_smoothing))
+    form = _Form(late.chunk, late.vocabulary, late.cap, not is_off(label_smoothing))
     found: tuple[jax.Array, _OfTokens] = _chunked(
         form,
         late.states_BTD,

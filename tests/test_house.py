@@ -207,6 +207,8 @@ def test_models_know_nothing_of_the_house() -> None:
                 "jaxtrain.fields",
                 "jaxtrain.horizon",
                 "jaxtrain.late_logits",
+                "jaxtrain.messages",
+                "jaxtrain.parallel.blocks",
             }, module
 
 

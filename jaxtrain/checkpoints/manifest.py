@@ -3,9 +3,9 @@ hash of the manifest.
 
 A folder is written in this order: its files, `MANIFEST.json` over them, `COMMIT` with the SHA-256
 of the manifest's bytes, then everything is forced to the disk; only then may it be renamed to its
-final name (`durable_files.publish`). `problems` checks it: it looks at every entry of the folder, without
-following links, before it opens a file, and says in words what is wrong. Nothing here knows arrays
-or jax.
+final name (`durable_files.publish`). `problems` checks it: it looks at every entry of the folder,
+without following links, before it opens a file, and says in words what is wrong. Nothing here knows
+arrays or jax.
 """
 
 import contextlib

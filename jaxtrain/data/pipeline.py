@@ -257,8 +257,8 @@ def read_batch(
     rows = table.read(local["id"])
     checks.check_rows(table, rows, local["id"])
     if "weight" in rows and "weight" in local:  # the table's own, and 0 for padding
-        own = rows["weight"]
-        local["weight"] = local["weight"].reshape(-1, *(1,) * (own.ndim - 1)) * own
+        each = rows["weight"]  # of an example, or of all that is in it
+        local["weight"] = local["weight"].reshape(-1, *(1,) * (each.ndim - 1)) * each
     return _put(rows | local, sharding, len(ids_B), first)
 
 

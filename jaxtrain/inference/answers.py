@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtrain import tasks, tree
+from jaxtrain import late_logits, tasks, tree
 from jaxtrain.tasks import picking
 
 
@@ -22,18 +22,19 @@ def answers(task: Any, outputs: Any) -> dict[str, jax.Array]:
     ([1], [0.25, 0.75])
 
     Classification: `prediction` (B,), `probability` and `logits` (B, C). Binary and multi-label:
-    `prediction`, `probability` of a yes and `logits`, (B,) and (B, C). Next tokens: `prediction`
-    and its `probability` (B, T). Regression: `value`. Anything else: the outputs themselves, by
-    path.
+    `prediction`, `probability` of a yes and `logits`, (B,) and (B, C). Tokens, next
+    or masked: `prediction` and its `probability` (B, T). Regression: `value`. Anything else: the
+    outputs themselves, by path.
     """
     if hasattr(task, "predict"):
         return dict(task.predict(outputs))
-    if isinstance(task, tasks.Classification | tasks.NextToken):
-        logits = picking.output_of(outputs, task.output)
+    of_tokens = isinstance(task, tasks.NextToken | tasks.MaskedLanguage)
+    if of_tokens or isinstance(task, tasks.Classification):
+        logits = late_logits.whole(picking.output_of(outputs, task.output))
         prediction = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logits = logits.astype(jnp.float32)
         shares = jax.nn.softmax(logits, axis=-1)
-        if isinstance(task, tasks.NextToken):
+        if of_tokens:
             return {"prediction": prediction, "probability": jnp.max(shares, axis=-1)}
         return {"prediction": prediction, "probability": shares, "logits": logits}
     if isinstance(task, tasks.Binary | tasks.MultiLabel):

@@ -1,11 +1,54 @@
-"""Softmax attention, with every mask that the families need.
+"""Softmax attention, with every mask that the families need; by cuDNN on GPUs where that is right.
 
-Dims: B batch, T queries, S keys, N heads, M heads of keys and values, K head width, G queries that
-share a key.
+cuDNN's fused attention never writes the T x S products of queries and keys to memory.
+`why_not_fused` says which calls it cannot answer; these print one line where their program is
+lowered for an NVIDIA card. All else is computed as it stands here, softmax in float32. What decides
+is the platform that a program is lowered for, so one compiled for a card that is not here is the
+one that runs there.
+
+Dims: B batch, T queries, S keys, N heads, M heads of keys and values, G queries that share a key,
+K head width.
 """
+
+import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jaxtrain import messages
+from jaxtrain.errors import UserError
+
+MASKED = -0.7 * float(np.finfo(np.float32).max)
+"""The product of a key that is not seen: its weight is 0, and sums with it stay finite."""
+WIDEST_HEAD = 128
+"""Of cuDNN's, on every card; on Hopper some kernels take 256."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a call asks for, besides its arrays."""
+
+    causal: bool
+    window: int
+    """0: all."""
+    cap: float
+    scale: float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Marks:
+    """What is known of each query, and of each key where that is something else."""
+
+    segments_BT: jax.Array | None = None
+    segments_BS: jax.Array | None = None
+    positions_BT: jax.Array | None = None
+    positions_BS: jax.Array | None = None
 
 
 def attention(
@@ -22,49 +65,263 @@ def attention(
     positions: jax.Array | None = None,
     key_positions: jax.Array | None = None,
 ) -> jax.Array:
-    """What each query finds (B, T, N, K).
+    """What each query finds (B, T, N, K): the mean of the values that it sees, weighted by the
+    softmax of its products with their keys.
 
-    >>> attention(*[jnp.ones((1, 2, 1, 4))] * 3).shape
+    >>> attention(*[jnp.ones((1, 2, 1, 4))] * 3, causal=True).shape
     (1, 2, 1, 4)
+
+    M divides N: as many queries in a row share a key. A key is seen if it has the query's segment
+    (B, T) and (B, S), which is not 0; if `causal`, it stands no later; and with a `window`, less
+    than that many places away. Places count from 0, or are `positions` (B, T) and `key_positions`
+    (B, S), where -1 is an empty slot. Keys have the segments and positions of the queries unless
+    they are given their own. Products are multiplied by `scale` (1 / sqrt(K) by default), and with
+    a `cap` go through cap * tanh(x / cap). A query that sees nothing finds 0, and has no gradient.
     """
-    masked = window or segments is not None or positions is not None
-    if not (masked or cap):
-        return _plain(query_BTNK, key_BSMK, value_BSMK, causal=causal, scale=scale)
-    shared = query_BTNK.shape[2] // key_BSMK.shape[2]
-    key, value = (jnp.repeat(array, shared, axis=2) for array in (key_BSMK, value_BSMK))
-    factor = query_BTNK.shape[-1] ** -0.5 if scale is None else scale
-    scores = jnp.einsum("btnk,bsnk->bnts", query_BTNK, key).astype(jnp.float32) * factor
-    if cap:
-        scores = cap * jnp.tanh(scores / cap)
-    places = jnp.arange(query_BTNK.shape[1])[None] if positions is None else positions
-    key_places = jnp.arange(key.shape[1])[None] if key_positions is None else key_positions
-    apart = places[:, :, None] - key_places[:, None, :]
-    seen = jnp.broadcast_to(key_places[:, None, :] >= 0, apart.shape)
-    if causal:
-        seen &= apart >= 0
-    if window:
-        seen &= apart < window
-        seen &= apart > -window
-    if segments is not None and key_segments is not None:
-        seen &= segments[:, :, None] == key_segments[:, None, :]
-        seen &= (segments > 0)[:, :, None]
-    seen = seen[:, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
-    weights = jnp.where(seen, weights, 0.0).astype(value.dtype)
-    return jnp.einsum("bnts,bsnk->btnk", weights, value)
+    key_segments = None if key_segments is segments else key_segments
+    key_positions = None if key_positions is positions else key_positions
+    marks = Marks(segments, key_segments, positions, key_positions)
+    _check(query_BTNK, key_BSMK, marks)
+    placed = positions is not None or key_positions is not None
+    if not placed and window >= max(query_BTNK.shape[1], key_BSMK.shape[1]):
+        window = 0
+    # not head_dim**-0.5, which differs in the last bit
+    scale = float(1.0 / np.sqrt(query_BTNK.shape[-1])) if scale is None else scale
+    rule = Rule(causal, window, cap, scale)
+    by_platform: dict[str, Any] = {}
+    if query_BTNK.dtype == jnp.float16:
+        by_platform["cpu"] = functools.partial(_in_float32, rule)
+    reason = why_not_fused(rule, query_BTNK, key_BSMK, marks)
+    if reason is None:
+        by_platform["cuda"] = functools.partial(_fused, rule)
+    elif reason:
+        query_BTNK = _said.bind(query_BTNK, reason=reason)
+    plain = functools.partial(_plain, rule)
+    arrays = (query_BTNK, key_BSMK, value_BSMK, marks)
+    if not by_platform:
+        return plain(*arrays)
+    return jax.lax.platform_dependent(*arrays, **by_platform, default=plain)
+
+
+def why_not_fused(rule: Rule, query_BTNK: Any, key_BSMK: Any, marks: Marks) -> str | None:
+    """Why cuDNN cannot compute this, and what would change that; None if it can, "" if there is
+    nothing to say.
+
+    >>> query = jax.ShapeDtypeStruct((1, 8, 2, 64), "float32")
+    >>> why_not_fused(Rule(True, 0, 0.0, 0.125), query, query, Marks())
+    'it computes in bfloat16, and this is float32; --precision=bf16 is'
+    """
+    length, head_dim = query_BTNK.shape[1], query_BTNK.shape[-1]
+    if marks.positions_BT is not None or marks.positions_BS is not None:
+        return ""  # decoding: the scores of a few queries are small
+    if query_BTNK.dtype != jnp.bfloat16:
+        # Cards that lack bfloat16 lack the kernel too, so float16 says nothing of the card.
+        return f"it computes in bfloat16, and this is {query_BTNK.dtype}; --precision=bf16 is"
+    if rule.cap:
+        return f"it has no soft cap, and this one is {rule.cap:g}; a model without one can use it"
+    if rule.window and not rule.causal:
+        return "its windows look back only; a causal model, or one without a window, can use it"
+    if rule.causal and length != key_BSMK.shape[1]:
+        return (
+            f"causal, it wants as many queries as keys, not {length} and {key_BSMK.shape[1]};"
+            " without `causal` any numbers will do"
+        )
+    if head_dim % 8 or head_dim > WIDEST_HEAD:
+        return (
+            f"heads are {head_dim} wide, not a multiple of 8 up to {WIDEST_HEAD}; choose another"
+            " width or number of heads"
+        )
+    if marks.segments_BT is not None and (length % 2 or key_BSMK.shape[1] % 2):
+        return f"with segments it wants even lengths, not {length}; add or take away one token"
+    return _why_no_cudnn()
+
+
+@functools.cache
+def _why_no_cudnn() -> str | None:
+    """What jax lacks to trace cuDNN's attention in this process, or None."""
+    array = jax.ShapeDtypeStruct((1, 8, 1, 8), jnp.bfloat16)
+    try:
+        jax.eval_shape(
+            functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
+            array,
+            array,
+            array,
+        )
+    except (RuntimeError, NotImplementedError) as error:
+        said = messages.one_line(str(error)).rstrip(".")
+        return f"jax cannot use it here ({said}); pip install 'jax[cuda12]' brings cuDNN"
+    return None
+
+
+def _fused(
+    rule: Rule,
+    query_BTNK: jax.Array,
+    key_BSMK: jax.Array,
+    value_BSMK: jax.Array,
+    marks: Marks,
+) -> jax.Array:
+    """cuDNN's fused attention; segments are a mask that all heads share, two bytes a number."""
+    window = (rule.window - 1, 0) if rule.window else None
+    mask_B1TS = None
+    if marks.segments_BT is not None:
+        # its windows beside a mask are untried, so the mask holds the window, too
+        seen_BTS = _seen(rule, marks, query_BTNK.shape[1], key_BSMK.shape[1])
+        assert seen_BTS is not None
+        mask_B1TS, window = seen_BTS[:, None], None
+    found_BTNK = jax.nn.dot_product_attention(
+        query_BTNK,
+        key_BSMK,
+        value_BSMK,
+        mask=mask_B1TS,
+        is_causal=rule.causal,
+        scale=rule.scale,
+        local_window_size=window,
+        implementation="cudnn",
+    )
+    return _zero_where_blind(found_BTNK, rule, marks, key_BSMK.shape[1])
 
 
 def _plain(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool, scale: float | None
+    rule: Rule,
+    query_BTNK: jax.Array,
+    key_BSMK: jax.Array,
+    value_BSMK: jax.Array,
+    marks: Marks,
 ) -> jax.Array:
-    def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return jax.nn.dot_product_attention(query, key, value, is_causal=causal, scale=scale)
+    """The sum as it is defined, all products at once."""
+    heads, dtype = key_BSMK.shape[2], query_BTNK.dtype
+    batch, length = query_BTNK.shape[:2]
+    seen_BTS = _seen(rule, marks, length, key_BSMK.shape[1])
+    # Said outright: with the default the gradient's products have other dtypes (jax issue 24047).
+    algorithm = {
+        "bfloat16": jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
+        "float16": jax.lax.DotAlgorithmPreset.F16_F16_F32,
+    }.get(dtype.name)
+    wide = jnp.promote_types(dtype, jnp.float32)
 
-    def widened(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return plain(*(array.astype(jnp.float32) for array in (query, key, value))).astype(
-            query.dtype
+    def of_one(query_BTMK: jax.Array) -> jax.Array:
+        products_BMTS = jnp.einsum(
+            "btmk,bsmk->bmts",
+            query_BTMK,
+            key_BSMK,
+            precision=algorithm,
+            preferred_element_type=wide,
+        ) * jnp.asarray(rule.scale, wide)
+        if rule.cap:
+            products_BMTS = rule.cap * jnp.tanh(products_BMTS / rule.cap)
+        if seen_BTS is not None:
+            products_BMTS = jnp.where(seen_BTS[:, None], products_BMTS, MASKED)
+        weights_BMTS = jax.nn.softmax(products_BMTS, axis=-1).astype(value_BSMK.dtype)
+        return jnp.einsum("bmts,bsmk->btmk", weights_BMTS, value_BSMK)
+
+    grouped_BTMGK = query_BTNK.reshape(batch, length, heads, -1, query_BTNK.shape[-1])
+    found_BTMGK = jax.vmap(of_one, in_axes=3, out_axes=3)(grouped_BTMGK)
+    found_BTNK = found_BTMGK.reshape(*query_BTNK.shape[:3], value_BSMK.shape[-1])
+    return _zero_where_blind(found_BTNK, rule, marks, key_BSMK.shape[1])
+
+
+def _in_float32(rule: Rule, query: Any, key: Any, value: Any, marks: Marks) -> jax.Array:
+    """XLA's CPU backend has no float16 product of the kind that is asked for here."""
+    wide = jnp.float32
+    found = _plain(rule, query.astype(wide), key.astype(wide), value.astype(wide), marks)
+    return found.astype(query.dtype)
+
+
+def _seen(rule: Rule, marks: Marks, queries: int, keys: int) -> jax.Array | None:
+    """Which keys each query sees, (B, T, S) or (1, T, S); None for all."""
+    places, key_places = jnp.arange(queries)[None], jnp.arange(keys)[None]
+    if marks.positions_BT is not None:
+        places = marks.positions_BT
+        key_places = places if marks.positions_BS is None else marks.positions_BS
+    elif marks.positions_BS is not None:
+        key_places = marks.positions_BS
+    places, key_places = places[:, :, None], key_places[:, None, :]
+    rules = []
+    if rule.causal:
+        rules.append(places >= key_places)
+    if rule.window:
+        rules.append(places - key_places < rule.window)
+    if rule.window and not rule.causal:
+        rules.append(key_places - places < rule.window)
+    if marks.positions_BT is not None or marks.positions_BS is not None:
+        rules.append(key_places >= 0)
+    if marks.segments_BT is not None:
+        of_keys = marks.segments_BT if marks.segments_BS is None else marks.segments_BS
+        segments_BT1 = marks.segments_BT[:, :, None]
+        rules.append((segments_BT1 == of_keys[:, None, :]) & (segments_BT1 > 0))
+    return functools.reduce(jnp.logical_and, rules) if rules else None
+
+
+def _zero_where_blind(found_BTNK: jax.Array, rule: Rule, marks: Marks, keys: int) -> jax.Array:
+    """What was found, 0 for a query that sees nothing: of equal products softmax makes a mean."""
+    queries = found_BTNK.shape[1]
+    others = (marks.segments_BS, marks.positions_BT, marks.positions_BS)
+    if queries == keys and all(other is None for other in others):  # each query sees itself
+        if marks.segments_BT is None:
+            return found_BTNK
+        sees_BT = marks.segments_BT > 0
+    else:
+        seen_BTS = _seen(rule, marks, queries, keys)
+        if seen_BTS is None:
+            return found_BTNK
+        sees_BT = seen_BTS.any(axis=-1)
+    return jnp.where(sees_BT[:, :, None, None], found_BTNK, jnp.zeros((), found_BTNK.dtype))
+
+
+def _check(query_BTNK: Any, key_BSMK: Any, marks: Marks) -> None:
+    heads, shared = query_BTNK.shape[2], key_BSMK.shape[2]
+    if heads % shared:
+        raise UserError(
+            f"attention: {heads} heads of queries cannot share {shared} of keys; their number must"
+            f" be a divisor: {messages.nearest_divisors(heads, shared)}"
         )
+    if marks.segments_BS is not None and marks.segments_BT is None:
+        raise UserError("attention: key_segments without segments; give those of the queries, too")
+    queries, keys = query_BTNK.shape[1], key_BSMK.shape[1]
+    for name, array, length in (
+        ("segments", marks.segments_BT, queries),
+        (
+            "key_segments",
+            marks.segments_BT if marks.segments_BS is None else marks.segments_BS,
+            keys,
+        ),
+        ("positions", marks.positions_BT, queries),
+        (
+            "key_positions",
+            marks.positions_BT if marks.positions_BS is None else marks.positions_BS,
+            keys,
+        ),
+    ):
+        if array is not None and (array.ndim != 2 or array.shape[1] != length):
+            raise UserError(
+                f"attention: {name} of shape {list(array.shape)} do not mark {length} places; give"
+                f" (batch, {length})"
+            )
 
-    if query.dtype != jnp.float16:
-        return plain(query, key, value)
-    return jax.lax.platform_dependent(query, key, value, cpu=widened, default=plain)
+
+def _say(reason: str) -> None:
+    messages.warn(
+        f"attention without cuDNN's fused kernel is slower and takes more memory: {reason}"
+    )
+
+
+_say_once = functools.cache(_say)
+
+
+def _lower_with_a_word(_: Any, array: Any, *, reason: str) -> list[Any]:
+    _say_once(reason)
+    return [array]
+
+
+# The identity, with one line where a program that has it is lowered for an NVIDIA card. Only the
+# lowering knows the platform.
+_said = Primitive("attention_is_not_fused")
+_said.def_impl(lambda array, *, reason: array)
+_said.def_abstract_eval(lambda array, *, reason: array)
+ad.primitive_jvps[_said] = lambda primals, tangents, *, reason: (
+    _said.bind(*primals, reason=reason),
+    tangents[0],
+)
+batching.defvectorized(_said)
+mlir.register_lowering(_said, lambda _, array, *, reason: [array])
+mlir.register_lowering(_said, _lower_with_a_word, platform="cuda")

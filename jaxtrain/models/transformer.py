@@ -128,7 +128,7 @@ class Transformer(nn.Module):
     """blocks run in a loop of the compiled program: it compiles faster, and FSDP gathers one block
     at a time"""
     chunk: Whole = 0
-    "how many tokens' logits the loss holds at once; 0 for those of the whole batch"
+    "how many tokens of each sequence have their logits at once in a loss; 0 for all of them"
 
     @nn.compact
     def __call__(

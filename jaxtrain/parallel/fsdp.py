@@ -53,8 +53,8 @@ def _gathered(leaf: jax.Array, place: NamedSharding, axes: tree.Axes | None) -> 
         return jax.lax.with_sharding_constraint(leaf, whole)  # counts and keys have no gradient
     # The gradient of an embedding lookup is a scatter. If that must be split on a mesh of data and
     # fsdp, the compiler first copies all activations to all devices ("involuntary full
-    # rematerialization"). That of a head may be a sum over chunks of tokens: split in their loop, it
-    # would be sent once a chunk.
+    # rematerialization"). That of a head may be a sum over chunks of tokens, and would be sent once
+    # a chunk if their loop split it.
     is_embedding = bool(axes) and "vocab" in axes
 
     @jax.custom_vjp

@@ -173,9 +173,10 @@ def recipe_of(
 ) -> Recipe:
     """What one step of the run does; with the `identity` of the data, its statistics are kept."""
     measure = functools.partial(_statistics, train, identity) if run.normalize else None
+    task: Any = run.task
     return Recipe(
         run.model,
-        run.task,
+        task.with_data(train) if hasattr(task, "with_data") else task,
         run.optimizer,
         schedule=schedules.resolve(
             run.schedule,
@@ -286,7 +287,8 @@ def selection(run: config.Run, splits: Splits, programs: Programs) -> Selection:
         found = jax.eval_shape(programs.eval_step, programs.state, batch)
         # What is computed from a whole set is known at the first evaluation.
         if not tasks.measures_whole_sets(run.task):
-            best.check_metric(f"--best={run.best}", metric, found)
+            known = tasks.with_derived(run.task, dict.fromkeys(found, 1.0))
+            best.check_metric(f"--best={run.best}", metric, known)
     return chosen
 
 
@@ -322,7 +324,9 @@ def evaluators(
     means = execution.evaluation(programs)
 
     def evaluator(table: Table) -> loop.Evaluate:
-        return lambda state: means(state, batches(run, table, execution))
+        return lambda state: tasks.with_derived(
+            programs.recipe.task, means(state, batches(run, table, execution))
+        )
 
     return {name: evaluator(table) for name, table in splits.held_out.items()}
 

@@ -44,8 +44,9 @@ def model(run: config.Run, train: Table, recipe: Recipe, execution: Execution) -
     }
 
     found = check.check(recipe, batch)
-    if tasks.has_hook(run.task, "check", found.outputs):
-        run.task.check(found.outputs, _classes(run.task, train))
+    task: Any = recipe.task
+    if tasks.has_hook(task, "check", found.outputs):
+        task.check(found.outputs, _classes(task, train))
     for note in found.notes:
         messages.warn(note)
     return found

@@ -9,6 +9,7 @@ understands.
 from jaxtrain.tasks.binary import Binary, MultiLabel
 from jaxtrain.tasks.classification import Classification
 from jaxtrain.tasks.labels import Wrong
+from jaxtrain.tasks.masked_language import MaskedLanguage
 from jaxtrain.tasks.next_token import NextToken
 from jaxtrain.tasks.protocol import (
     Hooks,
@@ -17,6 +18,7 @@ from jaxtrain.tasks.protocol import (
     measures_whole_sets,
     score_of,
     units_of,
+    with_derived,
 )
 from jaxtrain.tasks.regression import Regression
 
@@ -25,6 +27,7 @@ __all__ = [
     "Binary",
     "Classification",
     "Hooks",
+    "MaskedLanguage",
     "MultiLabel",
     "NextToken",
     "Regression",
@@ -34,6 +37,7 @@ __all__ = [
     "measures_whole_sets",
     "score_of",
     "units_of",
+    "with_derived",
 ]
 
 NAMES = {
@@ -42,4 +46,5 @@ NAMES = {
     "multi_label": MultiLabel(),
     "regression": Regression(),
     "next_token": NextToken(),
+    "masked_language": MaskedLanguage(),
 }

@@ -1,18 +1,19 @@
 """Language modelling: each token of a sequence from those before it.
 
-Dims: B batch, T tokens to predict, V vocabulary, N examples of a set.
+Dims: B batch, T tokens to predict, V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxtrain import losses
+from jaxtrain import fields, losses, vocabulary_loss
 from jaxtrain.errors import UserError
 from jaxtrain.metrics import Sums, weighted
-from jaxtrain.tasks import labels, picking
+from jaxtrain.tasks import labels, of_tokens, picking
 from jaxtrain.tasks.classification import check_width
 from jaxtrain.tree import Batch, Shapes
 
@@ -29,8 +30,14 @@ class NextToken:
 
     Of tokens (B, T + 1) the model sees all but the last and is asked for all but the first. Losses
     are in nats and count by the token; a token that is outside the vocabulary makes them nan,
-    unless it is `ignore`. A batch may hold `weight`, 0 for padding: (B,), which all tokens of a
-    sequence have, (B, T + 1) for its tokens, or (B, T) for those to predict.
+    unless it is `ignore`. The model gives logits (B, T, V) or `LateLogits`. Evaluation adds the
+    perplexity of the whole set.
+
+    A batch may hold `weight`, 0 for padding: (B,), which all tokens of a sequence have, (B, T + 1)
+    for its tokens, or (B, T) for those to predict; `segments` (B, T + 1), the number of the
+    document that each token is of, 0 for padding: across documents nothing is asked for; `bytes`
+    (B,), how long the text of the tokens to predict is in UTF-8, for bits per byte, and `source`
+    (B,), the place of each sequence's source in `sources`.
     """
 
     unit: ClassVar[str] = "tokens"
@@ -46,6 +53,15 @@ class NextToken:
     ignore: int | None = None
     """A token that is not asked for and not counted, such as -100 or the id of padding; the model
     sees 0 in the place of a negative one."""
+
+    z_loss: fields.NonNegative = 0.0
+    """While training, this factor times the squared logarithm of the softmax's denominator is
+    added to each token's loss; 1e-4 keeps logits from drifting."""
+    label_smoothing: fields.Probability = 0.0
+    """Share of the target that is spread evenly over the vocabulary while training."""
+    sources: tuple[str, ...] = ()
+    """Names of the sources of a mixture, in their order: each has a loss of its own beside the
+    common one, as loss_NAME. A mixture of texts brings its names by itself."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "input", picking.as_text(self.input))
@@ -68,6 +84,10 @@ class NextToken:
         }
         return picking.inputs_of(cut, self.input)
 
+    def with_data(self, table: Any) -> "NextToken":
+        """Knows what the sources of a mixture are called."""
+        return of_tokens.named_by(self, table)
+
     def units(self, batch: Batch | Shapes) -> int:
         """How many tokens are predicted in a batch."""
         rows, length = batch[self._field].shape
@@ -88,8 +108,8 @@ class NextToken:
         return found or labels.wrong_weights(rows)
 
     def loss(self, outputs: Any, batch: Batch, *, train: bool = True) -> Sums:
-        """Cross-entropy and accuracy of logits (B, T, V), summed over tokens."""
-        del train  # the same in both
+        """Cross-entropy and accuracy of logits (B, T, V), summed over tokens; z-loss and smoothing
+        count while training alone, so that evaluation is the true likelihood."""
         labels.refuse_mixed(batch)
         outputs = picking.output_of(outputs, self.output)
         targets_BT = self._tokens(batch)[:, 1:]
@@ -98,16 +118,30 @@ class NextToken:
                 f"outputs have shape {outputs.shape}; the task wants {targets_BT.shape} and the"
                 " vocabulary; the model must answer at every place"
             )
-        weights = self._weights(batch.get("weight"), targets_BT.shape)
-        logits, targets = outputs.reshape(-1, outputs.shape[-1]), targets_BT.ravel()
-        targets, weights = labels.left_out(targets, weights, self.ignore)
-        known = losses.are_classes(targets, logits.shape) & self._sees_words(batch, logits).ravel()
-        right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-        loss = losses.cross_entropy(logits, targets)
-        return {
-            "loss": weighted(losses.nan_unless(known, loss), weights),
-            "accuracy": weighted(losses.nan_unless(known, right), weights),
-        }
+        weights_BT = self._weights(batch, targets_BT.shape)
+        targets_BT, weights_BT = labels.left_out(targets_BT, weights_BT, self.ignore)
+        found = vocabulary_loss.scores(
+            outputs,
+            targets_BT,
+            weights_BT,
+            known_BT=self._sees_words(batch, outputs.shape[-1]),
+            z_loss=self.z_loss if train else 0.0,
+            label_smoothing=self.label_smoothing if train else 0.0,
+        )
+        accuracy = weighted(found.right_BT, weights_BT)
+        sums = {"loss": (found.total, accuracy[1]), "accuracy": accuracy}
+        if train and not vocabulary_loss.is_off(self.z_loss):
+            sums["z_loss"] = weighted(self.z_loss * jnp.square(found.log_z_BT), weights_BT)
+        if "source" in batch:
+            sums |= of_tokens.by_source(self.sources, found.loss_BT, weights_BT, batch["source"])
+        if "bytes" in batch and self.ignore is None and not train:
+            bits = of_tokens.bits_per_byte(found.loss_BT, weights_BT, batch["bytes"])
+            sums["bits_per_byte"] = bits
+        return sums
+
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        """The perplexity of a whole set."""
+        return {"perplexity": of_tokens.perplexity(means["loss"])}
 
     @property
     def _field(self) -> str:
@@ -116,24 +150,26 @@ class NextToken:
     def _tokens(self, batch: Batch) -> jax.Array:
         return losses.whole_numbers(picking.field_of(batch, self._field, picking.FLAG))
 
-    def _sees_words(self, batch: Batch, logits: jax.Array) -> jax.Array:
+    def _sees_words(self, batch: Batch, vocabulary: int) -> jax.Array:
         """Where the token just before is in the vocabulary, (B, T); an embedding would take the
         nearest, or none, without a word."""
         seen_BT = self._tokens(batch)[:, :-1]
-        known_BT = losses.are_classes(seen_BT, (*seen_BT.shape, logits.shape[-1]))
+        known_BT = losses.are_classes(seen_BT, (*seen_BT.shape, vocabulary))
         return known_BT if self.ignore is None else known_BT | (seen_BT == self.ignore)
 
-    def _weights(self, weights: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
-        """The weights of the tokens to predict, in one row."""
-        if weights is None:
-            return None
-        whole = weights.shape
-        if whole == (shape[0], shape[1] + 1):
+    def _weights(self, batch: Batch, shape: tuple[int, ...]) -> jax.Array | None:
+        """The weights of the tokens to predict, (B, T)."""
+        weights, segments = batch.get("weight"), batch.get("segments")
+        whole = (shape[0], shape[1] + 1)
+        if weights is not None and weights.shape == whole:
             weights = weights[:, 1:]
-        elif whole not in (shape, shape[:1]):
+        elif weights is not None and weights.shape not in (shape, shape[:1]):
             raise UserError(
-                f"weight has shape {whole}; the task wants {shape[:1]}, {shape} or"
-                f" {(shape[0], shape[1] + 1)}"
+                f"weight has shape {weights.shape}; the task wants {shape[:1]}, {shape} or {whole}"
             )
-        spread = labels.spread(weights, shape)
-        return None if spread is None else spread.ravel()
+        weights_BT = labels.spread(weights, shape)
+        if segments is None:
+            return weights_BT
+        of_tokens.check_segments(segments, whole)
+        same_BT = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
+        return jnp.where(same_BT, 1.0 if weights_BT is None else weights_BT, 0.0)

@@ -37,6 +37,15 @@ class Hooks(Protocol):
         """How many of those a batch holds."""
         ...
 
+    def with_data(self, table: Any) -> "Task":
+        """The task with what it did not know before it saw the table that is trained on."""
+        ...
+
+    def draw(self, batch: Batch, keys_B: jax.Array) -> Batch:
+        """A prepared and augmented batch with what the task draws of each example by its key; in
+        evaluation that key is the same at every step."""
+        ...
+
     def check(self, outputs: Any, num_classes: int | None) -> None:
         """Before anything is compiled: `UserError` if the abstract outputs do not fit the data."""
         ...
@@ -55,6 +64,11 @@ class Hooks(Protocol):
     def evaluate(self, examined: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Further metrics of a whole set, by what `examine` gave of every example of it, each once
         and in the order of the set, with `id` and `weight`."""
+        ...
+
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Further metrics of a whole set, by the means of its sums; such as a perplexity, which is
+        no mean of those of batches."""
         ...
 
     def score(self, values: Mapping[str, float]) -> float:
@@ -87,6 +101,22 @@ def score_of(task: Any) -> Callable[[Mapping[str, float]], float]:
         return values["accuracy"] if "accuracy" in values else -values["loss"]
 
     return getattr(task, "score", score)
+
+
+def with_derived(task: Any, means: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a whole set, with those that the task derives from them; `UserError` if one of
+    these is there already.
+
+    >>> with_derived(None, {"loss": 0.5})
+    {'loss': 0.5}
+    """
+    more = dict(task.derived(means)) if hasattr(task, "derived") else {}
+    if both := sorted(means.keys() & more.keys()):
+        raise UserError(
+            f"task {type(task).__name__}: derived gives {', '.join(both)}, which is there already;"
+            " rename it"
+        )
+    return {**means, **more}
 
 
 def has_hook(task: Any, name: str, outputs: Any) -> bool:

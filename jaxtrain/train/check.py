@@ -148,7 +148,7 @@ def _training(recipe: Recipe, seen: _Seen, state: TrainState, batch: Batch) -> t
 
 def _evaluation(recipe: Recipe, seen: _Seen, state: TrainState, batch: Batch) -> Any:
     bound = _watched(recipe, state, seen)
-    batch = train_step.prepared(bound, batch, None)
+    batch = train_step.to_evaluate(bound, state, batch, None)
     outputs = train_step.outputs(bound, dataclasses.replace(state, hyper={}), batch)
     bound.task.loss(outputs, _NotedBatch(batch, seen.read), train=False)
     return outputs
@@ -201,6 +201,8 @@ class _WatchedTask:
             return checked_sums(task, task.loss(*arguments, **options))
 
         self.loss = loss
+        if hasattr(task, "draw"):
+            self.draw = task.draw
 
     def inputs(self, batch: Batch) -> Any:
         """Those of the task."""

@@ -12,7 +12,7 @@ Results = Mapping[str, Mapping[str, float]]
 """What one evaluation found: set -> metric -> value."""
 Score = Callable[[Mapping[str, float]], float]
 """The metrics of one set as one number, greater is better."""
-_KNOWN = {"loss": "min", "accuracy": "max"}
+_KNOWN = {"loss": "min", "perplexity": "min", "accuracy": "max"}
 
 
 @dataclasses.dataclass(frozen=True)

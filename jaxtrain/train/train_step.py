@@ -94,6 +94,7 @@ def gradients(
     batch = padding.replaced(prepared(recipe, batch, mesh), recipe.dtype)
     batch = padding.ignored_replaced(batch, recipe.task, recipe.dtype)
     batch = augmented(recipe, state, batch, shard)
+    batch = drawn(recipe, state, batch, shard)
 
     def one(part: Batch, index: int | jax.Array) -> Total:
         key = jax.random.fold_in(
@@ -120,19 +121,41 @@ def augmented(recipe: Recipe, state: TrainState, batch: Batch, shard: int | jax.
     """A prepared batch, augmented by example; mixtures draw for each logical shard."""
     if recipe.augment is None:
         return batch
-    rows = jax.tree.leaves(dict(batch))[0].shape[0]
-    ids_B = (
-        batch["id"]
-        if "id" in batch
-        else jnp.arange(rows, dtype=jnp.uint32) + jnp.uint32(shard) * np.uint32(rows)
-    )
-    keys_B = rng.per_example(rng.stream(state.key, "augment", state.step), ids_B)
+    keys_B = _keys_of_examples(rng.stream(state.key, "augment", state.step), batch, shard)
     mixture = rng.stream(state.key, "mixture", state.step)
     return recipe.augment(
         batch,
         keys_B,
         mixture if isinstance(shard, int) and shard == 0 else jax.random.fold_in(mixture, shard),
     )
+
+
+def drawn(
+    recipe: Recipe,
+    state: TrainState,
+    batch: Batch,
+    shard: int | jax.Array = 0,
+    *,
+    evaluates: bool = False,
+) -> Batch:
+    """A batch with what the task draws of each example, such as the tokens that it hides: anew at
+    each step, and in evaluation always the same."""
+    task: Any = recipe.task
+    if not hasattr(task, "draw"):
+        return batch
+    name, step = ("task in evaluation", 0) if evaluates else ("task", state.step)
+    return task.draw(batch, _keys_of_examples(rng.stream(state.key, name, step), batch, shard))
+
+
+def _keys_of_examples(key: jax.Array, batch: Batch, shard: int | jax.Array) -> jax.Array:
+    """A key for each example by its id, or its place where there are no ids."""
+    rows = jax.tree.leaves(dict(batch))[0].shape[0]
+    ids_B = (
+        batch["id"]
+        if "id" in batch
+        else jnp.arange(rows, dtype=jnp.uint32) + jnp.uint32(shard) * np.uint32(rows)
+    )
+    return rng.per_example(key, ids_B)
 
 
 def _apply(recipe: Recipe, places: Placement | None) -> adapters.Apply:
@@ -396,8 +419,14 @@ def evaluation_step(
     """The sums of a raw batch in evaluation."""
     bound = hyper.bind(recipe, state.hyper)
     places = _placement(recipe, state, batch, mesh, places)
-    batch = padding.replaced(prepared(bound, batch, mesh), bound.dtype, by_row=False)
+    batch = to_evaluate(bound, state, batch, mesh)
     return dict(bound.task.loss(outputs(bound, state, batch, places), batch, train=False))
+
+
+def to_evaluate(recipe: Recipe, state: TrainState, batch: Batch, mesh: Mesh | None) -> Batch:
+    """A raw batch as evaluation sees it."""
+    batch = padding.replaced(prepared(recipe, batch, mesh), recipe.dtype, by_row=False)
+    return drawn(recipe, state, batch, evaluates=True)
 
 
 def prediction_step(
@@ -411,6 +440,7 @@ def prediction_step(
     bound = hyper.bind(recipe, state.hyper)
     places = _placement(recipe, state, batch, mesh, places)
     raw, batch = batch, prepared(bound, batch, mesh)
+    batch = drawn(bound, state, batch, evaluates=True)
     return _examined(bound, outputs(bound, state, batch, places), raw, batch, mesh)
 
 
@@ -425,8 +455,7 @@ def measuring_step(
     one forward pass."""
     bound = hyper.bind(recipe, state.hyper)
     places = _placement(recipe, state, batch, mesh, places)
-    raw = batch
-    batch = padding.replaced(prepared(bound, batch, mesh), bound.dtype, by_row=False)
+    raw, batch = batch, to_evaluate(bound, state, batch, mesh)
     result = outputs(bound, state, batch, places)
     sums = dict(bound.task.loss(result, batch, train=False))
     return sums, _examined(bound, result, raw, batch, mesh)

@@ -50,7 +50,7 @@ class Tokens:
     """
 
     shards: tuple[np.ndarray, ...]
-    """The ids, uint16 or uint32, in files that are mapped into memory; `read` hides where one ends."""
+    """The ids, uint16 or uint32, in files mapped into memory; `read` hides where one ends."""
     offsets_D1: np.ndarray
     bytes_D: np.ndarray
     tokenizer: Tokenizer

@@ -1,8 +1,8 @@
 """Shards of tokens: one job makes one shard, in this process or in another, whole or not at all.
 
 A shard is `NAME.ids.npy` (the ids), `NAME.documents.npy` (what `Column` says of each document) and,
-written last, `NAME.json` with their checksums. Its name is the digest of all that it was made of, so
-a shard that is there is the right one.
+written last, `NAME.json` with their checksums. Its name is the digest of all that it was made of,
+so a shard that is there is the right one.
 
 D: documents
 """

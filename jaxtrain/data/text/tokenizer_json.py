@@ -50,8 +50,8 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerJson:
-    """A tokenizer of the library `tokenizers`: `text` is its tokenizer.json; `special`, `bos`, `eos`
-    and `chat_template` come from the files beside it."""
+    """A tokenizer of the library `tokenizers`: `text` is its tokenizer.json; `special`, `bos`,
+    `eos` and `chat_template` come from the files beside it."""
 
     text: str = dataclasses.field(repr=False)
     name: str = "tokenizer.json"
@@ -244,8 +244,8 @@ def _id_of(tokenizer: TokenizerJson, token: str) -> int:
     found = tokenizer.token_id(token)
     if found is None:
         raise UserError(
-            f"{printable(tokenizer.name)}: has no token {token!r}, which tokenizer_config.json names;"
-            " the two files do not belong together"
+            f"{printable(tokenizer.name)}: has no token {token!r}, which tokenizer_config.json"
+            " names; the two files do not belong together"
         )
     return found
 
@@ -309,8 +309,8 @@ def from_gguf(fields: Mapping[str, Any], name: str) -> TokenizerJson:
     pre, kind = field("pre", "gpt-2"), field("model")
     if kind != "gpt2" or pre not in _GGUF_PATTERNS:
         raise UserError(
-            f"{printable(name)}: its tokenizer is of the kind {kind!r}, {pre!r}; known are gpt2 with"
-            f" {', '.join(_GGUF_PATTERNS)}; use the tokenizer.json of the model"
+            f"{printable(name)}: its tokenizer is of the kind {kind!r}, {pre!r}; known are gpt2"
+            f" with {', '.join(_GGUF_PATTERNS)}; use the tokenizer.json of the model"
         )
     tokens, kinds = list(field("tokens")), list(field("token_type", ()))
     merges = [tuple(merge.split(" ")) for merge in field("merges")]
