@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from jaxtrain.errors import UserError
-from jaxtrain.horizon import Horizon, Steps, Unit
+from jaxtrain.horizon import Horizon, Steps, TokenCount, Unit
 
 _LARGEST = 2**63 - 1
 _UNIONS = (typing.Union, types.UnionType)
@@ -130,6 +130,12 @@ class Secret:
 @dataclasses.dataclass(frozen=True)
 class Public:
     """Marks a text that is no secret, although its name ends like one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Free:
+    """Marks a field of a component that may differ from the run that goes on; a line says so. Of
+    others a difference needs --allow_config_change."""
 
 
 Count = Annotated[int, AtLeast(1)]
@@ -243,6 +249,8 @@ def _unit_problem(horizon: Horizon) -> str | None:
         return "must be finite"
     if horizon.unit == "steps" and horizon.value != int(horizon.value):
         return _not_whole(horizon.value)
+    if horizon.unit == "tokens" and horizon.value != int(horizon.value):
+        return "must be a whole number of tokens"
     return "must be at most 100%" if horizon.unit == "percent" and horizon.value > 100 else None
 
 
@@ -364,6 +372,7 @@ _HORIZON = 'a horizon such as Horizon(5, "percent")'
 _TYPES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     bool: ("True or False", lambda value: isinstance(value, bool | np.bool_)),
     int: ("a whole number", _is_whole),
+    TokenCount: ("a whole number", _is_whole),
     float: ("a number", _is_real),
     int | float: ("a number", _is_real),
     str: ("a text", lambda value: isinstance(value, str)),

@@ -216,7 +216,13 @@ def of(given: Any) -> Schedule:
     return FromFunction(function=function)
 
 
-def resolve(schedule: AnySchedule, *, total_steps: float, steps_per_epoch: float) -> AnySchedule:
+def resolve(
+    schedule: AnySchedule,
+    *,
+    total_steps: float,
+    steps_per_epoch: float,
+    tokens_per_step: float | None = None,
+) -> AnySchedule:
     """The same schedule with every horizon as a number of steps.
 
     >>> resolve(Cosine(warmup=Horizon(2, "epochs")), total_steps=100, steps_per_epoch=10)
@@ -227,7 +233,13 @@ def resolve(schedule: AnySchedule, *, total_steps: float, steps_per_epoch: float
     """
     given = {field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)}
     steps = {
-        name: Steps(value.steps(total_steps=total_steps, steps_per_epoch=steps_per_epoch))
+        name: Steps(
+            value.steps(
+                total_steps=total_steps,
+                steps_per_epoch=steps_per_epoch,
+                tokens_per_step=tokens_per_step,
+            )
+        )
         for name, value in given.items()
         if isinstance(value, Horizon)
     }

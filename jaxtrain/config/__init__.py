@@ -3,6 +3,7 @@
 from jaxtrain.config.marks import Group as Group
 from jaxtrain.config.marks import Mark as Mark
 from jaxtrain.config.run import FAMILIES as FAMILIES
+from jaxtrain.config.run import LENGTHS as LENGTHS
 from jaxtrain.config.run import Run as Run
 from jaxtrain.config.run import check as check
 from jaxtrain.config.run import check_paths as check_paths
@@ -11,6 +12,7 @@ from jaxtrain.fields import replaced as replaced
 
 __all__ = [
     "FAMILIES",
+    "LENGTHS",
     "Group",
     "Mark",
     "Run",

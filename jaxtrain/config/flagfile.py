@@ -7,6 +7,7 @@ it names. Every mistake is told with its file and line.
 """
 
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from jaxtrain.errors import UserError
 LARGEST = 2**20
 """Bytes; a file of flags is never so long, a data set or a checkpoint is."""
 _FLAG = re.compile(r"--?flagfile(?:=(.*))?", re.DOTALL)
-_OPPOSITES = {frozenset({"steps", "epochs"})}
+_OPPOSITES = {frozenset(pair) for pair in itertools.combinations(("steps", "epochs", "tokens"), 2)}
 """Flags of which the later replaces the other."""
 
 

@@ -27,8 +27,6 @@ from jaxtrain.messages import warn
 Component = TypeVar("Component")
 
 HELP = ("help", "helpfull", "helpshort", "h", "?")
-_LENGTHS = ("steps", "epochs")
-"""One of them is given, though each may be none."""
 _NAMED_FLAG = re.compile(r"(?:unknown flag )?--([\w.\-]+)")
 """The flag that a message is about."""
 
@@ -91,12 +89,18 @@ class SettingFlag(absl_flags.Flag):
         try:
             return flag_values.read(argument, self.setting.field.type, self.setting.field.marks)
         except ValueError as problem:
-            optional = field_type(self.setting.field.type).optional and self.name not in _LENGTHS
+            optional = (
+                field_type(self.setting.field.type).optional and self.name not in config.LENGTHS
+            )
             more = ", or none" if optional and argument in ("0", "0.0", "-1") else ""
             if self.name == "resume" and "did you mean" not in str(problem):
                 said = other_toolkits.instead("resume", argument, ("workdir", "init_from"))
                 more = f"; {said}" if said else ""
-            said = str(problem).replace(", or none", "") if self.name in _LENGTHS else str(problem)
+            said = (
+                str(problem).replace(", or none", "")
+                if self.name in config.LENGTHS
+                else str(problem)
+            )
             if self.name == "init_rules":  # whose rules are others than those of --shard
                 said = said.replace("head/kernel=fsdp:-", "head=skip")
             raise UserError(f"--{self.name}={self._shown(argument)}: {said}{more}") from None
@@ -313,11 +317,11 @@ def _warn_of_secrets(given: Iterable[SettingFlag]) -> None:
 
 def _finish(run: config.Run, values: dict[str, Any], typed: Mapping[str, str | None]) -> config.Run:
     """Applies the values and checks what they say together."""
-    if "steps" in typed and "epochs" in typed:
-        raise UserError("--epochs and --steps are both set; give one")
-    for given, other in (("steps", "epochs"), ("epochs", "steps")):
-        if given in typed and values[given] is not None:
-            values[other] = None
+    lengths = sorted(name for name in config.LENGTHS if name in typed)
+    if len(lengths) > 1:
+        raise UserError(f"--{lengths[0]} and --{lengths[1]} are both set; give one")
+    if lengths and values[lengths[0]] is not None:
+        values |= {name: None for name in config.LENGTHS if name != lengths[0]}
     run = _apply(run, values, "")
     config.check(run)
     if (

@@ -19,10 +19,12 @@ from jaxtrain.config.marks import EXPERIMENT, FAMILY, FREE, INVOCATION, PATH, Gr
 from jaxtrain.config.step_options import StepOptions
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Above, AtLeast, Between, Count
-from jaxtrain.horizon import Horizon
+from jaxtrain.horizon import Horizon, TokenCount
 from jaxtrain.schedules import Constant
 from jaxtrain.tree import Rules
 
+LENGTHS = ("steps", "epochs", "tokens")
+"""The fields that say how long a run is; one of them is given."""
 STOP_AFTER = r"[1-9][0-9]{0,8}(evals?)?"
 Hook = Callable[[int, Any, Mapping[str, float]], Any]
 BatchSize = Annotated[int, AtLeast(1, whole=True)]
@@ -60,6 +62,9 @@ class Run(StepOptions):
     epochs: Annotated[float | None, Above(0), Group.TRAINING, FREE] = None
     """How many passes over the train split, fractions allowed; replaces the experiment's own
     --steps or --epochs."""
+    tokens: Annotated[TokenCount | None, AtLeast(1), Group.TRAINING, FREE] = None
+    """How many tokens to train on, for tasks that count them, e.g. 10M or 1.5B; replaces the
+    experiment's own --steps or --epochs."""
     batch_size: Annotated[BatchSize, Group.TRAINING] = 128
     """How many examples one step sees, over all devices."""
     seed: Annotated[Seed, Group.TRAINING] = 0
@@ -230,9 +235,11 @@ def check(run: Run) -> None:
     """
     for name, value, problem in fields.out_of_bounds(run):
         raise UserError(f"--{name}={values.text(value)}: {problem}")
-    if run.steps is not None and run.epochs is not None:
-        raise UserError("--epochs and --steps are both set; give one")
-    if run.steps is None and run.epochs is None:
+    lengths = sorted(name for name in LENGTHS if getattr(run, name) is not None)
+    if len(lengths) > 1:
+        both = "both" if len(lengths) == 2 else "all"
+        raise UserError(f"--{' and --'.join(lengths)} are {both} set; give one")
+    if not lengths:
         raise UserError("--steps and --epochs are both unset; give one")
     if run.batch_size % run.microbatches:
         near = messages.nearest_divisors(run.batch_size, run.microbatches)

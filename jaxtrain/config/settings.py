@@ -36,7 +36,7 @@ def of_run(run: config.Run) -> list[Setting]:
 
     >>> run = config.Run(name="toy", steps=100, **dict.fromkeys(config.FAMILIES))
     >>> [setting.name for setting in of_run(run)][:3]
-    ['steps', 'epochs', 'batch_size']
+    ['steps', 'epochs', 'tokens']
     """
     own = [
         setting

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 from jaxtrain.config import other_toolkits
 from jaxtrain.errors import UserError
 from jaxtrain.fields import FieldType, field_type, problem
-from jaxtrain.horizon import Horizon
+from jaxtrain.horizon import Horizon, TokenCount
 from jaxtrain.messages import did_you_mean, is_number, shown
 
 EvaluationSets = tuple[tuple[str, Any], ...] | Mapping[str, Any]
@@ -251,6 +251,23 @@ def _load_horizon(value: Any, wanted: FieldType) -> Any:
     raise _wrong_type(value, wanted)
 
 
+def _read_tokens(text: str, wanted: FieldType) -> TokenCount:
+    try:
+        return TokenCount.parse(text)
+    except ValueError as error:
+        meant = re.fullmatch(r"([0-9.]+) ?([kmbtgKMBTG])(?:[a-z]*)", text)
+        letter = "" if meant is None else {"G": "B"}.get(meant[2].upper(), meant[2].upper())
+        near = "" if meant is None else f"; did you mean {meant[1]}{letter}?"
+        said = str(error).removeprefix(f"{text!r}: ")
+        raise UserError(said + near) from None
+
+
+def _load_tokens(value: Any, wanted: FieldType) -> TokenCount:
+    if type(value) is not int:
+        raise _wrong_type(value, wanted)
+    return TokenCount(value)
+
+
 def _read_choice(text: str, wanted: FieldType) -> Any:
     by_text = {str(choice): choice for choice in wanted.items}
     if text in by_text:
@@ -378,6 +395,7 @@ FORMATS: dict[Any, Format] = {
     int: Format(_read_int, "int"),
     float: _FLOAT,
     int | float: _FLOAT,
+    TokenCount: Format(_read_tokens, "tokens, e.g. 1B", dump=int, load=_load_tokens),
     str: Format(_read_text, "text"),
     Horizon: _HORIZON,
     Horizon | float: _HORIZON,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; tests/test_exports.py c
     from jaxtrain.data.sources.own import Own
     from jaxtrain.data.sources.records import Records
     from jaxtrain.data.sources.synthetic import Synthetic
+    from jaxtrain.data.sources.text import Mixture, Text
     from jaxtrain.data.sources.tfds_sets import Tfds
     from jaxtrain.data.splits import Splits
     from jaxtrain.data.table import Table
@@ -29,12 +30,14 @@ __all__ = [
     "Conversations",
     "Digits",
     "Images",
+    "Mixture",
     "Own",
     "Records",
     "Splits",
     "Synthetic",
     "SyntheticTokens",
     "Table",
+    "Text",
     "Tfds",
 ]
 
@@ -50,6 +53,8 @@ _FILES = {
     "Synthetic": "sources.synthetic",
     "SyntheticTokens": "sources.markov",
     "Table": "table",
+    "Text": "sources.text",
+    "Mixture": "sources.text",
     "Tfds": "sources.tfds_sets",
 }
 _SOURCES = {
@@ -60,6 +65,8 @@ _SOURCES = {
     "images": "Images",
     "synthetic": "Synthetic",
     "tokens": "SyntheticTokens",
+    "text": "Text",
+    "mixture": "Mixture",
     "own": "Own",
     "conversations": "Conversations",
 }

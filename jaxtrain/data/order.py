@@ -10,6 +10,7 @@ a compiled program on a device compute the same bits.
 import dataclasses
 import functools
 import math
+import zlib
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -141,6 +142,16 @@ def permute(seed: Any, epoch: Any, index: Any, length: int, xp: ModuleType = np)
         for _ in range(rows * columns - length):
             value = xp.where(value < length, value, _feistel(key, value, rows, columns, xp))
     return value.astype(xp.int32)
+
+
+def subseed(seed: Any, name: str, xp: ModuleType = np) -> Any:
+    """The seed of a stream of its own, by its name: another stream moves none. uint32.
+
+    >>> int(subseed(0, "code")) != int(subseed(0, "books"))
+    True
+    """
+    with np.errstate(over="ignore"):
+        return _mix(_uint32(seed, xp) ^ xp.uint32(zlib.crc32(name.encode())), 0x2545F491, xp)
 
 
 @functools.cache

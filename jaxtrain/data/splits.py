@@ -157,26 +157,14 @@ def choose(
     with `origin`, if they are no numbers, or differ in dtype or (unless `ranges` is False) in
     scale; True means that the source has an image_range to set.
     """
-    lengths = {name: len(table) for name, table in tables.items()}
     expressions = {"train": train, "validation": validation, "test": test}
-    if not train.strip():
-        raise UserError(f"--data.train={train!r}: {_SHAPE_OF_ERROR}")
-    pieces = {
-        role: parse(text, lengths, f"--data.{role}")
-        for role, text in expressions.items()
-        if text.strip()
-    }
+    pieces = cut(expressions, {name: len(table) for name, table in tables.items()})
     used = {
         name: tables[name]
         for name in dict.fromkeys(name for chosen in pieces.values() for name, _, _ in chosen)
     }
     found = [*checks.check_values(used, origin), *checks.check_alike(used, origin, ranges=ranges)]
     parts = {role: take(chosen, tables) for role, chosen in pieces.items()}
-    overlaps = tuple(
-        f"{expressions[one]} and {expressions[other]} share {_percent(share)} of examples"
-        for one, other in itertools.combinations(pieces, 2)
-        if (share := _shared_percent(pieces[one], pieces[other]))
-    )
     blocks = tuple(
         note
         for role, chosen in pieces.items()
@@ -187,8 +175,34 @@ def choose(
         parts.get("validation"),
         parts.get("test"),
         fingerprint,
-        (*notes, *found, *overlaps, *blocks),
+        (*notes, *found, *overlaps(expressions, pieces), *blocks),
         modified_ns,
+    )
+
+
+def cut(expressions: Mapping[str, str], lengths: Mapping[str, int]) -> dict[str, tuple[Piece, ...]]:
+    """What the expression of each role stands for; an empty validation or test means none.
+
+    >>> cut({"train": "all[:90%]", "validation": "", "test": "all[90%:]"}, {"all": 10})
+    {'train': (('all', 0, 9),), 'test': (('all', 9, 10),)}
+    """
+    if not expressions["train"].strip():
+        raise UserError(f"--data.train={expressions['train']!r}: {_SHAPE_OF_ERROR}")
+    return {
+        role: parse(text, lengths, f"--data.{role}")
+        for role, text in expressions.items()
+        if text.strip()
+    }
+
+
+def overlaps(
+    expressions: Mapping[str, str], pieces: Mapping[str, tuple[Piece, ...]]
+) -> tuple[str, ...]:
+    """A note for each two parts that share examples."""
+    return tuple(
+        f"{expressions[one]} and {expressions[other]} share {_percent(share)} of examples"
+        for one, other in itertools.combinations(pieces, 2)
+        if (share := _shared_percent(pieces[one], pieces[other]))
     )
 
 

@@ -12,8 +12,7 @@ from jaxtrain import config, optimizers, precision, schedules, tasks
 from jaxtrain.config import record as run_record
 from jaxtrain.config import values
 from jaxtrain.config.step_options import options_of
-from jaxtrain.data import checks, label_checks, pipeline, statistics
-from jaxtrain.data.order import Shuffled
+from jaxtrain.data import checks, label_checks, mixture, pipeline, statistics
 from jaxtrain.data.pipeline import BatchLoader
 from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import Table
@@ -48,6 +47,8 @@ class Lengths:
     save: int
     keep_every: int | None
     log: int
+    tokens_per_step: int | None = None
+    """How many tokens a step is trained on, where the task counts tokens."""
 
 
 def accepted(run: config.Run) -> config.Run:
@@ -77,8 +78,22 @@ def accepted(run: config.Run) -> config.Run:
     return config.replaced(run, {**changes, "offers": offers})
 
 
-def lengths(run: config.Run, num_examples: int) -> Lengths:
-    """Turns epochs, percentages and horizons into steps.
+def tokens_per_step(run: config.Run, train: Table) -> int | None:
+    """How many tokens a batch holds; None if the task counts none, or not in such data."""
+    if getattr(run.task, "unit", "") != "tokens":
+        return None
+    shapes = {
+        name: jax.ShapeDtypeStruct((run.batch_size, *field.shape), field.dtype)
+        for name, field in train.fields.items()
+    }
+    try:
+        return tasks.units_of(run.task, shapes)[1]
+    except (KeyError, ValueError):
+        return None  # the check of task and data says what does not fit
+
+
+def lengths(run: config.Run, num_examples: int, step_tokens: int | None = None) -> Lengths:
+    """Turns epochs, tokens, percentages and horizons into steps.
 
     `UserError` if the batch is larger than the train split: it would hold an example twice.
     """
@@ -88,9 +103,18 @@ def lengths(run: config.Run, num_examples: int) -> Lengths:
             f" would repeat some; use <= {num_examples}"
         )
     per_epoch = num_examples / run.batch_size
-    total = run.steps if run.steps is not None else max(1, round((run.epochs or 0) * per_epoch))
+    given = next(name for name in config.LENGTHS if getattr(run, name) is not None)
+    if run.tokens is not None and not step_tokens:
+        raise UserError(
+            f"--tokens={values.text(run.tokens)}: the task {type(run.task).__name__} counts no"
+            " tokens of this data; give --steps or --epochs"
+        )
+    total = {
+        "steps": run.steps or 1,
+        "epochs": max(1, round((run.epochs or 0) * per_epoch)),
+        "tokens": -(-(run.tokens or 0) // (step_tokens or 1)),  # at least so many
+    }[given]
     if total > MOST_STEPS:
-        given = "steps" if run.steps is not None else "epochs"
         raise UserError(
             f"--{given}={values.text(getattr(run, given))}: {total} steps are more than are"
             f" counted; must be at most {MOST_STEPS}"
@@ -98,7 +122,14 @@ def lengths(run: config.Run, num_examples: int) -> Lengths:
 
     def every(horizon: Any) -> int:
         return (
-            max(1, round(horizon.steps(total_steps=total, steps_per_epoch=per_epoch)))
+            max(
+                1,
+                round(
+                    horizon.steps(
+                        total_steps=total, steps_per_epoch=per_epoch, tokens_per_step=step_tokens
+                    )
+                ),
+            )
             if horizon.value
             else 0
         )
@@ -107,7 +138,7 @@ def lengths(run: config.Run, num_examples: int) -> Lengths:
     # Short runs, too, have a curve of some fifty points.
     log = run.log_every or min(MOST_LOG_STEPS, max(1, total // 50))
     evaluate, save = every(run.eval_every), every(run.checkpoint_every)
-    return Lengths(total, per_epoch, evaluate, save, keep_every, log)
+    return Lengths(total, per_epoch, evaluate, save, keep_every, log, step_tokens)
 
 
 def chosen_precision(run: config.Run, mesh: Mesh) -> str:
@@ -152,12 +183,20 @@ def recipe_of(
         task.with_data(train) if hasattr(task, "with_data") else task,
         optimizer,
         schedule=schedules.resolve(
-            run.schedule, total_steps=length.total, steps_per_epoch=length.per_epoch
+            run.schedule,
+            total_steps=length.total,
+            steps_per_epoch=length.per_epoch,
+            tokens_per_step=length.tokens_per_step,
         ),
         total_steps=float(length.total),
         prepare=statistics.preparation(train, measure),
         augment=run.augment,
-        order=Shuffled(len(train)),
+        order=mixture.order_of(
+            train,
+            batch_size=run.batch_size,
+            total_steps=length.total,
+            tokens_per_step=length.tokens_per_step,
+        ),
         **options_of(run),
     )
 

@@ -17,6 +17,7 @@ from jaxtrain.data.table import Table, is_image
 from jaxtrain.inference import inputs
 from jaxtrain.inference import trained as trained_model
 from jaxtrain.parallel import mesh as meshes
+from jaxtrain.report.terminal import tables
 from jaxtrain.runner import workdir
 from jaxtrain.runner.build import Lengths
 from jaxtrain.runner.compile import Training, state_bytes
@@ -45,7 +46,7 @@ def start_banner(
             "evaluation only"
             if run.eval_only
             else f"{length.total:,} steps of {run.batch_size}"
-            f" ({length.total / length.per_epoch:.1f} epochs)"
+            f" ({length.total / length.per_epoch:.1f} epochs{_token_words(length)})"
         ),
         "devices": f"{count} x {device.device_kind}, mesh {meshes.describe(mesh)}{hosts}",
         "precision": precision_words(run, device, asked=asked),
@@ -57,6 +58,12 @@ def start_banner(
             " shards"
         )
     return rows
+
+
+def _token_words(length: Lengths) -> str:
+    if length.tokens_per_step is None:
+        return ""
+    return f", {tables.rate_text(length.total * length.tokens_per_step)} tokens"
 
 
 def _input_words(train: Table, *, normalize: bool) -> dict[str, str]:
@@ -137,6 +144,7 @@ def record(
         "precision": run.precision,
         "total_steps": length.total,
         "steps_per_epoch": length.per_epoch,
+        "tokens_per_step": length.tokens_per_step,
         "steps_per_call": trained.per_call,
         "parameters": tree.size(state.params),
         "state_bytes_per_device": state_bytes(state),
@@ -156,7 +164,7 @@ def record(
 def _changes(run: config.Run, old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
     """What a resume trains otherwise than the start before it: the horizon, and what needed a
     permission."""
-    harmless = set(config.marked(config.Mark.FREE)) - {"steps", "epochs"}
+    harmless = set(config.marked(config.Mark.FREE)) - set(config.LENGTHS)
     found = run_record.differences(run_record.completed(run, old), new)
     return {name: [before, after] for name, before, after in found if name not in harmless}
 

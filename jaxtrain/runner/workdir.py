@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jaxtrain import config, durable_files, messages
+from jaxtrain import config, durable_files, fields, messages
 from jaxtrain.checkpoints import lock
 from jaxtrain.config import record as run_record
 from jaxtrain.config import secrets, suggestions
@@ -106,7 +106,7 @@ def check_drift(
             )
     lines: list[str] = []
     refused: dict[str, str] = {}
-    free = config.marked(config.Mark.FREE)
+    free = {*config.marked(config.Mark.FREE), *_free_parts(run)}
     for name, old, new in run_record.differences(before, now):
         if name in free or _is_allowed(name, run.allow_config_change):
             lines.append(f"note: {name} changes from {_shown(old)} to {_shown(new)}")
@@ -125,6 +125,16 @@ def check_drift(
             " or --allow_config_change=data"
         )
     return lines
+
+
+def _free_parts(run: config.Run) -> Iterator[str]:
+    """The fields of components that a run which goes on may change, such as data.weights."""
+    for family in config.FAMILIES:
+        component = getattr(run, family)
+        if fields.is_component(component):
+            for field in fields.fields_of(component):
+                if any(isinstance(mark, fields.Free) for mark in field.marks):
+                    yield f"{family}.{field.name}"
 
 
 def _is_allowed(name: str, words: Iterable[str]) -> bool:

@@ -103,7 +103,7 @@ class MetricsLog:
                     f"{self._unit}_per_second": self._units / seconds,
                 }
             )
-            self._writers.write(step, "train", means | speed)
+            self._writers.write(step, "train", means | self._seen(step) | speed)
             self.means = means
             self._show(step, means)
             self._totals, self._seconds, self._steps = metrics.Totals(), 0.0, 0
@@ -132,6 +132,10 @@ class MetricsLog:
     def _step_seconds(self) -> float | None:
         return self._seconds / self._steps if self._steps and self._seconds else None
 
+    def _seen(self, step: int) -> dict[str, int]:
+        """How many tokens the run has been trained on, where it counts tokens."""
+        return {} if self._unit == "examples" else {self._unit: step * self._units}
+
     def _show(self, step: int, means: Mapping[str, float]) -> None:
         self._shown = time.monotonic()
         seconds = self._step_seconds()
@@ -141,6 +145,7 @@ class MetricsLog:
             per_second=None if not seconds else self._units / seconds,
             eta_seconds=None if not seconds else seconds * (self._total_steps - step),
             memory_bytes=self._memory() if self._memory else None,
+            seen=self._seen(step).get(self._unit),
             mfu=(
                 self._flops / seconds / self._peak
                 if seconds and self._peak and self._flops

@@ -77,7 +77,7 @@ def _in_steps(schedule: Schedule, total: float) -> Schedule:
     given = {field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)}
     horizons = {name: value for name, value in given.items() if isinstance(value, Horizon)}
     units = {value.unit for value in horizons.values()}
-    if not horizons or "epochs" in units or isinstance(total, jax.Array):
+    if not horizons or units & {"epochs", "tokens"} or isinstance(total, jax.Array):
         return schedule
     if total > 0:
         return schedules.resolve(schedule, total_steps=total, steps_per_epoch=math.nan)

@@ -7,5 +7,6 @@ __all__ = [
     "markov",
     "records",
     "synthetic",
+    "text",
     "tfds_sets",
 ]

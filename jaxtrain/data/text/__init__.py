@@ -4,7 +4,10 @@ __all__ = [
     "chat_template",
     "conversations",
     "documents",
+    "packing",
+    "pieces",
     "protocol",
     "token_cache",
     "tokenizers",
+    "windows",
 ]

@@ -27,7 +27,7 @@ NOT_SETTINGS = (
     *("eval_only", "profile_steps", "traceback", "checkpoint", "rewind"),
 )
 """What says how one start behaved, and nothing of what was trained."""
-NOT_METRICS = ("step", "split", "epoch", "loss", "learning_rate", "grad_norm")
+NOT_METRICS = ("step", "split", "epoch", "tokens", "loss", "learning_rate", "grad_norm")
 MOST_CLASSES = 5000
 
 

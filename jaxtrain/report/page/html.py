@@ -156,6 +156,9 @@ def _main_numbers(run: History) -> str:
         note = f"{bytes_text(size)} of state a device" if isinstance(size, int | float) else ""
         count = run.run["parameters"]
         shown.append(("parameters", f"{count:,}" if count < 1e6 else count_text(count), note))
+    seen = run.last("tokens", "train")
+    if seen is not None:
+        shown.append(("tokens seen", rate_text(seen), ""))
     if (rate := _rate(run)) is not None:
         shown.append(("examples a second", rate_text(rate), "median"))
     items = (

@@ -28,7 +28,7 @@ from jaxtrain.report.terminal.tables import clean, duration_text, rate_text, val
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 SPARKS = "▁▂▃▄▅▆▇█"
 TICK_SECONDS = 0.2
-NOT_SHOWN_AS_METRIC = ("loss", "learning_rate", "grad_norm", "epoch")
+NOT_SHOWN_AS_METRIC = ("loss", "learning_rate", "grad_norm", "epoch", "tokens")
 """Values that the line doesn't show as the metric beside the loss."""
 
 
@@ -99,13 +99,15 @@ class Progress:
         eta_seconds: float | None = None,
         memory_bytes: float | None = None,
         mfu: float | None = None,
+        seen: int | None = None,
     ) -> None:
-        """Takes the numbers of a step; what is None isn't shown. `per_second` counts units, `mfu`
-        is in 0..1."""
+        """Takes the numbers of a step; what is None isn't shown. `per_second` and `seen`, those so
+        far, count units, `mfu` is in 0..1."""
         speed = {
             "per_second": per_second,
             "memory_bytes": memory_bytes,
             "mfu": mfu,
+            "seen": seen,
         }
         self._line.set(step, values, speed, eta_seconds)
         now = time.monotonic()
@@ -284,6 +286,8 @@ class _Line:
             if key is not None and key in values
         }
         rate, memory, mfu = speed["per_second"], speed["memory_bytes"], speed["mfu"]
+        seen = speed["seen"]
+        shown["seen"] = "" if seen is None else f"{rate_text(seen)} {self._unit}"
         shown["rate"] = "" if rate is None else f"{rate_text(rate)} {self._unit}/s"
         shown["memory"] = "" if memory is None else bytes_text(memory)
         shown["mfu"] = "" if mfu is None else f"MFU {100 * mfu:.1f}%"
