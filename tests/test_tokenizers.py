@@ -344,8 +344,35 @@ def test_the_vocabulary_of_a_gguf_file(bpe: tokenizers.TokenizerJson) -> None:
         gguf_fields(bpe, pre="llama-bpe", add_bos_token=True, bos_token_id=0), "m.gguf"
     )
     assert llama.encode(WORDS).tolist() == bpe.encode(WORDS).tolist() and llama.bos == (0,)
-    with pytest.raises(UserError, match=r"^m.gguf: its tokenizer is of the kind 'llama', 'gpt-2'"):
+    with pytest.raises(UserError, match=r"^m.gguf: its tokenizer is of the kind 'bert', 'gpt-2'"):
+        tokenizers.from_gguf({"tokenizer.ggml.model": "bert"}, "m.gguf")
+    with pytest.raises(UserError, match=r"^m.gguf: has no field tokenizer.ggml.tokens$"):
         tokenizers.from_gguf({"tokenizer.ggml.model": "llama"}, "m.gguf")
+
+
+def test_the_pieces_of_a_gguf_file(piece_model: Path) -> None:
+    import sentencepiece
+
+    library = sentencepiece.SentencePieceProcessor(model_file=str(piece_model))
+    places = range(library.get_piece_size())
+    kinds = {0: 2, 1: 3, 2: 3}  # unknown, control
+    fields = {
+        "model": "llama",
+        "tokens": [library.id_to_piece(place) for place in places],
+        "scores": [library.get_score(place) for place in places],
+        "token_type": [6 if library.is_byte(place) else kinds.get(place, 1) for place in places],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    fields = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+    tokenizer = tokenizers.from_gguf(fields, "m.gguf")
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.vocabulary) == ((1,), (2,), 340)
+    for text in ODD:
+        ids_N = tokenizer.encode(text)
+        assert ids_N.tolist() == library.encode(text) and tokenizer.decode(ids_N) == text
+    more = {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False}
+    plain = tokenizers.from_gguf(fields | more, "m.gguf")
+    assert plain.bos == () and plain.encode("x").tolist() == [library.piece_to_id("x")]
 
 
 # What is wrong.
