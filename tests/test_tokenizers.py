@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -465,8 +465,8 @@ def test_a_library_that_is_missing_is_named(
 # Against transformers, where it is installed, with real vocabularies.
 
 
-def compare(ours: Tokenizer, theirs: Any) -> None:
-    for text in ODD:
+def compare(ours: Tokenizer, theirs: Any, texts: Sequence[str] = ODD) -> None:
+    for text in texts:
         for special in (False, True):
             ids = theirs(
                 text, add_special_tokens=False, split_special_tokens=not special, truncation=False
@@ -476,6 +476,9 @@ def compare(ours: Tokenizer, theirs: Any) -> None:
                 ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
             assert ours.decode(ids, special=True) == whole == streamed(ours, ids, special=True)
+
+
+def compare_bos(ours: Tokenizer, theirs: Any) -> None:
     around = theirs("fox", truncation=False).input_ids
     middle = ours.encode("fox").tolist()
     assert around[: len(ours.bos) + len(middle)] == [*ours.bos, *middle]
@@ -490,8 +493,19 @@ def test_real_vocabularies_are_read_as_transformers_reads_them() -> None:
     minilm /= "model"
     (file,) = smollm.glob("*.gguf")
     theirs = transformers.AutoTokenizer.from_pretrained(str(smollm), gguf_file=file.name)
-    compare(open_tokenizer(file), theirs)
-    compare(open_tokenizer(minilm), transformers.AutoTokenizer.from_pretrained(str(minilm)))
+    ours, texts = open_tokenizer(file), ODD
+    if int(transformers.__version__.split(".")[0]) < 5:
+        # SmolLM2's vocabulary lacks a few bytes (control characters, such as 4): nothing stands
+        # for them in transformers 5 and here, the unknown token in 4, which also reads it as
+        # Llama's and adds a BOS of which the file says nothing
+        texts = [text for text in ODD if ours.decode(ours.encode(text)) == text]
+        assert len(texts) >= len(ODD) - 2
+    else:
+        compare_bos(ours, theirs)
+    compare(ours, theirs, texts)
+    ours, theirs = open_tokenizer(minilm), transformers.AutoTokenizer.from_pretrained(str(minilm))
+    compare(ours, theirs)
+    compare_bos(ours, theirs)
 
 
 @pytest.mark.parametrize("says", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
@@ -501,7 +515,9 @@ def test_bos_is_added_where_transformers_adds_it(
     transformers = pytest.importorskip("transformers")
     config = CONFIG | says | {"tokenizer_class": "PreTrainedTokenizerFast"}
     folder = write_model(tmp_path / "m", bpe, {"tokenizer_config.json": config, "around": not says})
-    compare(open_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(str(folder)))
+    ours, theirs = open_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(str(folder))
+    compare(ours, theirs)
+    compare_bos(ours, theirs)
 
 
 def test_merges_are_those_of_tiktoken(bpe: tokenizers.TokenizerJson) -> None:
