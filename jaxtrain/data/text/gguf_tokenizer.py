@@ -10,22 +10,19 @@ from typing import Any
 from jaxtrain import extras
 from jaxtrain.data.text.sentencepiece_model import SentencePiece
 from jaxtrain.data.text.tokenizer_json import TokenizerJson
+from jaxtrain.data.text.word_cache import LLAMA3_PATTERN, QWEN2_PATTERN
 from jaxtrain.errors import UserError
 from jaxtrain.messages import one_line, printable
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _PATTERNS = {
     "gpt-2": "",
     "olmo": "",
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "dbrx": _LLAMA3,
-    "smaug-bpe": _LLAMA3,
-    "qwen2": _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),
+    "llama-bpe": LLAMA3_PATTERN,
+    "llama3": LLAMA3_PATTERN,
+    "llama-v3": LLAMA3_PATTERN,
+    "dbrx": LLAMA3_PATTERN,
+    "smaug-bpe": LLAMA3_PATTERN,
+    "qwen2": QWEN2_PATTERN,
     "smollm": r"\p{N}",
     "starcoder": r"\p{N}",
     "refact": r"\p{N}",

@@ -16,14 +16,10 @@ import numpy as np
 from jaxtrain import extras
 from jaxtrain.data.text.plain_tokenizers import END_OF_TEXT, checked_ids
 from jaxtrain.data.text.protocol import digest, valid_text
+from jaxtrain.data.text.word_cache import GPT4_PATTERN, WordCache, is_cut_at_words
 from jaxtrain.errors import UserError
 from jaxtrain.messages import one_line, printable
 
-GPT4_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""How text is cut before bytes are merged: never across words; GPT-4's, of `tiktoken`."""
 _ADDS_BY_CONFIG = ("Llama", "Gemma", "Cohere")
 """Classes of tokenizers for which `add_bos_token` of tokenizer_config.json counts; for all others
 transformers goes by what tokenizer.json itself puts around a text, and ignores it."""
@@ -67,6 +63,11 @@ class TokenizerJson:
     def _parsing(self) -> Any:
         return self._made(plain=False)
 
+    @functools.cached_property
+    def _words(self) -> WordCache | None:
+        tokenizer = json.loads(self.text)
+        return WordCache(self._plain, tokenizer) if is_cut_at_words(tokenizer) else None
+
     @property
     def vocabulary(self) -> int:
         """One more than the largest id."""
@@ -87,10 +88,13 @@ class TokenizerJson:
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
         """The ids of a text."""
+        text = valid_text(text)
+        if not special and self._words is not None:
+            ids_N = self._words.encode(text)
+            if ids_N is not None:
+                return ids_N
         made = self._parsing if special else self._plain
-        return np.array(
-            made.encode_batch_fast([valid_text(text)], add_special_tokens=False)[0].ids, np.int32
-        )
+        return np.array(made.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
 
     def decode(self, ids_N: Sequence[int] | np.ndarray, *, special: bool = False) -> str:
         """The text of ids."""
