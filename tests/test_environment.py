@@ -4,6 +4,7 @@ be written, streams that are closed, a disk that fills. One line each, and the r
 import json
 import logging
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -358,3 +359,35 @@ def test_a_process_and_its_streams(
 def test_messages_of_a_run_json_hold_no_surrogates() -> None:
     assert messages.printable("a\udcff") == "'a\\udcff'"
     json.dumps(messages.printable("a\udcff")).encode()
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from jaxtrain.runner import host_memory
+print(host_memory.keep_freed() if sys.argv[1] == "kept" else None)
+def block():
+    np.empty(48 * 2**20, np.uint8).fill(1)
+block()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    block()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 4)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
+def test_scratch_memory_is_kept_from_one_use_to_the_next() -> None:
+    """48 MiB, taken and given back four times: each page of it is a fault, or none is."""
+
+    def faults(how: str, **more: str) -> list[str]:
+        environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
+        command = [sys.executable, "-c", FAULTS, how]
+        return subprocess.run(
+            command, env=environment | more, capture_output=True, text=True, check=True
+        ).stdout.split()
+
+    said, count = faults("kept")
+    assert said == "True" and float(count) < 100
+    said, count = faults("kept", MALLOC_MMAP_THRESHOLD_="131072")
+    assert said == "False" and float(count) > 20  # at least one for each page of 2 MiB

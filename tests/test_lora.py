@@ -377,3 +377,127 @@ def test_what_cannot_be_adapted_is_refused_in_one_line(lora: LoRA, model: Any, s
     with pytest.raises(UserError) as refusal:
         adapters.functions(lora.on(model)).init(KEY, inputs)
     assert str(refusal.value) == said
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the two libraries at one another
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_outputs_and_three_steps_of_adamw_are_those_of_peft(stabilized: bool) -> None:
+    torch, peft = (pytest.importorskip(name) for name in ("torch", "peft"))
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    config = transformers.LlamaConfig(
+        vocab_size=17,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
+    base = transformers.LlamaForCausalLM(config).float().eval()
+    theirs = peft.get_peft_model(
+        base,
+        peft.LoraConfig(
+            r=4,
+            lora_alpha=6,
+            use_rslora=stabilized,
+            target_modules=["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
+        ),
+    )
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    lora = LoRA(4, 6.0, stabilized, ("attention/(query|value|out)", "mlp_(gate|out)"))
+    model = lora.on(
+        Transformer(
+            17,
+            16,
+            2,
+            4,
+            2,
+            hidden=24,
+            activation="silu",
+            gated=True,
+            bias="none",
+            norm="rms",
+            norm_epsilon=1e-5,
+            positions="rotary",
+            tied=False,
+        )
+    )
+    params = of_llama(dict(theirs.named_parameters()), heads=4, key_heads=2, head_dim=4)
+    net = adapters.functions(model)
+    tokens = np.random.default_rng(0).integers(0, 17, (3, 13))
+    wanted = net.init(KEY, jnp.asarray(tokens[:, :-1], jnp.int32))["params"]
+    assert jax.tree.map(jnp.shape, wanted) == jax.tree.map(jnp.shape, params)
+    logits = theirs(torch.tensor(tokens[:, :-1])).logits
+    found = net.apply({"params": params}, jnp.asarray(tokens[:, :-1]), train=False)[0]
+    np.testing.assert_allclose(found, logits.detach().numpy(), atol=1e-5, rtol=1e-5)
+
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in theirs.parameters() if parameter.requires_grad],
+        lr=0.01,
+        weight_decay=0.1,
+    )
+    recipe = dataclasses.replace(AdamW(0.01, weight_decay=0.1), frozen=lora.frozen)
+    batch = {"tokens": jnp.asarray(tokens, jnp.int32)}
+    state = states.init_state(model, NextToken(), recipe, batch)
+    state = dataclasses.replace(state, params=jax.tree.map(jnp.asarray, params))
+    step = jax.jit(steps.make_train_step(model, NextToken(), recipe))
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = theirs(torch.tensor(tokens), labels=torch.tensor(tokens)).loss
+        loss.backward()
+        optimizer.step()
+        state, _ = step(state, batch)
+    expected = of_llama(dict(theirs.named_parameters()), heads=4, key_heads=2, head_dim=4)
+    for path, value in tree.flatten(expected).items():
+        found = tree.flatten(state.params)[path]
+        np.testing.assert_allclose(found, value, atol=1e-5, err_msg=path)
+        assert ("lora" in path) == (not np.array_equal(value, tree.flatten(params)[path]))
+
+
+def of_llama(weights: Any, *, heads: int, key_heads: int, head_dim: int) -> Any:
+    """The parameters of transformers' Llama under PEFT's adapters as ours, by hand."""
+    arrays = {
+        re.sub(r"base_model\.model\.|base_layer\.|default\.", "", name): value.detach().numpy()
+        for name, value in weights.items()
+    }
+    places = {
+        "self_attn.q_proj": ("attention/query", (-1,), (heads, head_dim)),
+        "self_attn.k_proj": ("attention/key", (-1,), (key_heads, head_dim)),
+        "self_attn.v_proj": ("attention/value", (-1,), (key_heads, head_dim)),
+        "self_attn.o_proj": ("attention/out", (heads, head_dim), (-1,)),
+        "mlp.up_proj": ("mlp_in", (-1,), (-1,)),
+        "mlp.gate_proj": ("mlp_gate", (-1,), (-1,)),
+        "mlp.down_proj": ("mlp_out", (-1,), (-1,)),
+    }
+    flat = {
+        "embed": arrays["model.embed_tokens.weight"],
+        "norm/scale": arrays["model.norm.weight"],
+        "head/kernel": arrays["lm_head.weight"].T,
+    }
+    for index in range(2):
+        before = f"model.layers.{index}."
+        flat[f"block{index}/norm0/scale"] = arrays[f"{before}input_layernorm.weight"]
+        flat[f"block{index}/norm1/scale"] = arrays[f"{before}post_attention_layernorm.weight"]
+        for theirs, (ours, entering, leaving) in places.items():
+            w = arrays[f"{before}{theirs}.weight"]
+            shape = (*(entering if entering != (-1,) else w.shape[1:]), *leaving)
+            flat[f"block{index}/{ours}/kernel"] = w.T.reshape(shape)
+            if f"{before}{theirs}.lora_A.weight" in arrays:
+                a, b = (arrays[f"{before}{theirs}.lora_{side}.weight"].T for side in "AB")
+                flat[f"block{index}/{ours}/lora_a"] = a.reshape(*entering, a.shape[1])
+                flat[f"block{index}/{ours}/lora_b"] = b.reshape(b.shape[0], *leaving)
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        *folders, name = path.split("/")
+        place = nested
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = np.array(value)
+    return nested

@@ -5,15 +5,17 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import util
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
-from jaxtrain.data.text import tokenizers
+from jaxtrain.data.text import tokenizers, word_cache
 from jaxtrain.data.text.protocol import REPLACEMENT, TextStream, Tokenizer
 from jaxtrain.data.text.tokenizers import Bytes, Characters, open_tokenizer
 from jaxtrain.errors import UserError
@@ -152,6 +154,109 @@ def test_special_tokens_in_a_text_are_text_unless_asked(bpe: tokenizers.Tokenize
     assert bpe.decode(plain_N) == text and bpe.decode(parsed_N) == "ab"
     assert bpe.decode(parsed_N, special=True) == text == streamed(bpe, parsed_N, special=True)
     assert bpe.encode(text).tolist() == plain_N.tolist()  # asking once changes nothing
+
+
+# Words that are looked up.
+
+
+def variants(bpe: tokenizers.TokenizerJson) -> dict[str, dict[str, Any]]:
+    """The learned tokenizer with each of the cuts that are known, and with others."""
+    whole = json.loads(bpe.text)
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    own, by_pattern = level | {"use_regex": True}, level | {"use_regex": False}
+
+    def split(pattern: str) -> dict[str, Any]:
+        kind = {"behavior": "Isolated", "invert": False}
+        return {"type": "Split", "pattern": {"Regex": pattern}} | kind
+
+    digits = {"type": "Digits", "individual_digits": True}
+    cuts = {
+        "gpt2": [own],
+        "smollm": [digits, own],
+        "gpt4": [split(word_cache.GPT4_PATTERN), by_pattern],
+        "llama3": [split(word_cache.LLAMA3_PATTERN), by_pattern],
+        "qwen2": [split(word_cache.QWEN2_PATTERN), by_pattern],
+    }
+    cut = {name: {"type": "Sequence", "pretokenizers": steps} for name, steps in cuts.items()}
+    found = {name: whole | {"pre_tokenizer": each} for name, each in cut.items()}
+    think = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    think |= {"id": 300, "content": "<think>"}
+    found["added"] = found["qwen2"] | {"added_tokens": [*whole["added_tokens"], think]}
+    found["nfc"] = found["qwen2"] | {"normalizer": {"type": "NFC"}}
+    return found
+
+
+@pytest.mark.parametrize("name", ["gpt2", "smollm", "gpt4", "llama3", "qwen2", "added", "nfc"])
+@hypothesis.settings(max_examples=60, deadline=None, database=None)
+@hypothesis.given(
+    parts=st.lists(
+        st.one_of(
+            st.sampled_from(
+                [
+                    *("a", "the", "The", "s", "'s", "'", "'S", "'ll", "can't", " ", "  ", "\n"),
+                    *("\n\n", "\r\n", "\t", ".", "(", "_", "<think>", "<|endoftext|>", "1234"),
+                    *(
+                        "é",
+                        "ï",
+                        "e\u0301",
+                        "=\u0338",
+                        "漢",
+                        "\u00a0",
+                        "\u2028",
+                        "\x00",
+                        "\x1c",
+                        "ſ",
+                    ),
+                ]
+            ),
+            st.text(max_size=3),
+        ),
+        max_size=12,
+    )
+)
+def test_words_that_are_looked_up_are_the_library_s(
+    name: str, bpe: tokenizers.TokenizerJson, parts: list[str]
+) -> None:
+    text = "".join(parts)
+    made = MADE.setdefault(name, tokenizers.TokenizerJson(json.dumps(variants(bpe)[name])))
+    assert made._words is not None
+    library = made._plain.encode(text, add_special_tokens=False).ids
+    assert made.encode(text).tolist() == library
+    if name == "added":
+        assert ("<think>" in text) == (300 in library)
+
+
+MADE: dict[str, tokenizers.TokenizerJson] = {}
+
+
+def test_only_what_is_known_to_be_cut_at_words_is_looked_up(bpe: tokenizers.TokenizerJson) -> None:
+    known = variants(bpe)
+    assert all(word_cache.is_cut_at_words(each) for each in known.values())
+    gpt2, gpt4 = (known[name] for name in ("gpt2", "gpt4"))
+    prefix = {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}
+    others = [
+        gpt2 | {"normalizer": {"type": "Lowercase"}},
+        gpt2 | {"pre_tokenizer": prefix},
+        gpt2 | {"pre_tokenizer": prefix | {"add_prefix_space": False, "use_regex": False}},
+        gpt2 | {"pre_tokenizer": {"type": "Metaspace"}},
+        gpt2 | {"pre_tokenizer": None},
+        gpt2 | {"model": gpt2["model"] | {"dropout": 0.1}},
+        gpt2 | {"model": gpt2["model"] | {"type": "WordPiece"}},
+        json.loads(json.dumps(gpt4).replace("Isolated", "Removed")),
+        json.loads(json.dumps(gpt4).replace("{1,3}", "{1,4}")),
+    ]
+    assert not any(word_cache.is_cut_at_words(each) for each in others)
+
+
+def test_words_are_forgotten_when_they_are_many(
+    bpe: tokenizers.TokenizerJson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = dataclasses.replace(bpe)
+    for name in ("_MOST_WORDS", "_MOST_CHARACTERS"):
+        with monkeypatch.context() as patch:
+            patch.setattr(word_cache, name, 5)
+            for text in (*ODD, WORDS, *ODD):
+                assert made.encode(text).tolist() == bpe._plain.encode(text).ids
 
 
 # What stands beside a tokenizer.json.
@@ -344,8 +449,35 @@ def test_the_vocabulary_of_a_gguf_file(bpe: tokenizers.TokenizerJson) -> None:
         gguf_fields(bpe, pre="llama-bpe", add_bos_token=True, bos_token_id=0), "m.gguf"
     )
     assert llama.encode(WORDS).tolist() == bpe.encode(WORDS).tolist() and llama.bos == (0,)
-    with pytest.raises(UserError, match=r"^m.gguf: its tokenizer is of the kind 'llama', 'gpt-2'"):
+    with pytest.raises(UserError, match=r"^m.gguf: its tokenizer is of the kind 'bert', 'gpt-2'"):
+        tokenizers.from_gguf({"tokenizer.ggml.model": "bert"}, "m.gguf")
+    with pytest.raises(UserError, match=r"^m.gguf: has no field tokenizer.ggml.tokens$"):
         tokenizers.from_gguf({"tokenizer.ggml.model": "llama"}, "m.gguf")
+
+
+def test_the_pieces_of_a_gguf_file(piece_model: Path) -> None:
+    import sentencepiece
+
+    library = sentencepiece.SentencePieceProcessor(model_file=str(piece_model))
+    places = range(library.get_piece_size())
+    kinds = {0: 2, 1: 3, 2: 3}  # unknown, control
+    fields = {
+        "model": "llama",
+        "tokens": [library.id_to_piece(place) for place in places],
+        "scores": [library.get_score(place) for place in places],
+        "token_type": [6 if library.is_byte(place) else kinds.get(place, 1) for place in places],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    fields = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+    tokenizer = tokenizers.from_gguf(fields, "m.gguf")
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.vocabulary) == ((1,), (2,), 340)
+    for text in ODD:
+        ids_N = tokenizer.encode(text)
+        assert ids_N.tolist() == library.encode(text) and tokenizer.decode(ids_N) == text
+    more = {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False}
+    plain = tokenizers.from_gguf(fields | more, "m.gguf")
+    assert plain.bos == () and plain.encode("x").tolist() == [library.piece_to_id("x")]
 
 
 # What is wrong.
@@ -438,8 +570,8 @@ def test_a_library_that_is_missing_is_named(
 # Against transformers, where it is installed, with real vocabularies.
 
 
-def compare(ours: Tokenizer, theirs: Any) -> None:
-    for text in ODD:
+def compare(ours: Tokenizer, theirs: Any, texts: Sequence[str] = ODD) -> None:
+    for text in texts:
         for special in (False, True):
             ids = theirs(
                 text, add_special_tokens=False, split_special_tokens=not special, truncation=False
@@ -449,6 +581,9 @@ def compare(ours: Tokenizer, theirs: Any) -> None:
                 ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
             assert ours.decode(ids, special=True) == whole == streamed(ours, ids, special=True)
+
+
+def compare_bos(ours: Tokenizer, theirs: Any) -> None:
     around = theirs("fox", truncation=False).input_ids
     middle = ours.encode("fox").tolist()
     assert around[: len(ours.bos) + len(middle)] == [*ours.bos, *middle]
@@ -463,8 +598,19 @@ def test_real_vocabularies_are_read_as_transformers_reads_them() -> None:
     minilm /= "model"
     (file,) = smollm.glob("*.gguf")
     theirs = transformers.AutoTokenizer.from_pretrained(str(smollm), gguf_file=file.name)
-    compare(open_tokenizer(file), theirs)
-    compare(open_tokenizer(minilm), transformers.AutoTokenizer.from_pretrained(str(minilm)))
+    ours, texts = open_tokenizer(file), ODD
+    if int(transformers.__version__.split(".")[0]) < 5:
+        # SmolLM2's vocabulary lacks a few bytes (control characters, such as 4): nothing stands
+        # for them in transformers 5 and here, the unknown token in 4, which also reads it as
+        # Llama's and adds a BOS of which the file says nothing
+        texts = [text for text in ODD if ours.decode(ours.encode(text)) == text]
+        assert len(texts) >= len(ODD) - 2
+    else:
+        compare_bos(ours, theirs)
+    compare(ours, theirs, texts)
+    ours, theirs = open_tokenizer(minilm), transformers.AutoTokenizer.from_pretrained(str(minilm))
+    compare(ours, theirs)
+    compare_bos(ours, theirs)
 
 
 @pytest.mark.parametrize("says", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
@@ -474,14 +620,16 @@ def test_bos_is_added_where_transformers_adds_it(
     transformers = pytest.importorskip("transformers")
     config = CONFIG | says | {"tokenizer_class": "PreTrainedTokenizerFast"}
     folder = write_model(tmp_path / "m", bpe, {"tokenizer_config.json": config, "around": not says})
-    compare(open_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(str(folder)))
+    ours, theirs = open_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(str(folder))
+    compare(ours, theirs)
+    compare_bos(ours, theirs)
 
 
 def test_merges_are_those_of_tiktoken(bpe: tokenizers.TokenizerJson) -> None:
     tiktoken = pytest.importorskip("tiktoken")
     from tokenizers import pre_tokenizers
 
-    from jaxtrain.data.text.tokenizer_json import GPT4_PATTERN
+    from jaxtrain.data.text.word_cache import GPT4_PATTERN
 
     # the byte behind each of the 256 characters that stand for bytes
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]

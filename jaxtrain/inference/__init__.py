@@ -3,7 +3,9 @@ labels, flags or optimizer."""
 
 __all__ = [
     "answers",
+    "drawing",
     "inputs",
+    "sampling",
     "tables",
     "trained",
 ]

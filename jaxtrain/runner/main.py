@@ -37,7 +37,7 @@ from jaxtrain.processes import cluster, group, heartbeat
 from jaxtrain.processes.signals import StopSignals
 from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
-from jaxtrain.runner import build, devices, jax_settings, preflight, unusual, workdir
+from jaxtrain.runner import build, devices, host_memory, jax_settings, preflight, unusual, workdir
 from jaxtrain.runner.run import Opened, start
 from jaxtrain.train import compare_meshes, explain, lowering
 from jaxtrain.train.recipe import Recipe
@@ -196,6 +196,8 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
     heartbeat.beat("starting")
     _join(run, stop)
     mesh = _mesh(run)
+    if mesh.devices.flat[0].platform == "cpu":
+        host_memory.keep_freed()
     asked_precision = run.precision
     run = config.replaced(run, {"precision": build.chosen_precision(run, mesh)})
     execution = build.execution(run, mesh)  # before the data, which may take a while

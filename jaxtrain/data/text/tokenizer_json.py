@@ -16,35 +16,10 @@ import numpy as np
 from jaxtrain import extras
 from jaxtrain.data.text.plain_tokenizers import END_OF_TEXT, checked_ids
 from jaxtrain.data.text.protocol import digest, valid_text
+from jaxtrain.data.text.word_cache import GPT4_PATTERN, WordCache, is_cut_at_words
 from jaxtrain.errors import UserError
 from jaxtrain.messages import one_line, printable
 
-GPT4_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""How text is cut before bytes are merged: never across words; GPT-4's, of `tiktoken`."""
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_GGUF_PATTERNS = {
-    "gpt-2": "",
-    "olmo": "",
-    "llama-bpe": LLAMA3_PATTERN,
-    "llama3": LLAMA3_PATTERN,
-    "llama-v3": LLAMA3_PATTERN,
-    "qwen2": LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"),
-    "dbrx": LLAMA3_PATTERN,
-    "smaug-bpe": LLAMA3_PATTERN,
-    "smollm": r"\p{N}",
-    "starcoder": r"\p{N}",
-    "refact": r"\p{N}",
-}
-"""What `tokenizer.ggml.pre` stands for, as llama.cpp has it; empty: GPT-2's own, and of a digit
-alone: digits one by one, then GPT-2's own."""
-_CONTROL, _USER = 3, 4
-"""Kinds of tokens in `tokenizer.ggml.token_type`."""
 _ADDS_BY_CONFIG = ("Llama", "Gemma", "Cohere")
 """Classes of tokenizers for which `add_bos_token` of tokenizer_config.json counts; for all others
 transformers goes by what tokenizer.json itself puts around a text, and ignores it."""
@@ -88,6 +63,11 @@ class TokenizerJson:
     def _parsing(self) -> Any:
         return self._made(plain=False)
 
+    @functools.cached_property
+    def _words(self) -> WordCache | None:
+        tokenizer = json.loads(self.text)
+        return WordCache(self._plain, tokenizer) if is_cut_at_words(tokenizer) else None
+
     @property
     def vocabulary(self) -> int:
         """One more than the largest id."""
@@ -108,10 +88,13 @@ class TokenizerJson:
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
         """The ids of a text."""
+        text = valid_text(text)
+        if not special and self._words is not None:
+            ids_N = self._words.encode(text)
+            if ids_N is not None:
+                return ids_N
         made = self._parsing if special else self._plain
-        return np.array(
-            made.encode_batch_fast([valid_text(text)], add_special_tokens=False)[0].ids, np.int32
-        )
+        return np.array(made.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
 
     def decode(self, ids_N: Sequence[int] | np.ndarray, *, special: bool = False) -> str:
         """The text of ids."""
@@ -296,83 +279,3 @@ def _pieces(texts: Iterable[str], length: int = 1 << 16) -> Iterator[str]:
             stop = text.find("\n", start + length) + 1 or len(text)
             yield text[start:stop]
             start = stop
-
-
-def from_gguf(fields: Mapping[str, Any], name: str) -> TokenizerJson:
-    """A byte-level BPE out of the fields of a GGUF file (`tokenizer.ggml.tokens`, `.merges`,
-    `.token_type`, `.pre`, ...), by their names.
-
-    `UserError` for a kind of tokenizer that is not known.
-    """
-    extras.require(printable(name), "tokenizers")
-    from tokenizers import AddedToken, Tokenizer, decoders, models
-
-    def field(key: str, default: Any = None) -> Any:
-        return fields.get(f"tokenizer.ggml.{key}", default)
-
-    pre, kind = field("pre", "gpt-2"), field("model")
-    if kind != "gpt2" or pre not in _GGUF_PATTERNS:
-        raise UserError(
-            f"{printable(name)}: its tokenizer is of the kind {kind!r}, {pre!r}; known are gpt2"
-            f" with {', '.join(_GGUF_PATTERNS)}; use the tokenizer.json of the model"
-        )
-    tokens, kinds = list(field("tokens")), list(field("token_type", ()))
-    merges = [tuple(merge.split(" ")) for merge in field("merges")]
-    ids = {token: place for place, token in enumerate(tokens)}
-    made = Tokenizer(models.BPE(ids, merges, fuse_unk=False, ignore_merges=pre.startswith("llama")))
-    made.pre_tokenizer = _pre_tokenizer(_GGUF_PATTERNS[pre])
-    made.decoder = decoders.ByteLevel()
-    for token, each in zip(tokens, kinds, strict=False):
-        if each in (_CONTROL, _USER):
-            special = each == _CONTROL
-            made.add_tokens([AddedToken(token, special=special, normalized=False)])
-    roles = {
-        "bos_token": "bos_token_id",
-        "eos_token": "eos_token_id",
-        "pad_token": "padding_token_id",
-    }
-    special = {
-        role: tokens[place] for role, key in roles.items() if (place := field(key)) is not None
-    }
-    ends = [field("eos_token_id"), field("eot_token_id")]
-    bos = field("bos_token_id")
-    return TokenizerJson(
-        made.to_str(),
-        name=name,
-        special=special,
-        bos=(int(bos),) if field("add_bos_token", False) and bos is not None else (),
-        eos=tuple(dict.fromkeys(int(end) for end in ends if end is not None)),
-        chat_template=fields.get("tokenizer.chat_template"),
-    )
-
-
-def _pre_tokenizer(pattern: str) -> Any:
-    from tokenizers import Regex, pre_tokenizers
-
-    if pattern in ("", r"\p{N}"):
-        digits = [pre_tokenizers.Digits(individual_digits=True)] if pattern else []
-        return pre_tokenizers.Sequence([*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-def read_gguf_fields(path: str | Path) -> dict[str, Any]:
-    """The `tokenizer.*` fields of a GGUF file; `UserError` if it is none."""
-    extras.require(printable(str(path)), "gguf")
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(path)
-    except Exception as error:  # whatever a broken file makes the library raise
-        raise UserError(
-            f"{printable(str(path))}: is no GGUF file ({one_line(str(error))})"
-        ) from error
-    return {
-        name: field.contents()
-        for name, field in reader.fields.items()
-        if name.startswith("tokenizer.")
-    }

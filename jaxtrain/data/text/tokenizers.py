@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxtrain.data.text.gguf_tokenizer import from_gguf, read_gguf_fields
 from jaxtrain.data.text.plain_tokenizers import Bytes, Characters
 from jaxtrain.data.text.protocol import TextStream, Tokenizer
 from jaxtrain.data.text.sentencepiece_model import SentencePiece, read_sentencepiece
 from jaxtrain.data.text.tokenizer_json import (
     TokenizerJson,
-    from_gguf,
     parse_json,
-    read_gguf_fields,
     read_small,
     read_tokenizer_json,
     train_bpe,
