@@ -900,10 +900,10 @@ def test_what_was_saved_is_read_back_from_the_disk(
     seen: dict[str, float] = {}
     verify = committed.verify
 
-    def look(folder: Path, step: int) -> list[str]:
+    def look(folder: Path, step: int, **options: bool) -> list[str]:
         files = [path for path in (folder / str(step)).rglob("*") if path.is_file()]
         seen.update({path.name: share_in_page_cache(path) for path in files if path.stat().st_size})
-        return verify(folder, step)
+        return verify(folder, step, **options)
 
     monkeypatch.setattr(committed, "verify", look)
     Checkpoints(tmp_path).save(1, {"params": jnp.arange(1e6)}, {}, wait=True)

@@ -237,6 +237,7 @@ def test_every_field_of_a_run_bears_its_marks() -> None:
         "optimizer",
         "schedule",
         "augment",
+        "lora",
     }
     assert {name for name, found in groups.items() if not found} == apart
     assert all(len(found) <= 1 for found in groups.values())

@@ -112,8 +112,12 @@ def test_a_pooled_vit_has_a_token_and_its_place_less() -> None:
 
 
 def test_every_model_has_a_row() -> None:
-    """The decoder has a file of tests of its own, tests/test_transformer.py."""
-    small = {type(model) for model, _ in TINY.values()} | {models.Transformer}
+    """Models over tokens have files of tests of their own: tests/test_transformer.py,
+    tests/test_encoder.py."""
+    small = {type(model) for model, _ in TINY.values()} | {
+        models.Transformer,
+        models.Encoder,
+    }
     assert {type(model) for model in models.NAMES.values()} <= small
 
 
@@ -472,7 +476,10 @@ def test_a_model_imports_alone() -> None:
         for name in (*models._FAMILIES, "layers", "attention", "cache", "rotary")
     }
     ours = {name for name in loaded if name.startswith("jaxtrain")}
-    roots = {"jaxtrain.errors", "jaxtrain.fields", "jaxtrain.horizon", "jaxtrain.late_logits"}
+    roots = {
+        f"jaxtrain.{name}"
+        for name in ("errors", "fields", "horizon", "late_logits", "block_loop", "messages", "tree")
+    }
     assert ours <= {"jaxtrain", "jaxtrain.models"} | roots | families
 
 

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,9 @@ from jaxtrain.tree import PyTree
 
 FOLDER = "checkpoints"
 PAYLOAD = "state"
+BASE = "base-"
+"""How the names of folders begin that hold what no step changes, such as the frozen parameters
+under adapters: written once, and named by its digest in every step that needs it."""
 TEMPORARY = ".jaxtrain-tmp-"
 """How the names of folders begin that are being written or deleted. With the workdir locked, those
 found at the start are of dead processes."""
@@ -64,7 +67,8 @@ class Checkpoints:
     workdir belongs to, the same after each resume: checkpoints of other runs are never deleted.
     `keep` newest ones stay, the best, and every multiple of `keep_every`. Every process of a run
     calls the same methods; with `writes=False`, for all but process 0, a save only gives this
-    process's part of every array to the others. Not for several threads.
+    process's part of every array to the others. Not for several threads. `fixed` are the paths of
+    arrays that no step changes: they are written once, beside the steps.
     """
 
     def __init__(
@@ -75,11 +79,13 @@ class Checkpoints:
         keep_every: int | None = None,
         run_id: str = "",
         writes: bool = True,
+        fixed: Collection[str] = (),
     ) -> None:
         _refuse_inner_folder(Path(workdir))
         self.folder = Path(workdir) / FOLDER
         self._writes = writes
         self._keep, self._keep_every, self._run_id = max(keep, 1), keep_every, run_id
+        self._fixed, self._base = frozenset(fixed), ""
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
         # `folder`, once this process has written there: while it is open, its inode cannot be that
@@ -107,12 +113,22 @@ class Checkpoints:
         # A copy, as it will be read back; and what JSON cannot hold is the caller's mistake, said
         # here and not in the background.
         record = json.loads(json.dumps(record, allow_nan=False))
-        copy = arrays.to_host(state)
+        leaves = arrays.check_paths(state)
+        copy = arrays.to_host({path: leaves[path] for path in leaves if path not in self._fixed})
+        fixed = sorted(self._fixed & leaves.keys())
+        # every process helps to gather, so all of them must know whether it is the first time
+        base = {} if self._base else arrays.to_host({path: leaves[path] for path in fixed})
+        self._base = self._base or (f"{BASE}{arrays.digest(base)[:16]}" if base else "")
         if not self._writes:
             return
         record["tree"] = arrays.specs(state)
+        if fixed:
+            record["base"] = {"name": self._base, "arrays": fixed}
         self._thread = threading.Thread(
-            target=self._commit_in_background, args=(copy, record), name="checkpoint", daemon=True
+            target=self._commit_in_background,
+            args=(copy, record, base),
+            name="checkpoint",
+            daemon=True,
         )
         self._thread.start()
         if wait:
@@ -160,14 +176,17 @@ class Checkpoints:
         lie there at once."""
         if not self._writes:
             return
-        each = tree.num_bytes(like) + SPARE_BYTES
+        leaves = tree.flatten(like)
+        once = tree.num_bytes([leaves[path] for path in self._fixed & leaves.keys()])
+        each = tree.num_bytes(like) - once + SPARE_BYTES
         count = max(self._keep + 1 - len(committed.numbered(self.folder)), 1)
-        free = self._free_bytes()
-        if free < count * each:
+        free, need = self._free_bytes(), count * each + once
+        if free < need:
             checkpoints = f"{count} checkpoint{'s' if count > 1 else ''} of {bytes_text(each)}"
+            checkpoints += f", and {bytes_text(once)} once" if once else ""
             workdir = self.folder.parent
             raise UserError(
-                f"--workdir={workdir}: {bytes_text(free)} free, needs {bytes_text(count * each)}"
+                f"--workdir={workdir}: {bytes_text(free)} free, needs {bytes_text(need)}"
                 f" ({checkpoints}); lower --keep or free space"
             )
 
@@ -258,19 +277,29 @@ class Checkpoints:
     def _read(self, step: int, stored: arrays.Specs) -> HostState:
         return read_step(self.folder / str(step), stored)
 
-    def _commit_in_background(self, state: HostState, record: Record) -> None:
+    def _own_digest(self, step: int, record: Record) -> str:
+        """The digest of what a step holds itself, without the base."""
+        fixed = set(record.get("base", {}).get("arrays", ()))
+        own = {path: spec for path, spec in record["tree"].items() if path not in fixed}
+        return arrays.digest(_read_payload(self.folder / str(step), own))
+
+    def _commit_in_background(self, state: HostState, record: Record, base: HostState) -> None:
         """The background thread: everything after the copy; its error waits for the next call."""
         try:
-            self._commit(record["step"], state, record)
+            self._commit(record["step"], state, record, base)
         except CheckpointError as error:
             self._error = error
 
-    def _commit(self, step: int, state: HostState, record: Record) -> None:
+    def _commit(self, step: int, state: HostState, record: Record, base: HostState) -> None:
         temporary = self.folder / f"{TEMPORARY}{step}-{os.getpid()}"
         try:
-            if path := arrays.not_finite(state, FINITE):
+            if path := arrays.not_finite(state | base, FINITE):
                 raise NonFinite(f"step {step}: not saved: {path} holds NaN or infinity")
-            self._prepare(step, sum(array.nbytes for array in state.values()))
+            self._prepare(step, sum(array.nbytes for array in (state | base).values()))
+            if base:
+                self._write_base(step, base)
+            if "base" in record:
+                record["base"]["commit"] = manifest.commit(self.folder / self._base)
             if self._is_there(step, state, record):
                 return
             arrays.write(temporary / PAYLOAD, state)
@@ -280,7 +309,8 @@ class Checkpoints:
                 self._delete(step)
             durable_files.publish(temporary, self.folder / str(step))
             manifest.evict_from_page_cache(self.folder / str(step))
-            if found := self.verify(step):
+            # the base was read back when it was written
+            if found := committed.verify(self.folder, step, base=False):
                 raise CheckpointError(
                     f"step {step}: written, but reads back wrong ({found[0]}); is the disk failing?"
                 )
@@ -293,6 +323,27 @@ class Checkpoints:
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def _write_base(self, step: int, base: HostState) -> None:
+        """Writes what no step changes, if it is not there; damage of its name is set aside."""
+        path = self.folder / self._base
+        if os.path.lexists(path):
+            if not manifest.problems(path):
+                return
+            os.rename(path, self.folder / f"damaged-{self._base}-{time.time_ns()}")
+        temporary = self.folder / f"{TEMPORARY}{self._base}-{os.getpid()}"
+        try:
+            arrays.write(temporary / PAYLOAD, base)
+            manifest.write_manifest(temporary, {"digest": arrays.digest(base)})
+            durable_files.publish(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        manifest.evict_from_page_cache(path)
+        if found := manifest.problems(path):
+            raise CheckpointError(
+                f"step {step}: {self._base} written, but reads back wrong ({found[0]}); is the disk"
+                " failing?"
+            )
 
     def _prepare(self, step: int, need: int) -> None:
         """The folder is there, is the one of the last save, and has room."""
@@ -327,12 +378,15 @@ class Checkpoints:
             os.rename(path, self.folder / f"damaged-{step}-{time.time_ns()}")
             return False
         old = manifest.read(path)
-        if self._is_late_score(old, record) and arrays.digest(
-            self._read(step, old["tree"])
-        ) == arrays.digest(state):
+        same_arrays = (
+            old.get("tree") == record["tree"]
+            and old.get("base") == record.get("base")
+            and self._own_digest(step, old) == arrays.digest(state)
+        )
+        if self._is_late_score(old, record) and same_arrays:
             return False
-        same = all(old.get(key) == record[key] for key in ("run_id", "loop", "metric", "tree"))
-        if not (same and arrays.digest(self._read(step, old["tree"])) == arrays.digest(state)):
+        same = all(old.get(key) == record[key] for key in ("run_id", "loop", "metric"))
+        if not (same and same_arrays):
             raise CheckpointError(
                 f"step {step}: not saved: {path} holds another state of that step; use another"
                 " --workdir"
@@ -362,6 +416,20 @@ class Checkpoints:
         for step in own:
             if step not in kept and not (self._keep_every and step % self._keep_every == 0):
                 self._delete(step)
+        self._prune_bases()
+
+    def _prune_bases(self) -> None:
+        """Deletes bases that no step needs any more: of this run, which froze other arrays once."""
+        there = {path.name for path in self.folder.glob(f"{BASE}*")} - {self._base}
+        if not there:
+            return
+        # a damaged step does not say what it needs
+        if len(known := committed.records(self.folder)) < len(committed.numbered(self.folder)):
+            return
+        for name in there - {record.get("base", {}).get("name") for record in known.values()}:
+            deleted = self.folder / f"{TEMPORARY}{name}-{time.time_ns()}"
+            os.rename(self.folder / name, deleted)
+            shutil.rmtree(deleted)
 
     def _delete(self, step: int) -> None:
         # Renamed first: a kill in the middle of deleting must not leave half a numbered folder,
@@ -385,6 +453,15 @@ def _refuse_inner_folder(folder: Path) -> None:
 def read_step(folder: Path, stored: arrays.Specs) -> HostState:
     """All arrays in the folder of a step, which are as `stored` says; `CheckpointError`, in one
     line, if they cannot be read."""
+    base: dict[str, Any] = manifest.read(folder).get("base") or {"arrays": ()}
+    fixed = set(base["arrays"])
+    found = _read_payload(folder, {path: stored[path] for path in stored if path not in fixed})
+    if fixed:
+        found |= _read_payload(folder.parent / base["name"], {path: stored[path] for path in fixed})
+    return {path: found[path] for path in stored}
+
+
+def _read_payload(folder: Path, stored: arrays.Specs) -> HostState:
     try:
         return arrays.read(folder / PAYLOAD, stored)
     # the storage library has no error class of its own, and its texts are pages long

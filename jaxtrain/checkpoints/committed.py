@@ -44,18 +44,34 @@ def records(folder: Path) -> dict[int, Record]:
     return found
 
 
-def verify(folder: Path, step: int) -> list[str]:
-    """What is wrong with a step, every byte read; empty if nothing is."""
+def verify(folder: Path, step: int, *, base: bool = True) -> list[str]:
+    """What is wrong with a step, every byte read, and unless `base` is False those of the base that
+    it stands on; empty if nothing is."""
     path = folder / str(step)
     if not path.is_dir() and not path.is_symlink():
         return ["is a file, not a directory" if path.exists() else "no such checkpoint"]
-    return problems(path, step)
+    return problems(path, step, base=base)
 
 
-def problems(path: Path, step: int | None = None) -> list[str]:
+def problems(path: Path, step: int | None = None, *, base: bool = True) -> list[str]:
     """What is wrong with the folder of a step, wherever it lies; with `step`, also if it is not
-    that one."""
-    return manifest.problems(path) or _record_problems(manifest.read(path), step)
+    that one. The base that it stands on is looked at unless `base` is False."""
+    if found := manifest.problems(path) or _record_problems(manifest.read(path), step):
+        return found
+    stands_on = manifest.read(path).get("base")
+    return [] if stands_on is None or not base else _base_problems(path.parent, stands_on)
+
+
+def _base_problems(folder: Path, record: Record) -> list[str]:
+    """What is wrong with the folder of what no step changes, which lies beside the step."""
+    name = record["name"]
+    if not (folder / name).is_dir():
+        return [f"{name}: no such folder beside it; put it back, for it holds the frozen arrays"]
+    if found := manifest.problems(folder / name):
+        return [f"{name}: {problem}" for problem in found]
+    if manifest.commit(folder / name) != record["commit"]:
+        return [f"{name}: is another one than the step was written on"]
+    return []
 
 
 def newest(folder: Path, on_problem: Callable[[str], None]) -> int | None:
@@ -102,7 +118,18 @@ def _record_problems(record: Record, step: int | None) -> list[str]:
         or not all(map(_is_spec, arrays.values()))
     ):
         return [f"{manifest.MANIFEST}: does not describe a checkpoint"]
+    if "base" in record and not _is_base(record["base"], arrays):
+        return [f"{manifest.MANIFEST}: does not describe a checkpoint"]
     return []
+
+
+def _is_base(value: object, arrays: Record) -> bool:
+    match value:
+        case {"name": str(name), "commit": str(), "arrays": list(paths)}:
+            # a name, and no path to somewhere else
+            plain = re.fullmatch(r"base-[0-9a-f]{16}", name, re.ASCII)
+            return bool(plain) and all(path in arrays for path in paths)
+    return False
 
 
 def _is_spec(value: object) -> bool:

@@ -132,6 +132,11 @@ def read(folder: Path) -> Record:
     return record
 
 
+def commit(folder: Path) -> str:
+    """The hash of a folder's manifest, as its COMMIT has it; `Damaged` if there is none."""
+    return _read_small(folder, COMMIT, 1 << 10).decode("ascii", "replace").strip()
+
+
 def problems(folder: Path) -> list[str]:
     """What is wrong with a folder, one line for each problem; an empty list if every byte is the
     one that the manifest was written for.

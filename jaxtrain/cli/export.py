@@ -3,12 +3,19 @@ other programs and for `--init_from`."""
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from jaxtrain import extras, messages
 from jaxtrain.cli.command import Command, new_file, options
 from jaxtrain.errors import UserError
 
-FLAGS = {"out": "weights.safetensors", "checkpoint": "best", "params": "raw", "overwrite": None}
+FLAGS = {
+    "out": "weights.safetensors",
+    "checkpoint": "best",
+    "params": "raw",
+    "merge": None,
+    "overwrite": None,
+}
 CHOICES = ("auto", "average", "raw")
 
 
@@ -33,9 +40,13 @@ def run(arguments: Sequence[str]) -> int:
     step = trained.chosen_step(workdir, given.get("checkpoint", "last"))
     stored = variables.of_step(workdir / "checkpoints" / str(step), choice=choice)
     values = stored.read()
+    merges = "merge" in given
+    if merges:
+        values = _merged(values, trained.lora_of(record, None, f"{workdir}: run.json"))
     metadata = {
         "step": step,
         "params": stored.averaged or "raw",
+        "merged": merges,
         "digest": arrays.digest(values),
         "name": record["name"],
         "config": record["config"],
@@ -44,13 +55,24 @@ def run(arguments: Sequence[str]) -> int:
     }
     weights_file.write(path, values, metadata)
     size = messages.bytes_text(sum(value.nbytes for value in values.values()))
-    which = stored.averaged or "the raw parameters"
+    which = (stored.averaged or "the raw parameters") + (", adapters merged" if merges else "")
     print(f"step {step} ({which}): {len(values)} arrays, {size} -> {path}")
     return 0
 
 
+def _merged(values: dict[str, Any], lora: Any) -> dict[str, Any]:
+    """The parameters of the plain model, with the adapters multiplied out."""
+    import numpy as np
+
+    from jaxtrain.models.lora import merged
+
+    if lora is None:
+        raise UserError("export --merge: the run trained no adapters; drop --merge")
+    return {path: np.asarray(array) for path, array in merged(values, lora.scale).items()}
+
+
 COMMAND = Command(
-    "WORKDIR --out=FILE.safetensors [--checkpoint=last|best|STEP]",
+    "WORKDIR --out=FILE.safetensors [--checkpoint=last|best|STEP] [--merge]",
     "plain parameters as a file",
     run,
 )

@@ -68,6 +68,9 @@ def from_json(run: config.Run, record: Mapping[str, Any]) -> config.Run:
     none of the experiment's.
     """
     names = [field.name for field in fields_of(run) if Mark.EXPERIMENT not in field.marks]
+    # a part that the experiment does not have was not known to every version
+    absent = {family: None for family in config.FAMILIES if getattr(run, family) is None}
+    record = absent | dict(record)
     _same_keys(record, names, "")
     changes: dict[str, Any] = {}
     for field in fields_of(run):

@@ -54,6 +54,8 @@ class Run(StepOptions):
     """How the learning rate changes over the run."""
     augment: Annotated[Any, FAMILY] = None
     """What is done to training examples on the device."""
+    lora: Annotated[Any, FAMILY] = None
+    """Adapters of low rank, which are trained in place of the model."""
 
     steps: Annotated[Count | None, Group.TRAINING, FREE] = None
     """How many steps to train; replaces the experiment's own --steps or --epochs."""

@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; tests/test_exports.py c
 
     from jaxtrain.data.pipeline import BatchLoader
     from jaxtrain.data.sources.arrays import Arrays
+    from jaxtrain.data.sources.conversations import Conversations
     from jaxtrain.data.sources.digits import Digits
     from jaxtrain.data.sources.images import Images
     from jaxtrain.data.sources.markov import SyntheticTokens
@@ -26,6 +27,7 @@ __all__ = [
     "NAMES",
     "Arrays",
     "BatchLoader",
+    "Conversations",
     "Digits",
     "Images",
     "Mixture",
@@ -41,6 +43,7 @@ __all__ = [
 
 _FILES = {
     "Arrays": "sources.arrays",
+    "Conversations": "sources.conversations",
     "Digits": "sources.digits",
     "Images": "sources.images",
     "Own": "sources.own",
@@ -65,6 +68,7 @@ _SOURCES = {
     "text": "Text",
     "mixture": "Mixture",
     "own": "Own",
+    "conversations": "Conversations",
 }
 """Each source by the word that `--data` takes."""
 

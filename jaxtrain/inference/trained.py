@@ -26,13 +26,19 @@ from jaxtrain.data.table import ArrayTable, Table
 from jaxtrain.errors import UserError
 from jaxtrain.inference import answers
 from jaxtrain.inference.inputs import Inputs
+from jaxtrain.models.lora import LoRA
 from jaxtrain.optimizers import SGD
 from jaxtrain.train import evaluate, train_step
 from jaxtrain.train.recipe import Recipe
 from jaxtrain.train.state import TrainState, initial_numbers, initializer
 from jaxtrain.tree import Batch
 
-OWN = {"model": "jaxtrain.models", "task": "jaxtrain.tasks", "data": "jaxtrain.data"}
+OWN = {
+    "model": "jaxtrain.models",
+    "task": "jaxtrain.tasks",
+    "data": "jaxtrain.data",
+    "lora": "jaxtrain.models.lora",
+}
 """Where the components of each family are that run.json may name."""
 
 
@@ -166,6 +172,8 @@ def load(
         )
     task = component(record, "task", experiment, where) if task is None else task
     model = component(record, "model", experiment, where) if model is None else model
+    if (adapters := lora_of(record, experiment, where)) is not None:
+        model = adapters.on(model)
     inputs = Inputs.from_record(record["inputs"])
     step = chosen_step(folder, str(checkpoint))
     stored = variables.of_step(folder / "checkpoints" / str(step))
@@ -247,6 +255,14 @@ def component(
         )
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def lora_of(record: Mapping[str, Any], experiment: config.Run | None, where: str) -> LoRA | None:
+    """The adapters that a run trained, or None if it trained none."""
+    if record["config"].get("lora") is None:
+        return None
+    lora: LoRA = component(record, "lora", experiment, where)
+    return lora if lora.rank else None
 
 
 def class_of(component: Any) -> str:

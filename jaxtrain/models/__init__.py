@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; tests/test_exports.py c
     from flax import linen as nn
 
     from jaxtrain.models.convnet import ConvNet
+    from jaxtrain.models.encoder import Encoder
     from jaxtrain.models.fitted import Fitted
     from jaxtrain.models.layers import Dropout
     from jaxtrain.models.mlp import MLP
@@ -18,7 +19,17 @@ if TYPE_CHECKING:  # what editors and type checkers see; tests/test_exports.py c
 
     NAMES: Mapping[str, nn.Module]
 
-__all__ = ["MLP", "NAMES", "ConvNet", "Dropout", "Fitted", "ResNet", "Transformer", "ViT"]
+__all__ = [
+    "MLP",
+    "NAMES",
+    "ConvNet",
+    "Dropout",
+    "Encoder",
+    "Fitted",
+    "ResNet",
+    "Transformer",
+    "ViT",
+]
 
 _FILES = {
     "MLP": "mlp",
@@ -26,10 +37,11 @@ _FILES = {
     "ResNet": "resnet",
     "ViT": "vit",
     "Transformer": "transformer",
+    "Encoder": "encoder",
     "Fitted": "fitted",
     "Dropout": "layers",
 }
-_FAMILIES = ("mlp", "convnet", "resnet", "vit", "transformer", "fitted")
+_FAMILIES = ("mlp", "convnet", "resnet", "vit", "transformer", "fitted", "sizes")
 
 
 def __getattr__(name: str) -> Any:

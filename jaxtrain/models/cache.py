@@ -1,12 +1,34 @@
 """What a decoder keeps of the tokens that it has seen: keys and values of each block.
 
+A block that sees everything has a slot for each position; one that sees a window only has a ring of
+as many slots as the window is wide, in which the newest token takes the place of the one that just
+went out of sight.
+
 Dims: B batch, T new tokens, S slots, M heads of keys and values, K head width.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+
+from jaxtrain.errors import UserError
+
+
+class Decoder(Protocol):
+    """The settings of a model that say how large its cache is; `Transformer` has them."""
+
+    width: int
+    depth: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    positions: Any
+    max_length: int
+    pattern: Sequence[Any]
+    window: int
 
 
 @jax.tree_util.register_dataclass
@@ -17,6 +39,8 @@ class BlockCache:
     key_BSMK: jax.Array
     value_BSMK: jax.Array
     positions_BS: jax.Array
+    ring: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Whether a position has the slot `position % slots`; otherwise it has the slot `position`."""
 
 
 @jax.tree_util.register_dataclass
@@ -28,19 +52,73 @@ class Cache:
     length_B: jax.Array
 
 
+def empty(model: Decoder, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
+    """A cache for `batch` rows of at most `capacity` tokens, in the dtype of the model's stream.
+
+    >>> from jaxtrain.models import Transformer
+    >>> model = Transformer(width=8, depth=2, heads=2, pattern=("window", "full"), window=4)
+    >>> [block.key_BSMK.shape for block in empty(model, batch=3, capacity=16).blocks]
+    [(3, 4, 2, 4), (3, 16, 2, 4)]
+
+    `UserError` if it has no place for a token, or more than the model has positions.
+    """
+    if batch < 1 or capacity < 1:
+        raise UserError(f"a cache of {batch} rows of {capacity} tokens: must be at least 1 of each")
+    if model.positions == "learned" and capacity > model.max_length:
+        raise UserError(
+            f"a cache of {capacity} tokens: the model has max_length={model.max_length} learned"
+            " positions; ask for no more than that"
+        )
+    heads = model.key_heads or model.heads
+    head_dim = model.head_dim or model.width // model.heads
+
+    def block(kind: str) -> BlockCache:
+        slots = min(model.window, capacity) if kind == "window" else capacity
+        zeros = jnp.zeros((batch, slots, heads, head_dim), dtype)
+        # no two parts of a cache may be one array, since a step that takes it over frees each
+        return BlockCache(
+            zeros, zeros.copy(), jnp.full((batch, slots), -1, jnp.int32), ring=slots < capacity
+        )
+
+    kinds = [model.pattern[index % len(model.pattern)] for index in range(model.depth)]
+    return Cache(tuple(map(block, kinds)), jnp.zeros(batch, jnp.int32))
+
+
 def extended(
     held: BlockCache, key_BTMK: jax.Array, value_BTMK: jax.Array, positions_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, BlockCache]:
-    """Keys, values and positions to look at, and the block's cache with the new tokens."""
+    """Keys, values and positions to look at, and the block's cache with the new tokens.
+
+    >>> held = BlockCache(*[jnp.zeros((1, 2, 1, 1))] * 2, jnp.full((1, 2), -1), ring=True)
+    >>> new, positions = jnp.ones((1, 3, 1, 1)), jnp.array([[0, 1, 2]])
+    >>> _, _, seen, held = extended(held, new, new, positions)
+    >>> seen.tolist(), held.positions_BS.tolist()
+    ([[-1, -1, 0, 1, 2]], [[2, 1]])
+
+    Positions of a row ascend and go on from those held; padding has position -1 and is never
+    written. A row with more tokens than slots, in a block that is no ring, becomes nan.
+    """
     slots, rows = held.positions_BS.shape[1], jnp.arange(positions_BT.shape[0])[:, None]
-    newest = jnp.max(positions_BT, axis=1, keepdims=True)
-    kept = (positions_BT >= 0) & (positions_BT > newest - slots)
-    places_BT = jnp.where(kept, positions_BT % slots, slots)
-    after = BlockCache(
-        held.key_BSMK.at[rows, places_BT].set(key_BTMK, mode="drop"),
-        held.value_BSMK.at[rows, places_BT].set(value_BTMK, mode="drop"),
-        held.positions_BS.at[rows, places_BT].set(positions_BT, mode="drop"),
+    newest_B1 = jnp.max(positions_BT, axis=1, keepdims=True)
+    kept_BT = positions_BT >= 0
+    if held.ring:
+        kept_BT &= positions_BT > newest_B1 - slots
+        places_BT = positions_BT % slots
+    else:
+        # what has no slot goes over the last one, as nan
+        full = (newest_B1 >= slots)[:, :, None, None]
+        value_BTMK = jnp.where(full, jnp.asarray(jnp.nan, value_BTMK.dtype), value_BTMK)
+        places_BT = jnp.minimum(positions_BT, slots - 1)
+    places_BT = jnp.where(kept_BT, places_BT, slots)
+    after = dataclasses.replace(
+        held,
+        key_BSMK=held.key_BSMK.at[rows, places_BT].set(key_BTMK, mode="drop"),
+        value_BSMK=held.value_BSMK.at[rows, places_BT].set(value_BTMK, mode="drop"),
+        positions_BS=held.positions_BS.at[rows, places_BT].set(positions_BT, mode="drop"),
     )
+    if not held.ring or positions_BT.shape[1] == 1:
+        # a ring as wide as the window loses only what one new token no longer sees
+        return after.key_BSMK, after.value_BSMK, after.positions_BS, after
     return (
         jnp.concatenate([held.key_BSMK, key_BTMK], axis=1),
         jnp.concatenate([held.value_BSMK, value_BTMK], axis=1),

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
+from jaxtrain import block_loop
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Above, AtLeast, Between, Count, DropRate
 from jaxtrain.late_logits import LateLogits
@@ -130,6 +131,11 @@ class Transformer(nn.Module):
     chunk: Whole = 0
     "how many tokens of each sequence have their logits at once in a loss; 0 for all of them"
 
+    @property
+    def looped_blocks(self) -> tuple[str, ...]:
+        """The parameters that a loop goes over, see `block_loop`."""
+        return tuple(f"block{index}" for index in range(self.depth)) if self.scan else ()
+
     @nn.compact
     def __call__(
         self,
@@ -199,45 +205,31 @@ class Transformer(nn.Module):
         waves: dict[Kind, Any],
         train: bool,
     ) -> jax.Array:
-        """The stream after all blocks, `period` of them at a time in one loop.
-
-        The parameters are stacked here, in the dtype of the computation; nothing outside of this
-        function knows.
-        """
+        """The stream after all blocks, in one loop that stacks their parameters; nothing outside of
+        it knows."""
         if other := sorted(set(self.variables) - {"params"}):
             raise UserError(
                 f"Transformer.scan=True: blocks keep {other[0]!r} besides their parameters, which"
                 " a loop does not carry; set scan=False, or another precision"
             )
-        period = _period(kinds)
-        trees = [self.variables["params"][f"block{index}"] for index in range(self.depth)]
-        stacked = [
-            jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees[place::period])
-            for place in range(period)
-        ]
         draws = train and self.has_rng("dropout")
         keys = jax.random.split(self.make_rng("dropout"), self.depth) if draws else None
 
-        def body(x_BTD: jax.Array, step: Any) -> tuple[jax.Array, None]:
-            params, keys = step
-            for place in range(period):
-                block = Block(self._block(kinds[place]), parent=None)
-                rngs = {} if keys is None else {"dropout": keys[place]}
-                x_BTD, _ = block.apply(
-                    {"params": params[place]},
-                    x_BTD,
-                    around,
-                    waves[kinds[place]],
-                    None,
-                    train,
-                    rngs=rngs,
-                )
-                x_BTD = layers.block_end(x_BTD)
-            return x_BTD, None
+        def step(kind: Kind, x_BTD: jax.Array, params: Any, key: jax.Array | None) -> jax.Array:
+            block = Block(self._block(kind), parent=None)
+            rngs = {} if key is None else {"dropout": key}
+            variables = {"params": params}
+            x_BTD, _ = block.apply(variables, x_BTD, around, waves[kind], None, train, rngs=rngs)
+            return layers.block_end(x_BTD)
 
-        keys = None if keys is None else keys.reshape(-1, period)
-        # FSDP's gather of one block belongs here, at the head of the body.
-        return jax.lax.scan(body, x_BTD, (stacked, keys))[0]
+        names = [f"block{index}" for index in range(self.depth)]
+        return block_loop.run(
+            [functools.partial(step, kind) for kind in kinds[: _period(kinds)]],
+            x_BTD,
+            [self.variables["params"][name] for name in names],
+            keys,
+            names=["/".join((*self.path, name)) for name in names],
+        )
 
     def _block(self, kind: Kind) -> "BlockSettings":
         """The settings of a block of this kind."""
@@ -535,12 +527,15 @@ def places_in_segments(segments_BT: jax.Array) -> jax.Array:
 
 
 def _period(kinds: Sequence[Kind]) -> int:
-    """The fewest blocks that, repeated, are all of them."""
-    depth = len(kinds)
+    """The fewest blocks that, repeated, are all of them; the last time may end early.
+
+    >>> _period(("window", "full", "window")), _period(("full",) * 3)
+    (2, 1)
+    """
     return next(
         period
-        for period in range(1, depth + 1)
-        if depth % period == 0 and list(kinds) == list(kinds[:period]) * (depth // period)
+        for period in range(1, len(kinds) + 1)
+        if all(kind == kinds[index % period] for index, kind in enumerate(kinds))
     )
 
 

@@ -8,41 +8,62 @@ that: the model computes with whole parameters, and each gradient is split at on
 reduce-scatter sums it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain import tree
+from jaxtrain import block_loop, tree
 from jaxtrain.adapters import Apply, Variables
 
 
 def with_gathered_parameters(
-    apply: Apply, axes: tree.PyTree, placed: tree.PyTree, mesh: Mesh | None
+    apply: Apply,
+    axes: tree.PyTree,
+    placed: tree.PyTree,
+    mesh: Mesh | None,
+    *,
+    looped: Sequence[str] = (),
 ) -> Apply:
     """A model's `apply` that gathers its parameters first; unchanged where nothing is split over
     fsdp.
 
     `axes` and `placed` are the logical axes and the sharding of each parameter. Tensor sharding
     stays. Under rematerialisation the backward pass gathers again, because an all-gather is no
-    product and ends no block, so its result is not saved.
+    product and ends no block, so its result is not saved. The parameters of `looped` blocks (see
+    `block_loop`) stay split; the loop gathers those of one block at a time, and again for the
+    backward pass.
     """
     if mesh is None or mesh.shape["fsdp"] == 1:
         return apply
-    named = tree.axes_by_path(axes)
+    named, places = tree.axes_by_path(axes), tree.flatten(placed)
+
+    def gathered(path: str, leaf: jax.Array) -> jax.Array:
+        return _gathered(leaf, places[path], named.get(path))
+
+    def first(path: Any, leaf: jax.Array) -> jax.Array:
+        text = tree.path_text(path)
+        return leaf if text.partition("/")[0] in looped else gathered(text, leaf)
 
     def gathered_apply(
         variables: Variables, inputs: Any, *, train: bool, key: jax.Array | None = None
     ) -> tuple[Any, Variables]:
-        whole = jax.tree_util.tree_map_with_path(
-            lambda path, leaf, place: _gathered(leaf, place, named.get(tree.path_text(path))),
-            variables["params"],
-            placed,
-        )
-        return apply(variables | {"params": whole}, inputs, train=train, key=key)
+        params = jax.tree_util.tree_map_with_path(first, variables["params"])
+        if not looped:
+            return apply(variables | {"params": params}, inputs, train=train, key=key)
+        layout = block_loop.Layout(lambda path, stack: _stacked(stack, places[path]), gathered)
+        with block_loop.told(layout=layout):
+            return apply(variables | {"params": params}, inputs, train=train, key=key)
 
     return gathered_apply
+
+
+def _stacked(stack: jax.Array, place: NamedSharding) -> jax.Array:
+    """A stack, and so its gradient, split as each array in it is."""
+    spec = PartitionSpec(None, *place.spec)
+    return jax.lax.with_sharding_constraint(stack, NamedSharding(place.mesh, spec))
 
 
 def _gathered(leaf: jax.Array, place: NamedSharding, axes: tree.Axes | None) -> jax.Array:

@@ -56,7 +56,7 @@ def accepted(run: config.Run) -> config.Run:
     what it offers, too; `UserError` for what is neither."""
     for family in config.FAMILIES:
         given = getattr(run, family)
-        if given is None and family != "augment":
+        if given is None and family not in ("augment", "lora"):
             example = "Constant(warmup=0.0)" if family == "schedule" else "one of its kind"
             raise UserError(f"{family}=None: a run needs one; give {example}")
         # A class can be a model: of NNX or Equinox, made by the run (`adapters`).
@@ -174,10 +174,14 @@ def recipe_of(
     """What one step of the run does; with the `identity` of the data, its statistics are kept."""
     measure = functools.partial(_statistics, train, identity) if run.normalize else None
     task: Any = run.task
+    model, optimizer = run.model, run.optimizer
+    if run.lora is not None:
+        model = run.lora.on(model)
+        optimizer = dataclasses.replace(optimizer, frozen=(*optimizer.frozen, *run.lora.frozen))
     return Recipe(
-        run.model,
+        model,
         task.with_data(train) if hasattr(task, "with_data") else task,
-        run.optimizer,
+        optimizer,
         schedule=schedules.resolve(
             run.schedule,
             total_steps=length.total,

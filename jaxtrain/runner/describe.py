@@ -178,6 +178,16 @@ def earlier_steps_per_call(record: dict[str, Any], run: config.Run, mesh: Mesh) 
     return record.get("steps_per_call") if same else None
 
 
+def trained_share(optimizer: optimizers.Optimizer, params: tree.PyTree) -> str:
+    """How much of a model is trained, in words."""
+    trains, flat = tree.flatten(optimizer.trained(params)), tree.flatten(params)
+    sizes = {path: flat[path].size for path, keep in trains.items() if keep}
+    layers = sum(path.endswith("lora_a") for path in sizes)
+    trained, size = sum(sizes.values()), tree.size(params)
+    what = f"adapters on {layers} layers" if layers else "no adapters"
+    return f"lora: {what}; {trained:,} of {size:,} parameters are trained ({trained / size:.2%})"
+
+
 def rule_table(run: config.Run, state: TrainState, axes: tree.PyTree) -> list[str]:
     """Which rule decides which parameter, if the optimizer has rules at all."""
     optimizer = run.optimizer

@@ -3,6 +3,7 @@ begin with (new, resumed, or with parameters from elsewhere)."""
 
 import dataclasses
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -15,8 +16,9 @@ import numpy as np
 
 from jaxtrain import config, messages, rng, tree
 from jaxtrain.checkpoints import arrays, committed, positions, variables, warm_start, weights_file
-from jaxtrain.checkpoints.checkpoints import Checkpoints
+from jaxtrain.checkpoints.checkpoints import BASE, Checkpoints
 from jaxtrain.errors import CheckpointError, UserError
+from jaxtrain.models.lora import ADAPTERS
 from jaxtrain.precision.loss_scale import LossScale
 from jaxtrain.processes import group
 from jaxtrain.runner import workdir
@@ -169,6 +171,9 @@ def set_aside(folder: Path, found: Found) -> str | None:
     kept.mkdir(parents=True)
     if (metrics := folder / "metrics.jsonl").is_file():
         shutil.copy2(metrics, place / metrics.name)
+    # What the steps stand on lies beside them, here and there; links cost nothing.
+    for base in (folder / "checkpoints").glob(f"{BASE}*"):
+        shutil.copytree(base, kept / base.name, copy_function=os.link)
     # The newest first: a kill on the way leaves a folder that can be gone on from.
     for step in reversed(found.later):
         os.rename(folder / "checkpoints" / str(step), kept / str(step))
@@ -329,7 +334,7 @@ def warm_state(
         plan = warm_start.plan(
             stored.specs,
             arrays.specs(wanted),
-            run.init_rules,
+            _rules(run, stored.specs),
             what=what,
             images=(stored.image, _image(programs.batch)),
         )
@@ -349,6 +354,13 @@ def warm_state(
     return programs.restart(state), Warm(
         run.init_from, stored.step, stored.averaged, run.init_params, plan
     )
+
+
+def _rules(run: config.Run, stored: arrays.Specs) -> tree.Rules[str]:
+    """What --init_rules says; adapters over a base that has none are new."""
+    if run.lora is None or not run.lora.rank or any(map(re.compile(ADAPTERS).search, stored)):
+        return run.init_rules
+    return (*run.init_rules, (ADAPTERS, warm_start.SKIP))
 
 
 def _stored(run: config.Run, flag: str) -> tuple[variables.Stored, str]:

@@ -81,6 +81,7 @@ def start(opened: Opened) -> int:
         keep_every=opened.length.keep_every,
         run_id=found.run_id,
         writes=group.is_main(),
+        fixed=_fixed(opened),
     )
     unit, _ = tasks.units_of(run.task, opened.programs.batch)
     progress = Progress(total, quiet=not group.is_main(), unit=unit)
@@ -104,6 +105,15 @@ def start(opened: Opened) -> int:
         if run.eval_only:
             return _evaluate_only(opened, state, progress)
         return _train(opened, found, state, kept, checkpoints, progress, stop, warm)
+
+
+def _fixed(opened: Opened) -> list[str]:
+    """The arrays that lie under adapters: they are written once, not with every checkpoint."""
+    if opened.run.lora is None or not opened.run.lora.rank:
+        return []
+    trains = opened.programs.recipe.optimizer.trained(opened.programs.state.params)
+    frozen = [path for path, keep in tree.flatten(trains).items() if not keep]
+    return [f"{part}/{path}" for part in ("params", "ema") for path in frozen]
 
 
 def _beginning(
@@ -297,7 +307,10 @@ def _show_parameters(opened: Opened, state: TrainState, first: int, progress: Pr
         progress.show(tables.sharding_table(rows))
     else:
         progress.show(tables.parameter_table(tree.flatten(state.params)))
-    for note in frozen_notes(opened.run.optimizer, state.params, state.collections):
+    optimizer = opened.programs.recipe.optimizer
+    if opened.run.lora is not None:
+        progress.line(describe.trained_share(optimizer, state.params))
+    for note in frozen_notes(optimizer, state.params, state.collections):
         progress.line(note)
     for row in describe.rule_table(opened.run, state, opened.programs.places.axes):
         progress.line(row)

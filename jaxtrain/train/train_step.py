@@ -7,7 +7,7 @@ logical shards and processes add up exactly. Nothing here is compiled: `steps.py
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxtrain import adapters, messages, metrics, precision, rng, tree
+from jaxtrain import adapters, block_loop, messages, metrics, precision, rng, tree
 from jaxtrain.errors import UserError
 from jaxtrain.optimizers import evaluation_params, trained
 from jaxtrain.parallel import fsdp, sharding
@@ -33,8 +33,16 @@ from jaxtrain.train.state import (
 )
 from jaxtrain.tree import Batch
 
+
+def _products(primitive: Any, *shapes: Any, **params: Any) -> bool:
+    """The policy that keeps the results of products, and of cuDNN's attention, which is two of
+    them."""
+    fused = primitive.name.startswith("dot_product_attention_fwd")
+    return fused or jax.checkpoint_policies.dots_saveable(primitive, *shapes, **params)
+
+
 REMAT: dict[str, Any] = {
-    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots": _products,
     "dense": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "blocks": jax.checkpoint_policies.save_only_these_names("block"),
 }
@@ -162,7 +170,13 @@ def _apply(recipe: Recipe, places: Placement | None) -> adapters.Apply:
     """The model on whole parameters, in the precision of the recipe."""
     apply = adapters.functions(recipe.model).apply
     if places is not None:
-        apply = fsdp.with_gathered_parameters(apply, places.axes, places.state.params, places.mesh)
+        apply = fsdp.with_gathered_parameters(
+            apply,
+            places.axes,
+            places.state.params,
+            places.mesh,
+            looped=block_loop.looped(recipe.model),
+        )
     # Cast first, gather then: half the bytes.
     return precision.apply_in(precision.POLICIES[recipe.precision], apply)
 
@@ -180,7 +194,7 @@ def _of_part(
         return apply({"params": params} | state.collections, inputs, train=True, key=key)
 
     if recipe.remat != "none":
-        forward = jax.checkpoint(forward, policy=REMAT[recipe.remat])
+        forward = _recomputed(forward, REMAT[recipe.remat], block_loop.looped(recipe.model))
 
     def loss(
         leaves: tree.PyTree,
@@ -204,6 +218,22 @@ def _of_part(
     if state.scaling is not None:
         gradients = jax.tree.map(lambda gradient: gradient / factor, gradients)
     return Total(gradients, sums, collection_sums.added(collections, state.collections))
+
+
+def _recomputed(forward: Any, policy: Any, looped: Sequence[str]) -> Any:
+    """A forward pass of which the backward pass keeps only what the policy lets it.
+
+    Around a loop it would compute all turns again before it went back through the last, and hold
+    what they keep; so the blocks of a loop are recomputed in it, one by one.
+    """
+    if not looped:
+        return jax.checkpoint(forward, policy=policy)
+
+    def told(*arguments: Any) -> Any:
+        with block_loop.told(keep=policy):
+            return forward(*arguments)
+
+    return told
 
 
 def _upward(gradient: jax.Array) -> jax.Array:

@@ -89,6 +89,10 @@ class Characters:
     eos: tuple[int, ...] = ()
     chat_template: str | None = None
 
+    def __post_init__(self) -> None:
+        if list(self.characters) != sorted(set(self.characters)):
+            raise UserError("characters: each once, in the order of their code points")
+
     @classmethod
     def of(cls, texts: Iterable[str]) -> "Characters":
         """The characters of all texts."""

@@ -39,7 +39,8 @@ class SentencePiece:
     eos: tuple[int, ...] = ()
     chat_template: str | None = dataclasses.field(default=None, repr=False)
 
-    def _loaded(self) -> Any:
+    @functools.cached_property
+    def _processor(self) -> Any:
         extras.require(printable(self.name), "sentencepiece")
         import sentencepiece
 
@@ -50,16 +51,14 @@ class SentencePiece:
                 f"{printable(self.name)}: is no SentencePiece model ({one_line(str(error))})"
             ) from error
 
-    @functools.cached_property
-    def _processor(self) -> Any:
-        return self._loaded()
-
-    @functools.cached_property
-    def _continuing(self) -> Any:
-        """For text behind a special token, where no space is put before it."""
-        made = self._loaded()
-        made.override_normalizer_spec(add_dummy_prefix=False)
-        return made
+    def _continued(self, text: str) -> list[int]:
+        """The ids of a text behind a special token, where no space is put before it: behind a
+        character of no script, which is one with nothing."""
+        for before in ("\ue000", "\n"):
+            head, both = self._processor.encode(before), self._processor.encode(before + text)
+            if both[: len(head)] == head:
+                return both[len(head) :]
+        return self._processor.encode(text)
 
     @functools.cached_property
     def _controls(self) -> dict[str, int]:
@@ -99,7 +98,7 @@ class SentencePiece:
             if part in self._controls:
                 ids.append(self._controls[part])
             elif part:
-                ids += (self._continuing if ids else self._processor).encode(part)
+                ids += self._continued(part) if ids else self._processor.encode(part)
         return np.array(ids, np.int32)
 
     def decode(self, ids_N: Sequence[int] | np.ndarray, *, special: bool = False) -> str:

@@ -109,9 +109,10 @@ def _in_folder(folder: str, notes: list[str]) -> list[str]:
             files.append(path)
         else:
             others[os.path.splitext(path)[1] or "without an ending"] += 1
-    named = ", ".join(f"{count} {end}" for end, count in others.most_common(4))
+    most_first = sorted(others.items(), key=lambda item: (-item[1], item[0]))
+    named = ", ".join(f"{count} {end}" for end, count in most_first[:4])
     if not files:
-        most = others.most_common(1)[0][0] if others else ""
+        most = most_first[0][0] if others else ""
         remedy = f"name them by a glob, e.g. '{folder}/**/*{most}'" if "." in most else ""
         remedy = remedy or "give files, another folder or a glob"
         held = f", only {named}" if others else ""

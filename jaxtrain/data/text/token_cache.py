@@ -148,7 +148,8 @@ class _Work:
     say: Callable[[str], None]
 
     def open(self, paths: str | Sequence[str], tokenizer: str | Tokenizer) -> Tokens:
-        places = [os.path.abspath(path) for path in ([paths] if isinstance(paths, str) else paths)]
+        given = [paths] if isinstance(paths, str) else paths
+        places = [os.path.abspath(os.path.expanduser(path)) for path in given]
         learned = isinstance(tokenizer, str) and is_learned(tokenizer)
         if isinstance(tokenizer, str) and not learned:
             tokenizer = open_tokenizer(tokenizer)
@@ -293,10 +294,11 @@ class _Work:
             learned, tokenizer, notes = self._learn(tokenizer, surveys)
         units = self._units(tokenizer, surveys, identities, part_bytes)
         jobs = _jobs(tokenizer.fingerprint, self.how, units, part_bytes)
-        summaries = self._run(jobs, tokenizer, self._taken(kept))
+        summaries = self._run(jobs, tokenizer, self._taken(kept, tokenizer))
         record = {
             "method": METHOD,
             "learned": learned,
+            "tokenizer": tokenizer.fingerprint,
             "notes": notes,
             "files": [
                 {"path": name, "identity": list(i), "digest": s.digest, "seen_ns": seen_ns}
@@ -329,7 +331,8 @@ class _Work:
         name = digest([METHOD, spec, self.how.key, self.how.separator, stride, contents])
         folder = self.folder / "learned" / name
         if not (folder / SAVED).is_file():
-            self.say(f"jaxtrain: learning the tokenizer {spec} from {bytes_text(total)}, once")
+            if total >= _LONG_LEARNED_BYTES:
+                self.say(f"jaxtrain: learning the tokenizer {spec} from {bytes_text(total)}, once")
             made = learn(spec, itertools.islice(self._texts(), 0, None, stride))
             folder.mkdir(exist_ok=True)
             save(made, folder)
@@ -354,7 +357,10 @@ class _Work:
         for place, (file, found) in enumerate(zip(self.found.files, surveys, strict=True)):
             parts = found.parts
             if file.kind == TEXT and not file.compression and not self.how.separator:
-                cuts = long_text.file_cuts(tokenizer, file.path, part_bytes)
+                try:
+                    cuts = long_text.file_cuts(tokenizer, file.path, part_bytes)
+                except UserError as error:
+                    raise UserError(f"{printable(file.path)}: {error}") from error
                 parts = documents.parts_of_one(file.path, cuts)
             size = found.size // len(parts)
             units += [
@@ -362,9 +368,11 @@ class _Work:
             ]
         return units
 
-    def _taken(self, kept: Mapping[str, Any]) -> dict[str, list[Any]]:
+    def _taken(self, kept: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, list[Any]]:
         """Where units lie that an earlier opening made, in shards that are whole."""
         taken: dict[str, list[Any]] = {}
+        if kept.get("tokenizer") != tokenizer.fingerprint:
+            return taken  # it was learned from the contents before
         for shard in kept.get("shards", ()):
             summary = token_shards.read_summary(self._shards, shard["name"])
             with contextlib.suppress(token_shards.Damaged):
@@ -380,10 +388,13 @@ class _Work:
         done: dict[str, Mapping[str, Any]] = {}
         for job in jobs:
             summary = token_shards.read_summary(self._shards, job.name)
-            with contextlib.suppress(token_shards.Damaged):
-                if summary is not None:
-                    token_shards.verify(self._shards, summary)
-                    done[job.name] = summary
+            if summary is None:
+                continue
+            try:
+                token_shards.verify(self._shards, summary)
+                done[job.name] = summary
+            except token_shards.Damaged as error:
+                self.say(f"jaxtrain: token cache: {error}; made again")
         left = {
             job.name: dataclasses.replace(
                 job, taken={unit.key: taken[unit.key] for unit in job.units if unit.key in taken}
@@ -441,8 +452,8 @@ def _part_bytes(total: int) -> int:
     return 1 << (wanted.bit_length() - 1)
 
 
-_LEARNED_BYTES = 1 << 28
-"""How much text a BPE is learned from at most."""
+_LEARNED_BYTES, _LONG_LEARNED_BYTES = 1 << 28, 4 << 20
+"""How much text a BPE is learned from at most, and from where on that is said."""
 _SETTLED_NS = 2_000_000_000
 """A file that was changed so shortly before it was looked at may change again within the same tick
 of its file system's clock."""

