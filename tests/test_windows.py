@@ -2,6 +2,7 @@
 shards, the pieces and the length."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_every_token_but_the_first_is_predicted_once_and_in_order(whole: bool, s
     for length in range(1, len(flat) + 3):
         table = Windows(tokens, documents_of(tokens), length)
         rows = (table.whole() if whole else table).read(np.arange(len(table)))
-        assert predicted(rows) == list(zip(flat[:-1], flat[1:], strict=True)), length
+        assert predicted(rows) == list(itertools.pairwise(flat)), length
         fields = {name: (array.shape[1:], array.dtype) for name, array in rows.items()}
         assert fields == {name: (f.shape, f.dtype) for name, f in table.fields.items()}
         assert ("weight" in rows) == ((len(flat) - 1) % length != 0)
@@ -64,7 +65,7 @@ def test_pieces_that_are_no_neighbours_follow_one_another() -> None:
     for length in (1, 3, 4, 7, 30):
         table = Windows(tokens, pieces, length)
         there = table.read(np.arange(len(table)))
-        assert predicted(there) == list(zip(flat[:-1], flat[1:], strict=True))
+        assert predicted(there) == list(itertools.pairwise(flat))
         for name, array in table.whole().read(np.arange(len(table))).items():
             np.testing.assert_array_equal(array, there[name], err_msg=name)
 

@@ -18,7 +18,7 @@ from jaxtrain.checkpoints import arrays
 from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.checkpoints.lock import Lock
 from jaxtrain.config import record as run_record
-from jaxtrain.config import values
+from jaxtrain.config import values as flag_values
 from jaxtrain.data.splits import Splits
 from jaxtrain.errors import CheckpointError, UserError
 from jaxtrain.parallel import sharding
@@ -162,7 +162,7 @@ def _banner(opened: Opened, found: restore.Found, progress: Progress) -> None:
 def _nothing_to_do(opened: Opened, newest: int, progress: Progress) -> int:
     run = opened.run
     given = next(name for name in config.LENGTHS if getattr(run, name) is not None)
-    flag = f"--{given}={values.text(getattr(run, given))}"
+    flag = f"--{given}={flag_values.text(getattr(run, given))}"
     progress.line(
         f"{flag}: checkpoint is already at step {newest}; nothing to do, raise it to go on"
     )

@@ -40,8 +40,8 @@ class Rows:
     """How texts become rows, and which part is held out: what one corpus and a mixture share."""
 
     tokenizer: Annotated[str, Public()] = "bytes"
-    """bytes, characters, bpe:4096 (learned from the text), a tokenizer.json, a SentencePiece .model,
-    a .gguf, or the folder of a model"""
+    """bytes, characters, bpe:4096 (learned from the text), a tokenizer.json, a SentencePiece
+    .model, a .gguf, or the folder of a model"""
     length: Count = 256
     """Tokens to predict in each row"""
     layout: Literal["windows", "packed"] = "windows"
@@ -102,8 +102,8 @@ class Text(Rows):
     """
 
     path: tuple[str, ...] = ()
-    """Files, folders or globs, separated by commas: plain text, .jsonl or .parquet; empty = Python's
-    own library"""
+    """Files, folders or globs, separated by commas: plain text, .jsonl or .parquet; empty =
+    Python's own library"""
 
     def open(self) -> Splits:
         """Tokenises what is not in the cache yet, and cuts rows; `UserError` for a part that holds

@@ -19,6 +19,7 @@ import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -176,8 +177,9 @@ def kept_plan(folder: Path, name: str, make: Callable[[], Plan]) -> Plan:
     with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
         # opened here: np.load leaves a file open that is no archive
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in names}
-        return Plan(**{name: array if array.ndim else int(array) for name, array in found.items()})
+            found: Any = {name: arrays[name] for name in names}
+        numbers = {name: int(found[name]) for name in ("capacity", "cut")}
+        return Plan(**(found | numbers))
     made = make()
     temporary = folder / f".{name}.{os.getpid()}.tmp"
     with contextlib.suppress(OSError):  # a cache that only others may write is as good

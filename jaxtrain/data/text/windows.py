@@ -20,7 +20,7 @@ from jaxtrain.data.text.token_cache import Tokens
 from jaxtrain.errors import UserError
 
 WHOLE = 2**28
-"""How many values a table has at most that is whole in memory, so that it can live on the device."""
+"""How many values a table has at most that is whole in memory, and may live on the device."""
 
 
 class Windows:
