@@ -477,7 +477,18 @@ SMALL_IMAGES = [
     "--data.train=train",
     "--data.validation=",
 ]
+SMALL_TEXT = [
+    "--data.path={text}",
+    "--data.cache={tokens}",
+    "--data.tokenizer=bytes",
+    "--data.length=16",
+    "--model.vocabulary=258",
+    "--model.width=16",
+    "--model.depth=1",
+    "--model.heads=2",
+]
 SHRUNKEN = {
+    "bert_mlm": [*SMALL_TEXT, "--task.mask_token=257"],
     "digits": ["--data.train=train[:20%]", "--model.widths=8,8,8"],
     "fashion_mnist": [
         "--data.data_dir={fashion_mnist}",
@@ -485,6 +496,7 @@ SHRUNKEN = {
         "--data.validation=train[80%:]",
         "--model.widths=4,4,8,8",
     ],
+    "gpt2_124m": [*SMALL_TEXT, "--model.padded_vocabulary=264", "--microbatches=2"],
     "imagenet_resnet50": [
         *SMALL_IMAGES,
         "--model.stages=1,1",
@@ -492,6 +504,13 @@ SHRUNKEN = {
         "--model.stem_width=4",
     ],
     "imagenet_vit": [*SMALL_IMAGES, "--model.width=24", "--model.depth=1", "--model.heads=3"],
+    "llama3_8b": [
+        *SMALL_TEXT,
+        "--model.key_heads=1",
+        "--model.hidden=32",
+        "--microbatches=1",
+        "--schedule.warmup=1",
+    ],
     "markov": [
         "--data.examples=64",
         "--data.test_examples=16",
@@ -506,6 +525,7 @@ SHRUNKEN = {
         "--data.test_examples=16",
         "--model.widths=8,8,8",
     ],
+    "shakespeare_char": [*SMALL_TEXT],
 }
 """What makes each experiment small enough for a test; everything that is not here is the
 experiment's own."""
@@ -531,7 +551,16 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         for head, size in ((16, 784), (8, 1))
     ]
     prepare["build"](dict(zip(prepare["FILES"], parts, strict=True)), folder / "tfds")
-    return {"mnist1d": str(folder / "mnist1d.npz"), "fashion_mnist": str(folder / "tfds")}
+    (folder / "text").mkdir()
+    for number in range(40):
+        words = RANDOM.choice(["to", "be", "or", "not", "that", "is"], 40)
+        (folder / "text" / f"{number}.txt").write_text(" ".join(words))
+    return {
+        "mnist1d": str(folder / "mnist1d.npz"),
+        "fashion_mnist": str(folder / "tfds"),
+        "text": str(folder / "text"),
+        "tokens": str(folder / "tokens"),
+    }
 
 
 def test_every_experiment_has_its_small_form() -> None:
