@@ -90,6 +90,16 @@ def test_separators(
     assert read_ == found
 
 
+def test_lines_longer_than_what_is_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["x" * length for length in (1, 50, 3, 17, 200, 1)]
+    path = write_lines(tmp_path / "a.jsonl", texts)
+    for chunk in (1, 7, 16, 64):
+        monkeypatch.setattr("jaxtrain.data.text.documents.CHUNK", chunk)
+        assert read(path) == texts
+
+
 def test_parts_of_a_file_are_the_whole(tmp_path: Path) -> None:
     """Wherever it is cut, the documents and their lines are those of the file read at once."""
     texts = [f"{'word ' * (number % 7)}{number}\nx" for number in range(60)]
@@ -183,6 +193,11 @@ def make_wrong(folder: Path) -> None:
     (folder / "latin.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
     (folder / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 9999)[:-20])
     (folder / "no.jsonl.gz").write_bytes(b"no gzip")
+    (folder / "more.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n') + b"more")
+    with pyarrow.output_stream(str(folder / "all.zst"), compression="zstd") as file:
+        file.write(b'{"text": "a"}\n' * 9999)
+    (folder / "cut.jsonl.zst").write_bytes((folder / "all.zst").read_bytes()[:-20])
+    (folder / "no.jsonl.zst").write_bytes(b"no zstd at all")
     write_parquet(folder / "good.parquet", ["a", None, ""])
     write_parquet(folder / "numbers.parquet", [1, 2])
     write_parquet(folder / "rows.parquet", ["a"])
@@ -224,6 +239,9 @@ WRONG: list[tuple[Sequence[str], str, dict[str, str]]] = [
     (["latin.jsonl"], "latin.jsonl:2: byte 0xff is no UTF-8", {}),
     (["cut.jsonl.gz"], "cut.jsonl.gz: is cut off", {}),
     (["no.jsonl.gz"], "no.jsonl.gz: cannot be read", {}),
+    (["more.jsonl.gz"], "more.jsonl.gz: cannot be read", {}),
+    (["cut.jsonl.zst"], r"cut.jsonl.zst: cannot be read \(Truncated", {}),
+    (["no.jsonl.zst"], "no.jsonl.zst: cannot be read", {}),
     (["good.parquet"], "good.parquet, row 1: 'text' is null, no text", {}),
     (
         ["good.parquet"],

@@ -531,6 +531,12 @@ def test_wrong_options_and_texts_are_one_line(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", str(cache / "shards" / "x"))
 
+    gone = FileNotFoundError(2, "No such file or directory", str(path))
+    with monkeypatch.context() as patch:
+        patch.setattr(token_shards, "identity_of", lambda _: (_ for _ in ()).throw(gone))
+        with pytest.raises(UserError, match=r"^\S+a.jsonl: No such file or directory$"):
+            open_tokens(str(path), BYTES, cache_dir=tmp_path / "new")
+
     monkeypatch.setattr(durable_files, "publish", full)
     with pytest.raises(UserError, match=r"^token cache: .*x: No space left on device; give anoth"):
         open_tokens(str(path), BYTES, cache_dir=tmp_path / "new")

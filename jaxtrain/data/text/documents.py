@@ -214,12 +214,16 @@ def _lines(file: TextFile, part: Part) -> Iterator[bytes]:
     with _open(file) as stream:
         if part.start:
             stream.seek(part.start)
-        rest = b""
+        begun: list[bytes] = []  # a line that is longer than a chunk
         while chunk := stream.read(CHUNK if left is None else min(CHUNK, left)):
             left = None if left is None else left - len(chunk)
-            *lines, rest = (rest + chunk).split(b"\n")
-            yield from lines
-        if rest:
+            first, *others = chunk.split(b"\n")
+            begun.append(first)
+            if others:
+                yield b"".join(begun)
+                yield from others[:-1]
+                begun = [others[-1]]
+        if rest := b"".join(begun):
             yield rest
 
 

@@ -130,10 +130,11 @@ def open_tokens(
     try:
         return work.open(paths, tokenizer)
     except OSError as error:
-        where = printable(str(error.filename or folder))
-        raise UserError(
-            f"token cache: {where}: {error.strerror}; give another cache_dir"
-        ) from error
+        where = str(error.filename or folder)
+        why = f"{printable(where)}: {error.strerror}"
+        if not where.startswith(str(folder)):
+            raise UserError(why) from error
+        raise UserError(f"token cache: {why}; give another cache_dir") from error
 
 
 @dataclasses.dataclass
@@ -316,7 +317,10 @@ class _Work:
         return tokens
 
     def _processes(self) -> int:
-        return self.processes or len(os.sched_getaffinity(0))
+        if self.processes:
+            return self.processes
+        mine = getattr(os, "sched_getaffinity", None)  # not on every system
+        return len(mine(0)) if mine else os.cpu_count() or 1
 
     def _learn(
         self, spec: str, surveys: Sequence[documents.Survey]
