@@ -251,6 +251,7 @@ FREE_AT_RESUME = {
     *(
         "steps",
         "epochs",
+        "tokens",
         "init_from",
         "init_rules",
         "mesh",

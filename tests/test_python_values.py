@@ -64,7 +64,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unit": (
         {"schedule": Cosine(warmup=Horizon(3, "weeks"))},  # pyright: ignore[reportArgumentType]
-        "schedule.warmup=3weeks: the unit 'weeks' is none of steps, epochs, percent",
+        "schedule.warmup=3weeks: the unit 'weeks' is none of steps, epochs, tokens, percent",
     ),
     "percent": (
         {"schedule": Linear(warmup=Horizon(150, "percent"))},

@@ -286,7 +286,7 @@ class _Line:
             if key is not None and key in values
         }
         rate, memory, mfu = speed["per_second"], speed["memory_bytes"], speed["mfu"]
-        seen = speed["seen"]
+        seen = speed.get("seen")
         shown["seen"] = "" if seen is None else f"{rate_text(seen)} {self._unit}"
         shown["rate"] = "" if rate is None else f"{rate_text(rate)} {self._unit}/s"
         shown["memory"] = "" if memory is None else bytes_text(memory)
