@@ -244,7 +244,10 @@ def test_every_source_is_a_frozen_component_with_words_for_its_flags() -> None:
         "images",
         "synthetic",
         "tokens",
+        "text",
+        "mixture",
         "own",
+        "conversations",
     ]
     for source in data.NAMES.values():
         names = [field.name for field in fields.fields_of(source)]

@@ -102,7 +102,8 @@ def test_a_single_text_is_cut_by_its_tokens(corpora: Path) -> None:
 
 
 def test_documents_are_held_out_whole_and_at_random(corpora: Path) -> None:
-    opened = source_of(corpora, train="all[:80%]", validation="all[80%:]", layout="packed").open()
+    parts = {"train": "all[:80%]", "validation": "all[80%:]", "layout": "packed"}
+    opened = source_of(corpora, **parts).open()
     short = [file.read_bytes() for file in (corpora / "prose").iterdir()]
     short = [text for text in short if len(text) < 25]
     assert len(short) > 2
@@ -115,8 +116,8 @@ def test_documents_are_held_out_whole_and_at_random(corpora: Path) -> None:
                 found += [bytes(text)] if end == 256 else []
     for document in short:
         assert found.count(document) == short.count(document)
-    in_order = source_of(corpora, split_seed=None, layout="packed").open()
-    other = source_of(corpora, split_seed=1, layout="packed").open()
+    in_order = source_of(corpora, split_seed=None, **parts).open()
+    other = source_of(corpora, split_seed=1, **parts).open()
     assert len({tuple(targets(each, "validation")) for each in (opened, in_order, other)}) == 3
     assert opened.fingerprint == other.fingerprint
 
