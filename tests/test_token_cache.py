@@ -529,7 +529,7 @@ def test_wrong_options_and_texts_are_one_line(
         open_tokens(str(path), BYTES, cache_dir=tmp_path / "file")
 
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device", str(cache / "shards" / "x"))
+        raise OSError(28, "No space left on device", str(tmp_path / "new" / "shards" / "x"))
 
     gone = FileNotFoundError(2, "No such file or directory", str(path))
     with monkeypatch.context() as patch:
