@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain import tree
+from jaxtrain.errors import UserError
 
 GATHERED = "gathered parameters"
 """The name under which a rematerialisation policy knows them."""
@@ -132,6 +133,12 @@ def all_but_gathered(primitive: Any, *_: Any, call_jaxpr: Any = None, **params: 
 
 
 def _stacked(now: Told, name: str, trees: Sequence[tree.PyTree]) -> tree.PyTree:
+    if len({jax.tree.structure(each) for each in trees}) > 1:
+        raise UserError(
+            f"--model.scan: {name} and others of its kind hold different parameters, which one loop"
+            " cannot run over; adapt all of them (--lora.pattern), or set --model.scan=false"
+        )
+
     def one(path: Any, *leaves: jax.Array) -> jax.Array:
         stack = jnp.stack(leaves)
         return stack if now.layout is None else now.layout.stacked(_path(name, path), stack)

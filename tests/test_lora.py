@@ -27,6 +27,7 @@ from jaxtrain.data.sources.markov import SyntheticTokens
 from jaxtrain.errors import UserError
 from jaxtrain.horizon import Horizon
 from jaxtrain.models import Transformer
+from jaxtrain.models.cache import empty
 from jaxtrain.models.lora import LoRA, merged, split
 from jaxtrain.optimizers import AdamW
 from jaxtrain.tasks import NextToken
@@ -150,9 +151,45 @@ def test_merged_parameters_give_the_plain_model_the_same(stabilized: bool) -> No
     assert np.abs(wanted - net.apply(net.init(KEY, TOKENS), TOKENS, train=False)[0]).max() > 0.01
     flat = merged(tree.flatten(variables["params"]), lora.scale)
     jax.tree.map(np.testing.assert_array_equal, flat, tree.flatten(plain))
-    scanned = adapters.functions(lora.on(BASE.clone(scan=True)))
-    found = scanned.apply(variables, TOKENS, train=True, key=KEY)[0]
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_loops_chunks_and_caches_see_the_adapters() -> None:
+    lora = LoRA(2, pattern=("attention/", "mlp_out"))
+    net = adapters.functions(lora.on(BASE))
+    variables = moved(net.init(KEY, TOKENS))
+    wanted = net.apply(variables, TOKENS, train=False)[0]
+
+    def summed(model: Any) -> Any:
+        apply = adapters.functions(model).apply
+        return jax.value_and_grad(
+            lambda values: jnp.sin(apply(values, TOKENS, train=True, key=KEY)[0]).sum()
+        )(variables)
+
+    one, other = (summed(lora.on(BASE.clone(scan=scan))) for scan in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), one, other)
+    chunked = lora.on(BASE.clone(chunk=4)).apply(variables, TOKENS)
+    np.testing.assert_allclose(chunked.logits(), wanted, atol=1e-5)
+    model = lora.on(BASE)
+    held = empty(model, 2, 6, jnp.float32)
+    first, held = model.apply(variables, TOKENS[:, :4], cache=held)
+    last, held = model.apply(variables, TOKENS[:, 4:], cache=held)
+    np.testing.assert_allclose(jnp.concatenate([first, last], axis=1), wanted, atol=1e-5)
+    some = LoRA(2, pattern=("block1/",)).on(BASE.clone(scan=True))
+    with pytest.raises(UserError) as refusal:
+        some.apply(some.init(KEY, TOKENS), TOKENS)
+    assert str(refusal.value) == (
+        "--model.scan: block0 and others of its kind hold different parameters, which one loop"
+        " cannot run over; adapt all of them (--lora.pattern), or set --model.scan=false"
+    )
+    untied = BASE.clone(tied=False)
+    headed = LoRA(2, pattern=("head",))
+    params = headed.on(untied).init(KEY, TOKENS)
+    with pytest.raises(UserError) as refusal:
+        headed.on(untied.clone(chunk=4)).apply(params, TOKENS)
+    assert str(refusal.value) == (
+        "--lora.pattern: head has an adapter, and is computed here by other means than as a dense"
+        " layer (a head in chunks?); set --model.chunk=0"
+    )
 
 
 def test_dropout_is_of_the_adapters_inputs_in_training_only() -> None:
