@@ -113,10 +113,11 @@ def test_a_pooled_vit_has_a_token_and_its_place_less() -> None:
 
 def test_every_model_has_a_row() -> None:
     """Models over tokens have files of tests of their own: tests/test_transformer.py,
-    tests/test_encoder.py."""
+    tests/test_encoder.py; what stands for a model in files has tests/test_pretrained.py."""
     small = {type(model) for model, _ in TINY.values()} | {
         models.Transformer,
         models.Encoder,
+        models.Pretrained,
     }
     assert {type(model) for model in models.NAMES.values()} <= small
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain import extras, tree
-from jaxtrain.checkpoints import former_layouts
+from jaxtrain.checkpoints import former_layouts, lazy
 from jaxtrain.errors import UserError
 from jaxtrain.processes import group
 from jaxtrain.tree import PyTree
@@ -84,11 +84,14 @@ def specs(state: PyTree) -> Specs:
     return {path: [str(leaf.dtype), list(shapes[path])] for path, leaf in leaves.items()}
 
 
-def to_devices(arrays: HostState, like: PyTree) -> PyTree:
-    """The tree of `like`, filled with the arrays, each laid out as its leaf in `like` says."""
+def to_devices(arrays: Mapping[str, Any], like: PyTree) -> PyTree:
+    """The tree of `like`, filled with the arrays, each laid out as its leaf in `like` says. Those
+    that are still in a file (`lazy.Lazy`) are read one at a time, and only what devices hold."""
 
     def place(path: str, leaf: Any) -> jax.Array:
         value = arrays[path]
+        if isinstance(value, lazy.Lazy):
+            return lazy.placed(path, value, leaf)
         sharding = getattr(leaf, "sharding", None)
         # May not alias: the first step donates these buffers, so they must not be NumPy's own
         # memory.

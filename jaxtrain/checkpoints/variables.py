@@ -30,8 +30,8 @@ class Stored:
 
     specs: Specs
     """Dtype and shape by path."""
-    read: Callable[[], HostState]
-    """Reads them all; `CheckpointError` if that fails."""
+    read: Callable[[], dict[str, Any]]
+    """Reads them all, or says where they are (`lazy.Lazy`); `CheckpointError` if that fails."""
     step: int | None
     averaged: str
     """Which average the parameters are, in words; empty for the raw ones."""

@@ -11,13 +11,14 @@ is left must fit: every stored array has a place, every variable an array, of on
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain import messages, tree
 from jaxtrain.checkpoints import arrays, former_layouts, positions
-from jaxtrain.checkpoints.arrays import HostState, Specs
+from jaxtrain.checkpoints.arrays import Specs
 from jaxtrain.errors import UserError
 from jaxtrain.tree import Rules
 
@@ -68,16 +69,20 @@ class Plan:
         """How many arrays are taken, resized, new or skipped."""
         return sum(row.what == what for row in self.rows)
 
-    def values(self, stored: HostState) -> HostState:
-        """The arrays of the variables that are not new, by their paths in the new model;
-        `UserError` for a value that the new dtype cannot hold."""
-        found = {}
+    def values(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """The arrays of the variables that are not new, by their paths in the new model; those that
+        are still in a file stay there unless they are resized. `UserError` for a value that the new
+        dtype cannot hold."""
+        found: dict[str, Any] = {}
         for row in self.rows:
             if row.what not in ("taken", "resized"):
                 continue
             value, dtype = stored[row.source], np.dtype(jnp.dtype(_plain(self.wanted, row.path)))
             if row.path in self.resizes:
-                value = self.resizes[row.path].of(value)
+                value = self.resizes[row.path].of(np.asarray(value))
+            if not isinstance(value, np.ndarray):
+                found[row.path] = value  # cast, and looked at, as it is read
+                continue
             with np.errstate(over="ignore"):
                 cast = value.astype(dtype)
             if cast.dtype != value.dtype and not np.isfinite(cast).all():

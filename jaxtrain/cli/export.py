@@ -1,11 +1,12 @@
 """`python -m jaxtrain export WORKDIR --out=weights.safetensors`: the plain parameters of a run, for
-other programs and for `--init_from`."""
+other programs and for `--init_from`; with `--format` as the files of another toolkit."""
 
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from jaxtrain import extras, messages
+from jaxtrain.cli import export_formats
 from jaxtrain.cli.command import Command, new_file, options
 from jaxtrain.errors import UserError
 
@@ -15,6 +16,10 @@ FLAGS = {
     "params": "raw",
     "merge": None,
     "overwrite": None,
+    "format": "hugging_face",
+    "to": "DIR",
+    "dtype": "bfloat16",
+    "tokenizer": "DIR",
 }
 CHOICES = ("auto", "average", "raw")
 
@@ -23,7 +28,12 @@ def run(arguments: Sequence[str]) -> int:
     """Writes the parameters of a step, the average where there is one, and the model's other
     variables."""
     workdir, given = options("export", arguments, FLAGS)
-    path = new_file("export", given, (".safetensors",))
+    form = export_formats.chosen(given)
+    path = (
+        export_formats.new_folder(given)
+        if form in export_formats.FOLDERS
+        else new_file("export", given, (".safetensors",))
+    )
     choice = given.get("params", "auto")
     if choice not in CHOICES:
         raise UserError(
@@ -43,6 +53,10 @@ def run(arguments: Sequence[str]) -> int:
     merges = "merge" in given
     if merges:
         values = _merged(values, trained.lora_of(record, None, f"{workdir}: run.json"))
+    if form:
+        told = export_formats.write(form, path, record, values, given)
+        print(f"step {step} ({stored.averaged or 'the raw parameters'}): {told} -> {path}")
+        return 0
     metadata = {
         "step": step,
         "params": stored.averaged or "raw",
@@ -72,7 +86,7 @@ def _merged(values: dict[str, Any], lora: Any) -> dict[str, Any]:
 
 
 COMMAND = Command(
-    "WORKDIR --out=FILE.safetensors [--checkpoint=last|best|STEP] [--merge]",
-    "plain parameters as a file",
+    "WORKDIR --out=FILE|--format=hugging_face --to=DIR [--checkpoint=last|best|STEP] [--merge]",
+    "plain parameters as a file, or as another toolkit's",
     run,
 )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; tests/test_exports.py c
     from jaxtrain.models.fitted import Fitted
     from jaxtrain.models.layers import Dropout
     from jaxtrain.models.mlp import MLP
+    from jaxtrain.models.pretrained import Pretrained
     from jaxtrain.models.resnet import ResNet
     from jaxtrain.models.transformer import Transformer
     from jaxtrain.models.vit import ViT
@@ -26,6 +27,7 @@ __all__ = [
     "Dropout",
     "Encoder",
     "Fitted",
+    "Pretrained",
     "ResNet",
     "Transformer",
     "ViT",
@@ -39,9 +41,10 @@ _FILES = {
     "Transformer": "transformer",
     "Encoder": "encoder",
     "Fitted": "fitted",
+    "Pretrained": "pretrained",
     "Dropout": "layers",
 }
-_FAMILIES = ("mlp", "convnet", "resnet", "vit", "transformer", "fitted", "sizes")
+_FAMILIES = ("mlp", "convnet", "resnet", "vit", "transformer", "fitted", "sizes", "pretrained")
 
 
 def __getattr__(name: str) -> Any:

@@ -47,6 +47,9 @@ class ViT(nn.Module):
     "position embedding; sincos is fixed and has no parameters"
     dropout: DropRate = 0.0
     "share dropped in training after the embedding and in each branch"
+    activation: layers.Activation = "gelu"
+    """between a block's dense layers; gelu is the approximation by tanh, timm's weights want
+    gelu_exact"""
 
     @nn.compact
     def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
@@ -74,7 +77,11 @@ class ViT(nn.Module):
         x_BLD = layers.Dropout(self.dropout)(x_BLD, train)
         for index in range(self.depth):
             x_BLD = Block(
-                self.heads, self.mlp_ratio * self.width, self.dropout, name=f"block{index}"
+                self.heads,
+                self.mlp_ratio * self.width,
+                self.dropout,
+                self.activation,
+                name=f"block{index}",
             )(x_BLD, train)
         x_BLD = layers.layer_norm("embed", name="norm")(x_BLD)
         x_BD = x_BLD[:, 0] if self.pool == "token" else x_BLD.mean(axis=1)
@@ -117,6 +124,7 @@ class Block(nn.Module):
     heads: int
     hidden: int
     dropout: DropRate = 0.0
+    activation: layers.Activation = "gelu"
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, train: bool) -> jax.Array:
@@ -130,7 +138,7 @@ class Block(nn.Module):
         )(branch)
         branch = layers.dense(
             x_BLD.shape[-1], ("mlp", "embed"), initializer=layers.XAVIER, name="mlp_out"
-        )(nn.gelu(branch))
+        )(layers.ACTIVATIONS[self.activation](branch))
         return layers.block_end(x_BLD + layers.Dropout(self.dropout)(branch, train))
 
 

@@ -37,7 +37,16 @@ from jaxtrain.processes import cluster, group, heartbeat
 from jaxtrain.processes.signals import StopSignals
 from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
-from jaxtrain.runner import build, devices, host_memory, jax_settings, preflight, unusual, workdir
+from jaxtrain.runner import (
+    build,
+    devices,
+    host_memory,
+    jax_settings,
+    preflight,
+    pretrained,
+    unusual,
+    workdir,
+)
 from jaxtrain.runner.run import Opened, start
 from jaxtrain.train import compare_meshes, explain, lowering
 from jaxtrain.train.recipe import Recipe
@@ -198,6 +207,9 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
     mesh = _mesh(run)
     if mesh.devices.flat[0].platform == "cpu":
         host_memory.keep_freed()
+    run, notes = pretrained.resolved(run)
+    for note in notes:
+        messages.warn(note)
     asked_precision = run.precision
     run = config.replaced(run, {"precision": build.chosen_precision(run, mesh)})
     execution = build.execution(run, mesh)  # before the data, which may take a while

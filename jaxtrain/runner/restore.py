@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain import config, messages, rng, tree
+from jaxtrain import config, messages, rng, tree, weights
 from jaxtrain.checkpoints import arrays, committed, positions, variables, warm_start, weights_file
 from jaxtrain.checkpoints.checkpoints import BASE, Checkpoints
 from jaxtrain.errors import CheckpointError, UserError
@@ -339,17 +339,22 @@ def warm_state(
             images=(stored.image, _image(programs.batch)),
         )
         taken = plan.values(stored.read())
-        if path := arrays.not_finite(taken, [path.partition("/")[0] for path in taken]):
+        here = {path: value for path, value in taken.items() if isinstance(value, np.ndarray)}
+        if path := arrays.not_finite(here, [path.partition("/")[0] for path in here]):
             raise UserError(f"{what}: {path} holds NaN or infinity")
     except (CheckpointError, ValueError) as error:
         text = str(error)
         raise UserError(text if text.startswith(flag) else f"{flag}: {text}") from error
     fresh = execution.initialize(programs, run.seed)
+    # made anew below, from what is taken; until then it would only fill memory
+    fresh = dataclasses.replace(fresh, opt_state=(), ema=None)
     leaves = tree.flatten(wanted)
+    whole = tree.flatten({"params": fresh.params, **fresh.collections})
+    for path in taken:
+        whole[path].delete()
     placed = arrays.to_devices(taken, {path: leaves[path] for path in taken})
-    whole = {"params": fresh.params, **fresh.collections}
-    filled = [placed.get(path, leaf) for path, leaf in tree.flatten(whole).items()]
-    new = jax.tree.unflatten(jax.tree.structure(whole), filled)
+    filled = [placed.get(path, leaf) for path, leaf in whole.items()]
+    new = jax.tree.unflatten(jax.tree.structure(wanted), filled)
     state = dataclasses.replace(fresh, params=new.pop("params"), collections=new)
     return programs.restart(state), Warm(
         run.init_from, stored.step, stored.averaged, run.init_params, plan
@@ -366,13 +371,21 @@ def _rules(run: config.Run, stored: arrays.Specs) -> tree.Rules[str]:
 def _stored(run: config.Run, flag: str) -> tuple[variables.Stored, str]:
     """The variables that --init_from names, not read yet, and what they are called."""
     path = Path(run.init_from)
-    if path.is_file():
+    foreign = weights.is_model(path)
+    if foreign or path.is_file():
         if run.init_params == "average" or run.init_checkpoint != "last":
+            kind = "file" if path.is_file() else "model's folder"
             raise UserError(
-                f"{flag}: is a file, which holds one set of parameters; drop --init_params and"
+                f"{flag}: is a {kind}, which holds one set of parameters; drop --init_params and"
                 " --init_checkpoint"
             )
-        return weights_file.read(path), "the file"
+        if not foreign:
+            return weights_file.read(path), "the file"
+        found = tree.flatten({"params": weights.open_model(path).params()})
+        specs: arrays.Specs = {
+            name: [str(each.dtype), list(each.shape)] for name, each in found.items()
+        }
+        return variables.Stored(specs, lambda: found, None, ""), "the model there"
     if (path / "MANIFEST.json").exists():
         if run.init_checkpoint != "last":
             raise UserError(

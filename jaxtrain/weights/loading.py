@@ -1,0 +1,136 @@
+"""A model of another toolkit, opened from its folder or file: what it is, where its parameters are,
+and which tokenizer belongs to it."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxtrain import adapters, tree
+from jaxtrain.checkpoints import lazy
+from jaxtrain.errors import UserError
+from jaxtrain.messages import printable
+from jaxtrain.parallel import sharding
+from jaxtrain.weights import config, gguf_file, names, safetensors_files
+
+GGUF = ".gguf"
+NAMED_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model that is described, and not read yet."""
+
+    path: Path
+    model: Any
+    """A `Transformer` or `Encoder`."""
+    config: Mapping[str, Any]
+    """Its `config.json`."""
+    tensors: Mapping[str, lazy.Lazy]
+    """By Hugging Face's names."""
+    tokenizer: Path | None
+    """A folder or file from which its tokenizer can be read."""
+    notes: tuple[str, ...]
+    """What should be said once."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its other files are."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def params(self) -> tree.PyTree:
+        """The parameters as a tree, still in their file (`lazy.Lazy`); `UserError` unless they are
+        exactly the model's."""
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        what = printable(str(self.path))
+        return names.to_ours(self.model, self.tensors.__getitem__, shapes, what=what)
+
+
+def is_model(path: Path) -> bool:
+    """Whether there is a model of another toolkit: a folder or file beside its `config.json`, or a
+    GGUF file."""
+    if path.suffix == GGUF:
+        return path.is_file()
+    return (_folder(path) / safetensors_files.CONFIG).is_file()
+
+
+def open_model(path: str | Path) -> Opened:
+    """The model in a folder with its `config.json`, in one safetensors file beside it, or in a GGUF
+    file; nothing is read but headers. `UserError` if there is none, or it is none that we have."""
+    place = Path(path).expanduser()
+    if place.suffix == GGUF and place.exists():
+        found = gguf_file.open_model(place)
+        described = config.read(found.config, printable(str(place)))
+        notes = described.notes
+        return Opened(place, described.model, found.config, found.tensors, place, notes)
+    stored = safetensors_files.open_weights(place)
+    folder = _folder(place)
+    described_at = folder / safetensors_files.CONFIG
+    if not described_at.is_file():
+        raise UserError(
+            f"{printable(str(folder))}: has no {safetensors_files.CONFIG}, which says what model"
+            " its weights are of; copy it there"
+        )
+    said = safetensors_files.read_json(described_at)
+    described = config.read(said, printable(str(described_at)))
+    tokenizer = any((folder / name).is_file() for name in NAMED_TOKENIZERS)
+    return Opened(
+        place, described.model, said, stored.tensors, folder if tokenizer else None, described.notes
+    )
+
+
+def load(
+    path: str | Path,
+    mesh: Mesh | None = None,
+    *,
+    rules: tree.Rules[str] = (),
+    dtype: Any = jnp.float32,
+) -> tuple[Any, tree.PyTree, Path | None]:
+    """The model in a folder or file, its parameters on a mesh, and where its tokenizer is, or None.
+
+        model, params, tokenizer = weights.load("SmolLM2-135M-Instruct")
+        logits = model.apply({"params": params}, tokens)
+
+    Without a mesh parameters lie on the first device; `rules` are those of `--shard`. Each is read
+    by itself, and only the parts that this process's devices hold.
+    """
+    opened = open_model(path)
+    where = places(opened.model, mesh, rules=rules, dtype=dtype)
+    params = jax.tree.map(
+        lambda at, source, like: lazy.placed(at, source, like),
+        _paths(where),
+        opened.params(),
+        where,
+    )
+    return opened.model, params, opened.tokenizer
+
+
+def places(
+    model: Any, mesh: Mesh | None, *, rules: tree.Rules[str] = (), dtype: Any = jnp.float32
+) -> tree.PyTree:
+    """Shape, dtype and sharding of each parameter of a model of tokens."""
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shapes = jax.eval_shape(adapters.functions(model).init, key, tokens)["params"]
+    if mesh is None:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        placed = jax.tree.map(lambda _: device, shapes)
+    else:
+        axes = adapters.logical_axes(model, tokens)["params"]
+        placed = sharding.parameters(shapes, axes, mesh, rules=rules)
+    return jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=at), shapes, placed
+    )
+
+
+def _paths(params: tree.PyTree) -> tree.PyTree:
+    """The path of each leaf, in its place."""
+    return jax.tree.unflatten(jax.tree.structure(params), list(tree.flatten(params)))
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
