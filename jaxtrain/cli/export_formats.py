@@ -1,5 +1,5 @@
-"""The formats of `export`: a folder that `transformers` loads, a folder that PEFT loads, a file with
-torchvision's or timm's names."""
+"""The formats of `export`: a folder that `transformers` loads, a folder that PEFT loads, a file
+with torchvision's or timm's names."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

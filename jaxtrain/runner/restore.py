@@ -371,21 +371,20 @@ def _rules(run: config.Run, stored: arrays.Specs) -> tree.Rules[str]:
 def _stored(run: config.Run, flag: str) -> tuple[variables.Stored, str]:
     """The variables that --init_from names, not read yet, and what they are called."""
     path = Path(run.init_from)
-    foreign = weights.is_model(path)
-    if foreign or path.is_file():
+    found = weights.variables(path, run.model)
+    if found is not None or path.is_file():
+        kind = "file" if path.is_file() else "model's folder"
         if run.init_params == "average" or run.init_checkpoint != "last":
-            kind = "file" if path.is_file() else "model's folder"
             raise UserError(
                 f"{flag}: is a {kind}, which holds one set of parameters; drop --init_params and"
                 " --init_checkpoint"
             )
-        if not foreign:
+        if found is None:
             return weights_file.read(path), "the file"
-        found = tree.flatten({"params": weights.open_model(path).params()})
         specs: arrays.Specs = {
             name: [str(each.dtype), list(each.shape)] for name, each in found.items()
         }
-        return variables.Stored(specs, lambda: found, None, ""), "the model there"
+        return variables.Stored(specs, lambda: found, None, ""), f"the {kind}"
     if (path / "MANIFEST.json").exists():
         if run.init_checkpoint != "last":
             raise UserError(

@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what editors and type checkers see; tests/test_exports.py compares the two
     from jaxtrain.weights.exporting import save
-    from jaxtrain.weights.loading import Opened, is_model, load, open_model
+    from jaxtrain.weights.loading import Opened, is_model, load, open_model, variables
     from jaxtrain.weights.safetensors_files import tokenizer_files
 
-__all__ = ["Opened", "is_model", "load", "open_model", "save", "tokenizer_files"]
+__all__ = ["Opened", "is_model", "load", "open_model", "save", "tokenizer_files", "variables"]
 
 _FILES = {
     "Opened": "loading",
     "is_model": "loading",
     "load": "loading",
     "open_model": "loading",
+    "variables": "loading",
     "save": "exporting",
     "tokenizer_files": "safetensors_files",
 }

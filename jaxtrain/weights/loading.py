@@ -14,8 +14,10 @@ from jaxtrain import adapters, tree
 from jaxtrain.checkpoints import lazy
 from jaxtrain.errors import UserError
 from jaxtrain.messages import printable
+from jaxtrain.models.resnet import ResNet
+from jaxtrain.models.vit import ViT
 from jaxtrain.parallel import sharding
-from jaxtrain.weights import config, gguf_file, names, safetensors_files
+from jaxtrain.weights import config, gguf_file, names, safetensors_files, torch_names
 
 GGUF = ".gguf"
 NAMED_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model")
@@ -55,7 +57,8 @@ def is_model(path: Path) -> bool:
     GGUF file."""
     if path.suffix == GGUF:
         return path.is_file()
-    return (_folder(path) / safetensors_files.CONFIG).is_file()
+    described = (_folder(path) / safetensors_files.CONFIG).is_file()
+    return described and (path.is_dir() or (path.is_file() and not _is_ours(path)))
 
 
 def open_model(path: str | Path) -> Opened:
@@ -81,6 +84,20 @@ def open_model(path: str | Path) -> Opened:
     return Opened(
         place, described.model, said, stored.tensors, folder if tokenizer else None, described.notes
     )
+
+
+def variables(path: Path, model: Any) -> dict[str, Any] | None:
+    """The variables in files of another toolkit, by slash path and still in them (`lazy.Lazy`);
+    None if there are none of such.
+
+    `model` is the one that they are for: a ResNet or ViT may take a file with torchvision's or
+    timm's names. `UserError` if the files are not what they must be.
+    """
+    if is_model(path):
+        return tree.flatten({"params": open_model(path).params()})
+    if isinstance(model, ResNet | ViT) and path.is_file() and not _is_ours(path):
+        return dict(torch_names.read(path, model)) if _has_torch_names(path, model) else None
+    return None
 
 
 def load(
@@ -130,6 +147,21 @@ def places(
 def _paths(params: tree.PyTree) -> tree.PyTree:
     """The path of each leaf, in its place."""
     return jax.tree.unflatten(jax.tree.structure(params), list(tree.flatten(params)))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file was written by `export` as plain parameters; what cannot be read is not."""
+    try:
+        return safetensors_files.read_header(path)[1].get("format") == "jaxtrain"
+    except UserError:
+        return False
+
+
+def _has_torch_names(path: Path, model: Any) -> bool:
+    try:
+        return torch_names.fits(model, safetensors_files.read_header(path)[0])
+    except UserError:  # `checkpoints.weights_file` says what is wrong with it
+        return False
 
 
 def _folder(path: Path) -> Path:

@@ -1,10 +1,10 @@
 """Adapters of low rank as PEFT keeps them: `adapter_model.safetensors` and `adapter_config.json`.
 
 There A is (rank, in) and B is (out, rank), under the name of Hugging Face's layer; ours lie beside
-the kernel of each dense layer, `lora_a` (in..., rank) and `lora_b` (rank, out...). GPT-2 keeps query,
-key and value as one layer: an adapter of it is one of each of the three here, with the same A, and
-three different ones become one of three times the rank, whose B is zero where it does not belong.
-PEFT's patterns of ranks and alphas are read (smaller ranks are filled with zeros, other scales go
+the kernel of each dense layer, `lora_a` (in..., rank) and `lora_b` (rank, out...). GPT-2 keeps
+query, key and value as one layer: an adapter of it is one of each of the three here, with the same
+A, and three different ones become one of three times the rank, whose B is zero where it does not
+belong. PEFT's patterns of ranks and alphas are read (smaller ranks are filled with zeros, other scales go
 into B), whatever is more than plain LoRA is refused.
 
 Dims: R rank, I in, O out.
