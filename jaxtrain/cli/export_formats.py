@@ -1,6 +1,7 @@
 """The formats of `export`: a folder that `transformers` loads, a folder that PEFT loads, a file
 with torchvision's or timm's names."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,11 @@ def _hugging_face(
     path: Path, model: Any, record: Mapping[str, Any], values: Mapping[str, Any], given: Any
 ) -> str:
     from jaxtrain import weights
-    from jaxtrain.models.lora import split
+    from jaxtrain.models.lora import ADAPTERS
 
     _check_kind(model, "hugging_face", "Transformer", "Encoder")
     params = _params(model, values)
-    if split(params)[1]:
+    if any(re.search(ADAPTERS, path) for path in params):
         raise UserError(
             "export --format=hugging_face: the run trained adapters; add --merge for the whole"
             " model, or write them alone: --format=peft"

@@ -4,8 +4,8 @@ There A is (rank, in) and B is (out, rank), under the name of Hugging Face's lay
 the kernel of each dense layer, `lora_a` (in..., rank) and `lora_b` (rank, out...). GPT-2 keeps
 query, key and value as one layer: an adapter of it is one of each of the three here, with the same
 A, and three different ones become one of three times the rank, whose B is zero where it does not
-belong. PEFT's patterns of ranks and alphas are read (smaller ranks are filled with zeros, other scales go
-into B), whatever is more than plain LoRA is refused.
+belong. PEFT's patterns of ranks and alphas are read (smaller ranks are filled with zeros, other
+scales go into B); whatever is more than plain LoRA is refused.
 
 Dims: R rank, I in, O out.
 """
