@@ -6,6 +6,8 @@ writes docs/benchmarks/NAME.json.
     .venv/bin/python scripts/bench.py overhead --blocks=3 --out=/tmp/bench
     .venv/bin/python scripts/bench.py reproducible             # what the same bits on any layout
     cost, on one device
+    .venv/bin/python scripts/bench.py characters               # the step of a small language model
+    beside one in PyTorch, which must be installed, on one core and on two
 
 Contestants take turns, block by block, so that what else the machine does hits all of them; the
 verdict is the median of the ratios of neighbouring blocks. Times are the wall clock's, from the
@@ -20,10 +22,11 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,13 +40,14 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from jaxtrain import config
+from jaxtrain import config, tree
 from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.data import order
 from jaxtrain.data.sources.synthetic import Synthetic
 from jaxtrain.horizon import Horizon
 from jaxtrain.models.convnet import ConvNet
 from jaxtrain.models.mlp import MLP
+from jaxtrain.models.transformer import Transformer
 from jaxtrain.models.vit import NAMES as VITS
 from jaxtrain.models.vit import ViT
 from jaxtrain.optimizers import AdamW
@@ -53,11 +57,11 @@ from jaxtrain.processes.signals import StopSignals
 from jaxtrain.report.metrics_file import JsonlWriter, Writers, read_metrics
 from jaxtrain.report.terminal.progress import Progress, make_console
 from jaxtrain.report.trackers import TensorBoardWriter
-from jaxtrain.runner import build, preflight
+from jaxtrain.runner import build, host_memory, preflight
 from jaxtrain.runner.profiler import Profiler
 from jaxtrain.schedules import Constant
-from jaxtrain.tasks import Classification, score_of
-from jaxtrain.train import cadence, loop, lowering, metrics_log
+from jaxtrain.tasks import Classification, NextToken, score_of
+from jaxtrain.train import cadence, loop, lowering, metrics_log, state, steps
 from jaxtrain.train.selection import Selection
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -108,6 +112,19 @@ REPRODUCIBLE = (
     ),
     Case("ViT-Ti/4 32x32", VITS["vit_ti4"], (32, 32, 3), steps=4, least=0.0, log_every=2),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cores:
+    """On how many cores the step of the character model is measured, and the least ratio."""
+
+    name: str
+    cores: int
+    least: float = 1.0
+    steps: int = 10
+
+
+CHARACTERS = (Cores("characters, one core", 1), Cores("characters, two cores", 2))
 
 
 class OurLoop:
@@ -363,6 +380,170 @@ def reproducible(
     return results
 
 
+def characters(
+    blocks: int, folder: Path, cases: Sequence[Cores] = CHARACTERS
+) -> list[dict[str, Any]]:
+    """Our step of nanoGPT's character model (its setting for CPUs) beside one in PyTorch, each case
+    in a process of its own, which begins on so many cores: both libraries make their threads once.
+    """
+    results = []
+    for case in cases:
+        out = folder / str(case.cores)
+        command = [sys.executable, __file__, "characters", f"--cores={case.cores}"]
+        done = subprocess.run(
+            [*command, f"--blocks={blocks}", f"--out={out}"], stdout=subprocess.DEVNULL, check=False
+        )
+        if done.returncode not in (0, 1):
+            raise SystemExit(f"bench: {case.name}: ended with status {done.returncode}")
+        results += json.loads((out / "characters.json").read_text())["results"]
+    return results
+
+
+def characters_here(case: Cores, blocks: int) -> dict[str, Any]:
+    """One case in this process: checks that both compute the same, then times them in turns.
+    malloc keeps what is freed, for both, as in every run of ours on the CPU."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: case.cores])
+    host_memory.keep_freed()
+    ours = OurCharacters()
+    theirs = TorchCharacters(jax.device_get(ours.state.params), threads=case.cores)
+    pairs = [(ours.one(), theirs.one()) for _ in range(CHECKED_STEPS)]
+    difference = max(abs(float(mine) - float(other)) / float(other) for mine, other in pairs)
+    if difference > TOLERANCE:
+        raise SystemExit(f"bench: {case.name}: the first losses differ by up to {difference:.1%}")
+    seconds, cpu_seconds = take_turns([ours, theirs], case.steps, blocks)
+    speeds = {name: [case.steps / each for each in times] for name, times in seconds.items()}
+    ratios = [mine / other for mine, other in zip(*speeds.values(), strict=True)]
+    return {
+        "case": case.name,
+        "batch_size": CHARACTER_BATCH,
+        "cores": case.cores,
+        "steps_per_block": case.steps,
+        "largest_relative_difference_of_first_losses": difference,
+        "torch": theirs.version,
+        "steps_per_second": {name: spread(values) for name, values in speeds.items()},
+        "cpu_seconds_per_step": {
+            name: spread([each / case.steps for each in times])
+            for name, times in cpu_seconds.items()
+        },
+        "ratio": spread(ratios),
+        "least": case.least,
+        "holds": statistics.median(ratios) >= case.least,
+    }
+
+
+VOCABULARY, LENGTH, CHARACTER_BATCH, DEPTH, WIDTH, HEADS = 65, 64, 12, 4, 128, 4
+
+
+def character_batches() -> Iterator[np.ndarray]:
+    """Windows at random places of a text, the same for everybody."""
+    random = np.random.default_rng(0)
+    text = random.integers(0, VOCABULARY, 100_000).astype(np.int32)
+    while True:
+        starts = random.integers(0, len(text) - LENGTH, CHARACTER_BATCH)
+        yield text[starts[:, None] + np.arange(LENGTH + 1)]
+
+
+class OurCharacters:
+    """Our compiled step, one update a dispatch, fed from the host."""
+
+    name = "jaxtrain"
+
+    def __init__(self) -> None:
+        parts = (
+            Transformer(
+                vocabulary=VOCABULARY, width=WIDTH, depth=DEPTH, heads=HEADS, max_length=LENGTH
+            ),
+            NextToken(),
+            AdamW(learning_rate=RATE, b2=0.99, weight_decay=0.1),
+        )
+        self._batches = character_batches()
+        batch = {"tokens": jnp.zeros((CHARACTER_BATCH, LENGTH + 1), jnp.int32)}
+        self.state = state.init_state(*parts, batch, clip_norm=1.0)
+        step = steps.make_train_step(*parts, clip_norm=1.0)
+        self._step = step.lower(self.state, batch).compile()
+
+    def one(self) -> jax.Array:
+        """One update; its loss, still on the device."""
+        batch = {"tokens": jnp.asarray(next(self._batches))}
+        self.state, sums = self._step(self.state, batch)
+        return sums["loss"][0] / sums["loss"][1]
+
+    def block(self, steps: int) -> None:
+        """Trains on for so many steps, and reads the last loss."""
+        losses = [self.one() for _ in range(steps)]
+        float(losses[-1])
+        jax.block_until_ready(self.state)
+
+
+class TorchCharacters:
+    """The same model in PyTorch, with its fused attention and its fused AdamW."""
+
+    name = "PyTorch"
+
+    def __init__(self, params: Any, *, threads: int) -> None:
+        try:
+            import torch  # not of ours
+        except ImportError:
+            raise SystemExit("bench: characters: needs PyTorch; pip install torch") from None
+        self.version = torch.__version__
+        torch.set_num_threads(threads)
+        self._torch, self._batches = torch, character_batches()
+        self._weights = {
+            path: torch.from_numpy(np.array(leaf)).requires_grad_()
+            for path, leaf in tree.flatten(params).items()
+        }
+        kernels = [leaf for path, leaf in self._weights.items() if path.endswith("kernel")]
+        others = [leaf for path, leaf in self._weights.items() if not path.endswith("kernel")]
+        groups = [{"params": kernels, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        self._optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.99), fused=True)
+
+    def one(self) -> Any:
+        """One update; its loss."""
+        torch, tokens = self._torch, self._torch.from_numpy(next(self._batches)).long()
+        logits = self._logits(tokens[:, :-1])
+        loss = torch.nn.functional.cross_entropy(
+            logits.reshape(-1, VOCABULARY), tokens[:, 1:].reshape(-1)
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(self._weights.values()), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def block(self, steps: int) -> None:
+        """Trains on for so many steps, and reads the last loss."""
+        losses = [self.one() for _ in range(steps)]
+        float(losses[-1])
+
+    def _logits(self, tokens: Any) -> Any:
+        weights, functional = self._weights, self._torch.nn.functional
+        x = functional.embedding(tokens, weights["embed"]) + weights["positions"]
+        for block in range(DEPTH):
+            x = x + self._attention(self._norm(x, f"block{block}/norm0"), f"block{block}/attention")
+            hidden = self._dense(self._norm(x, f"block{block}/norm1"), f"block{block}/mlp_in")
+            hidden = functional.gelu(hidden, approximate="tanh")
+            x = x + self._dense(hidden, f"block{block}/mlp_out")
+        return functional.linear(self._norm(x, "norm"), weights["embed"])
+
+    def _attention(self, x: Any, path: str) -> Any:
+        rows, length, _ = x.shape
+        parts = [
+            self._dense(x, f"{path}/{name}").view(rows, length, HEADS, -1).transpose(1, 2)
+            for name in ("query", "key", "value")
+        ]
+        mixed = self._torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True)
+        return self._dense(mixed.transpose(1, 2).reshape(rows, length, WIDTH), f"{path}/out")
+
+    def _dense(self, x: Any, path: str) -> Any:
+        kernel, bias = self._weights[f"{path}/kernel"], self._weights[f"{path}/bias"]
+        return x @ kernel.reshape(x.shape[-1], -1) + bias.reshape(-1)
+
+    def _norm(self, x: Any, path: str) -> Any:
+        scale, bias = self._weights[f"{path}/scale"], self._weights[f"{path}/bias"]
+        return self._torch.nn.functional.layer_norm(x, (WIDTH,), scale, bias, 1e-6)
+
+
 def prepared(ours: OurLoop) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of the train split as the model wants them, in host memory."""
     arrays = ours.table.arrays
@@ -495,6 +676,7 @@ def render(title: str, results: Sequence[dict[str, Any]]) -> Table:
 BENCHES: dict[str, Callable[[int, Path], list[dict[str, Any]]]] = {
     "overhead": overhead,
     "reproducible": reproducible,
+    "characters": characters,
 }
 
 
@@ -517,14 +699,24 @@ def main(argv: Sequence[str]) -> int:
         default=default_out,
         help="folder of the JSON file (default: docs/benchmarks)",
     )
+    parser.add_argument(
+        "--cores", type=int, help="of characters: only the case of so many cores, in this process"
+    )
     options = parser.parse_args(argv)
     if options.blocks < 1:
         parser.error(f"--blocks={options.blocks}: must be >= 1")
-    record = surroundings(argv)
+    if options.cores is not None and options.name != "characters":
+        parser.error(f"--cores={options.cores}: is of characters")
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="jaxtrain-bench-") as folder:
-        results = BENCHES[options.name](options.blocks, Path(folder))
-    record |= {
+    if options.cores is not None:
+        case = Cores(f"characters, {options.cores} cores", options.cores)
+        case = next((each for each in CHARACTERS if each.cores == options.cores), case)
+        results = [characters_here(case, options.blocks)]
+    else:
+        with tempfile.TemporaryDirectory(prefix="jaxtrain-bench-") as folder:
+            results = BENCHES[options.name](options.blocks, Path(folder))
+    # afterwards, for it asks jax for its devices, and a bench may choose its cores first
+    record = surroundings(argv) | {
         "bench": options.name,
         "blocks": options.blocks,
         "seconds": time.monotonic() - began,

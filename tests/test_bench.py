@@ -104,6 +104,27 @@ def test_loops_that_compute_different_things_are_not_compared(bench, monkeypatch
         bench.measure(dataclasses.replace(case, steps=1), 1, tmp_path / "case")
 
 
+def test_the_character_step_is_measured_beside_another(bench, monkeypatch):
+    """With ours in the place of PyTorch, which the tests do not install, and one small block."""
+
+    class Theirs(bench.OurCharacters):
+        name, version = "PyTorch", "none"
+
+        def __init__(self, params, *, threads):
+            assert set(params) >= {"embed", "positions", "block0"} and threads == 2
+            super().__init__()
+
+    for name, value in (("TorchCharacters", Theirs), ("DEPTH", 1), ("WIDTH", 8), ("HEADS", 2)):
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(bench.os, "sched_setaffinity", lambda process, cores: None)
+    monkeypatch.setattr(bench.host_memory, "keep_freed", lambda: True)
+    found = bench.characters_here(bench.Cores("small", 2, steps=1), 2)
+    assert found["largest_relative_difference_of_first_losses"] == 0
+    speeds = found["steps_per_second"]
+    ratios = np.divide(speeds["jaxtrain"]["values"], speeds["PyTorch"]["values"])
+    np.testing.assert_allclose(found["ratio"]["values"], ratios)
+
+
 def test_turns_alternate(bench):
     begun = []
 
@@ -127,6 +148,7 @@ def test_bad_arguments_are_refused(bench, capsys):
     for argv, text in (
         (["speed"], "invalid choice: 'speed'"),
         (["overhead", "--blocks=0"], "--blocks=0: must be >= 1"),
+        (["overhead", "--cores=1"], "--cores=1: is of characters"),
     ):
         with pytest.raises(SystemExit, match="2"):
             bench.main(argv)

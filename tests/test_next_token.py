@@ -100,9 +100,11 @@ def test_each_source_of_a_mixture_has_its_loss() -> None:
     total, count = (sum(sums[f"loss_{name}"][part] for name in by_hand) for part in (0, 1))
     assert sums["loss"] == pytest.approx((total, count), rel=1e-6)
     assert not any("loss_" in name for name in of({"source": source}))  # nobody named them
-    named = tasks.with_sources(NextToken(), ("books", "code"))
-    assert named.sources == ("books", "code")
-    assert tasks.with_sources(named, ("others",)) is named
+    table = MixedTable({"tokens": TOKENS})
+    named = NextToken().with_data(table)
+    assert named.sources == ("prose", "verse")
+    own = NextToken(sources=("others",))
+    assert own.with_data(table) is own
 
 
 def test_z_loss_and_smoothing_count_while_training_alone() -> None:

@@ -16,9 +16,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtrain import vocabulary_loss
 from jaxtrain.late_logits import LateLogits
+from jaxtrain.models.transformer import Transformer
+from jaxtrain.optimizers import SGD
 from jaxtrain.parallel import mesh as meshes
 from jaxtrain.parallel import sharding
 from jaxtrain.plan import collectives
+from jaxtrain.tasks import NextToken
+from jaxtrain.train import state, steps
 
 RANDOM = np.random.default_rng(0)
 B, T, D, V, KNOWN = 8, 5, 4, 16, 13  # three rows of the table are padding
@@ -237,3 +241,29 @@ def test_memory_never_holds_all_logits() -> None:
     assert max(map(np.prod, wide)) == rows * chunk * vocabulary, wide
     whole_logits = 4 * rows * length * vocabulary
     assert peaks[False] < whole_logits / 4 < whole_logits < peaks[True], peaks
+
+
+@pytest.mark.parametrize(("tied", "text"), [(True, "data:2,fsdp:2,tensor:2"), (False, "fsdp:8")])
+def test_a_transformer_learns_the_same_in_chunks(tied: bool, text: str) -> None:
+    """A step of it on a mesh, its head padded and capped, against whole logits on one device."""
+    model = Transformer(
+        vocabulary=KNOWN,
+        padded_vocabulary=V,
+        width=16,
+        depth=1,
+        heads=2,
+        max_length=T,
+        logit_cap=3.0,
+        tied=tied,
+    )
+    batch = {"tokens": RANDOM.integers(0, KNOWN, (B, T + 1)).astype(np.int32)}
+    found = []
+    for chunk, where in ((0, None), (2, meshes.make(text))):
+        parts = (model.clone(chunk=chunk), NextToken(z_loss=0.01), SGD(0.1))
+        options = {"mesh": where, "shard": (("embed", "tensor:-"),) if where else ()}
+        now = state.init_state(*parts, batch, **options)
+        rows = batch if where is None else jax.device_put(batch, sharding.batch(where))
+        found.append(jax.device_get(steps.make_gradients(*parts, **options)(now, rows)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found[1], found[0]
+    )
