@@ -29,7 +29,7 @@ def experiment() -> jaxtrain.Run:
         model=SIZES["cpu"],
         data=text,
         task=NextToken(),
-        optimizer=optimizers.AdamW(learning_rate=3e-3, b2=0.99, weight_decay=0.1),
+        optimizer=optimizers.AdamW(learning_rate=2e-3, b2=0.99, weight_decay=0.1),
         schedule=schedules.Cosine(),
         augment=augment.NoAugment(),
         steps=2000,

@@ -112,6 +112,10 @@ class SettingFlag(absl_flags.Flag):
         return flag_values.text(self.setting.value) or "TEXT"
 
 
+MOST_NAMED = 50
+"""How many names a line says; more are listed by a command."""
+
+
 class FamilyFlag(SettingFlag):
     """The flag that swaps a whole component for a named one."""
 
@@ -134,7 +138,10 @@ class FamilyFlag(SettingFlag):
                 f"--data={shown}: not offered by this experiment{valid} (all: python -m jaxtrain"
                 " list data)"
             )
-        raise UserError(f"--{self.name}={shown}: unknown; valid: {', '.join(self.names)}{near}")
+        valid = ", ".join(self.names)
+        if len(self.names) > MOST_NAMED:
+            valid = f"the {len(self.names)} of python -m jaxtrain list {self.name}s"
+        raise UserError(f"--{self.name}={shown}: unknown; valid: {valid}{near}")
 
 
 def parse(

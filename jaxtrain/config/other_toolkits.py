@@ -317,6 +317,14 @@ _REPORT_TO: Rows = (
     (_OFF, "write --notensorboard"),
     (".*", "write --tensorboard"),
 )
+_TOKENIZER: Rows = (
+    (".+", "write --data.tokenizer={value}"),
+    (".*", "leave it out: this data needs no tokenizer; see docs/text.md"),
+)
+_TOKENS: Rows = (
+    (r"\d+", "write --data.length={value}"),
+    (".*", "leave it out: data says how long its sequences are"),
+)
 
 TRANSLATED: Mapping[str, Rows] = {
     # precision
@@ -689,12 +697,19 @@ TRANSLATED: Mapping[str, Rows] = {
     "tensor_parallel_size": ((r"-?\d+", "write --mesh=data:-1,tensor:{value}"),),
     "tensor_model_parallel_size": ((r"-?\d+", "write --mesh=data:-1,tensor:{value}"),),
     "dataset_type": ((".+", "write --data={value}"),),
-    "tokenizer": ((".*", "leave it out: data holds tokens already; see docs/data.md"),),
-    "tokenizer_path": ((".*", "leave it out: data holds tokens already; see docs/data.md"),),
-    "tokenizer_name": ((".*", "leave it out: data holds tokens already; see docs/data.md"),),
-    "max_length": ((".*", "leave it out: data says how long its sequences are"),),
-    "max_seq_length": ((".*", "leave it out: data says how long its sequences are"),),
-    "max_target_length": ((".*", "leave it out: data says how long its sequences are"),),
+    "tokenizer": _TOKENIZER,
+    "tokenizer_path": _TOKENIZER,
+    "tokenizer_name": _TOKENIZER,
+    "max_length": _TOKENS,
+    "max_seq_length": _TOKENS,
+    "max_target_length": _TOKENS,
+    "seq_length": _TOKENS,
+    "seq_len": _TOKENS,
+    "block_size": _TOKENS,
+    "context_length": _TOKENS,
+    "lora_r": ((r"\d+", "write --lora.rank={value}"),),
+    "lora_rank": ((r"\d+", "write --lora.rank={value}"),),
+    "lora_alpha": ((r"\d+", "write --lora.alpha={value}"),),
     # Hugging Face's names of optimizers
     "optimizer_type": ((".+", "write --optimizer={value}"),),
     "opt_name": ((".+", "write --optimizer={value}"),),
