@@ -34,7 +34,9 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 CASES = list(oracle.CASES)
 LOGITS = {"atol": 1e-5, "rtol": 1e-5}
-RATE, EPSILON, DECAY = 1e-3, 1e-6, 0.1
+RATE, EPSILON, DECAY = 1e-3, 1e-5, 0.1
+"""Adam divides a gradient by its own size: with a smaller epsilon the rounding of numbers near 0
+would become steps."""
 LARGEST: dict[tuple[str, str], float] = {}
 """What was found, by case and by what was compared."""
 
@@ -226,7 +228,7 @@ def test_gradients_and_three_steps(pair: Pair) -> None:
                 continue  # torch passes over what has no gradient, decay and all
             note(pair.case, "parameters after 3 steps", named[name], wanted)
             np.testing.assert_allclose(named[name], wanted, atol=1e-5, err_msg=name)
-            assert np.abs(wanted - before[name]).max() > RATE, name
+            assert "key.bias" in name or np.abs(wanted - before[name]).max() > RATE, name
     finally:
         with torch.no_grad():
             for name, parameter in pair.torch.named_parameters():
