@@ -2,6 +2,7 @@
 said by name. tests/test_golden_logits.py holds its numbers against `transformers`.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -26,8 +27,9 @@ def params_of(model: Any) -> Any:
     )
 
 
-def apply(model: Any, params: Any, *inputs: Any, **options: Any) -> np.ndarray:
-    return np.asarray(model.apply({"params": params}, *inputs, **options))
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model: Any, params: Any, tokens: Any, **options: Any) -> jax.Array:
+    return model.apply({"params": params}, tokens, **options)
 
 
 def test_packed_sentences_are_as_alone() -> None:

@@ -203,8 +203,8 @@ def weight(case: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.float32(0.1) * values
     if "emb" in name or "wte" in name or "wpe" in name:
         # gemma multiplies by sqrt(width)
-        return np.float32(0.12 if case.startswith("gemma") else 0.4) * values
-    return np.float32(1.2 / np.sqrt(shape[-1])) * values
+        return np.float32(0.06 if case.startswith("gemma") else 0.2) * values
+    return np.float32(0.9 / np.sqrt(shape[-1])) * values
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:
@@ -243,7 +243,8 @@ def theirs(case: str) -> Any:
 
 def state(model: Any) -> dict[str, np.ndarray]:
     """Parameters of a torch model, as its file has them: a tied head once."""
-    return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    # copies: torch updates in place, and JAX may keep what NumPy holds
+    return {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
 
 
 def outputs(model: Any, tokens_BT: np.ndarray, **options: Any) -> Any:
