@@ -26,7 +26,7 @@ def experiment() -> jaxtrain.Run:
         name="bert_mlm",
         model=SMALL,
         data=text,
-        task=MaskedLanguage(input="tokens=tokens,segments=segments", mask_token=4096),
+        task=MaskedLanguage(input="tokens=tokens,segments=segments"),
         optimizer=optimizers.AdamW(learning_rate=1e-3, b2=0.98, weight_decay=0.01),
         schedule=schedules.Cosine(warmup=jaxtrain.Horizon(6, "percent")),
         augment=augment.NoAugment(),

@@ -5,6 +5,7 @@ Dims: B batch, T tokens, V vocabulary, D width.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxtrain import tasks
+from jaxtrain.data.sources.text import Mixture, Text
 from jaxtrain.data.table import ArrayTable
 from jaxtrain.errors import UserError
 from jaxtrain.late_logits import LateLogits
@@ -163,8 +165,38 @@ def test_the_data_says_what_the_tokens_are() -> None:
     assert task == MaskedLanguage(mask_token=4, special=(0, 2, 4), vocabulary=V, sources=("books",))
     own = dataclasses.replace(task, mask_token=7, vocabulary=3)
     assert own.with_data(table) == own
-    plain = ArrayTable({"tokens": TOKENS_BT}, num_classes=V)
-    assert MaskedLanguage().with_data(plain) == MaskedLanguage(vocabulary=V)
+    plain = MaskedLanguage().with_data(ArrayTable({"tokens": TOKENS_BT}, num_classes=V))
+    assert plain == MaskedLanguage(vocabulary=V, mask_token=V)  # a token of its own
+
+
+@pytest.mark.parametrize("layout", ["windows", "packed"])
+def test_tables_of_text_bring_their_tokenizer(layout: Any, tmp_path: Path) -> None:
+    """A tokenizer.json without further files: its tokens are known by how they are written."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models, pre_tokenizers
+
+    words = ["[PAD]", "a", "b", "[MASK]", "[CLS]", "c"]
+    library = Library(
+        models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[PAD]")
+    )
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.save(str(tmp_path / "tokenizer.json"))
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text("a b c b a c b a " * 40)
+    options: dict[str, Any] = {
+        "tokenizer": str(tmp_path / "tokenizer.json"),
+        "length": 8,
+        "layout": layout,
+        "cache": str(tmp_path / "cache"),
+        "split_by": "tokens",
+    }
+    files = [(name, str(tmp_path / f"{name}.txt")) for name in ("one", "two")]
+    for source, names in (
+        (Text(path=(files[0][1],), **options), ()),
+        (Mixture(sources=tuple(files), **options), ("one", "two")),
+    ):
+        task = MaskedLanguage().with_data(source.open().train)
+        assert task == MaskedLanguage(mask_token=3, special=(0, 3, 4), vocabulary=6, sources=names)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +212,8 @@ def test_the_data_says_what_the_tokens_are() -> None:
         ),
         (
             lambda: TASK.check(jnp.zeros((1, T, V)), V),
-            "--model.vocabulary=11: the task has a token 11; set --model.vocabulary=12",
+            ("--model.vocabulary=11: the task has a token 11; set --model.vocabulary=12, or"
+            " --task.mask_token=TOKEN"),
         ),
         (
             lambda: TASK.check(jnp.zeros((1, T, V - 1)), V),

@@ -270,6 +270,7 @@ class MixedTable:
         weights: tuple[tuple[Horizon, Weights], ...] = (),
     ) -> None:
         self.source_names = tuple(tables)
+        self.tokenizer = getattr(next(iter(tables.values())), "tokenizer", None)
         self._lengths = tuple(map(len, tables.values()))
         self._joined = join(*tables.values())
         self._ends_S = np.cumsum(self._lengths)

@@ -7,7 +7,7 @@ else. Fields are called `image` and `label` whatever the source called them.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -72,6 +72,8 @@ class ArrayTable:
     """Where the rows come from, for messages."""
     first_row: int = 0
     """The number that the first row has there."""
+    tokenizer: Any = None
+    """What made the tokens, of a table of text."""
 
     @property
     def fields(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -349,7 +351,8 @@ def load(table: Table, chunk: int = 8192) -> ArrayTable:
     for start in range(0, len(table), chunk):
         for name, values in table.read(np.arange(start, min(start + chunk, len(table)))).items():
             arrays[name][start : start + chunk] = values
-    return ArrayTable(arrays, table.num_classes, table.class_names)
+    tokenizer = getattr(table, "tokenizer", None)
+    return ArrayTable(arrays, table.num_classes, table.class_names, tokenizer=tokenizer)
 
 
 def num_bytes(table: Table) -> int:

@@ -17,6 +17,10 @@ from jaxtrain.tasks import labels, of_tokens, picking
 from jaxtrain.tasks.classification import check_width
 from jaxtrain.tree import Batch, Shapes
 
+HIDING = ("[MASK]", "<mask>")
+"""How the tokens that hide others are written."""
+SPECIAL = (*HIDING, "[CLS]", "[SEP]", "[PAD]", "[UNK]", "<s>", "</s>", "<pad>", "<unk>")
+"""Tokens that are special in a tokenizer whose files do not say so."""
 Share = Annotated[float, fields.Between(0, 1)]
 
 
@@ -47,8 +51,8 @@ class MaskedLanguage:
     """Which of the model's outputs are the logits, as logits, 0 or head.logits; empty for a model
     that gives nothing else."""
     mask_token: int | None = None
-    """The token that hides others; that of the data's tokenizer if it has one. It may be the one
-    after the last, which needs a model with one token more."""
+    """The token that hides others; none = that of the data's tokenizer, or if it has none one more
+    than there are, which needs a model with a token more."""
     special: tuple[int, ...] = ()
     """Tokens that are never chosen, such as those of begin, end and padding; those of the data's
     tokenizer are added."""
@@ -76,13 +80,21 @@ class MaskedLanguage:
         """Knows the vocabulary of the data, the special tokens of its tokenizer, and what the
         sources of a mixture are called."""
         tokenizer, task = getattr(table, "tokenizer", None), of_tokens.named_by(self, table)
-        task = dataclasses.replace(task, vocabulary=task.vocabulary or table.num_classes or 0)
-        if tokenizer is None:
-            return task
-        ids = {role: tokenizer.token_id(text) for role, text in tokenizer.special.items()}
-        special = {*task.special, *(found for found in ids.values() if found is not None)}
-        mask = ids.get("mask_token") if task.mask_token is None else task.mask_token
-        return dataclasses.replace(task, mask_token=mask, special=tuple(sorted(special)))
+        vocabulary = task.vocabulary or table.num_classes or 0
+        mask, special = task.mask_token, set(task.special)
+        if tokenizer is not None:
+            hides = [tokenizer.special.get("mask_token", ""), *HIDING]
+            found = {
+                text: tokenizer.token_id(text) for text in (*tokenizer.special.values(), *SPECIAL)
+            }
+            special |= {number for number in found.values() if number is not None}
+            known = [found[text] for text in hides if found.get(text) is not None]
+            mask = known[0] if mask is None and known else mask
+        if mask is None and vocabulary:
+            mask = vocabulary
+        return dataclasses.replace(
+            task, vocabulary=vocabulary, mask_token=mask, special=tuple(sorted(special))
+        )
 
     def inputs(self, batch: Batch) -> Any:
         """The fields named by `input`; `UserError` if the batch lacks one, or the tokens are no
@@ -133,9 +145,10 @@ class MaskedLanguage:
         check_width(logits, num_classes, "vocabulary", "tokens")
         highest = max(self.mask_token or 0, self.vocabulary - 1, *self.special)
         if highest >= logits.shape[-1]:
+            other = ", or --task.mask_token=TOKEN" if highest == self.mask_token else ""
             raise UserError(
                 f"--model.vocabulary={logits.shape[-1]}: the task has a token {highest}; set"
-                f" --model.vocabulary={highest + 1}"
+                f" --model.vocabulary={highest + 1}{other}"
             )
 
     def wrong_labels(

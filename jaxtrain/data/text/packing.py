@@ -207,6 +207,7 @@ class Packed:
     def __init__(self, tokens: Tokens, planned: Plan) -> None:
         self._tokens, self._plan = tokens, planned
         self._reader, self._text = PieceReader(tokens), TextBytes(tokens)
+        self.tokenizer = tokens.tokenizer
         self.num_classes = tokens.tokenizer.vocabulary
 
     @property

@@ -52,6 +52,7 @@ class Windows:
         self._rows = 1 + max(0, -(-(targets - length) // self._stride))
         self.weighted = weighted or (self._rows - 1) * self._stride + length > targets
         self._reader, self._text = PieceReader(tokens), TextBytes(tokens)
+        self.tokenizer = tokens.tokenizer
         self.num_classes = tokens.tokenizer.vocabulary
 
     @property
@@ -139,7 +140,7 @@ class Windows:
             weight[:, 0] = 0
             weight[-1, self._pieces.tokens - (self._rows - 1) * self._stride :] = 0
             arrays["weight"] = weight
-        return ArrayTable(arrays, self.num_classes, origin=self._origin())
+        return ArrayTable(arrays, self.num_classes, origin=self._origin(), tokenizer=self.tokenizer)
 
     def _origin(self) -> str:
         return self._tokens.place(0).rpartition(":")[0] or "text"
