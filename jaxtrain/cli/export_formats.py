@@ -91,8 +91,8 @@ def _hugging_face(
     tokenizer = _tokenizer_of(record, given.get("tokenizer"))
     dtype = given.get("dtype", "float32")
     count = weights.save(path, model, params, dtype=dtype, tokenizer=tokenizer)
-    files = weights.tokenizer_files(tokenizer) if tokenizer else []
-    told = ", ".join(file.name for file in files) or "none (--tokenizer=DIR says where they are)"
+    files = [file.name for file in weights.tokenizer_files(path)]
+    told = ", ".join(files) or "none (--tokenizer=DIR says where they are)"
     return f"{count} tensors of {dtype}, tokenizer's files: {told}"
 
 
@@ -131,13 +131,11 @@ def _check_kind(model: Any, form: str, *kinds: str) -> None:
 
 
 def _tokenizer_of(record: Mapping[str, Any], asked: str | None) -> Path | None:
-    """The folder with the tokenizer's files: what was asked for, or what the run read its text or
-    its first parameters by."""
-    from jaxtrain import weights
-
+    """The folder with the tokenizer's files, or the GGUF file that holds it: what was asked for, or
+    what the run read its text or its first parameters by."""
     if asked is not None:
         path = Path(asked).expanduser()
-        if not path.is_dir() or not weights.tokenizer_files(path):
+        if not _has_tokenizer(path):
             raise UserError(
                 f"export --tokenizer={messages.printable(asked)}: no folder with a tokenizer.json"
                 " or the like; give that of the model"
@@ -147,9 +145,17 @@ def _tokenizer_of(record: Mapping[str, Any], asked: str | None) -> Path | None:
     data = settings.get("data")
     named = [data.get("tokenizer")] if isinstance(data, Mapping) else []
     for place in (*named, settings.get("init_from")):
-        path = Path(place) if isinstance(place, str) and place else None
-        if path is not None and not path.is_dir():
-            path = path.parent if path.is_file() else None
-        if path is not None and weights.tokenizer_files(path):
+        if not isinstance(place, str) or not place:
+            continue
+        path = Path(place).expanduser()
+        path = path.parent if path.is_file() and path.suffix != ".gguf" else path
+        if _has_tokenizer(path):
             return path
     return None
+
+
+def _has_tokenizer(path: Path) -> bool:
+    """Whether a folder has files of a tokenizer, or a GGUF file, which holds one."""
+    from jaxtrain import weights
+
+    return path.is_file() and path.suffix == ".gguf" or bool(weights.tokenizer_files(path))

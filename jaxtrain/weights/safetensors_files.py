@@ -385,6 +385,7 @@ def write(
     config: Mapping[str, Any],
     generation: Mapping[str, Any] | None = None,
     copies: Iterable[Path] = (),
+    texts: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD,
     config_name: str = CONFIG,
     weights_name: str = ONE_FILE,
@@ -393,7 +394,8 @@ def write(
 
     `specs` says what comes, `tensors` brings it in the same order, of NumPy or of JAX. A model of
     more than `shard_bytes` becomes several files with an index. `copies` are files that go along,
-    such as a tokenizer's. `UserError` if the folder is there and not empty.
+    such as a tokenizer's, `texts` are written by their names. `UserError` if the folder is there
+    and not empty.
     """
     place = Path(folder).expanduser()
     if place.exists() and not (place.is_dir() and not any(place.iterdir())):
@@ -408,6 +410,8 @@ def write(
         durable_files.write_json(temporary / config_name, dict(config))
         if generation is not None:
             durable_files.write_json(temporary / GENERATION, dict(generation))
+        for name, text in (texts or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
         for path in copies:
             if not (temporary / path.name).exists():
                 shutil.copyfile(path, temporary / path.name)
