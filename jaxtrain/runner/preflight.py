@@ -59,8 +59,10 @@ def _mixing_notes(task: Any, train: Table) -> list[str]:
     if "segments" not in train.fields or not isinstance(field, str) or "segments" in field:
         return []
     return [
-        f"rows hold several documents, and --task.input={field} lets them see one another; for a"
-        " model that takes segments write --task.input=tokens=tokens,segments=segments"
+        (
+            f"rows hold several documents, and --task.input={field} lets them see one another; for"
+            " a model that takes segments write --task.input=tokens=tokens,segments=segments"
+        )
     ]
 
 
