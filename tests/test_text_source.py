@@ -399,6 +399,19 @@ def test_the_same_at_every_step(
     _stopped_and_resumed(list(range(1, 12)), corpora, tmp_path, monkeypatch, batches)
 
 
+def test_packed_documents_that_see_one_another_are_told(
+    corpora: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    noted = "rows hold several documents, and --task.input=tokens lets them see one another"
+    assert start(tmp_path / "a", source_of(corpora, layout="packed"), "--steps=1") == 0
+    assert noted in capsys.readouterr().err
+    assert start(tmp_path / "b", source_of(corpora), "--steps=1") == 0
+    assert "see one another" not in capsys.readouterr().err
+    narrow = Bigram(vocabulary=100)
+    assert start(tmp_path / "c", source_of(corpora), "--steps=1", model=narrow) == 2
+    assert "--model.vocabulary=100: the data has 257 tokens; set" in capsys.readouterr().err
+
+
 def test_data_in_device_memory_gives_the_same_run(corpora: Path, tmp_path: Path) -> None:
     source = mixed(corpora, weights=SCHEDULED)
     for choice in ("no", "yes"):
