@@ -27,10 +27,15 @@ def refuse_flags(command: str, arguments: Sequence[str], takes: str = "none") ->
 
 
 def options(
-    command: str, arguments: Sequence[str], known: Mapping[str, str | None]
+    command: str,
+    arguments: Sequence[str],
+    known: Mapping[str, str | None],
+    *,
+    files: Sequence[str] = (),
 ) -> tuple[Path, dict[str, str]]:
     """The folder of a run and the values of `--name=value` that a command was given; `known` holds
-    each name with an example, or None for one that takes no value. `UserError` for anything else.
+    each name with an example, or None for one that takes no value; a file with one of the suffixes
+    `files` may stand for the folder. `UserError` for anything else.
 
     >>> options("export", [".", "--out=w"], {"out": "weights.safetensors", "overwrite": None})
     (PosixPath('.'), {'out': 'w'})
@@ -59,6 +64,8 @@ def options(
         if given.get(name, value) != value:
             raise UserError(f"{command}: --{name} is given twice; give it once")
         given[name] = value
+    if len(places) == 1 and places[0].endswith(tuple(files)) and Path(places[0]).is_file():
+        return Path(places[0]), given
     [workdir] = workdirs(command, places, several=False)
     return workdir, given
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxtrain import messages
-from jaxtrain.cli import export, list_components, predict, report, run_file, verify
+from jaxtrain.cli import export, list_components, predict, report, run_file, sample, verify
 from jaxtrain.errors import RunError, UserError
 
 COMMANDS = {
@@ -16,6 +16,7 @@ COMMANDS = {
     "verify": verify.COMMAND,
     "report": report.COMMAND,
     "predict": predict.COMMAND,
+    "sample": sample.COMMAND,
     "export": export.COMMAND,
 }
 

@@ -52,7 +52,9 @@ class Cache:
     length_B: jax.Array
 
 
-def empty(model: Decoder, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
+def empty(
+    model: Decoder, batch: int, capacity: int, dtype: Any = jnp.float32, *, rings: bool = True
+) -> Cache:
     """A cache for `batch` rows of at most `capacity` tokens, in the dtype of the model's stream.
 
     >>> from jaxtrain.models import Transformer
@@ -60,6 +62,7 @@ def empty(model: Decoder, batch: int, capacity: int, dtype: Any = jnp.float32) -
     >>> [block.key_BSMK.shape for block in empty(model, batch=3, capacity=16).blocks]
     [(3, 4, 2, 4), (3, 16, 2, 4)]
 
+    Without `rings` a window block keeps everything, too, each position in its own slot.
     `UserError` if it has no place for a token, or more than the model has positions.
     """
     if batch < 1 or capacity < 1:
@@ -73,7 +76,7 @@ def empty(model: Decoder, batch: int, capacity: int, dtype: Any = jnp.float32) -
     head_dim = model.head_dim or model.width // model.heads
 
     def block(kind: str) -> BlockCache:
-        slots = min(model.window, capacity) if kind == "window" else capacity
+        slots = min(model.window, capacity) if kind == "window" and rings else capacity
         zeros = jnp.zeros((batch, slots, heads, head_dim), dtype)
         # no two parts of a cache may be one array, since a step that takes it over frees each
         return BlockCache(

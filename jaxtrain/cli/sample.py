@@ -1,0 +1,245 @@
+"""`python -m jaxtrain sample WORKDIR|DIR --prompt=TEXT`: what a language model says, as it says it;
+`--chat` talks with one that was taught to."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxtrain import extras, messages
+from jaxtrain.cli.command import Command, options
+from jaxtrain.errors import UserError
+
+if TYPE_CHECKING:  # heavy, and help must answer at once
+    from jaxtrain.data.text.protocol import Tokenizer
+
+FLAGS = {
+    "prompt": "'Once upon a time'",
+    "chat": None,
+    "system": "'Answer briefly.'",
+    "most": "200",
+    "temperature": "0.8",
+    "top_k": "50",
+    "top_p": "0.95",
+    "min_p": "0.05",
+    "seed": "1",
+    "stop": "'###'",
+    "checkpoint": "best",
+    "tokenizer": "bytes",
+}
+WHOLE = {"most": 200, "top_k": 0, "seed": 0}
+REAL = {"temperature": 0.8, "top_p": 1.0, "min_p": 0.0}
+CHAT_ROOM = 1024
+"""Tokens that the cache of a chat has room for at first; it doubles."""
+
+
+class Speaker(NamedTuple):
+    """A model that can be asked."""
+
+    model: Any
+    params: Any
+    tokenizer: "Tokenizer"
+    options: dict[str, Any]
+    """How tokens are drawn."""
+    stop: str
+    """A text that ends what it says, or none."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Says what follows the prompt, or talks until the input ends."""
+    place, given = options("sample", arguments, FLAGS, files=(".gguf",))
+    if "chat" in given and "prompt" in given:
+        raise UserError("sample --chat: reads what you say line by line; drop --prompt")
+    if "system" in given and "chat" not in given:
+        raise UserError("sample --system: belongs to --chat, which is not given")
+    if "prompt" not in given and "chat" not in given and sys.stdin.isatty():
+        raise UserError("sample: needs --prompt=TEXT, a text on its input, or --chat")
+    drawing = _drawing(given)
+    model, params, tokenizer = _opened(place, given)
+    drawing["stop"] = [token for token in tokenizer.eos if token < model.vocabulary]
+    speaker = Speaker(model, params, tokenizer, drawing, given.get("stop", ""))
+    if "chat" in given:
+        return _chat(speaker, str(place), given.get("system", ""))
+    prompt = given["prompt"] if "prompt" in given else sys.stdin.read()
+    ids = [*tokenizer.bos, *tokenizer.encode(prompt).tolist()]
+    if not ids:
+        ids = list(tokenizer.eos[:1])  # what stands between documents, where a new one begins
+    print(prompt, end="", flush=True)
+    try:
+        for piece in said(speaker, ids):
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print()
+        return 130
+    print()
+    return 0
+
+
+def said(speaker: Speaker, ids: Sequence[int], **further: Any) -> Iterator[str]:
+    """What the model says after these ids, piece by piece, whole characters only."""
+    from jaxtrain.data.text.protocol import TextStream
+    from jaxtrain.inference import sampling
+
+    shown = TextStream(speaker.tokenizer)
+    waiting, stop = "", speaker.stop
+    chosen: Any = speaker.options | {"slide": True} | further
+    for token_B in sampling.stream(speaker.model, speaker.params, [ids], **chosen):
+        waiting += shown.push(int(token_B[0]))
+        if stop and stop in waiting:
+            yield waiting[: waiting.index(stop)]
+            return
+        held = _held_back(waiting, stop)
+        yield waiting[: len(waiting) - held]
+        waiting = waiting[len(waiting) - held :]
+    yield (waiting + shown.flush()).split(stop or None, 1)[0] if stop else waiting + shown.flush()
+
+
+def _held_back(text: str, stop: str) -> int:
+    """How many characters at the end of a text may be the beginning of `stop`.
+
+    >>> _held_back("one #", "###"), _held_back("one", "###")
+    (1, 0)
+    """
+    return next((size for size in range(len(stop) - 1, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _chat(speaker: Speaker, place: str, system: str) -> int:
+    """Reads a line, answers it, and so on, until the input ends; Ctrl-C ends an answer."""
+    from jaxtrain.data.text import chat_template
+
+    tokenizer = speaker.tokenizer
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"sample {messages.printable(place)} --chat: its tokenizer has no chat template, so it"
+            " was not taught to chat; give it --prompt"
+        )
+    told: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    while (line := _line()) is not None:
+        if not line.strip():
+            continue
+        told.append({"role": "user", "content": line})
+        text = chat_template.render(
+            tokenizer.chat_template, told, add_generation_prompt=True, special=tokenizer.special
+        )
+        ids = tokenizer.encode(text, special=True).tolist()
+        told.append({"role": "assistant", "content": _answer(speaker, ids)})
+    return 0
+
+
+def _answer(speaker: Speaker, ids: Sequence[int]) -> str:
+    """Shows an answer as it comes, and returns it."""
+    room, pieces = CHAT_ROOM, list[str]()
+    while room < len(ids) + speaker.options["most"]:
+        room *= 2
+    if speaker.model.positions == "learned":
+        room = min(room, speaker.model.max_length)
+    try:
+        for piece in said(speaker, ids, capacity=room):
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    print(flush=True)
+    return "".join(pieces)
+
+
+def _line() -> str | None:
+    """What the user says next; None at the end, which Ctrl-D and Ctrl-C are, too."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except (EOFError, KeyboardInterrupt):
+        if sys.stdin.isatty():
+            print()
+        return None
+
+
+def _drawing(given: Mapping[str, str]) -> dict[str, Any]:
+    """How tokens are drawn; `UserError` for a value that is no number, or none that it may be."""
+    found: dict[str, Any] = WHOLE | REAL
+    for kind, names, what in ((int, WHOLE, "a whole number"), (float, REAL, "a number")):
+        for name in names:
+            if name in given:
+                try:
+                    found[name] = kind(given[name])
+                except ValueError:
+                    raise UserError(
+                        f"sample --{name}={messages.printable(given[name])}: must be {what}, e.g."
+                        f" --{name}={FLAGS[name]}"
+                    ) from None
+    if not 0 <= found["seed"] < 2**32:
+        raise UserError(f"sample --seed={found['seed']}: must be from 0 to {2**32 - 1}")
+    if found["most"] < 1:
+        raise UserError(f"sample --most={found['most']}: must be at least 1")
+    from jaxtrain.inference.drawing import Drawing
+
+    try:
+        Drawing(**{name: found[name] for name in ("temperature", "top_k", "top_p", "min_p")})
+    except UserError as error:
+        raise UserError(f"sample --{error}") from None
+    return found
+
+
+def _opened(place: Path, given: Mapping[str, str]) -> "tuple[Any, Any, Tokenizer]":
+    """The model, its parameters and its tokenizer: of a run of ours, or of a Hugging Face folder or
+    a GGUF file."""
+    from jaxtrain.data.text import tokenizers
+
+    shown = messages.printable(str(place))
+    named = tokenizers.open_tokenizer(given["tokenizer"]) if "tokenizer" in given else None
+    if (place / "run.json").is_file():
+        return _of_run(place, given.get("checkpoint", "last"), named)
+    if place.is_dir() and not (place / "config.json").is_file():
+        raise UserError(
+            f"sample {shown}: holds neither a run.json nor a config.json; give the folder of a run,"
+            " of a Hugging Face model, or a .gguf file"
+        )
+    if "checkpoint" in given:
+        raise UserError("sample --checkpoint: belongs to the folder of a run, and this is none")
+    from jaxtrain.weights import loading
+
+    model, params, at = loading.load(place)
+    if named is None and at is None:
+        raise UserError(f"sample {shown}: has no tokenizer.json; give --tokenizer=DIR|FILE")
+    return model, params, named or tokenizers.open_tokenizer(str(at))
+
+
+def _of_run(
+    workdir: Path, checkpoint: str, named: "Tokenizer | None"
+) -> "tuple[Any, Any, Tokenizer]":
+    """What a run of ours trained, in the precision that it computes in."""
+    from jaxtrain.data.text import tokenizers
+    from jaxtrain.precision.policy import POLICIES
+
+    extras.require("sample", "orbax.checkpoint")
+    from jaxtrain.inference import trained
+
+    shown = messages.printable(str(workdir))
+    found = trained.load(workdir, checkpoint=checkpoint)
+    if not hasattr(found.model, "pattern"):
+        raise UserError(
+            f"sample {shown}: its model is {type(found.model).__name__}, which says no texts; give"
+            " a run that trained a Transformer on tokens"
+        )
+    params = POLICIES[found.recipe.precision].cast(found.params)
+    if named is not None:
+        return found.model, params, named
+    if (workdir / tokenizers.SAVED).is_file():
+        return found.model, params, tokenizers.open_tokenizer(workdir)
+    data = found.record["config"]["data"]
+    spec = data.get("tokenizer") if isinstance(data, Mapping) else None
+    if not isinstance(spec, str) or not spec:
+        raise UserError(
+            f"sample {shown}: was not trained on text, so it has no tokenizer; give"
+            " --tokenizer=bytes, a tokenizer.json, a .model, a .gguf, or a folder with one"
+        )
+    if tokenizers.is_learned(spec):
+        source = found.source(f"{shown}: run.json", None, needed=True)
+        return found.model, params, source.tokens_of(source.path).tokenizer
+    return found.model, params, tokenizers.open_tokenizer(spec)
+
+
+COMMAND = Command(
+    "WORKDIR|DIR|FILE.gguf --prompt=TEXT|--chat [--most=200] [--temperature=0.8] [--top_k=50] ...",
+    "what a language model says, as it says it",
+    run,
+)
