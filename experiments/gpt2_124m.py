@@ -1,6 +1,6 @@
 """GPT-2 with 124 million parameters, from scratch, on text of your own.
 
-    python experiments/gpt2_124m.py --data.path='corpus/*.jsonl' --data.tokenizer=gpt2/tokenizer.json
+    python experiments/gpt2_124m.py --data.path='corpus/*.jsonl' --data.tokenizer=gpt2.json
     python experiments/gpt2_124m.py --data.path='corpus/*.jsonl' --tokens=10B --mesh=data:8
 
 Without a path the text is Python's own library, and the tokenizer is learned from it. A batch is
