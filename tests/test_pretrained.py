@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from flax import linen as nn
 from safetensors import numpy as reference
 from test_run import start
@@ -83,8 +85,7 @@ def test_what_is_saved_is_loaded(folder: Path) -> None:
     model, params, tokenizer = weights.load(folder)
     assert tokenizer == folder
     jax.tree.map(np.testing.assert_array_equal, params, params_of(MODEL))
-    want = MODEL.apply({"params": params_of(MODEL)}, TOKENS)
-    np.testing.assert_array_equal(model.apply({"params": params}, TOKENS), want)
+    assert model == weights.open_model(folder).model
 
 
 @pytest.mark.parametrize("mesh", ["data:8", "fsdp:8", "fsdp:4,tensor:2"])
@@ -146,6 +147,7 @@ def test_a_run_starts_from_files_goes_on_and_is_exported(
     jax.tree.map(np.testing.assert_array_equal, params, params_of(MODEL))
 
 
+@pytest.mark.slow
 def test_adapters_over_files_are_exported_alone_and_merged(folder: Path, tmp_path: Path) -> None:
     offers, lora = {"model": models.NAMES}, LoRA(2, 4.0, pattern=("query", "mlp_in"))
     workdir = tmp_path / "run"
@@ -253,6 +255,41 @@ def test_torchs_resnet_is_a_warm_start_and_an_export(tmp_path: Path) -> None:
     for name, array in first.items():
         if "running" not in name:  # a step has moved those
             np.testing.assert_allclose(back[name], array, rtol=1e-6, err_msg=name)
+
+
+def test_the_tokenizer_of_a_gguf_file_goes_along(tmp_path: Path) -> None:
+    tokens = ["<s>", "</s>", "h", "i", "Ġ", "hi", "1", "2"]
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gpt2")
+    for name, size in (
+        ("embedding_length", 8),
+        ("block_count", 1),
+        ("attention.head_count", 2),
+        ("context_length", 8),
+    ):
+        writer.add_uint32(f"gpt2.{name}", size)
+    writer.add_float32("gpt2.attention.layer_norm_epsilon", 1e-6)
+    writer.add_string("tokenizer.ggml.model", "gpt2")
+    writer.add_string("tokenizer.ggml.pre", "smollm")
+    writer.add_array("tokenizer.ggml.tokens", tokens)
+    writer.add_array("tokenizer.ggml.token_type", [3, 3, 1, 1, 1, 1, 1, 1])
+    writer.add_array("tokenizer.ggml.merges", ["h i"])
+    writer.add_uint32("tokenizer.ggml.bos_token_id", 0)
+    writer.add_uint32("tokenizer.ggml.eos_token_id", 1)
+    writer.add_bool("tokenizer.ggml.add_bos_token", True)
+    writer.add_string("tokenizer.chat_template", "{{ messages }}")
+    writer.add_tensor("token_embd.weight", np.zeros((8, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = Transformer(vocabulary=8, width=8, depth=1, heads=2, max_length=8)
+    weights.save(tmp_path / "m", model, params_of(model), tokenizer=tmp_path / "m.gguf")
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "m" / "tokenizer.json"))
+    assert made.encode("hi 12").ids == [0, 5, 4, 6, 7]
+    settings = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    assert settings["chat_template"] == "{{ messages }}" and settings["eos_token"] == "</s>"
+    said = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert (said["bos_token_id"], said["eos_token_id"]) == (0, 1)
 
 
 def test_the_name_of_a_model_says_where_it_is() -> None:

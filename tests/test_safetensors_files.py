@@ -72,7 +72,7 @@ def saved(folder: Path, **arrays: np.ndarray) -> Path:
     return path
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("spec", "mesh"),
     [
@@ -116,7 +116,7 @@ def test_reading_holds_no_more_than_two_tensors_besides_the_parts(
 ) -> None:
     """On CPU jax keeps aligned memory of NumPy as the array itself, so the parts count here."""
     array = np.zeros((512, 512), np.float32)
-    path = saved(tmp_path / "m", **{f"layer{place}": array for place in range(12)})
+    path = saved(tmp_path / "m", **{f"layer{place}": array for place in range(4)})
     stored = safetensors_files.open_weights(path)
     where = NamedSharding(meshes.make("fsdp:8"), PartitionSpec("fsdp"))
     like = jax.ShapeDtypeStruct(array.shape, jnp.float32, sharding=where)
