@@ -180,7 +180,6 @@ def test_rows_hold_tokens_weights_and_segments(
 
 
 def test_conversations_are_packed_side_by_side(tmp_path: Path) -> None:
-    pytest.importorskip("jaxtrain.data.text.packing")
     settings = write(tmp_path, *[PAIR] * 5) | {"layout": "packed", "length": 61, "show": False}
     rows = Conversations(**settings).open().train.read(np.arange(3))
     text = b"<user>How?</><assistant>So.</>"

@@ -13,11 +13,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from jaxtrain import config
+from jaxtrain import config, weights
 from jaxtrain.config import flags
+from jaxtrain.models import transformer
 from jaxtrain.runner import main as runner_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -496,6 +500,13 @@ SHRUNKEN = {
         "--data.validation=train[80%:]",
         "--model.widths=4,4,8,8",
     ],
+    "finetune": [
+        "--model.path={hugging_face}",
+        "--data.path={text}",
+        "--data.cache={tokens}",
+        "--data.length=16",
+        "--lora.rank=2",
+    ],
     "gpt2_124m": [*SMALL_TEXT, "--model.padded_vocabulary=264", "--microbatches=2"],
     "imagenet_resnet50": [
         *SMALL_IMAGES,
@@ -555,7 +566,23 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for number in range(40):
         words = RANDOM.choice(["to", "be", "or", "not", "that", "is"], 40)
         (folder / "text" / f"{number}.txt").write_text(" ".join(words))
+    model = transformer.Transformer(
+        257,
+        16,
+        1,
+        2,
+        norm="rms",
+        bias="none",
+        gated=True,
+        activation="silu",
+        positions="rotary",
+        norm_epsilon=1e-6,
+    )
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    params = nn.meta.unbox(model.init(jax.random.key(0), tokens))["params"]
+    weights.save(folder / "hugging_face", model, params)
     return {
+        "hugging_face": str(folder / "hugging_face"),
         "mnist1d": str(folder / "mnist1d.npz"),
         "fashion_mnist": str(folder / "tfds"),
         "text": str(folder / "text"),

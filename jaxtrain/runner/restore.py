@@ -362,10 +362,18 @@ def warm_state(
 
 
 def _rules(run: config.Run, stored: arrays.Specs) -> tree.Rules[str]:
-    """What --init_rules says; adapters over a base that has none are new."""
-    if run.lora is None or not run.lora.rank or any(map(re.compile(ADAPTERS).search, stored)):
-        return run.init_rules
-    return (*run.init_rules, (ADAPTERS, warm_start.SKIP))
+    """What --init_rules says; adapters over a base that has none are new. `UserError` for adapters
+    that nobody has a place for."""
+    have = any(map(re.compile(ADAPTERS).search, stored))
+    wants = run.lora is not None and run.lora.rank > 0
+    if have and not wants and not any("lora" in pattern for pattern, _ in run.init_rules):
+        raise UserError(
+            "holds adapters, and this run has none; merge them (python -m jaxtrain export"
+            f" {run.init_from} --merge --out=FILE.safetensors) and start from FILE, train them on"
+            " (--lora), or drop them: --init_rules='lora_[ab]=skip'"
+        )
+    fresh = wants and not have
+    return (*run.init_rules, (ADAPTERS, warm_start.SKIP)) if fresh else run.init_rules
 
 
 def _stored(run: config.Run, flag: str) -> tuple[variables.Stored, str]:

@@ -15,6 +15,7 @@ from jaxtrain.data.splits import Splits, choose, digest_of_tables, newest_change
 from jaxtrain.data.table import ArrayTable
 from jaxtrain.data.text import conversations as chats
 from jaxtrain.data.text.conversations import Conversation, Tokenized
+from jaxtrain.data.text.packing import best_fit
 from jaxtrain.data.text.protocol import Tokenizer
 from jaxtrain.data.text.text_files import find_files
 from jaxtrain.data.text.tokenizers import open_tokenizer
@@ -195,8 +196,6 @@ class Conversations:
         """Conversations as rows."""
         row_P = np.arange(len(found))
         if self.layout == "packed":
-            from jaxtrain.data.text.packing import best_fit
-
             row_P = best_fit(np.array([len(one.ids_N) for one in found]), self.length + 1)
         shape = int(row_P.max()) + 1, self.length + 1
         tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
