@@ -117,7 +117,7 @@ def read(text: str, *, unknown_trips: int | None = None) -> list[Collective]:
     A loop with collectives whose number of trips XLA does not know is a `UserError` unless
     `unknown_trips` says it. Of the branches of a condition the one that sends most is counted.
     """
-    computations, entry = _computations(text)
+    program, entry = computations(text)
     devices = math.prod(
         int(found.group(1)) for found in (_PARTITIONS.search(text), _REPLICAS.search(text)) if found
     )
@@ -125,7 +125,7 @@ def read(text: str, *, unknown_trips: int | None = None) -> list[Collective]:
         raise UserError("HLO text: no ENTRY computation; give the whole of compiled.as_text()")
     return [
         dataclasses.replace(found, count=count)
-        for found, count in _walk(computations, entry, devices, unknown_trips, {}).items()
+        for found, count in _walk(program, entry, devices, unknown_trips, {}).items()
     ]
 
 
@@ -134,7 +134,7 @@ def wire_bytes(found: Sequence[Collective], *kinds: str) -> float:
     return sum(each.wire_bytes for each in found if not kinds or each.kind in kinds)
 
 
-def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
+def computations(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
     """The instructions of each computation, and the name of the one that the program begins
     with."""
     found: dict[str, list[_Instruction]] = {}
@@ -248,7 +248,7 @@ def _collective(each: _Instruction, kind: str, types: dict[str, str], devices: i
     arrays = [array for operand in each.operands for array in _ARRAY.findall(types[operand])]
     size = (
         sum(
-            math.prod(int(part.lstrip("<=")) for part in dims.split(",") if part) * _bits(dtype)
+            math.prod(int(part.lstrip("<=")) for part in dims.split(",") if part) * bits(dtype)
             for dtype, dims in arrays
         )
         // 8
@@ -265,7 +265,7 @@ def _collective(each: _Instruction, kind: str, types: dict[str, str], devices: i
     )
 
 
-def _bits(dtype: str) -> int:
+def bits(dtype: str) -> int:
     """Bits of a number of this type: `f8e4m3fn` has 8, `s32` 32."""
     if dtype in BITS:
         return BITS[dtype]
