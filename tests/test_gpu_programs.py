@@ -182,11 +182,95 @@ def products() -> dict[str, str]:
     return found
 
 
+def attentions() -> dict[str, Any]:
+    """Attention forward and backward for an H100: the library kernels in it, and of one with
+    segments which of the program's arguments its mask is made of."""
+    import jax
+
+    from jaxtrain.models import attention
+    from jaxtrain.plan import buffers, collectives
+
+    place = jax.sharding.SingleDeviceSharding(gpu_target.devices("h100", 1)[0])
+    cases: dict[str, dict[str, Any]] = {
+        "causal": {"causal": True},
+        "window": {"causal": True, "window": 32},
+        "whole": {},
+        "segments": {"causal": True},
+        "segments and window": {"causal": True, "window": 32},
+        "cap": {"causal": True, "cap": 50.0},
+        "float32": {"causal": True},
+    }
+    found: dict[str, Any] = {"why no cuDNN": attention._why_no_cudnn()}
+    for name, options in cases.items():
+        dtype = "float32" if name == "float32" else "bfloat16"
+        query = jax.ShapeDtypeStruct((2, 128, 4, 64), dtype, sharding=place)
+        key = jax.ShapeDtypeStruct((2, 128, 2, 64), dtype, sharding=place)
+        segments = jax.ShapeDtypeStruct((2, 128), "int32", sharding=place)
+
+        def loss(
+            query: Any,
+            key: Any,
+            value: Any,
+            segments: Any,
+            name: str = name,
+            options: Any = options,
+        ) -> Any:
+            marks = {"segments": segments} if "segments" in name else {}
+            out = attention.attention(query, key, value, **options, **marks)
+            return (out.astype("float32") ** 2).sum()
+
+        step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+        text = step.lower(query, key, key, segments).compile().as_text()
+        program, entry = collectives.computations(text)
+        assert entry is not None
+        found[name] = {
+            "kernels": buffers.kernels(text),
+            "written": [str(each) for each in buffers.read(text)],
+            "of segments": [
+                each.opcode == "custom-call" and "segments" in roots(program[entry], each.name)
+                for each in program[entry]
+                if "fmha" in each.line and each.opcode == "custom-call"
+            ],
+        }
+    return found
+
+
+def roots(instructions: Any, name: str) -> set[str]:
+    """The names of the arguments that a number is made of."""
+    by_name = {each.name: each for each in instructions}
+    waiting, seen = [name], set()
+    while waiting:
+        now = waiting.pop()
+        if now in by_name and now not in seen:
+            seen.add(now)
+            waiting += by_name[now].operands
+    return {name.split(".")[0] for name in seen if by_name[name].opcode == "parameter"}
+
+
+def looped() -> dict[str, Any]:
+    """Large language models with their blocks in a loop, as scripts/large_programs.py has them."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import large_programs
+
+    wanted = {
+        ("decoder 1.4B, looped", "fsdp:8", "blocks"),
+        ("gpt2_124m", "data:8", "dots"),
+        ("llama3_8b, packed", "fsdp:4,tensor:2", "blocks"),
+    }
+    return {
+        case.name: large_programs.measure(case)
+        for case in large_programs.CASES
+        if (case.name, case.mesh, case.remat) in wanted
+    }
+
+
 CHILDREN: dict[str, Callable[[], dict[str, Any]]] = {
     "quick": quick,
     "transformers": transformers,
     "cards": cards,
     "products": products,
+    "attentions": attentions,
+    "looped": looped,
 }
 
 
@@ -356,6 +440,84 @@ def test_the_compiler_lets_a_lone_product_in_bf16_through() -> None:
     """So a refusal cannot be left to it: `precision.check` asks the capability."""
     found, _ = child("products")
     assert all("bf16[64,64]" in text for text in found.values())
+
+
+@pytest.fixture(scope="module")
+def attended() -> tuple[dict[str, Any], str]:
+    found, said = child("attentions")
+    if reason := found["why no cuDNN"]:
+        pytest.skip(reason)
+    return found, said
+
+
+FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+MASKED = ["__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"]
+SCORES = ("[2,4,128,128]", "[1,2,2,128,128]", "[2,2,2,128,128]", "[2,2,128,128]", "[4,128,128]")
+
+
+@NEEDS_COMPILER
+def test_attention_is_cudnns_where_its_masks_are_right(
+    attended: tuple[dict[str, Any], str],
+) -> None:
+    found, said = attended
+    for name in ("causal", "window", "whole"):
+        assert found[name]["kernels"] == [FORWARD, BACKWARD], name
+    for name in ("segments", "segments and window"):
+        assert found[name]["kernels"] == MASKED, name
+    for name in ("cap", "float32"):
+        assert not any("fmha" in kernel for kernel in found[name]["kernels"]), name
+    lines = [line for line in said.splitlines() if "cuDNN's fused kernel" in line]
+    assert len(lines) == 2
+    assert "it has no soft cap, and this one is 50; a model without one can use it" in lines[0]
+    assert "it computes in bfloat16, and this is float32; --precision=bf16 is" in lines[1]
+
+
+@NEEDS_COMPILER
+def test_cudnns_attention_writes_no_scores(attended: tuple[dict[str, Any], str]) -> None:
+    found, _ = attended
+    for name in ("causal", "window", "whole", "segments", "segments and window"):
+        written = found[name]["written"]
+        assert not [each for each in written if each.endswith(SCORES)], name
+        # a mask for all heads, two bytes a number, and none wider
+        masks = [each for each in written if each.endswith("128,128]")]
+        assert ("segments" in name) == bool(masks) and "f32" not in "".join(masks), masks
+    assert any(each.endswith(SCORES) for each in found["cap"]["written"])
+
+
+@NEEDS_COMPILER
+def test_packed_segments_are_in_the_mask_of_cudnns_attention(
+    attended: tuple[dict[str, Any], str],
+) -> None:
+    found, _ = attended
+    for name in ("segments", "segments and window"):
+        assert found[name]["of segments"] == [True, True], "forward and backward"
+    assert found["causal"]["of segments"] == [False, False]
+
+
+@NEEDS_COMPILER
+@pytest.mark.slow
+def test_large_models_gather_a_block_at_a_time_and_hold_no_logits() -> None:
+    found, said = child("looped")
+    assert "nvoluntary full rematerialization" not in said
+    decoder, gpt2, llama = (
+        found[name] for name in ("decoder 1.4B, looped", "gpt2_124m", "llama3_8b, packed")
+    )
+    gib = 2**30
+    # 43.4 GiB without the loop, of which data:8 needs 34.1
+    assert decoder["peak_bytes"] < 6 * gib
+    assert gpt2["peak_bytes"] < 7 * gib
+    assert llama["peak_bytes"] < 40 * gib
+    for model, depth in ((decoder, 24), (llama, 32)):
+        for size, count in model["gathers"]:
+            # Of one block in each turn, there and back; or of what stands before and after them.
+            assert count <= 2 or count % depth == 0, (size, count)
+        assert not model["full_logits"]
+    assert not [each for each in gpt2["full_logits"] if each.startswith("f32")]
+    if not any("fmha" in kernel for kernel in decoder["kernels"]):
+        pytest.skip("cuDNN is not here: pip install nvidia-cudnn-cu12")
+    assert {FORWARD, BACKWARD} <= set(decoder["kernels"])
+    assert {FORWARD, BACKWARD} <= set(gpt2["kernels"])
+    assert set(MASKED) <= set(llama["kernels"])
 
 
 def test_every_target_is_a_card_of_the_table() -> None:
