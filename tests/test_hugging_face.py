@@ -85,6 +85,7 @@ def test_dropout_is_said_and_not_taken_over() -> None:
     ("case", "changes", "part"),
     [
         ("llama", {"model_type": "mamba"}, "model_type='mamba': we have gpt2, llama"),
+        ("gemma3", {"model_type": "gemma3"}, "sees pictures, too; save its text part by"),
         ("llama", {"model_type": "lama"}, "did you mean 'llama'?"),
         ("llama", {"hidden_size": None}, "hidden_size=None: must be there, a whole number >= 1"),
         ("llama", {"hidden_size": 32.0}, "hidden_size=32.0: must be there, a whole number >= 1"),
