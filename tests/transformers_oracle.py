@@ -36,8 +36,8 @@ YARN = {
     "rope_type": "yarn",
     "factor": 3.0,
     "original_max_position_embeddings": ORIGINAL,
-    "beta_fast": 8.0,
-    "beta_slow": 0.5,
+    "beta_fast": 1.5,
+    "beta_slow": 0.25,
 }
 LINEAR = {"rope_type": "linear", "factor": 8.0}
 SHARED = {
@@ -142,7 +142,7 @@ CASES: dict[str, dict[str, Any]] = {
     | {
         "model_type": "qwen3",
         "architectures": ["Qwen3ForCausalLM"],
-        "head_dim": 14,
+        "head_dim": 24,
         "rope_theta": 1300.0,
         "rope_scaling": YARN,
         "tie_word_embeddings": False,

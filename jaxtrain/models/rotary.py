@@ -61,7 +61,8 @@ class Rates:
     @property
     def gain(self) -> float:
         """What YaRN multiplies queries and keys by; 1 for the others."""
-        return 0.1 * math.log(self.factor) + 1 if self.scaling == "yarn" else 1.0
+        longer = self.scaling == "yarn" and self.factor > 1
+        return 0.1 * math.log(self.factor) + 1 if longer else 1.0
 
 
 def waves(positions: jax.Array, rates: Rates, dims: int) -> tuple[jax.Array, jax.Array]:

@@ -167,6 +167,11 @@ def read(config: Mapping[str, Any], what: str = "config.json") -> Architecture:
     """
     keys = Keys(config, what)
     family = keys.text("model_type")
+    if family == "gemma3":
+        raise keys.refuse(
+            "model_type",
+            "this one sees pictures, too; save its text part by transformers' Gemma3ForCausalLM",
+        )
     if family not in FAMILIES:
         raise UserError(
             f"{what}: model_type={family!r}: we have {', '.join(FAMILIES)}"
