@@ -212,8 +212,10 @@ def test_tables_of_text_bring_their_tokenizer(layout: Any, tmp_path: Path) -> No
         ),
         (
             lambda: TASK.check(jnp.zeros((1, T, V)), V),
-            ("--model.vocabulary=11: the task has a token 11; set --model.vocabulary=12, or"
-            " --task.mask_token=TOKEN"),
+            (
+                "--model.vocabulary=11: the task has a token 11; set --model.vocabulary=12, or"
+                " --task.mask_token=TOKEN"
+            ),
         ),
         (
             lambda: TASK.check(jnp.zeros((1, T, V - 1)), V),
