@@ -107,6 +107,11 @@ class MaskedLanguage:
             )
         return picking.inputs_of(batch, self.input)
 
+    def score(self, values: Mapping[str, float]) -> float:
+        """The loss decides which checkpoint is best: it sees how sure the model is, which the
+        share of right guesses does not."""
+        return -values["loss"]
+
     def units(self, batch: Batch | Shapes) -> int:
         """How many tokens a batch holds."""
         rows, length = batch[self._field].shape

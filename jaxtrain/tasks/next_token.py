@@ -88,6 +88,11 @@ class NextToken:
         """Knows what the sources of a mixture are called."""
         return of_tokens.named_by(self, table)
 
+    def score(self, values: Mapping[str, float]) -> float:
+        """The loss decides which checkpoint is best: it sees how sure the model is, which the
+        share of right guesses does not."""
+        return -values["loss"]
+
     def units(self, batch: Batch | Shapes) -> int:
         """How many tokens are predicted in a batch."""
         rows, length = batch[self._field].shape

@@ -554,7 +554,7 @@ def _by_example(
 
     def one(key: jax.Array, inputs: Any) -> Any:
         alone = jax.tree.map(lambda array: array[None], inputs)
-        outputs = apply(variables, alone, train=False, key=key)[0]
+        outputs = late_logits.whole(apply(variables, alone, train=False, key=key)[0])
         return jax.tree.map(lambda array: array[0], outputs)
 
     return jax.vmap(one)(keys_B, inputs)
