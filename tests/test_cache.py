@@ -13,6 +13,7 @@ import pytest
 from flax import linen as nn
 
 from jaxtrain.errors import UserError
+from jaxtrain.inference.exact import exactly
 from jaxtrain.models import Transformer, cache
 
 VOCABULARY, LENGTH, CAPACITY = 23, 200, 208
@@ -115,6 +116,26 @@ def test_with_a_cache_the_logits_of_200_tokens_are_those_of_one_pass(family: str
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(found.argmax(-1), wanted.argmax(-1))
     np.testing.assert_array_equal(held.length_B, [LENGTH, LENGTH])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2"])
+def test_with_sums_in_one_order_the_logits_are_the_same_to_the_bit(family: str) -> None:
+    model, params = FAMILIES[family], random_params(FAMILIES[family])
+    tokens, places = TOKENS_BT[:, :12], np.tile(np.arange(12, dtype=np.int32), (2, 1))
+
+    def one_pass(params: Any, tokens: Any, positions: Any, segments: Any) -> Any:
+        return model.apply({"params": params}, tokens, positions=positions, segments=segments)
+
+    def next_one(params: Any, tokens: Any, held: Any) -> Any:
+        return model.apply({"params": params}, tokens, cache=held)
+
+    wanted = exactly(one_pass)(params, tokens, places, np.ones_like(tokens))
+    held, found = cache.empty(model, 2, 16, rings=False), []
+    for place in range(12):
+        logits, held = exactly(next_one)(params, tokens[:, place : place + 1], held)
+        found.append(logits)
+    np.testing.assert_array_equal(jnp.concatenate(found, axis=1), wanted)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

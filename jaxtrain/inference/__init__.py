@@ -4,6 +4,7 @@ labels, flags or optimizer."""
 __all__ = [
     "answers",
     "drawing",
+    "exact",
     "inputs",
     "sampling",
     "tables",
