@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxtrain import adapters, block_loop, messages, metrics, precision, rng, tree
+from jaxtrain import adapters, block_loop, late_logits, messages, metrics, precision, rng, tree
 from jaxtrain.errors import UserError
 from jaxtrain.optimizers import evaluation_params, trained
 from jaxtrain.parallel import fsdp, sharding
