@@ -50,6 +50,11 @@ SHRUNKEN = {
     "--model=vit_ti2": "--model=vit_ti2 --model.width=12 --model.heads=3",
     "--model.depth=2": "--model.depth=1",
     "--compare_steps=3": "--compare_steps=1",
+    "--workdir=L": (
+        "--workdir=L --data.path=experiments/*.py --data.cache=tokens --data.validation=all[99%:]"
+        " --model=decoder_tiny --model.vocabulary=257 --model.depth=1"
+    ),
+    "--most=200": "--most=8",
 }
 """Flags of the README's trainings that are too long for a test, and what stands for them."""
 SHORTER = ["--steps=4", "--batch_size=64", "--mesh=data:1", "--log_every=2"]
@@ -65,6 +70,9 @@ NOT_RUN = {
     "scripts/launch_local": (
         "it makes .venv first; tests/test_supervisor.py and tests/test_group.py test what it starts"
     ),
+    "python experiments/finetune.py --model.path=SmolLM2": "it needs the weights; its small form"
+    " runs in tests/test_house.py",
+    "python -m jaxtrain export F": "it needs that run; tests/test_pretrained.py exports one",
     "tensorboard": "it would not end",
     "pip install": "it needs the network; .ci/run does the same",
 }
@@ -203,7 +211,7 @@ def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
         "-m",
         "jaxtrain",
     ], f"{shlex.join(words)}: say in NOT_RUN why it is not run"
-    return command.main(words[3:])
+    return command.main([SHRUNKEN.get(word, word) for word in words[3:]])
 
 
 def test_commands_of_the_readme_run(
