@@ -98,6 +98,7 @@ def measure(case: Case, *, card: str = "h100") -> dict[str, Any]:
     written, found = buffers.read(text), collectives.read(text)
     # of a card: the batch is split over data and fsdp
     tokens = case.sequences * case.length // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = case.model.padded_vocabulary or case.model.vocabulary
     return {
         "name": case.name,
         "mesh": case.mesh,
@@ -114,9 +115,7 @@ def measure(case: Case, *, card: str = "h100") -> dict[str, Any]:
         )[:6],
         "kernels": buffers.kernels(text),
         "largest": [(str(each), each.bytes) for each in written[:8]],
-        "full_logits": [
-            str(each) for each in buffers.full_logits(written, tokens, case.model.vocabulary)
-        ],
+        "full_logits": [str(each) for each in buffers.full_logits(written, tokens, rows)],
     }
 
 

@@ -73,13 +73,15 @@ def kernels(text: str) -> list[str]:
     return sorted(set(_KERNEL.findall(text)))
 
 
-def full_logits(buffers: Sequence[Buffer], tokens: int, vocabulary: int) -> list[Buffer]:
-    """Those that hold a number for each token and each entry of the vocabulary.
+def full_logits(buffers: Sequence[Buffer], tokens: int, rows: int) -> list[Buffer]:
+    """Those that can hold a number for each token and each row of the vocabulary's table, however
+    their dims are cut.
 
-    >>> [str(each) for each in full_logits([Buffer(96, "f32", (2, 3, 4))], tokens=6, vocabulary=4)]
+    >>> [str(each) for each in full_logits([Buffer(96, "f32", (2, 3, 4))], tokens=6, rows=4)]
     ['f32[2,3,4]']
     """
-    return [each for each in buffers if math.prod(each.shape) >= tokens * vocabulary]
+    sizes = [(each, math.prod(each.shape)) for each in buffers]
+    return [each for each, size in sizes if size >= tokens * rows and size % rows == 0]
 
 
 def _buffer(dtype: str, dims: str) -> Buffer:
