@@ -248,6 +248,7 @@ def test_every_source_is_a_frozen_component_with_words_for_its_flags() -> None:
         "mixture",
         "own",
         "conversations",
+        "labelled_text",
     ]
     for source in data.NAMES.values():
         names = [field.name for field in fields.fields_of(source)]

@@ -14,6 +14,7 @@ import transformers_oracle as oracle
 from jaxtrain import adapters
 from jaxtrain.errors import UserError
 from jaxtrain.models.encoder import Encoder, sentence_embeddings
+from jaxtrain.weights import config
 
 TINY = Encoder(vocabulary=61, width=16, depth=1, heads=2, max_length=12, head="states", pooler=True)
 TOKENS_BT = oracle.tokens(2, 6)
@@ -49,6 +50,20 @@ def test_padding_on_the_left_is_not_pooled() -> None:
     np.testing.assert_allclose(found, apply(model, params, TOKENS_BT), atol=2e-6)
 
 
+def test_the_mean_of_all_that_is_no_padding_enters_the_classes() -> None:
+    model = TINY.clone(head="classes", num_classes=3, pool="mean", pooler=False)
+    params = params_of(model)
+    padded_BT = np.pad(TOKENS_BT, ((0, 0), (3, 2)))
+    found = apply(model, params, padded_BT, segments=(padded_BT > 0) * 1)
+    body = {name: leaf for name, leaf in params.items() if name != "head"}
+    states = np.asarray(apply(model.clone(head="states"), body, TOKENS_BT)).astype(np.float64)
+    want = states.mean(1) @ params["head"]["kernel"] + params["head"]["bias"]
+    np.testing.assert_allclose(found, want, atol=2e-5)
+    np.testing.assert_allclose(apply(model, params, TOKENS_BT), want, atol=2e-5)
+    with pytest.raises(UserError, match=r"which cannot say pool"):
+        config.write(model)
+
+
 def test_a_place_sees_what_comes_after_it() -> None:
     params = params_of(TINY)
     changed = TOKENS_BT.copy()
@@ -72,6 +87,7 @@ def test_sentence_embeddings_are_means_of_length_one() -> None:
         (TINY.clone(heads=3), TOKENS_BT, "Encoder.heads=3: does not divide width=16"),
         (TINY, np.zeros((1, 13), np.int32), "Encoder.max_length=12: the input has 13 tokens"),
         (TINY, np.zeros((1, 4), np.float32), "is not (batch, length) of integers"),
+        (TINY.clone(pool="mean"), TOKENS_BT, "Encoder.pool=mean: a pooler sees the first token's"),
         (TINY.clone(head="pooled", pooler=False), TOKENS_BT, "there is no pooler; set pooler=True"),
     ],
 )

@@ -493,6 +493,14 @@ SMALL_TEXT = [
 ]
 SHRUNKEN = {
     "bert_mlm": [*SMALL_TEXT, "--task.mask_token=257"],
+    "classify_text": [
+        "--data.path={classes}",
+        "--model.vocabulary=257",
+        "--model.width=16",
+        "--model.depth=1",
+        "--model.heads=2",
+        "--model.hidden=32",
+    ],
     "digits": ["--data.train=train[:20%]", "--model.widths=8,8,8"],
     "fashion_mnist": [
         "--data.data_dir={fashion_mnist}",
@@ -566,6 +574,9 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for number in range(40):
         words = RANDOM.choice(["to", "be", "or", "not", "that", "is"], 40)
         (folder / "text" / f"{number}.txt").write_text(" ".join(words))
+        kind = folder / "classes" / ("verse" if number % 2 else "prose")
+        kind.mkdir(parents=True, exist_ok=True)
+        (kind / f"{number}.txt").write_text(" ".join(words))
     model = transformer.Transformer(
         257,
         16,
@@ -586,6 +597,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "mnist1d": str(folder / "mnist1d.npz"),
         "fashion_mnist": str(folder / "tfds"),
         "text": str(folder / "text"),
+        "classes": str(folder / "classes"),
         "tokens": str(folder / "tokens"),
     }
 

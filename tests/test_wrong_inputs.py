@@ -56,6 +56,9 @@ def write_files(folder: Path) -> None:
     (folder / "zero.npz").write_bytes(b"")
     (folder / "text.npz").write_text("x,y\n1,2\n", encoding="utf-8")
     (folder / "table.csv").write_text("x,y\n1,2\n", encoding="utf-8")
+    mails = '{"text": "hello there", "label": "ham"}\n{"text": "you won", "label": "spam"}\n'
+    (folder / "mails.jsonl").write_text(mails * 5, encoding="utf-8")
+    (folder / "odd_mails.jsonl").write_text(f'{mails}{{"text": ""}}\n' * 5, encoding="utf-8")
     (folder / "gone.npz").symlink_to("nowhere.npz")
     (folder / "nothing").mkdir()
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; tests/test_exports.py c
     from jaxtrain.data.sources.conversations import Conversations
     from jaxtrain.data.sources.digits import Digits
     from jaxtrain.data.sources.images import Images
+    from jaxtrain.data.sources.labelled_text import LabelledText
     from jaxtrain.data.sources.markov import SyntheticTokens
     from jaxtrain.data.sources.own import Own
     from jaxtrain.data.sources.records import Records
@@ -30,6 +31,7 @@ __all__ = [
     "Conversations",
     "Digits",
     "Images",
+    "LabelledText",
     "Mixture",
     "Own",
     "Records",
@@ -46,6 +48,7 @@ _FILES = {
     "Conversations": "sources.conversations",
     "Digits": "sources.digits",
     "Images": "sources.images",
+    "LabelledText": "sources.labelled_text",
     "Own": "sources.own",
     "Records": "sources.records",
     "Splits": "splits",
@@ -69,6 +72,7 @@ _SOURCES = {
     "mixture": "Mixture",
     "own": "Own",
     "conversations": "Conversations",
+    "labelled_text": "LabelledText",
 }
 """Each source by the word that `--data` takes."""
 

@@ -282,7 +282,8 @@ def select(table: Table, rows: np.ndarray | range) -> Table:
         parts = {name: array[rows] for name, array in table.arrays.items()}
     first_row = getattr(table, "first_row", 0) + (rows.start if isinstance(rows, range) else 0)
     origin = getattr(table, "origin", "") if isinstance(rows, range) else ""
-    return ArrayTable(parts, table.num_classes, table.class_names, origin, first_row)
+    tokenizer = getattr(table, "tokenizer", None)
+    return ArrayTable(parts, table.num_classes, table.class_names, origin, first_row, tokenizer)
 
 
 def join(*tables: Table) -> Table:
@@ -314,7 +315,9 @@ def join(*tables: Table) -> Table:
         arrays = {
             name: np.concatenate([arrays[name] for arrays in in_memory]) for name in in_memory[0]
         }
-        return ArrayTable(arrays, tables[0].num_classes, tables[0].class_names)
+        tokenizer = getattr(tables[0], "tokenizer", None)
+        first = tables[0]
+        return ArrayTable(arrays, first.num_classes, first.class_names, tokenizer=tokenizer)
     return JoinedTable(tuple(tables))
 
 

@@ -66,6 +66,9 @@ class Encoder(nn.Module):
     state, or logits of classes from the pooler's state (from the first token's, without one)"""
     num_classes: Count = 2
     "outputs of the head of classes"
+    pool: Literal["first", "mean"] = "first"
+    """what the head of classes sees: the first token's state, or the mean of all that are no
+    padding, as sentence encoders are trained"""
     dropout: DropRate = 0.0
     "share dropped in training after the embedding, in each branch, and before the classes"
 
@@ -114,7 +117,7 @@ class Encoder(nn.Module):
     def _head(
         self, x_BTD: jax.Array, embed_VD: jax.Array, segments: jax.Array | None, train: bool
     ) -> jax.Array:
-        pooled_BD = _first(x_BTD, segments)
+        pooled_BD = _mean(x_BTD, segments) if self.pool == "mean" else _first(x_BTD, segments)
         if self.pooler:
             # made whatever comes out, so that a file's pooler has its place
             pooler = layers.dense(self.width, ("embed", "mlp"), name="pooler")
@@ -150,6 +153,11 @@ class Encoder(nn.Module):
                 f"Encoder.heads={self.heads}: does not divide width={self.width}; choose a divisor"
                 " of it"
             )
+        if self.pool == "mean" and self.pooler:
+            raise UserError(
+                "Encoder.pool=mean: a pooler sees the first token's state only; set pooler=False,"
+                " or pool=first"
+            )
         if self.head == "pooled" and not self.pooler:
             raise UserError("Encoder.head=pooled: there is no pooler; set pooler=True")
 
@@ -174,6 +182,17 @@ def _first(x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
     return jnp.take_along_axis(x_BTD, first_B[:, None, None], axis=1)[:, 0]
 
 
+def _mean(x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """The mean state of the tokens (B, D) that are no padding; in float32, for long sums."""
+    if segments_BT is None:
+        return x_BTD.mean(axis=1, dtype=jnp.float32).astype(x_BTD.dtype)
+    real_BT1 = (segments_BT > 0)[..., None]
+    # not times 0: what stands at padding means nothing
+    states_BTD = jnp.where(real_BT1, x_BTD.astype(jnp.float32), 0.0)
+    count_B1 = jnp.maximum(real_BT1.sum(axis=1), 1).astype(jnp.float32)
+    return (states_BTD.sum(axis=1) / count_B1).astype(x_BTD.dtype)
+
+
 def sentence_embeddings(states_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:
     """One vector of length 1 for each sentence (B, D): the mean of the states of its real tokens,
     normalised, as the sentence encoders MiniLM and its like are trained.
@@ -184,8 +203,6 @@ def sentence_embeddings(states_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:
 
     `real_BT` is 0 at padding, as segments are. In float32.
     """
-    kept_BT1 = (real_BT > 0).astype(jnp.float32)[..., None]
-    states_BTD = jnp.where(kept_BT1 > 0, states_BTD.astype(jnp.float32), 0.0)
-    mean_BD = states_BTD.sum(axis=1) / jnp.maximum(kept_BT1.sum(axis=1), 1.0)
+    mean_BD = _mean(states_BTD.astype(jnp.float32), real_BT)
     squares_B = jnp.sum(jnp.square(mean_BD), axis=-1, keepdims=True)
     return mean_BD * jax.lax.rsqrt(jnp.maximum(squares_B, 1e-24))

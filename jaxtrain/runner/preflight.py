@@ -47,6 +47,7 @@ def model(run: config.Run, train: Table, recipe: Recipe, execution: Execution) -
     task: Any = recipe.task
     if tasks.has_hook(task, "check", found.outputs):
         task.check(found.outputs, _classes(task, train))
+    _check_tokens(run, train)
     for note in (*found.notes, *_mixing_notes(run.task, train)):
         messages.warn(note)
     return found
@@ -64,6 +65,18 @@ def _mixing_notes(task: Any, train: Table) -> list[str]:
             " a model that takes segments write --task.input=tokens=tokens,segments=segments"
         )
     ]
+
+
+def _check_tokens(run: config.Run, train: Table) -> None:
+    """`UserError` if the data's tokenizer has ids that the model has no embedding of."""
+    known = getattr(run.model, "vocabulary", None)
+    tokenizer = getattr(train, "tokenizer", None)
+    if tokenizer is not None and isinstance(known, int) and known < tokenizer.vocabulary:
+        raise UserError(
+            f"--model.vocabulary={known}: the data's tokenizer has {tokenizer.vocabulary} ids; give"
+            " --data.tokenizer=DIR, the folder of the model whose parameters the run starts from,"
+            f" or set --model.vocabulary={tokenizer.vocabulary} for a new one"
+        )
 
 
 def _classes(task: Any, table: Table) -> int | None:

@@ -4,6 +4,7 @@ __all__ = [
     "arrays",
     "digits",
     "images",
+    "labelled_text",
     "markov",
     "records",
     "synthetic",

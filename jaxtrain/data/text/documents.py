@@ -116,7 +116,8 @@ def read_part(file: TextFile, how: Format, part: Part = WHOLE) -> Iterator[Docum
         raise UserError(f"{printable(file.path)}: cannot be read ({why})") from error
 
 
-def _open(file: TextFile) -> IO[bytes] | gzip.GzipFile:
+def open_bytes(file: TextFile) -> IO[bytes] | gzip.GzipFile:
+    """The bytes of a file, unpacked."""
     if file.compression == "gzip":
         return gzip.open(file.path, "rb")
     if file.compression == "zstd":
@@ -128,7 +129,7 @@ def _open(file: TextFile) -> IO[bytes] | gzip.GzipFile:
 
 
 def _read_bytes(file: TextFile, part: Part) -> bytes:
-    with _open(file) as stream:
+    with open_bytes(file) as stream:
         if part.start:
             stream.seek(part.start)
         return stream.read() if part.stop is None else stream.read(part.stop - part.start)
@@ -211,7 +212,7 @@ def _read_lines(file: TextFile, how: Format, part: Part) -> Iterator[Document | 
 
 def _lines(file: TextFile, part: Part) -> Iterator[bytes]:
     left = None if part.stop is None else part.stop - part.start
-    with _open(file) as stream:
+    with open_bytes(file) as stream:
         if part.start:
             stream.seek(part.start)
         begun: list[bytes] = []  # a line that is longer than a chunk

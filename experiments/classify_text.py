@@ -1,0 +1,61 @@
+"""Texts into classes by an encoder: all of it is trained, or its head alone, or adapters.
+
+    scripts/prepare_spam_assassin --source=package --out=spam.jsonl
+    python experiments/classify_text.py --data.path=spam.jsonl --data.tokenizer=DIR \\
+        --init_from=DIR --init_rules=head=skip,pooler=skip
+    ... --optimizer.frozen='^(?!head)' --optimizer.learning_rate=1e-2     # the head alone
+    ... --lora.rank=8 --optimizer.learning_rate=1e-3                      # adapters and head
+
+DIR is the folder of an encoder such as all-MiniLM-L6-v2, whose tokenizer it holds too. Without
+--init_from the encoder is new. Labels are in CSV, JSON lines, Parquet, or the names of folders.
+RESULT
+"""
+
+import jaxtrain
+from jaxtrain import augment, optimizers, schedules
+from jaxtrain.data.sources.labelled_text import LabelledText
+from jaxtrain.models import encoder, sizes
+from jaxtrain.models.lora import LoRA
+from jaxtrain.tasks import Classification
+
+ENCODERS = {
+    name: model.clone(head="classes", pool="mean", pooler=False)
+    for name, model in sizes.NAMES.items()
+    if isinstance(model, encoder.Encoder)
+}
+
+
+def experiment() -> jaxtrain.Run:
+    """The run, before flags."""
+    return jaxtrain.Run(
+        name="classify_text",
+        model=ENCODERS["minilm_l6"],
+        data=LabelledText(
+            length=32,
+            too_long="cut",
+            train="all[:60%]",
+            validation="all[60%:70%]",
+            test="all[70%:]",
+        ),
+        task=Classification(input="tokens=tokens,segments=segments"),
+        optimizer=optimizers.AdamW(learning_rate=2e-4, weight_decay=0.01),
+        schedule=schedules.Cosine(warmup=jaxtrain.Horizon(10, "percent")),
+        augment=augment.NoAugment(),
+        lora=LoRA(rank=0, also=("head",)),
+        steps=200,
+        batch_size=16,
+        clip_norm=1.0,
+        eval_every=jaxtrain.Horizon(50, "percent"),
+        checkpoint_every=jaxtrain.Horizon(100, "percent"),
+        offers={
+            "model": ENCODERS,
+            "data": {"labelled_text": LabelledText()},
+            "optimizer": optimizers.NAMES,
+            "schedule": schedules.NAMES,
+            "augment": {"none": augment.NoAugment()},
+        },
+    )
+
+
+if __name__ == "__main__":
+    jaxtrain.main(experiment())
