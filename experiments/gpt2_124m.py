@@ -38,6 +38,7 @@ def experiment() -> jaxtrain.Run:
         batch_size=512,
         microbatches=8,
         clip_norm=1.0,
+        remat="dots",
         eval_every=jaxtrain.Horizon(5, "percent"),
         checkpoint_every=jaxtrain.Horizon(5, "percent"),
         offers={
