@@ -8,7 +8,16 @@ import sys
 from collections.abc import Sequence
 
 from jaxtrain import messages
-from jaxtrain.cli import export, list_components, predict, report, run_file, sample, verify
+from jaxtrain.cli import (
+    export,
+    list_components,
+    lm_eval_tasks,
+    predict,
+    report,
+    run_file,
+    sample,
+    verify,
+)
 from jaxtrain.errors import RunError, UserError
 
 COMMANDS = {
@@ -17,6 +26,7 @@ COMMANDS = {
     "report": report.COMMAND,
     "predict": predict.COMMAND,
     "sample": sample.COMMAND,
+    "lm_eval": lm_eval_tasks.COMMAND,
     "export": export.COMMAND,
 }
 

@@ -55,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
     if "prompt" not in given and "chat" not in given and sys.stdin.isatty():
         raise UserError("sample: needs --prompt=TEXT, a text on its input, or --chat")
     drawing = _drawing(given)
-    model, params, tokenizer = _opened(place, given)
+    model, params, tokenizer = opened("sample", place, given)
     drawing["stop"] = [token for token in tokenizer.eos if token < model.vocabulary]
     speaker = Speaker(model, params, tokenizer, drawing, given.get("stop", ""))
     if "chat" in given:
@@ -179,46 +179,46 @@ def _drawing(given: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
-def _opened(place: Path, given: Mapping[str, str]) -> "tuple[Any, Any, Tokenizer]":
-    """The model, its parameters and its tokenizer: of a run of ours, or of a Hugging Face folder or
-    a GGUF file."""
+def opened(command: str, place: Path, given: Mapping[str, str]) -> "tuple[Any, Any, Tokenizer]":
+    """The model that a command asks, its parameters and its tokenizer: of a run of ours, or of a
+    Hugging Face folder or a GGUF file; `given` may hold `tokenizer` and `checkpoint`."""
     from jaxtrain.data.text import tokenizers
 
     shown = messages.printable(str(place))
     named = tokenizers.open_tokenizer(given["tokenizer"]) if "tokenizer" in given else None
     if (place / "run.json").is_file():
-        return _of_run(place, given.get("checkpoint", "last"), named)
+        return _of_run(command, place, given.get("checkpoint", "last"), named)
     if place.is_dir() and not (place / "config.json").is_file():
         raise UserError(
-            f"sample {shown}: holds neither a run.json nor a config.json; give the folder of a run,"
-            " of a Hugging Face model, or a .gguf file"
+            f"{command} {shown}: holds neither a run.json nor a config.json; give the folder of a"
+            " run, of a Hugging Face model, or a .gguf file"
         )
     if "checkpoint" in given:
-        raise UserError("sample --checkpoint: belongs to the folder of a run, and this is none")
+        raise UserError(f"{command} --checkpoint: belongs to the folder of a run, and this is none")
     from jaxtrain.weights import loading
 
     model, params, at = loading.load(place)
     if named is None and at is None:
-        raise UserError(f"sample {shown}: has no tokenizer.json; give --tokenizer=DIR|FILE")
+        raise UserError(f"{command} {shown}: has no tokenizer.json; give --tokenizer=DIR|FILE")
     return model, params, named or tokenizers.open_tokenizer(str(at))
 
 
 def _of_run(
-    workdir: Path, checkpoint: str, named: "Tokenizer | None"
+    command: str, workdir: Path, checkpoint: str, named: "Tokenizer | None"
 ) -> "tuple[Any, Any, Tokenizer]":
     """What a run of ours trained, in the precision that it computes in."""
     from jaxtrain.data.text import tokenizers
     from jaxtrain.precision.policy import POLICIES
 
-    extras.require("sample", "orbax.checkpoint")
+    extras.require(command, "orbax.checkpoint")
     from jaxtrain.inference import trained
 
     shown = messages.printable(str(workdir))
     found = trained.load(workdir, checkpoint=checkpoint)
     if not hasattr(found.model, "pattern"):
         raise UserError(
-            f"sample {shown}: its model is {type(found.model).__name__}, which says no texts; give"
-            " a run that trained a Transformer on tokens"
+            f"{command} {shown}: its model is {type(found.model).__name__}, which says no texts;"
+            " give a run that trained a Transformer on tokens"
         )
     params = POLICIES[found.recipe.precision].cast(found.params)
     if named is not None:
@@ -229,7 +229,7 @@ def _of_run(
     spec = data.get("tokenizer") if isinstance(data, Mapping) else None
     if not isinstance(spec, str) or not spec:
         raise UserError(
-            f"sample {shown}: was not trained on text, so it has no tokenizer; give"
+            f"{command} {shown}: was not trained on text, so it has no tokenizer; give"
             " --tokenizer=bytes, a tokenizer.json, a .model, a .gguf, or a folder with one"
         )
     if tokenizers.is_learned(spec):

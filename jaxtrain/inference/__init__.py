@@ -6,6 +6,7 @@ __all__ = [
     "drawing",
     "exact",
     "inputs",
+    "lm_eval_adapter",
     "sampling",
     "tables",
     "trained",

@@ -128,7 +128,7 @@ def _pieces(
     texts = _checked_prompts(model, prompts)
     job = _job(model, texts, options)
     programs = _programs(
-        model, len(texts), job.capacity, str(params["embed"].dtype), _mesh_of(params)
+        model, len(texts), job.capacity, str(params["embed"].dtype), mesh_of(params)
     )
     program = programs.drawing(job.drawing.greedy, job.drawing.filtered)
     keys_B = rng.per_example(rng.root(job.seed), jnp.asarray(job.rows, jnp.uint32))
@@ -294,7 +294,7 @@ def _programs(model: Any, batch: int, capacity: int, dtype: str, mesh: Mesh | No
     return _Programs(model, batch, capacity, dtype, mesh)
 
 
-def _mesh_of(params: tree.PyTree) -> Mesh | None:
+def mesh_of(params: tree.PyTree) -> Mesh | None:
     """The mesh that the parameters lie on, if they lie on more than one device."""
     for leaf in jax.tree.leaves(params):
         place = getattr(leaf, "sharding", None)
