@@ -8,7 +8,7 @@
 
 DIR is the folder of an encoder such as all-MiniLM-L6-v2, whose tokenizer it holds too. Without
 --init_from the encoder is new. Labels are in CSV, JSON lines, Parquet, or the names of folders.
-RESULT
+SpamAssassin: see docs/finetuning.md.
 """
 
 import jaxtrain

@@ -1,6 +1,7 @@
 """Texts with classes: what their rows hold, in which split they are, and one line with file and row
 for whatever is no text with a class."""
 
+import dataclasses
 import gzip
 import json
 import re
@@ -11,11 +12,14 @@ import numpy as np
 import pytest
 from test_run import start
 
+import jaxtrain
 from jaxtrain import models
 from jaxtrain.data import LabelledText
 from jaxtrain.errors import UserError
 from jaxtrain.models import Encoder
 from jaxtrain.optimizers import AdamW
+from jaxtrain.runner import preflight
+from jaxtrain.schedules import Constant
 from jaxtrain.tasks import Classification
 
 HAM = "see you at noon"
@@ -198,7 +202,19 @@ WRONG: list[tuple[str, list[Any], str]] = [
     ("a.jsonl", [pair("a", 0.5)], "{path}:1: 'label' is a float (0.5), no class: a class is a te"),
     ("a.jsonl", [pair("a", [1, 0])], "{path}:1: 'label' is a list ([1, 0]), no class: a class is"),
     ("a.jsonl", ["{"], "{path}:1: is no JSON (Expecting property name"),
-    ("a.jsonl", ["[1]"], "{path}:1: is a JSON list, not an object with 'text' and 'label'" + MEND),
+    (
+        "a.jsonl",
+        ["[1]"],
+        "{path}:1: is one JSON array, not an object with 'text' and 'label' (jq -c '.[]' takes one",
+    ),
+    (
+        "a.json",
+        ["[", "{}", "]"],
+        "{path}:1: is no JSON (Expecting value: line 2 column 1 (char 2))",
+    ),
+    ("a.jsonl", ["3"], "{path}:1: is a JSON int, not an object with 'text' and 'label'"),
+    ("a.jsonl", [pair("a\ud83d", 1)], "{path}:1: holds half a character (U+D83D)" + MEND),
+    ("a.csv", ["text,label,text", "a,b,c"], "{path}: has 2 columns 'text'; rename one"),
     ("a.jsonl", [], "--data.path='{path}': holds no text with a class; give other files"),
     ("a.csv", ["a,b", "1,2"], "{path}: has no column 'text', but 'a', 'b'; name it by --data.text"),
     ("a.csv", ["text;label", "a;b"], "{path}: has no column 'text', but 'text;label'"),
@@ -267,6 +283,28 @@ def test_remedies_are_taken(tmp_path: Path) -> None:
     (tmp_path / "empty" / "x" / "a.txt").touch()
     with pytest.raises(UserError, match=r"x/a.txt: is empty; mend it, or leave"):
         LabelledText(str(tmp_path / "empty"), **WHOLE).open()
+
+
+def test_a_tokenizer_with_far_fewer_ids_than_the_stored_model_is_said(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", pair("a", "x"), pair("b", "y"))
+    train = LabelledText(path, **WHOLE).open().train
+    run = jaxtrain.Run(
+        name="a",
+        model=Encoder(vocabulary=30522),
+        data=LabelledText(path),
+        task=Classification(),
+        optimizer=AdamW(),
+        schedule=Constant(),
+        steps=1,
+        init_from="minilm",
+    )
+    [note] = preflight.token_notes(run, train)
+    assert note.startswith(
+        "the data's tokenizer (bytes) has 257 ids, the stored model 30522: is it"
+    )
+    assert preflight.token_notes(dataclasses.replace(run, init_from=""), train) == []
+    same = dataclasses.replace(run, model=Encoder(vocabulary=258))
+    assert preflight.token_notes(same, train) == []
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_one_line(

@@ -47,8 +47,7 @@ def model(run: config.Run, train: Table, recipe: Recipe, execution: Execution) -
     task: Any = recipe.task
     if tasks.has_hook(task, "check", found.outputs):
         task.check(found.outputs, _classes(task, train))
-    _check_tokens(run, train)
-    for note in (*found.notes, *_mixing_notes(run.task, train)):
+    for note in (*found.notes, *token_notes(run, train), *_mixing_notes(run.task, train)):
         messages.warn(note)
     return found
 
@@ -67,16 +66,28 @@ def _mixing_notes(task: Any, train: Table) -> list[str]:
     ]
 
 
-def _check_tokens(run: config.Run, train: Table) -> None:
-    """`UserError` if the data's tokenizer has ids that the model has no embedding of."""
+def token_notes(run: config.Run, train: Table) -> list[str]:
+    """A note if the data's tokenizer has far fewer ids than the model that a run starts from;
+    `UserError` if it has more than the model has embeddings."""
     known = getattr(run.model, "vocabulary", None)
     tokenizer = getattr(train, "tokenizer", None)
-    if tokenizer is not None and isinstance(known, int) and known < tokenizer.vocabulary:
+    if tokenizer is None or not isinstance(known, int):
+        return []
+    if known < tokenizer.vocabulary:
         raise UserError(
             f"--model.vocabulary={known}: the data's tokenizer has {tokenizer.vocabulary} ids; give"
             " --data.tokenizer=DIR, the folder of the model whose parameters the run starts from,"
             f" or set --model.vocabulary={tokenizer.vocabulary} for a new one"
         )
+    if not run.init_from or 2 * tokenizer.vocabulary > known:
+        return []
+    return [
+        (
+            f"the data's tokenizer ({messages.printable(tokenizer.name)}) has"
+            f" {tokenizer.vocabulary} ids, the stored model {known}: is it that model's?"
+            " --data.tokenizer=DIR names the folder that holds it"
+        )
+    ]
 
 
 def _classes(task: Any, table: Table) -> int | None:

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -156,19 +157,19 @@ def read_labelled(
                 yield _labelled(value, keys, place)
             except BadRow as fault:
                 yield place, str(fault)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or one_line(str(error))
         raise UserError(f"{printable(file.path)}: cannot be read ({why})") from error
 
 
 def _whole_file(each: LabelledFile) -> Labelled | tuple[str, str]:
     place = printable(each.file.path)
-    found = list(documents.read_part(each.file, documents.Format()))
-    if not found or isinstance(found[0], documents.Bad):
-        return place, found[0].why if found else "is empty"  # pyright: ignore
-    if not found[0].text.strip():
-        return place, "holds nothing but spaces"
-    return Labelled(found[0].text, each.label, place)
+    for found in documents.read_part(each.file, documents.Format()):
+        if isinstance(found, documents.Bad):
+            return place, found.why
+        if found.text.strip():
+            return Labelled(found.text, each.label, place)
+    return place, "holds nothing but spaces"
 
 
 def _labelled(value: Mapping[str, Any] | BadRow, keys: tuple[str, str], place: str) -> Labelled:
@@ -185,6 +186,10 @@ def _labelled(value: Mapping[str, Any] | BadRow, keys: tuple[str, str], place: s
         raise BadRow(f"{keys[0]!r} is a {type(text).__name__}, no text")
     if not text.strip():
         raise BadRow(f"{keys[0]!r} is empty")
+    try:
+        f"{text}{label}".encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"holds half a character (U+{ord(error.object[error.start]):04X})") from None
     if isinstance(label, bool):
         label = str(label).lower()
     if not isinstance(label, str | int):
@@ -210,13 +215,19 @@ def _lines(file: TextFile, keys: tuple[str, str]) -> Rows:
                 yield row, BadRow(f"byte 0x{line[error.start]:02x} is no UTF-8")
                 continue
             except (ValueError, RecursionError) as error:
-                yield row, BadRow(f"is no JSON ({one_line(str(error))})")
+                more = ", and begins an array: jq -c '.[]' takes it apart" * line.startswith(b"[")
+                yield row, BadRow(f"is no JSON ({one_line(str(error))}){more}")
                 continue
-            if isinstance(value, dict):
-                yield row, value
-            else:
-                what = " and ".join(map(repr, keys))
-                yield row, BadRow(f"is a JSON {type(value).__name__}, not an object with {what}")
+            what = "one JSON array" if isinstance(value, list) else f"a JSON {type(value).__name__}"
+            wanted = " and ".join(map(repr, keys))
+            yield (
+                row,
+                value
+                if isinstance(value, dict)
+                else BadRow(
+                    f"is {what}, not an object with {wanted} (jq -c '.[]' takes one apart)"
+                ),
+            )
 
 
 def _cells(file: TextFile, keys: tuple[str, str]) -> Rows:
@@ -234,6 +245,8 @@ def _cells(file: TextFile, keys: tuple[str, str]) -> Rows:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
     try:
         header = next(reader, [])
+        if twice := next((key for key in keys if header.count(key) > 1), None):
+            raise UserError(f"{name}: has {header.count(twice)} columns {twice!r}; rename one")
         for key, flag in zip(keys, ("text_key", "label_key"), strict=True):
             if key not in header:
                 columns = ", ".join(map(repr, header[:8])) or "nothing"
