@@ -37,6 +37,7 @@ def experiment() -> jaxtrain.Run:
         clip_norm=1.0,
         eval_every=jaxtrain.Horizon(25, "percent"),
         checkpoint_every=jaxtrain.Horizon(25, "percent"),
+        sample_every=jaxtrain.Horizon(25, "percent"),
         offers={
             "model": SIZES | transformer.NAMES,
             "data": {"text": text, "mixture": Mixture()},

@@ -74,6 +74,7 @@ def test_a_run_says_what_the_library_says_of_it(
         top_k=9,
         stop=Bytes().eos,
         slide=True,
+        capacity=16,  # the length of the rows: later positions were never trained
     )
     assert shown == f"To b{Bytes().decode(text)}\n"
 
@@ -83,7 +84,14 @@ def test_a_prompt_may_come_by_a_pipe_and_positions_may_run_out(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("To be"))
     assert command(str(workdir), "--most=60", "--temperature=0") == 0
-    assert capsys.readouterr().out.startswith("To be")
+    shown = capsys.readouterr()
+    assert shown.out.startswith("To be")
+    assert shown.err == (
+        "jaxtrain: warning: the text is longer than the 16 positions that the model learned; it"
+        " went on from the last half of its text\n"
+    )
+    assert command(str(workdir), "--prompt=To be", "--most=12") == 0
+    assert not capsys.readouterr().err, "5 tokens and the 11 that are fed fit"
 
 
 class Told:
@@ -186,8 +194,8 @@ def test_errors_are_one_line(workdir: Path, folder: Path, tmp_path: Path) -> Non
         (
             str(workdir),
             f"--prompt={'a' * 40}",
-        ): "a prompt of 40 tokens is longer than the cache (the"
-        " model's max_length=32); shorten it to 32 tokens at most",
+        ): "a prompt of 40 tokens is longer than the 16 positions that the model learned; shorten"
+        " it to 16 tokens at most",
         (
             str(workdir),
             "--prompt=a",

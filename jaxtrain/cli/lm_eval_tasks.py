@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     out = new_file("lm_eval", given, (".json",)) if "out" in given else None
     extras.require("lm_eval", "lm_eval")
     names, manager = _tasks(given)
-    model, params, tokenizer = sample.opened("lm_eval", place, given)
+    model, params, tokenizer, _ = sample.opened("lm_eval", place, given)
     from jaxtrain.inference.lm_eval_adapter import adapter
 
     lm_eval: Any = importlib.import_module("lm_eval")

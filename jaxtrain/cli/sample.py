@@ -12,6 +12,7 @@ from jaxtrain.errors import UserError
 
 if TYPE_CHECKING:  # heavy, and help must answer at once
     from jaxtrain.data.text.protocol import Tokenizer
+    from jaxtrain.inference.trained import Trained
 
 FLAGS = {
     "prompt": "'Once upon a time'",
@@ -43,6 +44,8 @@ class Speaker(NamedTuple):
     """How tokens are drawn."""
     stop: str
     """A text that ends what it says, or none."""
+    room: int = 0
+    """Tokens that it sees at once; 0 for any number."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -55,35 +58,47 @@ def run(arguments: Sequence[str]) -> int:
     if "prompt" not in given and "chat" not in given and sys.stdin.isatty():
         raise UserError("sample: needs --prompt=TEXT, a text on its input, or --chat")
     drawing = _drawing(given)
-    model, params, tokenizer = opened("sample", place, given)
-    drawing["stop"] = [token for token in tokenizer.eos if token < model.vocabulary]
-    speaker = Speaker(model, params, tokenizer, drawing, given.get("stop", ""))
+    model, params, tokenizer, room = opened("sample", place, given)
+    from jaxtrain.inference import prompts
+
+    drawing["stop"] = prompts.ends(model, tokenizer)
+    speaker = Speaker(model, params, tokenizer, drawing, given.get("stop", ""), room)
     if "chat" in given:
         return _chat(speaker, str(place), given.get("system", ""))
     prompt = given["prompt"] if "prompt" in given else sys.stdin.read()
-    ids = [*tokenizer.bos, *tokenizer.encode(prompt).tolist()]
-    if not ids:
-        ids = list(tokenizer.eos[:1])  # what stands between documents, where a new one begins
+    ids, notes = prompts.beginning(tokenizer, prompt), list[str]()
     print(prompt, end="", flush=True)
     try:
-        for piece in said(speaker, ids):
+        for piece in said(speaker, ids, notes):
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         print()
         return 130
-    print()
+    print(flush=True)
+    for note in notes:
+        messages.warn(note)
     return 0
 
 
-def said(speaker: Speaker, ids: Sequence[int], **further: Any) -> Iterator[str]:
-    """What the model says after these ids, piece by piece, whole characters only."""
+def said(
+    speaker: Speaker, ids: Sequence[int], notes: list[str] | None = None, **further: Any
+) -> Iterator[str]:
+    """What the model says after these ids, piece by piece, whole characters only; `notes` gets a
+    line if the text becomes longer than the model can see."""
     from jaxtrain.data.text.protocol import TextStream
-    from jaxtrain.inference import sampling
+    from jaxtrain.inference import prompts, sampling
 
+    prompts.check_fits(ids, speaker.room)
     shown = TextStream(speaker.tokenizer)
     waiting, stop = "", speaker.stop
-    chosen: Any = speaker.options | {"slide": True} | further
-    for token_B in sampling.stream(speaker.model, speaker.params, [ids], **chosen):
+    chosen: Any = speaker.options | {"slide": True, "capacity": speaker.room} | further
+    tokens = sampling.stream(speaker.model, speaker.params, [ids], **chosen)
+    for count, token_B in enumerate(tokens):
+        if notes is not None and speaker.room and len(ids) + count == speaker.room + 1:
+            notes.append(
+                f"the text is longer than the {speaker.room} positions that the model learned; it"
+                " went on from the last half of its text"
+            )
         waiting += shown.push(int(token_B[0]))
         if stop and stop in waiting:
             yield waiting[: waiting.index(stop)]
@@ -122,19 +137,22 @@ def _chat(speaker: Speaker, place: str, system: str) -> int:
             tokenizer.chat_template, told, add_generation_prompt=True, special=tokenizer.special
         )
         ids = tokenizer.encode(text, special=True).tolist()
-        told.append({"role": "assistant", "content": _answer(speaker, ids)})
+        notes: list[str] = []
+        told.append({"role": "assistant", "content": _answer(speaker, ids, notes)})
+        for note in notes:
+            messages.warn(note)
     return 0
 
 
-def _answer(speaker: Speaker, ids: Sequence[int]) -> str:
+def _answer(speaker: Speaker, ids: Sequence[int], notes: list[str]) -> str:
     """Shows an answer as it comes, and returns it."""
     room, pieces = CHAT_ROOM, list[str]()
     while room < len(ids) + speaker.options["most"]:
         room *= 2
-    if speaker.model.positions == "learned":
-        room = min(room, speaker.model.max_length)
+    if speaker.room:
+        room = min(room, speaker.room)
     try:
-        for piece in said(speaker, ids, capacity=room):
+        for piece in said(speaker, ids, notes, capacity=room):
             pieces.append(piece)
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
@@ -179,9 +197,12 @@ def _drawing(given: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
-def opened(command: str, place: Path, given: Mapping[str, str]) -> "tuple[Any, Any, Tokenizer]":
-    """The model that a command asks, its parameters and its tokenizer: of a run of ours, or of a
-    Hugging Face folder or a GGUF file; `given` may hold `tokenizer` and `checkpoint`."""
+def opened(
+    command: str, place: Path, given: Mapping[str, str]
+) -> "tuple[Any, Any, Tokenizer, int]":
+    """The model that a command asks, its parameters, its tokenizer and how many tokens it sees (0
+    for any number): of a run of ours, or of a Hugging Face folder or a GGUF file; `given` may hold
+    `tokenizer` and `checkpoint`."""
     from jaxtrain.data.text import tokenizers
 
     shown = messages.printable(str(place))
@@ -200,18 +221,19 @@ def opened(command: str, place: Path, given: Mapping[str, str]) -> "tuple[Any, A
     model, params, at = loading.load(place)
     if named is None and at is None:
         raise UserError(f"{command} {shown}: has no tokenizer.json; give --tokenizer=DIR|FILE")
-    return model, params, named or tokenizers.open_tokenizer(str(at))
+    from jaxtrain.inference import prompts
+
+    return model, params, named or tokenizers.open_tokenizer(str(at)), prompts.room(model, {})
 
 
 def _of_run(
     command: str, workdir: Path, checkpoint: str, named: "Tokenizer | None"
-) -> "tuple[Any, Any, Tokenizer]":
+) -> "tuple[Any, Any, Tokenizer, int]":
     """What a run of ours trained, in the precision that it computes in."""
-    from jaxtrain.data.text import tokenizers
     from jaxtrain.precision.policy import POLICIES
 
     extras.require(command, "orbax.checkpoint")
-    from jaxtrain.inference import trained
+    from jaxtrain.inference import prompts, trained
 
     shown = messages.printable(str(workdir))
     found = trained.load(workdir, checkpoint=checkpoint)
@@ -221,10 +243,17 @@ def _of_run(
             " give a run that trained a Transformer on tokens"
         )
     params = POLICIES[found.recipe.precision].cast(found.params)
-    if named is not None:
-        return found.model, params, named
+    room = prompts.room(found.model, found.inputs.fields)
+    return found.model, params, named or _tokenizer_of(command, workdir, found), room
+
+
+def _tokenizer_of(command: str, workdir: Path, found: "Trained") -> "Tokenizer":
+    """The tokenizer that a run kept in its folder; of older runs, the one that its data names."""
+    from jaxtrain.data.text import tokenizers
+
     if (workdir / tokenizers.SAVED).is_file():
-        return found.model, params, tokenizers.open_tokenizer(workdir)
+        return tokenizers.open_tokenizer(workdir)
+    shown = messages.printable(str(workdir))
     data = found.record["config"]["data"]
     spec = data.get("tokenizer") if isinstance(data, Mapping) else None
     if not isinstance(spec, str) or not spec:
@@ -234,8 +263,8 @@ def _of_run(
         )
     if tokenizers.is_learned(spec):
         source = found.source(f"{shown}: run.json", None, needed=True)
-        return found.model, params, source.tokens_of(source.path).tokenizer
-    return found.model, params, tokenizers.open_tokenizer(spec)
+        return source.tokens_of(source.path).tokenizer
+    return tokenizers.open_tokenizer(spec)
 
 
 COMMAND = Command(

@@ -169,6 +169,13 @@ class Run(StepOptions):
 
     log_every: Annotated[Count | None, Group.OUTPUT, FREE] = None
     """Steps between lines of metrics; none = a fiftieth of the run, at most 50."""
+    sample_every: Annotated[Horizon, Group.OUTPUT, FREE] = Horizon(0, "steps")
+    """How often a language model says a text, which is shown, kept in samples.jsonl and put into
+    the report; 0 = never."""
+    sample_prompt: Annotated[str, Group.OUTPUT, FREE] = ""
+    """What --sample_every goes on from; empty = as a text begins."""
+    sample_tokens: Annotated[Count, Group.OUTPUT, FREE] = 200
+    """How many tokens --sample_every draws at most."""
     tensorboard: Annotated[bool, Group.OUTPUT, FREE] = True
     """Writes TensorBoard event files."""
     wandb: Annotated[str, Group.OUTPUT, FREE] = ""

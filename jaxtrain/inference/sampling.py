@@ -120,6 +120,11 @@ def stream(
         yield piece_BT[:, 0]
 
 
+def check(model: Any, prompts: Sequence[Any], **options: Unpack[Options]) -> None:
+    """`UserError` for prompts and options that `generate` would refuse; nothing is computed."""
+    _job(model, _checked_prompts(model, prompts), options)
+
+
 def _pieces(
     model: Any, params: tree.PyTree, prompts: Sequence[Any], each: int, options: Options
 ) -> Iterator[np.ndarray]:

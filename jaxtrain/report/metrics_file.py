@@ -40,20 +40,10 @@ class Writer(Protocol):
         ...
 
 
-class JsonlWriter:
-    """Writes metrics.jsonl: one JSON object a line, appended to `path`.
+class AppendedLines:
+    """A file of JSON objects, one a line, which is cut back when a run resumes.
 
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
-    >>> writer = JsonlWriter(path)
-    >>> writer.write(50, "train", {"examples_per_second": 9.5, "loss": 0.25})
-    >>> print(path.read_text().strip())
-    {"step": 50, "split": "train", "loss": 0.25, "examples_per_second": 9.5}
-    >>> writer.close()
-
-    Floats keep every bit; non-finite ones become the strings "NaN", "Infinity" and "-Infinity",
-    which Python's `float` and JavaScript's `Number` read back. Clock keys come last. An `OSError`
-    (a full disk) reaches the caller, so that no line is ever missing in silence.
+    An `OSError` (a full disk) reaches the caller, so that no line is ever missing in silence.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -63,16 +53,13 @@ class JsonlWriter:
         _sync_folder(self.path.parent)
         self._last_step = -1
 
-    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+    def append(self, step: int, line: Mapping[str, Any]) -> None:
         """Appends one line; the reader of `tail -f` sees it at once. `UserError` if `step` is
         smaller than the one before."""
         if step < self._last_step:
             raise UserError(
                 f"{self.path}: step {step} after step {self._last_step}: steps must ascend"
             )
-        line = {"step": int(step), "split": split} | {
-            key: _json_number(values[key]) for key in sorted(values, key=_key_order)
-        }
         with _named(self.path):
             self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
             self._file.flush()
@@ -109,9 +96,6 @@ class JsonlWriter:
         self._last_step = -1
         self.sync()
 
-    def rewind(self, step: int) -> None:
-        """Does nothing: this file is cut back by `truncate`, to an offset in bytes."""
-
     def close(self) -> None:
         """Makes all durable and closes the file."""
         if not self._file.closed:
@@ -120,6 +104,32 @@ class JsonlWriter:
             finally:
                 with _named(self.path):
                     self._file.close()
+
+
+class JsonlWriter(AppendedLines):
+    """Writes metrics.jsonl: one JSON object a line, appended to `path`.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
+    >>> writer = JsonlWriter(path)
+    >>> writer.write(50, "train", {"examples_per_second": 9.5, "loss": 0.25})
+    >>> print(path.read_text().strip())
+    {"step": 50, "split": "train", "loss": 0.25, "examples_per_second": 9.5}
+    >>> writer.close()
+
+    Floats keep every bit; non-finite ones become the strings "NaN", "Infinity" and "-Infinity",
+    which Python's `float` and JavaScript's `Number` read back. Clock keys come last.
+    """
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Appends one line, see `append`."""
+        line = {"step": int(step), "split": split} | {
+            key: _json_number(values[key]) for key in sorted(values, key=_key_order)
+        }
+        self.append(step, line)
+
+    def rewind(self, step: int) -> None:
+        """Does nothing: this file is cut back by `truncate`, to an offset in bytes."""
 
 
 @contextlib.contextmanager
@@ -211,6 +221,25 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     return list(_parse(content, str(path)))
+
+
+def read_samples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a file of samples (`step`, `prompt`, `text`), without those that are none.
+
+    >>> read_samples("/nonexistent/samples.jsonl")
+    []
+    """
+    found = []
+    with contextlib.suppress(OSError):
+        for line in Path(path).read_bytes().split(b"\n")[:-1]:
+            with contextlib.suppress(ValueError):
+                values = json.loads(line)
+                kinds = {"step": int, "prompt": str, "text": str}
+                if isinstance(values, dict) and all(
+                    isinstance(values.get(name), kind) for name, kind in kinds.items()
+                ):
+                    found.append(values)
+    return found
 
 
 def is_clock(key: str) -> bool:

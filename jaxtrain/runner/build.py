@@ -49,6 +49,7 @@ class Lengths:
     log: int
     tokens_per_step: int | None = None
     """How many tokens a step is trained on, where the task counts tokens."""
+    sample: int = 0
 
 
 def accepted(run: config.Run) -> config.Run:
@@ -138,7 +139,8 @@ def lengths(run: config.Run, num_examples: int, step_tokens: int | None = None) 
     # Short runs, too, have a curve of some fifty points.
     log = run.log_every or min(MOST_LOG_STEPS, max(1, total // 50))
     evaluate, save = every(run.eval_every), every(run.checkpoint_every)
-    return Lengths(total, per_epoch, evaluate, save, keep_every, log, step_tokens)
+    sample = every(run.sample_every)
+    return Lengths(total, per_epoch, evaluate, save, keep_every, log, step_tokens, sample)
 
 
 def chosen_precision(run: config.Run, mesh: Mesh) -> str:

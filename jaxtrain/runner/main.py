@@ -44,6 +44,7 @@ from jaxtrain.runner import (
     jax_settings,
     preflight,
     pretrained,
+    samples,
     unusual,
     workdir,
 )
@@ -233,6 +234,7 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
     splits = preflight.labels(run, splits, found)
     preflight.held_out(run, splits, recipe, execution, found)
     preflight.padding(run, splits, execution, found)
+    samples.check(run, splits.train, recipe)
     if run.compare_meshes:
         return _compare(run, splits.train, recipe, jax.devices(mesh.devices.flat[0].platform))
     programs = lowering.lower(recipe, found.batch, mesh)

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtrain import config, messages, rng, tree, weights
 from jaxtrain.checkpoints import arrays, committed, positions, variables, warm_start, weights_file
 from jaxtrain.checkpoints.checkpoints import BASE, Checkpoints
+from jaxtrain.data.text.tokenizers import SAVED
 from jaxtrain.errors import CheckpointError, UserError
 from jaxtrain.models.lora import ADAPTERS
 from jaxtrain.precision.loss_scale import LossScale
@@ -75,11 +76,12 @@ def _check_folder(
 ) -> list[str]:
     """What differs from the run that is there; `UserError` if it may not."""
     if record is None:
-        if (folder / "metrics.jsonl").exists():
-            raise UserError(
-                f"--workdir={folder}: holds metrics.jsonl but no run.json; restore it, or use a new"
-                " workdir"
-            )
+        for name in ("metrics.jsonl", "samples.jsonl", SAVED):
+            if (folder / name).exists():
+                raise UserError(
+                    f"--workdir={folder}: holds {name} but no run.json; restore it, or use a new"
+                    " workdir"
+                )
         count = workdir.foreign_files(folder)
         return [f"note: {count} files not made by jaxtrain are left alone"] if count else []
     return workdir.check_drift(
@@ -169,8 +171,9 @@ def set_aside(folder: Path, found: Found) -> str | None:
     place = folder / f"rewound-{time.strftime('%Y%m%d-%H%M%S')}"
     kept = place / "checkpoints"
     kept.mkdir(parents=True)
-    if (metrics := folder / "metrics.jsonl").is_file():
-        shutil.copy2(metrics, place / metrics.name)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        if (folder / name).is_file():
+            shutil.copy2(folder / name, place / name)
     # What the steps stand on lies beside them, here and there; links cost nothing.
     for base in (folder / "checkpoints").glob(f"{BASE}*"):
         shutil.copytree(base, kept / base.name, copy_function=os.link)

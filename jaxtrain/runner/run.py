@@ -29,7 +29,7 @@ from jaxtrain.report.metrics_file import JsonlWriter, Writers
 from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.report.trackers import TensorBoardWriter, WandbWriter
-from jaxtrain.runner import build, closing, describe, finish, restore, workdir
+from jaxtrain.runner import build, closing, describe, finish, restore, samples, workdir
 from jaxtrain.runner.compile import Execution, Training
 from jaxtrain.runner.profiler import Profiler
 from jaxtrain.train import loop, metrics_log
@@ -236,10 +236,13 @@ def _train(
             step=first,
         )
         workdir.write(opened.folder, record | warm)
+        samples.keep_tokenizer(opened.folder, opened.splits.train)
     writers = _writers(opened, found.run_id)
+    said = samples.Samples(run, opened.folder, opened.splits.train, opened.programs, progress)
     hooks = Hooks(run.at_step, run.at_evaluation)
-    with closing.closed_in_order(profiler.close, trained.feed.close, writers.close):
+    with closing.closed_in_order(profiler.close, trained.feed.close, writers.close, said.close):
         writers.resume(first, int(kept.get("metrics_bytes", 0)))
+        said.resume(int(kept.get("samples_bytes", 0)))
         outcome = loop.train(
             state,
             step=first,
@@ -257,6 +260,8 @@ def _train(
             standing=_standing(opened, kept),
             patience=best.evaluations(run.stop_after),
             evaluation_due=kept.get("evaluation_due", False),
+            samples=said,
+            sample_due=kept.get("sample_due", False),
             hooks=hooks,
             at_step=_dispatch_hook(opened, profiler),
         )
@@ -352,6 +357,7 @@ def _cadence(opened: Opened, trained: Training) -> Cadence:
         length.log,
         length.evaluate if opened.splits.on_the_way else 0,
         length.save,
+        length.sample,
         marks=run.profile_steps or (),
     )
 

@@ -33,6 +33,12 @@ def _horizons(run: config.Run, length: Lengths) -> Iterator[str]:
         horizon = getattr(run, name)
         if horizon.unit == "steps" and horizon.value > length.total:
             yield f"--{name}={horizon}: {ends}; {often} at its end only"
+    if run.sample_every.unit == "steps" and run.sample_every.value > length.total:
+        yield f"--sample_every={run.sample_every}: {ends}; sampled at its start and end only"
+    for name, default in (("sample_prompt", ""), ("sample_tokens", 200)):
+        if not length.sample and (value := getattr(run, name)) != default:
+            text = values.text(value)
+            yield f"--{name}={text}: nothing is sampled; set --sample_every, e.g. 10%"
     if length.keep_every is not None and length.keep_every > length.total:
         yield f"--keep_every={run.keep_every}: {ends}; no checkpoint is kept for ever"
     first, last = run.profile_steps or (0, 0)

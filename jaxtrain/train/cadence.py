@@ -24,6 +24,8 @@ class Cadence:
     """Steps between two evaluations; 0 is never."""
     save: int = 0
     """Steps between two commits; 0 is at the end only."""
+    sample: int = 0
+    """Steps between two samples of text; 0 is never."""
     marks: tuple[int, ...] = ()
     """Steps at which something begins or ends, such as a profile."""
 
@@ -32,7 +34,7 @@ class Cadence:
         the end; a dispatch goes no further."""
         multiples = [
             every * (step // every + 1)
-            for every in (self.per_call, self.log, self.evaluate, self.save)
+            for every in (self.per_call, self.log, self.evaluate, self.save, self.sample)
             if every
         ]
         return min([*multiples, *(mark for mark in self.marks if mark > step), self.total])
@@ -44,6 +46,10 @@ class Cadence:
     def evaluates(self, step: int) -> bool:
         """Whether an evaluation is due; the end counts, if there are any at all."""
         return bool(self.evaluate) and (step % self.evaluate == 0 or step == self.total)
+
+    def samples(self, step: int) -> bool:
+        """Whether a sample is due; the end counts, if there are any at all."""
+        return bool(self.sample) and (step % self.sample == 0 or step == self.total)
 
     def saves(self, step: int) -> bool:
         """Whether a commit is due; the end always is."""

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -31,6 +31,30 @@ MAX_AWAITED_NUMBERS = 4_000_000
 interval. What is larger is written in the background, and a kill may then also cost the steps done
 meanwhile."""
 Evaluate = Callable[[TrainState], dict[str, float]]
+
+
+class Samples(Protocol):
+    """What draws texts on the way, and keeps them."""
+
+    def __call__(self, state: TrainState, step: int) -> None:
+        """Draws with the parameters that evaluation uses; called in every process."""
+        ...
+
+    def sync(self) -> int:
+        """Makes what was drawn durable; the offset to store in the commit."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class NoSamples:
+    """Draws nothing."""
+
+    def __call__(self, state: TrainState, step: int) -> None:
+        """Nothing."""
+
+    def sync(self) -> int:
+        """Nothing was written."""
+        return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +134,8 @@ def train(
     standing: Standing = Standing(),  # noqa: B008 - frozen
     patience: int | None = None,
     evaluation_due: bool = False,
+    samples: Samples = NoSamples(),
+    sample_due: bool = False,
     hooks: Hooks | None = None,
     at_step: Callable[[int, TrainState], None] = lambda step, state: None,
     fetch: Callable[[Any], Any] = jax.device_get,
@@ -117,10 +143,10 @@ def train(
     """Trains from `step` to the end of the cadence, until it gets no better or until asked to stop;
     the last step's state is always committed.
 
-    `evaluation_due` says that a signal put off the evaluation of `step`. `at_step` is called with
-    every step at which a dispatch ends (the profiler, the lock), `hooks` are the user's. `fetch`
-    reads numbers from the device. Raises `Diverged`, `CheckpointError`, and what the feed raises;
-    nothing that is not finite is committed.
+    `evaluation_due` and `sample_due` say that a signal put off the evaluation, or the sample, of
+    `step`. `at_step` is called with every step at which a dispatch ends (the profiler, the lock),
+    `hooks` are the user's. `fetch` reads numbers from the device. Raises `Diverged`,
+    `CheckpointError`, and what the feed raises; nothing that is not finite is committed.
     """
     pending: tuple[int, Any] | None = None
     saved = step if step else None
@@ -128,9 +154,16 @@ def train(
     own = {} if validate is None else {"validation": validate}
     evaluate = Evaluation({**own, **sets}, test, selection, patience, hooks, writers, progress)
     commit = functools.partial(
-        _commit, log=log, writers=writers, checkpoints=checkpoints, by=selection.text
+        _commit,
+        log=log,
+        writers=writers,
+        checkpoints=checkpoints,
+        by=selection.text,
+        samples=samples,
     )
     early = False
+    if cadence.sample and (step == 0 or sample_due):
+        samples(state, step)
     if (step == 0 or evaluation_due) and evaluate.on_the_way and cadence.evaluate:
         reached, after = evaluate(state, step, standing)
         # Before the first step there is nothing to keep, so it cannot be the best either.
@@ -161,7 +194,8 @@ def train(
             evaluates = bool(evaluate.on_the_way) and cadence.evaluates(step)
             saves = cadence.saves(step)
             hooked = hooks.at_step is not None and cadence.logs(step)
-            if not (evaluates or saves or hooked or stop.status is not None):
+            samples_now = cadence.samples(step)
+            if not (evaluates or saves or hooked or samples_now or stop.status is not None):
                 continue
             # 2. Here the host waits for the device: what follows speaks of this step, so its
             # numbers must be known (and finite) first.
@@ -173,7 +207,8 @@ def train(
             reached = None
             # Who sends a signal grants seconds, and an evaluation may take minutes: it is put off,
             # and done first when the run goes on.
-            put_off = evaluates and stop.status is not None and step < cadence.total
+            late = stop.status is not None and step < cadence.total
+            put_off = evaluates and late
             if evaluates and not put_off:
                 # 3. Evaluation before the commit: the commit holds the offset of its line, and
                 # whether it is the best.
@@ -181,13 +216,23 @@ def train(
                 reached, standing = evaluate(state, step, standing)
                 early = step < cadence.total and evaluate.ends(standing)
                 saves = saves or early or standing.best != before
+            if cadence.sample and (samples_now or early) and not late:
+                samples(state, step)
             if step == cadence.total or early:
                 # 4. The last line of a finished run; also before the commit, so that a finished run
                 # is never without it.
                 evaluate.at_end(state, step)
             if saves or stop.status is not None:
                 # 5. Metrics durable before the commit that refers to them.
-                commit(state, step, reached, standing, evaluation_due=put_off, early=early)
+                commit(
+                    state,
+                    step,
+                    reached,
+                    standing,
+                    evaluation_due=put_off,
+                    sample_due=samples_now and late,
+                    early=early,
+                )
                 saved = step
             heartbeat.beat("training", step)
             log.resume()
@@ -214,7 +259,9 @@ def _commit(
     writers: Writers,
     checkpoints: Checkpoints,
     by: str,
+    samples: Samples,
     evaluation_due: bool = False,
+    sample_due: bool = False,
     early: bool = False,
 ) -> None:
     heartbeat.beat("saving", step)
@@ -226,6 +273,8 @@ def _commit(
         "since_best": standing.since,
         "ended_early": early,
         "evaluation_due": evaluation_due,
+        "samples_bytes": samples.sync(),
+        "sample_due": sample_due,
     }
     checkpoints.save(
         step, state, record, metric=score, wait=tree.size(state) <= MAX_AWAITED_NUMBERS

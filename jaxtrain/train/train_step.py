@@ -521,22 +521,26 @@ def outputs(
 ) -> Any:
     """What the model says of a prepared batch in evaluation: no dropout, running averages, averaged
     parameters if there are."""
-    if state.ema is None:
-        opt_state = on_device(recipe, state.opt_state)
-        params = evaluation_params(recipe.optimizer, opt_state, state.params)
-    else:
-        # The average of narrow floats is wider than they are, and the model computes as in training
-        params = jax.tree.map(
-            lambda mean, leaf: mean if mean.dtype == leaf.dtype else mean.astype(leaf.dtype),
-            state.ema,
-            state.params,
-        )
-    variables = {"params": params} | state.collections
+    variables = {"params": evaluated_params(recipe, state)} | state.collections
     apply, inputs = _apply(recipe, places), recipe.task.inputs(batch)
     try:
         return apply(variables, inputs, train=False)[0]
     except adapters.NeedsKey:
         return _by_example(apply, variables, inputs, _evaluation_keys(state, batch))
+
+
+def evaluated_params(recipe: Recipe, state: TrainState) -> tree.PyTree:
+    """The parameters that evaluation uses: the average, those that the optimizer is to be judged
+    by, or the raw ones."""
+    if state.ema is None:
+        opt_state = on_device(recipe, state.opt_state)
+        return evaluation_params(recipe.optimizer, opt_state, state.params)
+    # The average of narrow floats is wider than they are, and the model computes as in training
+    return jax.tree.map(
+        lambda mean, leaf: mean if mean.dtype == leaf.dtype else mean.astype(leaf.dtype),
+        state.ema,
+        state.params,
+    )
 
 
 def _evaluation_keys(state: TrainState, batch: Batch) -> jax.Array:

@@ -210,6 +210,7 @@ class Conversations:
             {"tokens": tokens, "segments": segments, "weight": weight},
             num_classes=tokenizer.vocabulary,
             origin=f"--data.path={self.path!r}",
+            tokenizer=tokenizer,
         )
 
     def _show(self, tokenizer: Tokenizer, one: Tokenized) -> None:

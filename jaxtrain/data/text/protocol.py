@@ -99,7 +99,10 @@ class TextStream:
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
-        """The text that is certain now; empty while a character is incomplete."""
+        """The text that is certain now; empty while a character is incomplete. An id that the
+        tokenizer does not have is U+FFFD: the tables of models may have more rows."""
+        if token >= self._tokenizer.vocabulary:
+            return self.flush() + REPLACEMENT
         self._pending.append(int(token))
         text = self._new_text()
         if not text or text.endswith(REPLACEMENT):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxtrain import durable_files
 from jaxtrain.data.text.gguf_tokenizer import from_gguf, read_gguf_fields
 from jaxtrain.data.text.plain_tokenizers import Bytes, Characters
 from jaxtrain.data.text.protocol import TextStream, Tokenizer
@@ -145,12 +146,12 @@ def from_record(record: Mapping[str, Any]) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> None:
-    """Writes a tokenizer into a folder, whole or not at all, from which `open_tokenizer` makes the
-    same one again."""
+    """Writes a tokenizer into a folder, durably, whole or not at all, from which `open_tokenizer`
+    makes the same one again."""
     path = Path(folder) / SAVED
     temporary = path.with_name(f".{SAVED}.{os.getpid()}.tmp")
     try:
         temporary.write_text(json.dumps(tokenizer.record(), allow_nan=False), encoding="utf-8")
-        temporary.replace(path)
+        durable_files.publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

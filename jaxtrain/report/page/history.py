@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.errors import UserError
-from jaxtrain.report.metrics_file import is_clock, read_metrics
+from jaxtrain.report.metrics_file import is_clock, read_metrics, read_samples
 
 SPLITS = ("train", "validation", "test")
 """The sets that any run may have; others bear the names that --evaluate gave them."""
@@ -40,6 +40,8 @@ class History:
     run: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
     predictions: Mapping[str, np.ndarray]
+    samples: Sequence[Mapping[str, Any]] = ()
+    """The lines of its samples.jsonl: `step`, `prompt`, `text`."""
 
     @property
     def name(self) -> str:
@@ -193,6 +195,7 @@ def load(folder: str | os.PathLike[str]) -> History:
         _read_run(folder / "run.json"),
         read_metrics(folder / "metrics.jsonl"),
         _read_predictions(folder / "predictions.npz"),
+        read_samples(folder / "samples.jsonl"),
     )
 
 

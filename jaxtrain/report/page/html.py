@@ -24,12 +24,14 @@ from jaxtrain.report.page import history, plots, prediction_plots
 from jaxtrain.report.page.history import History
 from jaxtrain.report.page.style import SHEET, curve_color
 from jaxtrain.report.page.svg import inline_svg
-from jaxtrain.report.terminal.tables import count_text, rate_text, value_text
+from jaxtrain.report.terminal.tables import clean, count_text, rate_text, value_text
 
 MARK = "Made by jaxtrain."
 """What tells a page of ours from a user's own, which is never overwritten."""
 MOST_CLASSES_IN_TABLE = 30
 MOST_PAIRS = 15
+MOST_SAMPLES = 9
+"""Texts of a language model that are shown, from the first to the last."""
 
 
 def write_report(
@@ -102,6 +104,7 @@ def render(histories: Sequence[History], curves: Sequence[str] = ()) -> str:
     sections.append(_curves(curves))
     if single:
         sections += [
+            _samples(histories[0]),
             _confusion(histories[0]),
             _mistakes(histories[0]),
             _configuration(histories[0]),
@@ -331,6 +334,31 @@ def _pairs(counts: np.ndarray, names: Sequence[str]) -> str:
     )
 
 
+def _samples(run: History) -> str:
+    """What a language model said: its last text, and above it some of those before, the first
+    among them."""
+    if not run.samples:
+        return ""
+    count = len(run.samples)
+    shown = sorted(
+        {round(place * (count - 1) / (MOST_SAMPLES - 1)) for place in range(MOST_SAMPLES)}
+    )
+    items = []
+    for place in shown:
+        sample = run.samples[place]
+        prompt, said = (clean(sample[part].expandtabs(4)) for part in ("prompt", "text"))
+        text = f"<b>{_text(prompt)}</b>{_text(said)}"
+        title = f"<summary>step {sample['step']:,}</summary>"
+        # the first newline in a pre is not shown, so that one of the text's own stays
+        items.append(
+            f"<details{' open' if place == count - 1 else ''}>{title}"
+            f"<pre class=sample>\n{text}</pre></details>"
+        )
+    some = "" if len(shown) == count else f" {len(shown)} of {count:,}; all are in samples.jsonl."
+    lead = f"<p>What the model says after the prompt, which is bold.{some}</p>"
+    return _section("Samples", lead, *items)
+
+
 def _mistakes(run: History) -> str:
     found = history.mistakes(run.predictions)
     if not found:
@@ -407,7 +435,8 @@ def _configuration(run: History) -> str:
 
 
 def _run_details(run: History, label: str) -> str:
-    inner = _main_numbers(run) + _confusion(run) + _mistakes(run) + _configuration(run)
+    inner = _main_numbers(run) + _samples(run) + _confusion(run) + _mistakes(run)
+    inner += _configuration(run)
     return f"<details class=run><summary>{_text(label)}</summary>{inner}</details>"
 
 

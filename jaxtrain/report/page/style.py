@@ -108,6 +108,8 @@ tbody tr + tr > * { border-top: 1px solid var(--rule); }
 
 pre { margin: 0 0 16px; padding: 12px 14px; overflow-x: auto; background: var(--tint);
   border-radius: 4px; font-size: 13px; }
+pre.sample { white-space: pre-wrap; overflow-wrap: anywhere;
+  font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 summary { cursor: pointer; font-weight: 600; padding: 6px 0; }
 details.run { margin-top: 28px; border-top: 1px solid var(--rule); padding-top: 8px; }

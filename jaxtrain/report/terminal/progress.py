@@ -140,6 +140,17 @@ class Progress:
         )
         self._print(text.append("  best so far", style="green") if best else text)
 
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Prints a text of a language model above the live line, behind a bar at its left; the
+        prompt is bold."""
+        bar = "│" if self.console.encoding.startswith("utf") else "|"
+        shown = Text("  ").join([Text(f"step {step:,}"), Text("sample", style="bold")])
+        marked = Text(clean(prompt.expandtabs(4)), style="bold")
+        marked.append(clean(text.expandtabs(4)), style="not bold")
+        for line in marked.split("\n", allow_blank=True):
+            shown.append("\n").append(f"  {bar} ", style="dim").append_text(line)
+        self._print(shown)
+
     def show(self, renderable: Any) -> None:
         """Prints a table or panel (see `tables.py`) above the live line."""
         self._print(renderable)
