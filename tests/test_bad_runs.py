@@ -104,7 +104,9 @@ ROWS = [
         " hidden0/bias, hidden0/kernel, ...); remove it or mend it",
     ),
     # 51, 53, 54: data and model
-    Row("--data.train=train[:0]", "--data.train='train[:0]': 0 examples"),
+    Row(
+        "--data.train=train[:0]", "--data.train='train[:0]': 0 of 120 examples; take a larger part"
+    ),
     Row(
         "--data.train=trian",
         "--data.train='trian': unknown split 'trian'; valid: train, test; did you mean 'train'?",

@@ -97,8 +97,8 @@ def test_parts_are_the_slices_of_the_arrays() -> None:
 
 
 SPLIT_ERRORS = [
-    ("train[:0]", "--data.train='train[:0]': 0 examples"),
-    ("train[9:3]", "--data.train='train[9:3]': 0 examples"),
+    ("train[:0]", "--data.train='train[:0]': 0 of 1437 examples; take a larger part"),
+    ("train[9:3]", "--data.train='train[9:3]': 0 of 1437 examples; take a larger part"),
     (
         "",
         (

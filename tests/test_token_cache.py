@@ -522,7 +522,7 @@ def test_wrong_options_and_texts_are_one_line(
     with pytest.raises(UserError, match=r"^tokenizer 'bpe:x': needs a whole number of ids"):
         open_tokens(str(path), "bpe:x", cache_dir=cache)
     (tmp_path / "b.txt").touch()
-    with pytest.raises(UserError, match=r"b.txt: holds no document$"):
+    with pytest.raises(UserError, match=r"b.txt: holds no document; give a text$"):
         open_tokens(str(tmp_path / "b.txt"), BYTES, cache_dir=cache, bad="skip")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^token cache: .*file.*: Not a directory; give another"):

@@ -95,7 +95,12 @@ def parse(
             )
         pieces.append((name, start, max(start, stop)))
     if not sum(stop - start for _, start, stop in pieces):
-        raise UserError(f"{problem}: 0 examples")
+        held = sum(lengths[name] for name in {name for name, _, _ in pieces})
+        raise UserError(
+            f"{problem}: 0 of {held} examples; take a larger part"
+            if held
+            else f"{problem}: 0 examples"
+        )
     return tuple(piece for piece in pieces if piece[1] < piece[2])
 
 

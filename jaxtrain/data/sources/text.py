@@ -84,7 +84,8 @@ class Rows:
                 bad=self.bad,
             )
         except UserError as error:
-            raise UserError(str(error).replace(" bad=skip", " --data.bad=skip")) from error
+            words = str(error).replace(" bad=skip", " --data.bad=skip")
+            raise UserError(words.replace(" by key=", " by --data.key=")) from error
 
     def _folder(self) -> Path:
         return Path(self.cache or CACHE).expanduser()

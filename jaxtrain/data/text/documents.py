@@ -240,7 +240,10 @@ def _of_line(line: bytes, row: int, key: str) -> Document | Bad:
         return Bad(row, f"is {_type_of(value)}, not an object with the key {key!r}")
     if key not in value:
         names = ", ".join(map(repr, sorted(value)[:8]))
-        return Bad(row, f"has no key {key!r}, but {names or 'none'}{did_you_mean(key, value)}")
+        near = did_you_mean(key, value)
+        texts = [name for name, held in value.items() if isinstance(held, str)]
+        taken = f"; take it by key={texts[0]}" if texts and not near else ""
+        return Bad(row, f"has no key {key!r}, but {names or 'none'}{near}{taken}")
     return _text_of(value[key], row, key)
 
 

@@ -247,7 +247,9 @@ class _Work:
                     raise UserError(documents.bad_words(file, *unit["bad"][0]))
         notes = [*self.found.notes, *token_shards.bad_notes(bad_units), *kept.get("notes", [])]
         if not len(first_D):
-            raise UserError(f"{printable(self.found.files[0].path)}: holds no document")
+            raise UserError(
+                f"{printable(self.found.files[0].path)}: holds no document; give a text"
+            )
         marks = sum(unit["marks"] for unit in units)
         if marks and not self.how.separator:
             notes.append(
