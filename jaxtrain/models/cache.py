@@ -132,16 +132,15 @@ def extended(
         value_BSMK=held.value_BSMK.at[rows, places_BT].set(value_BTMK, mode="drop"),
         positions_BS=held.positions_BS.at[rows, places_BT].set(positions_BT, mode="drop"),
     )
-    seen = (after.key_BSMK, after.value_BSMK, after.positions_BS)
+    key_BSMK, value_BSMK, positions_BS = after.key_BSMK, after.value_BSMK, after.positions_BS
     if held.ring and positions_BT.shape[1] > 1:
         # a ring as wide as the window loses what some of several new tokens still see
-        new = (key_BTMK, value_BTMK, positions_BT)
-        old = (held.key_BSMK, held.value_BSMK, held.positions_BS)
-        seen = tuple(jnp.concatenate(pair, axis=1) for pair in zip(old, new, strict=True))
+        key_BSMK = jnp.concatenate([held.key_BSMK, key_BTMK], axis=1)
+        value_BSMK = jnp.concatenate([held.value_BSMK, value_BTMK], axis=1)
+        positions_BS = jnp.concatenate([held.positions_BS, positions_BT], axis=1)
     if held.ordered:
-        order_BS = jnp.argsort(seen[2], axis=1)
-        seen = tuple(
-            jnp.take_along_axis(part, jnp.expand_dims(order_BS, tuple(range(2, part.ndim))), axis=1)
-            for part in seen
-        )
-    return (*seen, after)
+        order_BS = jnp.argsort(positions_BS, axis=1)
+        key_BSMK = key_BSMK[rows, order_BS]
+        value_BSMK = value_BSMK[rows, order_BS]
+        positions_BS = positions_BS[rows, order_BS]
+    return key_BSMK, value_BSMK, positions_BS, after
