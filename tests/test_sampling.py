@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from jaxtrain.errors import UserError
 from jaxtrain.inference import drawing, sampling
+from jaxtrain.inference.exact import exactly
 from jaxtrain.inference.sampling import generate, stream
 from jaxtrain.models import Transformer
 from jaxtrain.parallel import mesh as meshes
@@ -93,6 +94,20 @@ def test_a_batch_gives_what_single_prompts_give_and_a_stream_what_comes_at_once(
     assert as_lists(generate(MODEL, PARAMS, PROMPTS, **options | {"seed": 6})) != texts
 
 
+@pytest.mark.slow
+def test_reproducible_texts_are_those_of_whole_passes_with_sums_in_one_order() -> None:
+    """Of unequal prompts in a batch, with rings, and alone."""
+    options: Any = {"most": 40, "temperature": 0.0, "reproducible": True}
+    texts = as_lists(generate(MODEL, PARAMS, PROMPTS, **options))
+    assert as_lists(generate(MODEL, PARAMS, PROMPTS[2:], **options)) == texts[2:]
+    apply = jax.jit(exactly(lambda params, tokens: MODEL.apply({"params": params}, tokens)))
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(prompt) + 40] = prompt + text
+        wanted = apply(PARAMS, padded)[0].argmax(-1)
+        assert wanted[len(prompt) - 1 : len(prompt) + 39].tolist() == text
+
+
 def test_a_text_ends_before_any_of_several_stop_tokens() -> None:
     whole = as_lists(generate(MODEL, PARAMS, PROMPTS, most=40, seed=1))
     stop = [whole[0][17], whole[1][3], 2]
@@ -117,6 +132,7 @@ def test_a_prompt_longer_than_a_piece_fills_the_cache_piece_by_piece(
     assert as_lists(generate(MODEL, PARAMS, PROMPTS, most=8, temperature=0)) == whole
 
 
+@pytest.mark.slow
 def test_other_settings_and_lengths_are_no_other_programs() -> None:
     programs = sampling._programs(MODEL, 1, 50, "float32", None)
     for length, temperature in ((3, 0.5), (9, 2.0), (16, 1.0)):
@@ -126,6 +142,7 @@ def test_other_settings_and_lengths_are_no_other_programs() -> None:
     assert programs.fill._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_where_learned_positions_run_out_a_text_slides_on_from_its_last_half() -> None:
     params = random_params(LEARNED)
     text = generate(LEARNED, params, [PROMPTS[0]], most=40, temperature=0, slide=True)[0].tolist()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # heavy, and help must answer at once
 FLAGS = {
     "prompt": "'Once upon a time'",
     "chat": None,
+    "reproducible": None,
     "system": "'Answer briefly.'",
     "most": "200",
     "temperature": "0.8",
@@ -61,6 +62,7 @@ def run(arguments: Sequence[str]) -> int:
     model, params, tokenizer, room = opened("sample", place, given)
     from jaxtrain.inference import prompts
 
+    drawing["reproducible"] = "reproducible" in given
     drawing["stop"] = prompts.ends(model, tokenizer)
     speaker = Speaker(model, params, tokenizer, drawing, given.get("stop", ""), room)
     if "chat" in given:

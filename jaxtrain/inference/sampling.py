@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain import messages, rng, tree
 from jaxtrain.errors import UserError
-from jaxtrain.inference import drawing
+from jaxtrain.inference import drawing, exact
 from jaxtrain.inference.drawing import Drawing
 from jaxtrain.models import cache
 from jaxtrain.models.cache import Cache
@@ -59,6 +59,9 @@ class Options(TypedDict, total=False):
     """Tokens that the cache has room for; 0 for as many as needed, rounded up."""
     slide: bool
     """Where learned positions run out, go on from the last half of the text."""
+    reproducible: bool
+    """All sums in one order (`exact.exactly`): logits are then to the bit those of one pass,
+    whatever the batch, the lengths and the capacity; slower, on one CPU device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +75,7 @@ class _Job:
     rows: tuple[int, ...]
     capacity: int
     slide: bool
+    reproducible: bool
 
 
 @jax.tree_util.register_dataclass
@@ -132,8 +136,14 @@ def _pieces(
     params = nn.meta.unbox(params)
     texts = _checked_prompts(model, prompts)
     job = _job(model, texts, options)
+    mesh = mesh_of(params)
+    if job.reproducible and mesh is not None:
+        raise UserError(
+            "reproducible=True: the parameters lie on a mesh, which adds in an order of its own;"
+            " put them on one device"
+        )
     programs = _programs(
-        model, len(texts), job.capacity, str(params["embed"].dtype), mesh_of(params)
+        model, len(texts), job.capacity, str(params["embed"].dtype), mesh, job.reproducible
     )
     program = programs.drawing(job.drawing.greedy, job.drawing.filtered)
     keys_B = rng.per_example(rng.root(job.seed), jnp.asarray(job.rows, jnp.uint32))
@@ -191,6 +201,7 @@ class _Programs:
     capacity: int
     dtype: str
     mesh: Mesh | None
+    reproducible: bool = False
 
     @functools.cached_property
     def start(self) -> Callable[[np.ndarray, np.ndarray, np.ndarray], _State]:
@@ -241,16 +252,26 @@ class _Programs:
         return jax.tree.map(lambda leaf: held if leaf.ndim == 4 else self._whole, state)
 
     def _started(self, token_B: jax.Array, ended_B: jax.Array, place: jax.Array) -> _State:
-        held = cache.empty(self.model, self.batch, self.capacity, self.dtype)
+        ordered = self.reproducible
+        held = cache.empty(self.model, self.batch, self.capacity, self.dtype, ordered=ordered)
         return _State(held, token_B, ended_B, place)
+
+    def _applied(
+        self, params: tree.PyTree, tokens_BT: jax.Array, segments_BT: jax.Array, held: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """The logits of the next tokens, and the cache with them."""
+
+        def apply(params: tree.PyTree, tokens: jax.Array, segments: jax.Array, held: Cache) -> Any:
+            return self.model.apply({"params": params}, tokens, segments=segments, cache=held)
+
+        chosen = exact.exactly(apply) if self.reproducible else apply
+        return chosen(params, tokens_BT, segments_BT, held)
 
     def _filled(
         self, params: tree.PyTree, state: _State, tokens_BT: jax.Array, segments_BT: jax.Array
     ) -> _State:
         # nothing looks at the logits, so the compiler leaves the head out
-        _, held = self.model.apply(
-            {"params": params}, tokens_BT, segments=segments_BT, cache=state.cache
-        )
+        _, held = self._applied(params, tokens_BT, segments_BT, state.cache)
         return dataclasses.replace(state, cache=held)
 
     def _drawn(
@@ -272,11 +293,9 @@ class _Programs:
             carry: tuple[_State, jax.Array, jax.Array],
         ) -> tuple[_State, jax.Array, jax.Array]:
             state, tokens_BT, index = carry
-            logits_B1V, held = self.model.apply(
-                {"params": params},
-                state.token_B[:, None],
-                segments=jnp.where(state.ended_B, 0, 1)[:, None],
-                cache=state.cache,
+            segments_B1 = jnp.where(state.ended_B, 0, 1)[:, None]
+            logits_B1V, held = self._applied(
+                params, state.token_B[:, None], segments_B1, state.cache
             )
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.place)
             token_B = drawing.drawn(
@@ -295,8 +314,15 @@ class _Programs:
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(model: Any, batch: int, capacity: int, dtype: str, mesh: Mesh | None) -> _Programs:
-    return _Programs(model, batch, capacity, dtype, mesh)
+def _programs(
+    model: Any,
+    batch: int,
+    capacity: int,
+    dtype: str,
+    mesh: Mesh | None,
+    reproducible: bool = False,
+) -> _Programs:
+    return _Programs(model, batch, capacity, dtype, mesh, reproducible)
 
 
 def mesh_of(params: tree.PyTree) -> Mesh | None:
@@ -357,7 +383,8 @@ def _job(model: Any, texts: Sequence[np.ndarray], options: Options) -> _Job:
     settings = Drawing(**{name: given[name] for name in names if name in given})
     slide = bool(given.get("slide", False))
     capacity = _capacity(model, max(map(len, texts)), most, given.get("capacity", 0), slide)
-    return _Job(most, settings, stop, given.get("seed", 0), rows, capacity, slide)
+    seed, reproducible = given.get("seed", 0), bool(given.get("reproducible", False))
+    return _Job(most, settings, stop, seed, rows, capacity, slide, reproducible)
 
 
 def _capacity(model: Any, longest: int, most: int, asked: int, slide: bool) -> int:

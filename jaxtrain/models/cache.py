@@ -41,6 +41,8 @@ class BlockCache:
     positions_BS: jax.Array
     ring: bool = dataclasses.field(default=False, metadata={"static": True})
     """Whether a position has the slot `position % slots`; otherwise it has the slot `position`."""
+    ordered: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Whether a ring shows its keys in the order of their positions, for `inference.exact`."""
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +55,13 @@ class Cache:
 
 
 def empty(
-    model: Decoder, batch: int, capacity: int, dtype: Any = jnp.float32, *, rings: bool = True
+    model: Decoder,
+    batch: int,
+    capacity: int,
+    dtype: Any = jnp.float32,
+    *,
+    rings: bool = True,
+    ordered: bool = False,
 ) -> Cache:
     """A cache for `batch` rows of at most `capacity` tokens, in the dtype of the model's stream.
 
@@ -62,7 +70,8 @@ def empty(
     >>> [block.key_BSMK.shape for block in empty(model, batch=3, capacity=16).blocks]
     [(3, 4, 2, 4), (3, 16, 2, 4)]
 
-    Without `rings` a window block keeps everything, too, each position in its own slot.
+    Without `rings` a window block keeps everything, too, each position in its own slot; `ordered`
+    ones show their keys in the order of their positions, as `inference.exact` wants them.
     `UserError` if it has no place for a token, or more than the model has positions.
     """
     if batch < 1 or capacity < 1:
@@ -80,7 +89,11 @@ def empty(
         zeros = jnp.zeros((batch, slots, heads, head_dim), dtype)
         # no two parts of a cache may be one array, since a step that takes it over frees each
         return BlockCache(
-            zeros, zeros.copy(), jnp.full((batch, slots), -1, jnp.int32), ring=slots < capacity
+            zeros,
+            zeros.copy(),
+            jnp.full((batch, slots), -1, jnp.int32),
+            ring=slots < capacity,
+            ordered=ordered and slots < capacity,
         )
 
     kinds = [model.pattern[index % len(model.pattern)] for index in range(model.depth)]
@@ -119,12 +132,15 @@ def extended(
         value_BSMK=held.value_BSMK.at[rows, places_BT].set(value_BTMK, mode="drop"),
         positions_BS=held.positions_BS.at[rows, places_BT].set(positions_BT, mode="drop"),
     )
-    if not held.ring or positions_BT.shape[1] == 1:
-        # a ring as wide as the window loses only what one new token no longer sees
-        return after.key_BSMK, after.value_BSMK, after.positions_BS, after
-    return (
-        jnp.concatenate([held.key_BSMK, key_BTMK], axis=1),
-        jnp.concatenate([held.value_BSMK, value_BTMK], axis=1),
-        jnp.concatenate([held.positions_BS, positions_BT], axis=1),
-        after,
-    )
+    key_BSMK, value_BSMK, positions_BS = after.key_BSMK, after.value_BSMK, after.positions_BS
+    if held.ring and positions_BT.shape[1] > 1:
+        # a ring as wide as the window loses what some of several new tokens still see
+        key_BSMK = jnp.concatenate([held.key_BSMK, key_BTMK], axis=1)
+        value_BSMK = jnp.concatenate([held.value_BSMK, value_BTMK], axis=1)
+        positions_BS = jnp.concatenate([held.positions_BS, positions_BT], axis=1)
+    if held.ordered:
+        order_BS = jnp.argsort(positions_BS, axis=1)
+        key_BSMK = key_BSMK[rows, order_BS]
+        value_BSMK = value_BSMK[rows, order_BS]
+        positions_BS = positions_BS[rows, order_BS]
+    return key_BSMK, value_BSMK, positions_BS, after
