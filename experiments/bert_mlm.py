@@ -5,7 +5,7 @@
 
 Without a path the text is Python's own library, and the tokenizer is learned from it. Documents lie
 packed side by side and do not see one another. The large settings are RoBERTa's (Liu et al. 2019).
-RESULT
+No result yet: it was run for a few steps only.
 """
 
 import jaxtrain

