@@ -270,7 +270,7 @@ FREE_AT_RESUME = {
         "eval_batch_size",
     ),
     *("checkpoint_every", "keep", "keep_every", "log_every", "tensorboard", "wandb", "report"),
-    *("evaluate", "best", "stop_after"),
+    *("evaluate", "best", "stop_after", "sample_every", "sample_prompt", "sample_tokens"),
 }
 ONE_STARTS_OWN = {
     *("compare_meshes", "compare_steps", "processes", "process", "coordinator", "hang_seconds"),
@@ -709,7 +709,7 @@ def test_the_command_answers_at_once_and_without_jax() -> None:
 def test_every_file_of_the_cli_is_a_command() -> None:
     files = {path.stem for path in Path(cli.__file__).parent.glob("*.py")}
     runs = {command.run.__module__.rpartition(".")[2] for command in cli.COMMANDS.values()}
-    assert files - {"__init__", "main", "command", "run_file"} == runs
+    assert files - {"__init__", "main", "command", "run_file", "export_formats"} == runs
     assert "python -m jaxtrain FILE.py [--flag=value ...]" in help_text()
     for name, command in cli.COMMANDS.items():
         assert f"python -m jaxtrain {name} {command.arguments} " in help_text()
@@ -721,7 +721,8 @@ def test_every_file_of_the_cli_is_a_command() -> None:
         (
             ["lst"],
             (
-                "unknown command 'lst'; valid: list, verify, report, predict, export; did you"
+                "unknown command 'lst'; valid: list, verify, report, predict, sample, lm_eval, export;"
+                " did you"
                 " mean 'list'?"
             ),
         ),

@@ -239,7 +239,10 @@ WRONG_COMMANDS: list[tuple[str, str]] = [
     ("predict {W} --out={tmp}/p.npz --data.image_key=x", "belongs to --data.path, which is not"),
     ("export {W} --out={tmp}/w.npz", "export --out={tmp}/w.npz: must end in .safetensors"),
     ("export {W} --out={tmp}/w.safetensors --params=averge", "did you mean 'average'?"),
-    ("exprt {W}", "unknown command 'exprt'; valid: list, verify, report, predict, export; did you"),
+    (
+        "exprt {W}",
+        "unknown command 'exprt'; valid: list, verify, report, predict, sample, lm_eval, export; did you",
+    ),
 ]
 
 
@@ -416,4 +419,4 @@ def test_help_names_the_commands_without_jax() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert "python -m jaxtrain predict WORKDIR --out=FILE.npz|.csv" in done.stdout
-    assert "python -m jaxtrain export WORKDIR --out=FILE.safetensors" in done.stdout
+    assert "python -m jaxtrain export WORKDIR --out=FILE|" in done.stdout

@@ -339,11 +339,14 @@ def test_the_base_is_written_once_and_damage_of_either_is_found(
         return copy
 
     assert Checkpoints(tuned).verify(4) == []
-    assert re.fullmatch(r"state/d/\w+: checksum mismatch", *Checkpoints(damaged("4")).verify(4))
+    assert re.fullmatch(
+        r"state/(ocdbt[.]process_0/)?d/\w+: checksum mismatch", *Checkpoints(damaged("4")).verify(4)
+    )
     base_gone = damaged(name)
     for step in (2, 4):
         assert re.fullmatch(
-            rf"{name}: state/d/\w+: checksum mismatch", *Checkpoints(base_gone).verify(step)
+            rf"{name}: state/(ocdbt[.]process_0/)?d/\w+: checksum mismatch",
+            *Checkpoints(base_gone).verify(step),
         )
     shutil.rmtree(base_gone / "checkpoints" / name)
     assert Checkpoints(base_gone).verify(4) == [

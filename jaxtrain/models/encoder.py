@@ -86,7 +86,7 @@ class Encoder(nn.Module):
         places_BT = _places(tokens, segments, positions)
         types_BT = jnp.zeros_like(tokens) if token_types is None else token_types
         x_BTD = look_up(embed_VD, tokens)
-        x_BTD += look_up(self._table("token_types", None, self.token_types), types_BT)
+        x_BTD += look_up(self._table("token_types", "position", self.token_types), types_BT)
         x_BTD += look_up(self._table("positions", "position", self.max_length), places_BT)
         x_BTD = layers.layer_norm("embed", epsilon=self.norm_epsilon, name="norm")(x_BTD)
         x_BTD = layers.Dropout(self.dropout)(x_BTD, train)

@@ -144,11 +144,11 @@ def plan(
 ) -> Plan:
     """Holds the parameters of `model` against the tensors that a file has.
 
-    >>> plan(Transformer(depth=1), {"wte.weight": (2, 2)})
+    >>> plan(Transformer(depth=1), {"wte.weight": (2, 2)})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
     jaxtrain.errors.UserError: the file is not the model of its config.json: missing: wpe.weight,
-    ... and 14 more; misshapen: wte.weight (2, 2), must be (64, 128)
+    ... and 7 more; misshapen: wte.weight (2, 2), must be (64, 128)
 
     Names may lack the prefix of the whole model. `new` are the first words of paths that may be
     missing, such as a head for other classes. `UserError`, one for all, if a tensor is missing, is
