@@ -721,9 +721,8 @@ def test_every_file_of_the_cli_is_a_command() -> None:
         (
             ["lst"],
             (
-                "unknown command 'lst'; valid: list, verify, report, predict, sample, lm_eval, export;"
-                " did you"
-                " mean 'list'?"
+                "unknown command 'lst'; valid: list, verify, report, predict, sample, lm_eval,"
+                " export; did you mean 'list'?"
             ),
         ),
         (

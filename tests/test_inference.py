@@ -241,8 +241,7 @@ WRONG_COMMANDS: list[tuple[str, str]] = [
     ("export {W} --out={tmp}/w.safetensors --params=averge", "did you mean 'average'?"),
     (
         "exprt {W}",
-        "unknown command 'exprt'; valid: list, verify, report, predict, sample, lm_eval,"
-        " export; did you",
+        "unknown command 'exprt'; valid: list, verify, report, predict, sample, lm_eval, export",
     ),
 ]
 
