@@ -498,3 +498,11 @@ def test_sizes_by_name_are_known_to_the_package() -> None:
 
     assert transformer.NAMES.keys() <= models.NAMES.keys() and models.Transformer is Transformer
     assert all(model.width % model.heads == 0 for model in transformer.NAMES.values())
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(np.uint8, 256), (np.uint16, 65536)])
+def test_narrow_ids_read_their_own_rows(dtype: Any, rows: int) -> None:
+    """The table's size does not fit into the ids' own dtype."""
+    table = jnp.arange(rows, dtype=jnp.float32)[:, None]
+    ids_BT = np.array([[rows - 1, 0, 7]], dtype)
+    assert transformer.look_up(table, jnp.asarray(ids_BT)).ravel().tolist() == [rows - 1, 0, 7]

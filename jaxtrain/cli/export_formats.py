@@ -107,6 +107,11 @@ def _peft(
     if lora is None or "merge" in given:
         remedy = "drop --merge" if "merge" in given else "use --format=hugging_face"
         raise UserError(f"export --format=peft: there are no adapters to write; {remedy}")
+    if lora.also:
+        raise UserError(
+            f"export --format=peft: {', '.join(lora.also)} were trained besides the adapters"
+            " (--lora.also), which PEFT's files do not hold; use --format=hugging_face --merge"
+        )
     base = record["config"].get("init_from") or ""
     count = peft_files.write(path, model, _params(model, values), lora, base=base)
     return f"adapters of {count} layers"

@@ -48,10 +48,10 @@ class Transformer(nn.Module):
     A place sees itself and what is before it; with `segments` (B, T) only what has its number, and
     0 is padding. `positions` (B, T) count from 0, with segments from 0 in each, unless they are
     given. Any length will do with rotary positions, up to `max_length` with learned ones. With a
-    `cache` the tokens go on from what it holds, and (logits, cache) come back. With `chunk` the
-    answer is `LateLogits`, which a loss goes over in parts. `UserError` if the input is no (batch,
-    length) of integers or too long, or the settings do not fit together. A token beyond the
-    vocabulary makes its sequence nan.
+    `cache` the tokens go on from what it holds, segments only tell padding from tokens, and
+    (logits, cache) come back. With `chunk` the answer is `LateLogits`, which a loss goes over in
+    parts. `UserError` if the input is no (batch, length) of integers or too long, or the settings
+    do not fit together. A token beyond the vocabulary makes its sequence nan.
     """
 
     vocabulary: Count = 64
@@ -500,7 +500,9 @@ def _places(
     """The position of each token: (T,) where all rows have the same, otherwise (B, T)."""
     if cache is not None:
         # beside a cache rows may have lengths of their own; what is padding has no place
-        real_BT = jnp.ones_like(tokens_BT) if segments_BT is None else (segments_BT > 0) * 1
+        real_BT = (
+            jnp.ones_like(tokens_BT, jnp.int32) if segments_BT is None else (segments_BT > 0) * 1
+        )
         places_BT = cache.length_B[:, None] + jnp.cumsum(real_BT, axis=1) - 1
         places_BT = places_BT if positions_BT is None else positions_BT
         return jnp.where(real_BT > 0, places_BT, -1).astype(jnp.int32)
@@ -552,6 +554,7 @@ def look_up(embed_VD: jax.Array, tokens_BT: jax.Array, vocabulary: int | None = 
     """
     wide = jnp.promote_types(embed_VD.dtype, jnp.float32)
     rows = embed_VD.shape[0]
+    tokens_BT = tokens_BT.astype(jnp.int32)  # `rows` does not fit into 8 or 16 bits
     known_BT = (tokens_BT >= 0) & (tokens_BT < (vocabulary or rows))
     # -1 is a common padding, and to `take` the last row
     tokens_BT = jnp.where(known_BT, tokens_BT, rows)

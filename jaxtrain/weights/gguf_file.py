@@ -488,6 +488,11 @@ def _llama(fields: _Fields, family: Family, header: Header) -> dict[str, Any]:
             "architectures": ["MistralForCausalLM"],
             "sliding_window": window,
         }
+    if window:
+        raise UserError(
+            f"{fields.shown}: attention.sliding_window={window} is not known of"
+            f" {family.model_type}; take the model's safetensors files"
+        )
     return config
 
 

@@ -35,6 +35,8 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False,),
     "use_bdlora": (None,),
     "lora_bias": (False,),
+    # PiSSA, OLoRA, CorDA and LoftQ change the base too, so A and B belong to another one
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
     "modules_to_save": (None, []),
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
