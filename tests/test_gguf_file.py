@@ -454,3 +454,11 @@ def test_a_file_that_shrinks_while_it_is_read_is_one_line(tmp_path: Path) -> Non
     os.truncate(path, 2000)
     with pytest.raises(Exception, match="became shorter while it was read"):
         found.tensors["lm_head.weight"].read()
+
+
+def test_a_window_that_a_family_cannot_have_is_refused(tmp_path: Path) -> None:
+    word, said = CASES["qwen3"]
+    said = said | {"model_type": "qwen3"}
+    path = write(tmp_path / "model.gguf", word, said | {"sliding_window": 8}, tensors_of(said))
+    with pytest.raises(UserError, match=r"attention.sliding_window=8 is not known of qwen3; take"):
+        weights.load(path)

@@ -208,6 +208,10 @@ def test_what_is_written_has_the_names_and_shapes_of_peft(tmp_path: Path) -> Non
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "pissa": (
+        {"init_lora_weights": "pissa"},
+        "init_lora_weights='pissa' is more than LoRA here has; merge it in PEFT",
+    ),
     "dora": ({"use_dora": True}, "use_dora=True is more than LoRA here has; merge it in PEFT"),
     "bias": ({"bias": "lora_only"}, "bias='lora_only' is more than LoRA here has; merge it in"),
     "saved": ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head'] is more than LoRA"),
