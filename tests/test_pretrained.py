@@ -120,6 +120,13 @@ def test_narrow_files_are_widened_and_narrow_ones_written(tmp_path: Path) -> Non
     assert not (tmp_path / "huge").exists()
 
 
+def test_parameters_straight_out_of_init_are_written(tmp_path: Path) -> None:
+    boxed = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    weights.save(tmp_path / "boxed", MODEL, boxed)
+    _, params, _ = weights.load(tmp_path / "boxed")
+    jax.tree.map(np.testing.assert_array_equal, params, params_of(MODEL))
+
+
 def test_a_run_starts_from_files_goes_on_and_is_exported(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import linen as nn
 
 from jaxtrain import extras, tree
 from jaxtrain.data.text.tokenizer_json import TokenizerJson
@@ -40,6 +41,7 @@ def save(
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: unknown; valid: {', '.join(DTYPES)}")
     target = np.dtype(safetensors_files.DTYPES[_word(dtype)])
+    params = nn.meta.unbox(params)
     specs: dict[str, tuple[tuple[int, ...], Any]] = {
         row.name: (row.stored, target) for row in names.rows(model)
     }
