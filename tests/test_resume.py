@@ -20,7 +20,9 @@ from jaxtrain.checkpoints import committed
 from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.horizon import Horizon
 from jaxtrain.models import ConvNet
-from jaxtrain.processes.signals import StopSignals
+from jaxtrain.processes import heartbeat
+from jaxtrain.processes.signals import WAITS, StopSignals
+from jaxtrain.runner import compile, workdir
 from jaxtrain.train import feeds
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -126,8 +128,50 @@ def test_a_signal_before_the_first_step_saves_nothing(
             lambda self: (os.kill(os.getpid(), signal.SIGTERM), open_data(self))[1],
         )
         assert start(tmp_path / "run") == 75
-    assert "SIGTERM: nothing done yet, nothing to save" in capsys.readouterr().out
+    assert (
+        f"SIGTERM: no step done yet, nothing to save; the same command with"
+        f" --workdir={tmp_path}/run starts anew" in _unwrapped(capsys)
+    )
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("earlier", [0, 9], ids=["new", "resumed"])
+def test_a_signal_while_the_step_is_compiled_is_answered_at_once(
+    earlier: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The line comes while the compiler works, and no step, evaluation or sample comes after it."""
+    if earlier:
+        assert stopped(tmp_path / "run", monkeypatch) == 75
+    saved = [*Checkpoints(tmp_path / "run").steps()]
+    before = lines(tmp_path / "run") if earlier else []
+    capfd.readouterr()
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        training = compile.Sharded.training
+
+        def slow(self: Any, *arguments: Any, **options: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            deadline = time.monotonic() + 20
+            while not (line := capfd.readouterr().err) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            said.append(line)
+            return training(self, *arguments, **options)
+
+        patch.setattr(compile.Sharded, "training", slow)
+        assert start(tmp_path / "run") == 75
+    assert said == [f"jaxtrain: SIGTERM: {WAITS['compiling']}; Ctrl-C now ends it at once\n"]
+    out = capfd.readouterr().out.replace("\n", " ")
+    nothing = "no step done yet, nothing to save" if not earlier else f"saved at step {saved[-1]}"
+    assert f"SIGTERM: {nothing}; the same command with --workdir=" in out
+    assert "validation" not in out
+    assert Checkpoints(tmp_path / "run").steps() == saved
+    assert (tmp_path / "run" / "run.json").exists() == bool(earlier)
+    if earlier:
+        assert lines(tmp_path / "run") == before
+
+
+def test_every_phase_has_its_words_for_a_stop() -> None:
+    assert tuple(WAITS) == heartbeat.PHASES
 
 
 def test_ignored_signals_stay_ignored() -> None:
@@ -170,7 +214,9 @@ def test_ctrl_c_twice_is_at_once_whatever_the_main_thread_does() -> None:
         assert process.wait(timeout=30) == 130
         assert (
             process.stderr is not None
-            and process.stderr.read() == "jaxtrain: interrupted twice; nothing more is saved\n"
+            and process.stderr.read()
+            == "jaxtrain: SIGINT: ends before anything is trained; Ctrl-C now ends it at once\n"
+            "jaxtrain: interrupted twice; nothing more is saved\n"
         )
 
 
@@ -387,3 +433,60 @@ def test_faults_on_purpose(arguments: str) -> None:
         check=False,
     )
     assert process.returncode == 0, process.stdout + process.stderr
+
+
+@pytest.fixture
+def uncommitted(tmp_path: Path) -> Path:
+    """The folder of a run that was killed before its first checkpoint."""
+    assert start(tmp_path / "run") == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    return tmp_path / "run"
+
+
+def test_a_run_without_a_checkpoint_gives_way_to_another(
+    uncommitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What trains then is what a new folder would have, and nothing of the other run is left."""
+    before = workdir.read(uncommitted)
+    assert start(uncommitted, "--model.widths=20", "--seed=1", "--allow_config_change=sed") == 2
+    assert capsys.readouterr().err == (
+        "jaxtrain: error: --allow_config_change=sed: no such setting; did you mean 'seed'?\n"
+    )
+    assert start(uncommitted, "--model.widths=20", "--seed=1") == 0
+    assert (
+        f"note: {uncommitted}: the run there has no checkpoint, so this one begins anew"
+        " (model.widths was [16], now [20]; seed was 0, now 1)" in _unwrapped(capsys)
+    )
+    assert start(tmp_path / "new", "--model.widths=20", "--seed=1") == 0
+    assert digest(uncommitted) == digest(tmp_path / "new")
+    assert lines(uncommitted) == lines(tmp_path / "new")
+    after = workdir.read(uncommitted)
+    assert before is not None and after is not None
+    assert after["run_id"] != before["run_id"] and "resumed" not in after
+
+
+def test_a_run_without_a_checkpoint_of_the_same_configuration_is_the_same_run(
+    uncommitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = workdir.read(uncommitted)
+    assert start(uncommitted) == 0
+    assert "begins anew" not in capsys.readouterr().out
+    after = workdir.read(uncommitted)
+    assert before is not None and after is not None and after["run_id"] == before["run_id"]
+
+
+def test_a_forgotten_flag_is_restored_by_from_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert start(folder, "--model.widths=20", "--clip_norm=2") == 0
+    capsys.readouterr()
+    assert start(folder, "--steps=30") == 2
+    said = capsys.readouterr().err
+    assert said.endswith(f"; use a new workdir; --from_run={folder} goes on as it was\n")
+    assert said.startswith(
+        f"jaxtrain: error: --workdir={folder}: holds run 'toy' with clip_norm=2.0, now 1.0;"
+        " model.widths=[20], now [16]; the checkpoint does not fit then ("
+    )
+    assert start(folder, "--steps=30", f"--from_run={folder}") == 0
+    assert "resumed from step 24" in capsys.readouterr().out

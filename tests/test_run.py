@@ -829,6 +829,7 @@ def test_a_signal_while_waiting_for_peers(
             assert runner_main.guarded(lambda: runner_main._join(alone, stop)) == status
     finally:
         signal.signal(number, before)
+    # What the watching thread says goes past Python's streams; see test_resume.py.
     assert capsys.readouterr().err == f"jaxtrain: error: {line}\n"
 
 

@@ -244,6 +244,16 @@ def wants_traceback(argv: Sequence[str]) -> bool:
     )
 
 
+def given(argv: Sequence[str]) -> set[str]:
+    """The names of the flags that a command line gives, those of its files too.
+
+    >>> sorted(given(["--seed=1", "--noreport", "--model=mlp"]))
+    ['model', 'noreport', 'report', 'seed']
+    """
+    names = {name for name, _ in _scan([argument.text for argument in flagfile.expand(argv)])}
+    return {*names, *(name.removeprefix("no") for name in names)}
+
+
 def _scan(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     """Names and values as written; a value that stands apart is told by not starting with a
     dash."""

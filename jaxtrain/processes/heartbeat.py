@@ -124,15 +124,29 @@ def read(path: str | Path) -> Heartbeat | None:
         return None
 
 
+_phases = [PHASES[0]]
+"""The phase of the last heartbeat, with or without a supervisor."""
+
+
 def beat(phase: str, step: int | None = None) -> None:
     """Sends a heartbeat to the supervisor, if there is one: the main thread has made progress, is
     in this phase, and at this step (None: at the step of the last heartbeat).
 
     >>> beat("training", 12)
     """
+    _phases[0] = phase
     writer = _writer()
     if writer is not None:
         writer.beat(phase, step)
+
+
+def phase() -> str:
+    """The phase that the main thread is in, whoever asks.
+
+    >>> beat("compiling"), phase()
+    (None, 'compiling')
+    """
+    return _phases[0]
 
 
 def send_options(max_restarts: int, hang_seconds: float | None) -> None:

@@ -1,5 +1,5 @@
-"""Stop signals: SIGINT, SIGTERM and SIGHUP ask a run to end. It then finishes its step, saves, and
-exits with the status that belongs to the signal."""
+"""Stop signals: SIGINT, SIGTERM and SIGHUP ask a run to end. It says at once what it waits for,
+finishes its step, saves, and exits with the status that belongs to the signal."""
 
 import contextlib
 import os
@@ -9,10 +9,23 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from jaxtrain.errors import INTERRUPTED, TRY_AGAIN
+from jaxtrain.processes import heartbeat
 
 EXIT_STATUS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TRY_AGAIN, signal.SIGHUP: TRY_AGAIN}
 """The exit status of a run that a signal ended: a person interrupted it, or a scheduler will start
 it again later."""
+
+WAITS = {
+    "starting": "ends before anything is trained",
+    "joining": "ends before anything is trained",
+    "data": "ends when the data is read, before anything is trained",
+    "compiling": "waits for the compiler, which cannot be interrupted; nothing trained is lost",
+    "training": "finishes the step and saves it",
+    "evaluating": "finishes the evaluation, then saves",
+    "saving": "finishes what is being saved",
+    "ending": "is about to end",
+}
+"""What a run that is asked to end does before, by the phase that its heartbeats speak of."""
 
 
 class StopSignals:
@@ -24,8 +37,10 @@ class StopSignals:
     ...     stop.first, stop.status
     (<Signals.SIGTERM: 15>, 75)
 
-    With `exit_on_second_interrupt`, Ctrl-C after another stop signal ends the process at once. The
-    supervisor sets it to False, because it must kill its workers before it exits.
+    The first one is said on stderr when it comes, whatever the main thread does, with what the run
+    waits for. With `exit_on_second_interrupt`, Ctrl-C after another stop signal ends the process at
+    once. The supervisor sets it to False, because it must kill its workers before it exits, and
+    each of them says its own line.
     """
 
     def __init__(self, *, exit_on_second_interrupt: bool = True) -> None:
@@ -102,8 +117,18 @@ class StopSignals:
                     # Committed checkpoints stay.
                     _print_interrupted_again()
                     os._exit(EXIT_STATUS[signal.SIGINT])
-                stop_requested = stop_requested or number in self._previous_handlers
+                if number in self._previous_handlers and not stop_requested:
+                    stop_requested = True
+                    _print_received(signal.Signals(number))
         os.close(reader)
+
+
+def _print_received(number: signal.Signals) -> None:
+    # Written past Python's buffers: the main thread may hold their locks. The live line ends
+    # without a newline.
+    line = f"jaxtrain: {number.name}: {WAITS[heartbeat.phase()]}; Ctrl-C now ends it at once\n"
+    with contextlib.suppress(OSError):
+        os.write(2, (b"\n" if os.isatty(2) else b"") + line.encode())
 
 
 def _print_interrupted_again() -> None:

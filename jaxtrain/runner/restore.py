@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +49,33 @@ class Found:
     """The steps after it, which --rewind sets aside."""
 
 
-def inspect(run: config.Run, folder: Path, fingerprint: str, abstract: TrainState) -> Found:
+def inspect(
+    run: config.Run,
+    folder: Path,
+    fingerprint: str,
+    abstract: TrainState,
+    given: Collection[str] = (),
+) -> Found:
     """What lies in the folder; `UserError`, in every process, if the run may not go on from it.
-    `abstract` is the shape of its state."""
-    found = group.on_main(lambda: dataclasses.asdict(_inspect(run, folder, fingerprint, abstract)))
+    `abstract` is the shape of its state, `given` the names of the flags that were given."""
+    found = group.on_main(
+        lambda: dataclasses.asdict(_inspect(run, folder, fingerprint, abstract, given))
+    )
     return Found(**found)
 
 
-def _inspect(run: config.Run, folder: Path, fingerprint: str, abstract: TrainState) -> Found:
+def _inspect(
+    run: config.Run, folder: Path, fingerprint: str, abstract: TrainState, given: Collection[str]
+) -> Found:
     record = workdir.read(folder)
-    notes = _check_folder(run, folder, record, fingerprint, abstract)
+    # A numbered folder is a checkpoint, be it damaged by now.
+    notes: list[str] = []
+    if record is not None and not committed.numbered(folder / "checkpoints"):
+        notes = workdir.begun_anew(folder, record, run, fingerprint=fingerprint)
+    if notes:
+        record = None
+    else:
+        notes = _check_folder(run, folder, record, fingerprint, abstract, given)
     run_id = (record or {}).get("run_id") or os.urandom(8).hex()
     checkpoints = Checkpoints(folder, run_id=run_id)
     newest = _newest(run, folder, checkpoints, record)
@@ -73,6 +90,7 @@ def _check_folder(
     record: dict[str, Any] | None,
     fingerprint: str,
     abstract: TrainState,
+    given: Collection[str],
 ) -> list[str]:
     """What differs from the run that is there; `UserError` if it may not."""
     if record is None:
@@ -85,7 +103,12 @@ def _check_folder(
         count = workdir.foreign_files(folder)
         return [f"note: {count} files not made by jaxtrain are left alone"] if count else []
     return workdir.check_drift(
-        folder, record, run, fingerprint=fingerprint, misfit=lambda: _misfit(folder, abstract)
+        folder,
+        record,
+        run,
+        fingerprint=fingerprint,
+        misfit=lambda: _misfit(folder, abstract),
+        given=given,
     )
 
 

@@ -17,6 +17,7 @@ from jaxtrain import config, hardware, messages, tasks, tree
 from jaxtrain.checkpoints import arrays
 from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.checkpoints.lock import Lock
+from jaxtrain.config import flags
 from jaxtrain.config import record as run_record
 from jaxtrain.config import values as flag_values
 from jaxtrain.data.splits import Splits
@@ -73,7 +74,13 @@ def start(opened: Opened) -> int:
     """Resumes or starts, trains or evaluates, and sums up; the exit status."""
     heartbeat.send_workdir(opened.folder)
     run, total = opened.run, opened.length.total
-    found = restore.inspect(run, opened.folder, opened.splits.fingerprint, opened.programs.state)
+    found = restore.inspect(
+        run,
+        opened.folder,
+        opened.splits.fingerprint,
+        opened.programs.state,
+        flags.given(opened.argv),
+    )
     # Only process 0 writes: the others help to gather, and leave no trace.
     checkpoints = Checkpoints(
         opened.folder,
@@ -99,9 +106,11 @@ def start(opened: Opened) -> int:
         stop = group.StopAgreement(opened.stop)
         stop.synchronize()
         if stop.status is not None:
-            progress.line(f"{stop.name}: nothing done yet, nothing to save")
-            return stop.status
+            return _stopped(opened, found.newest or 0, stop, progress)
         state, kept, warm = _beginning(opened, found, checkpoints, progress)
+        stop.synchronize()  # the first program was compiled
+        if stop.status is not None:
+            return _stopped(opened, found.newest or 0, stop, progress)
         if run.eval_only:
             return _evaluate_only(opened, state, progress)
         return _train(opened, found, state, kept, checkpoints, progress, stop, warm)
@@ -221,6 +230,10 @@ def _train(
     _show_parameters(opened, state, first, progress)
     progress.start(first)
     trained = _compile(opened, state, earlier, progress)
+    stop.synchronize()
+    if stop.status is not None:  # before there is a run.json: nothing of this start is kept
+        trained.feed.close()
+        return _stopped(opened, first, stop, progress)
     profiler = Profiler(run.profile_steps, opened.folder / "profile")
     evaluators = build.evaluators(run, opened.splits, opened.programs, opened.execution)
     # run.json comes first: metrics in a folder without one are somebody else's.
@@ -365,10 +378,10 @@ def _cadence(opened: Opened, trained: Training) -> Cadence:
 def _stopped(opened: Opened, step: int, stop: group.StopAgreement, progress: Progress) -> int:
     status = stop.status
     assert status is not None
-    saved = f"saved at step {step}" if step else "no step done yet, nothing to save"
-    progress.line(
-        f"{stop.name}: {saved}; the same command with --workdir={opened.folder} goes on from there"
-    )
+    then = f"the same command with --workdir={opened.folder}"
+    saved = f"saved at step {step}; {then} goes on from there"
+    nothing = f"no step done yet, nothing to save; {then} starts anew"
+    progress.line(f"{stop.name}: {saved if step else nothing}")
     return status
 
 

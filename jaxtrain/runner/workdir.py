@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,15 @@ def check_drift(
     *,
     fingerprint: str | None = None,
     misfit: Callable[[], str] = str,
+    given: Collection[str] = (),
 ) -> list[str]:
     """Compares the run that is there with the one that wants to go on; returns a line for each
     harmless or allowed difference.
 
     `UserError` naming all that are neither, old and new, and what allows them. `fingerprint` is
     that of the data, if it is to be the same. `misfit` says how the checkpoint would not fit the
-    new configuration, for then nothing allows it.
+    new configuration, for then nothing allows it. `given` are the names of the flags that were
+    given: what differs without them, --from_run restores.
     """
     if record.get("name") != run.name:
         raise UserError(
@@ -97,13 +99,7 @@ def check_drift(
             f"--init_from={run.init_from}: {folder} holds a run, which goes on from its own"
             " checkpoints; for a warm start use a new workdir"
         )
-    for word in run.allow_config_change:
-        known = {*_paths(now), *_paths(before)}
-        if word not in known:
-            near = suggestions.unknown_setting(word, sorted(known))
-            raise UserError(
-                f"--allow_config_change={messages.printable(word)}: no such setting{near}"
-            )
+    _check_words(run.allow_config_change, {*_paths(now), *_paths(before)})
     lines: list[str] = []
     refused: dict[str, str] = {}
     free = {*config.marked(config.Mark.FREE), *_free_parts(run)}
@@ -118,6 +114,7 @@ def check_drift(
         raise UserError(
             f"--workdir={folder}: holds run {record['name']!r} with {'; '.join(refused.values())};"
             f" {_remedy(refused, run, misfit(), other_data=other_data)}"
+            f"{_as_it_was(folder, record, run, refused, given, other_data=other_data)}"
         )
     if other_data:
         raise UserError(
@@ -139,6 +136,55 @@ def _free_parts(run: config.Run) -> Iterator[str]:
 
 def _is_allowed(name: str, words: Iterable[str]) -> bool:
     return any(name == word or name.startswith(f"{word}.") for word in words)
+
+
+def _check_words(words: Iterable[str], known: Collection[str]) -> None:
+    for word in words:
+        if word not in known:
+            near = suggestions.unknown_setting(word, sorted(known))
+            raise UserError(
+                f"--allow_config_change={messages.printable(word)}: no such setting{near}"
+            )
+
+
+def begun_anew(
+    folder: Path, record: Mapping[str, Any], run: config.Run, *, fingerprint: str
+) -> list[str]:
+    """What becomes of a run of another configuration that has no checkpoint: nothing of it was
+    kept, so this one may begin there."""
+    if record.get("name") != run.name:
+        return []
+    now, before = run_record.to_json(run), run_record.completed(run, record["config"])
+    found = run_record.differences(before, now)
+    changes = [f"{name} was {_shown(old)}, now {_shown(new)}" for name, old, new in found]
+    if record["data"]["fingerprint"] != fingerprint:
+        changes.append("the data is another")
+    if not changes:
+        return []
+    _check_words(run.allow_config_change, {*_paths(now), *_paths(before)})
+    what = "the run there has no checkpoint, so this one begins anew"
+    return [f"note: {folder}: {what} ({'; '.join(changes)})"]
+
+
+def _as_it_was(
+    folder: Path,
+    record: Mapping[str, Any],
+    run: config.Run,
+    refused: Collection[str],
+    given: Collection[str],
+    *,
+    other_data: bool,
+) -> str:
+    """The way back to the configuration that is there, if none of what differs was asked for."""
+    if any(name in given or name.partition(".")[0] in given for name in refused):
+        return ""
+    if other_data and not any(_is_allowed(name, ["data"]) for name in refused):
+        return ""
+    try:
+        run_record.from_json(run, record["config"])
+    except UserError:
+        return ""  # what only Python sets, or of another version
+    return f"; --from_run={messages.printable(str(folder))} goes on as it was"
 
 
 def _remedy(refused: Iterable[str], run: config.Run, misfit: str, *, other_data: bool) -> str:

@@ -162,9 +162,11 @@ def train(
         samples=samples,
     )
     early = False
-    if cadence.sample and (step == 0 or sample_due):
+    # What a signal leaves out here is still due when the run goes on: nothing is committed then.
+    if cadence.sample and (step == 0 or sample_due) and stop.status is None:
         samples(state, step)
-    if (step == 0 or evaluation_due) and evaluate.on_the_way and cadence.evaluate:
+    due = (step == 0 or evaluation_due) and bool(evaluate.on_the_way) and stop.status is None
+    if due and cadence.evaluate:
         reached, after = evaluate(state, step, standing)
         # Before the first step there is nothing to keep, so it cannot be the best either.
         standing = after if step else standing
