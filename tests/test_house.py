@@ -68,6 +68,7 @@ single files may use one another."""
 KNOW_THE_RUN = {"runner", "cli", "inference", "__init__"}
 """The only rooms above `config` that see the configuration of a whole run, besides the front door,
 which passes its name on; every other one asks for the few things it needs."""
+MODELS_MAY_IMPORT = {"errors", "fields", "horizon", "late_logits", "messages", "block_loop"}
 STORY_WORDS = re.compile(
     r"(^|_)(born|owed|knock|guest|robbed|culprit|last_words|immortal|forgive|wish|turned|witness"
     r"|verdict|pulse)(e?s)?(?=_|$)"
@@ -207,14 +208,17 @@ def test_models_know_nothing_of_the_house() -> None:
                 for name in imports(path)
                 if name.startswith("jaxtrain") and not name.startswith("jaxtrain.models")
             }
-            assert ours <= {
-                "jaxtrain.errors",
-                "jaxtrain.fields",
-                "jaxtrain.horizon",
-                "jaxtrain.late_logits",
-                "jaxtrain.messages",
-                "jaxtrain.block_loop",
-            }, module
+            assert ours <= {f"jaxtrain.{name}" for name in MODELS_MAY_IMPORT}, module
+
+
+def test_the_contributors_guide_has_the_floors_and_what_models_import() -> None:
+    guide = " ".join((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split())
+    row = guide[guide.index("| single files |") :].partition("`scripts/test")[0]
+    assert {name.rstrip("/").removesuffix(".py") for name in re.findall(r"`([^`]+)`", row)} == (
+        FLOORS[-1][1]
+    )
+    sentence = guide[guide.index("they import `") :].partition(" only (")[0]
+    assert set(re.findall(r"`(\w+)`", sentence)) == MODELS_MAY_IMPORT
 
 
 def test_the_step_knows_no_file_clock_or_logger() -> None:

@@ -5,6 +5,7 @@ Dims: B batch, T tokens, V vocabulary, D width, N heads, K head width.
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 
 from jaxtrain import adapters
-from jaxtrain.models import layers, rotary, transformer
+from jaxtrain.errors import UserError
+from jaxtrain.models import layers, rotary, token_inputs, transformer
 from jaxtrain.models.convnet import ConvNet
+from jaxtrain.models.encoder import Encoder
 from jaxtrain.models.resnet import ResNet
 from jaxtrain.models.transformer import Transformer
 from jaxtrain.models.vit import ViT
@@ -310,7 +313,7 @@ def test_a_token_beyond_the_vocabulary_is_no_number() -> None:
     tokens[1, 2] = 11
     logits = np.asarray(run(TINY, random_params(TINY), tokens))
     assert np.isnan(logits[1, 2:]).all() and np.isfinite(logits[[0, 2]]).all()
-    assert jnp.isnan(transformer.look_up(jnp.eye(3), jnp.array([[-1]]))).all(), (
+    assert jnp.isnan(token_inputs.look_up(jnp.eye(3), jnp.array([[-1]]))).all(), (
         "padding is not the last token"
     )
 
@@ -394,7 +397,7 @@ def test_gradients_of_many_places_are_summed_in_float32(dtype: str) -> None:
     def gradients(table: Any, params: Any) -> Any:
         looked_up = jax.grad(
             lambda table: (
-                (transformer.look_up(table, tokens_BT) * jnp.asarray(0.01, dtype))
+                (token_inputs.look_up(table, tokens_BT) * jnp.asarray(0.01, dtype))
                 .astype("float32")
                 .sum()
             )
@@ -505,4 +508,69 @@ def test_narrow_ids_read_their_own_rows(dtype: Any, rows: int) -> None:
     """The table's size does not fit into the ids' own dtype."""
     table = jnp.arange(rows, dtype=jnp.float32)[:, None]
     ids_BT = np.array([[rows - 1, 0, 7]], dtype)
-    assert transformer.look_up(table, jnp.asarray(ids_BT)).ravel().tolist() == [rows - 1, 0, 7]
+    assert token_inputs.look_up(table, jnp.asarray(ids_BT)).ravel().tolist() == [rows - 1, 0, 7]
+
+
+# --- given positions
+# --------------------------------------------------------------------------------------------------
+
+
+PLACED = {**KINDS, "encoder": Encoder(vocabulary=11, width=16, depth=2, heads=2, max_length=12)}
+
+
+@pytest.mark.parametrize("kind", PLACED)
+def test_a_negative_position_says_nothing_at_padding_and_makes_a_token_nan(kind: str) -> None:
+    model = PLACED[kind]
+    params = random_params(model)
+    segments_BT = np.array([[0, 0, 1, 1, 1, 1, 1, 0]] * 3, np.int32)
+    counted_BT = np.array([[0, 0, 0, 1, 2, 3, 4, 0]] * 3, np.int32)
+    padded_BT = np.where(segments_BT, counted_BT, -1)
+    real = segments_BT > 0
+
+    def at(positions: np.ndarray, segments: np.ndarray | None = segments_BT) -> np.ndarray:
+        options = {} if segments is None else {"segments": segments}
+        return np.asarray(run(model, params, TOKENS_BT, positions=positions, **options))
+
+    wanted = run(model, params, TOKENS_BT, segments=segments_BT)
+    np.testing.assert_array_equal(at(padded_BT)[real], np.asarray(wanted)[real])
+    wrong_BT = np.where(np.arange(8) == 3, -1, counted_BT)
+    assert np.isnan(at(wrong_BT)[:, 3]).all()
+    # without segments nothing is padding
+    assert np.isnan(at(padded_BT, None)[:, :2]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_given_positions_are_the_places_that_a_model_sees(kind: str) -> None:
+    model, params = KINDS[kind], random_params(KINDS[kind])
+    places_BT = np.broadcast_to(np.arange(8, dtype=np.int32), (3, 8))
+    found = run(model, params, TOKENS_BT, positions=places_BT)
+    np.testing.assert_allclose(found, run(model, params, TOKENS_BT), rtol=1e-5, atol=1e-5)
+    later = run(model, params, TOKENS_BT, positions=places_BT + 4)
+    same = np.allclose(later, found, rtol=1e-4, atol=1e-4)
+    assert same == (model.positions == "rotary")  # only distances count there
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"),
+    [
+        ("positions", np.arange(8, dtype=np.int32)),
+        ("positions", np.zeros((3, 8), np.float32)),
+        ("segments", np.ones((3, 7), np.int32)),
+        ("segments", np.ones((1, 8), np.int32)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["learned, tied", "encoder"])
+def test_marks_that_are_not_one_integer_a_token_are_refused(
+    kind: str, name: str, mark: np.ndarray
+) -> None:
+    model = PLACED[kind]
+    line = (
+        f"{type(model).__name__}: {name} {mark.dtype}{list(mark.shape)} are not integers of the"
+        " tokens' shape [3, 8]; give one for each token"
+    )
+    with pytest.raises(UserError, match=re.escape(line)):
+        apply(model, shapes_of(model), TOKENS_BT, **{name: jnp.asarray(mark)})
+    right = jnp.zeros(TOKENS_BT.shape, jnp.int32)
+    jax.eval_shape(
+        lambda params: apply(model, params, TOKENS_BT, **{name: right}), shapes_of(model)
+    )

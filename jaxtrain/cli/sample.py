@@ -236,10 +236,11 @@ def _of_run(
 
     extras.require(command, "orbax.checkpoint")
     from jaxtrain.inference import prompts, trained
+    from jaxtrain.models.cache import Decoder
 
     shown = messages.printable(str(workdir))
     found = trained.load(workdir, checkpoint=checkpoint)
-    if not hasattr(found.model, "pattern"):
+    if not isinstance(found.model, Decoder):
         raise UserError(
             f"{command} {shown}: its model is {type(found.model).__name__}, which says no texts;"
             " give a run that trained a Transformer on tokens"

@@ -27,6 +27,7 @@ from jaxtrain.data.text.protocol import TextStream, Tokenizer
 from jaxtrain.errors import UserError
 from jaxtrain.inference import sampling
 from jaxtrain.inference.drawing import Drawing
+from jaxtrain.models.cache import Decoder
 from jaxtrain.parallel import mesh as meshes
 
 SHORTEST = 16
@@ -113,7 +114,7 @@ class LanguageModel:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not hasattr(self.model, "pattern"):
+        if not isinstance(self.model, Decoder):
             raise UserError(
                 f"{type(self.model).__name__}: says no texts, which lm_eval asks for; give a"
                 " Transformer"

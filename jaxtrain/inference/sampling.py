@@ -244,7 +244,7 @@ class _Programs:
             return None
         mesh = self.mesh
         rows = meshes.BATCH_AXES if self.batch % meshes.batch_shards(mesh) == 0 else None
-        heads = self.model.key_heads or self.model.heads
+        heads = self.model.block_settings().key_heads
         axis = "tensor" if heads % mesh.shape["tensor"] == 0 else None
         held = NamedSharding(mesh, PartitionSpec(rows, None, axis))
         token_B = jax.ShapeDtypeStruct((self.batch,), jnp.int32)
@@ -336,7 +336,7 @@ def mesh_of(params: tree.PyTree) -> Mesh | None:
 
 def _checked_prompts(model: Any, prompts: Sequence[Any]) -> list[np.ndarray]:
     """The prompts as int32 arrays; `UserError` if one cannot be fed."""
-    if not hasattr(model, "pattern"):
+    if not isinstance(model, cache.Decoder):
         raise UserError(
             f"{type(model).__name__}: takes no cache, which sampling needs; give a Transformer"
         )

@@ -9,7 +9,7 @@ Dims: B batch, T new tokens, S slots, M heads of keys and values, K head width.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +17,26 @@ import jax.numpy as jnp
 from jaxtrain.errors import UserError
 
 
+@runtime_checkable
 class Decoder(Protocol):
-    """The settings of a model that say how large its cache is; `Transformer` has them."""
+    """A model that goes on beside a cache, and says how large one is; `Transformer` does.
 
-    width: int
-    depth: int
-    heads: int
-    key_heads: int
-    head_dim: int
+    >>> from jaxtrain.models import Encoder, Transformer
+    >>> isinstance(Transformer(), Decoder), isinstance(Encoder(), Decoder)
+    (True, False)
+    """
+
     positions: Any
     max_length: int
-    pattern: Sequence[Any]
-    window: int
+
+    @property
+    def kinds(self) -> Sequence[Any]:
+        """The kind of each block."""
+        ...
+
+    def block_settings(self, kind: Any) -> Any:
+        """The `key_heads`, `head_dim` and `window` of a block of this kind."""
+        ...
 
 
 @jax.tree_util.register_dataclass
@@ -81,12 +89,11 @@ def empty(
             f"a cache of {capacity} tokens: the model has max_length={model.max_length} learned"
             " positions; ask for no more than that"
         )
-    heads = model.key_heads or model.heads
-    head_dim = model.head_dim or model.width // model.heads
 
-    def block(kind: str) -> BlockCache:
-        slots = min(model.window, capacity) if kind == "window" and rings else capacity
-        zeros = jnp.zeros((batch, slots, heads, head_dim), dtype)
+    def block(kind: Any) -> BlockCache:
+        settings = model.block_settings(kind)
+        slots = min(settings.window, capacity) if settings.window and rings else capacity
+        zeros = jnp.zeros((batch, slots, settings.key_heads, settings.head_dim), dtype)
         # no two parts of a cache may be one array, since a step that takes it over frees each
         return BlockCache(
             zeros,
@@ -96,8 +103,7 @@ def empty(
             ordered=ordered and slots < capacity,
         )
 
-    kinds = [model.pattern[index % len(model.pattern)] for index in range(model.depth)]
-    return Cache(tuple(map(block, kinds)), jnp.zeros(batch, jnp.int32))
+    return Cache(tuple(map(block, model.kinds)), jnp.zeros(batch, jnp.int32))
 
 
 def extended(

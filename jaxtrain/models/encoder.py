@@ -16,14 +16,13 @@ from flax.linen.dtypes import promote_dtype
 
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Above, AtLeast, Count, DropRate
-from jaxtrain.models import layers
+from jaxtrain.models import layers, token_inputs
+from jaxtrain.models.token_inputs import look_up
 from jaxtrain.models.transformer import (
     SMALL_NORMAL,
     Block,
     BlockSettings,
     Surroundings,
-    look_up,
-    places_in_segments,
 )
 
 
@@ -36,7 +35,8 @@ class Encoder(nn.Module):
     (2, 8, 11)
 
     With `segments` (B, T) a place sees only what has its number, and 0 is padding; `token_types`
-    (B, T) say which part of a pair a token is of, 0 unless they are given. `UserError` if the input
+    (B, T) say which part of a pair a token is of, 0 unless they are given. `positions` are as
+    `Transformer` has them. `UserError` if the input
     is no (batch, length) of integers or too long, or `heads` do not fit. A token beyond the
     vocabulary makes its sequence nan.
     """
@@ -81,18 +81,21 @@ class Encoder(nn.Module):
         positions: jax.Array | None = None,
         token_types: jax.Array | None = None,
     ) -> jax.Array:
-        self._check(tokens)
+        self._check(tokens, segments=segments, positions=positions, token_types=token_types)
         embed_VD = self._table("embed", "vocab", self.vocabulary)
-        places_BT = _places(tokens, segments, positions)
+        places = token_inputs.places_of(tokens, segments, positions)
+        # a row of places for all: ranks are the tokens'
+        places_BT = jnp.broadcast_to(places, tokens.shape)
         types_BT = jnp.zeros_like(tokens) if token_types is None else token_types
         x_BTD = look_up(embed_VD, tokens)
+        x_BTD = token_inputs.nan_where_placeless(x_BTD, segments, positions)
         x_BTD += look_up(self._table("token_types", "position", self.token_types), types_BT)
         x_BTD += look_up(self._table("positions", "position", self.max_length), places_BT)
         x_BTD = layers.layer_norm("embed", epsilon=self.norm_epsilon, name="norm")(x_BTD)
         x_BTD = layers.Dropout(self.dropout)(x_BTD, train)
         around = Surroundings(segments, places_BT)
         for index in range(self.depth):
-            block = Block(self._block, name=f"block{index}")
+            block = Block(self.block_settings(), name=f"block{index}")
             x_BTD, _ = block(x_BTD, around, None, None, train)
             x_BTD = layers.block_end(x_BTD)
         return self._head(x_BTD, embed_VD, segments, train)
@@ -100,8 +103,9 @@ class Encoder(nn.Module):
     def _table(self, name: str, axis: str | None, rows: int) -> jax.Array:
         return self.param(name, layers.boxed(SMALL_NORMAL, axis, "embed"), (rows, self.width))
 
-    @property
-    def _block(self) -> BlockSettings:
+    @nn.nowrap
+    def block_settings(self) -> BlockSettings:
+        """What each block is."""
         return BlockSettings(
             heads=self.heads,
             key_heads=self.heads,
@@ -136,23 +140,15 @@ class Encoder(nn.Module):
         bias_V = self.param("head_bias", layers.boxed(layers.ZEROS, "vocab"), (self.vocabulary,))
         return layers.add_bias(logits_BTV, bias_V)
 
-    def _check(self, tokens: jax.Array) -> None:
+    def _check(self, tokens: jax.Array, **marks: jax.Array | None) -> None:
         """What must fit, said by name before an index or a reshape says it in numbers."""
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise UserError(
-                f"Encoder: input {tokens.dtype}{list(tokens.shape)} is not (batch, length) of"
-                " integers; give it tokens"
-            )
+        token_inputs.check("Encoder", tokens, **marks)
         if tokens.shape[1] > self.max_length:
             raise UserError(
                 f"Encoder.max_length={self.max_length}: the input has {tokens.shape[1]} tokens;"
                 " give it shorter ones, or raise max_length in a model of your own"
             )
-        if self.width % self.heads:
-            raise UserError(
-                f"Encoder.heads={self.heads}: does not divide width={self.width}; choose a divisor"
-                " of it"
-            )
+        layers.check_heads("Encoder", self.heads, self.width)
         if self.pool == "mean" and self.pooler:
             raise UserError(
                 "Encoder.pool=mean: a pooler sees the first token's state only; set pooler=False,"
@@ -160,18 +156,6 @@ class Encoder(nn.Module):
             )
         if self.head == "pooled" and not self.pooler:
             raise UserError("Encoder.head=pooled: there is no pooler; set pooler=True")
-
-
-def _places(
-    tokens_BT: jax.Array, segments_BT: jax.Array | None, positions_BT: jax.Array | None
-) -> jax.Array:
-    """The position of each token (B, T), from 0 in each segment."""
-    if positions_BT is not None:
-        return positions_BT
-    if segments_BT is not None:
-        return places_in_segments(segments_BT)
-    places_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-    return jnp.broadcast_to(places_T[None], tokens_BT.shape)
 
 
 def _first(x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:

@@ -220,6 +220,12 @@ def head_projection(heads: int, head_dim: int, *, bias: bool = True, name: str) 
     )
 
 
+def check_heads(kind: str, heads: int, width: int, remedy: str = "choose a divisor of it") -> None:
+    """`UserError` if the heads of a model of this kind cannot share its width."""
+    if width % heads:
+        raise UserError(f"{kind}.heads={heads}: does not divide width={width}; {remedy}")
+
+
 def query_key_value(x_BLD: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Query, key and value (B, L, N, K) of each place, by the layers `query`, `key` and `value` of
     the module that calls."""

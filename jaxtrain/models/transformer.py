@@ -25,7 +25,7 @@ from jaxtrain import block_loop
 from jaxtrain.errors import UserError
 from jaxtrain.fields import Above, AtLeast, Between, Count, DropRate
 from jaxtrain.late_logits import LateLogits
-from jaxtrain.models import layers, rotary
+from jaxtrain.models import layers, rotary, token_inputs
 from jaxtrain.models.attention import attention
 from jaxtrain.models.cache import BlockCache, Cache, extended
 
@@ -47,7 +47,8 @@ class Transformer(nn.Module):
 
     A place sees itself and what is before it; with `segments` (B, T) only what has its number, and
     0 is padding. `positions` (B, T) count from 0, with segments from 0 in each, unless they are
-    given. Any length will do with rotary positions, up to `max_length` with learned ones. With a
+    given; a negative one says nothing at padding, and makes the sequence of a token nan. Any
+    length will do with rotary positions, up to `max_length` with learned ones. With a
     `cache` the tokens go on from what it holds, segments only tell padding from tokens, and
     (logits, cache) come back. With `chunk` the answer is `LateLogits`, which a loss goes over in
     parts. `UserError` if the input is no (batch, length) of integers or too long, or the settings
@@ -136,6 +137,15 @@ class Transformer(nn.Module):
         """The parameters that a loop goes over, see `block_loop`."""
         return tuple(f"block{index}" for index in range(self.depth)) if self.scan else ()
 
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kind of each block.
+
+        >>> Transformer(depth=3, pattern=("window", "full")).kinds
+        ('window', 'full', 'window')
+        """
+        return tuple(self.pattern[index % len(self.pattern)] for index in range(self.depth))
+
     @nn.compact
     def __call__(
         self,
@@ -145,15 +155,19 @@ class Transformer(nn.Module):
         positions: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> Any:
-        self._check(tokens)
+        self._check(tokens, segments, positions)
         rows = self.padded_vocabulary or self.vocabulary
         embed_VD = self.param(
             "embed", layers.boxed(SMALL_NORMAL, "vocab", "embed"), (rows, self.width)
         )
-        x_BTD = look_up(embed_VD, tokens, self.vocabulary)
+        x_BTD = token_inputs.look_up(embed_VD, tokens, self.vocabulary)
         if self.embed_scale:
             x_BTD = x_BTD * jnp.asarray(self.width**0.5, x_BTD.dtype)
-        places = _places(tokens, segments, positions, cache)
+        x_BTD = token_inputs.nan_where_placeless(x_BTD, segments, positions)
+        if cache is None:
+            places = token_inputs.places_of(tokens, segments, positions)
+        else:
+            places = _places_beside(cache, tokens, segments, positions)
         if self.positions == "learned":
             x_BTD = self._with_learned_positions(x_BTD, places)
         x_BTD = layers.Dropout(self.dropout)(x_BTD, train)
@@ -169,24 +183,20 @@ class Transformer(nn.Module):
         table_PD = self.param("positions", initializer, (self.max_length, self.width))
         if places.ndim == 1:
             return layers.add_bias(x_BTD, table_PD[: places.shape[0]])
-        added_BTD = jnp.take(
-            table_PD, jnp.maximum(places, 0), axis=0, mode="fill", fill_value=jnp.nan
-        )
-        return x_BTD + added_BTD
+        return x_BTD + token_inputs.look_up(table_PD, jnp.maximum(places, 0))
 
     def _through_blocks(
         self, x_BTD: jax.Array, around: "Surroundings", train: bool
     ) -> tuple[jax.Array, Cache | None]:
         """The stream after all blocks, and the cache with what they saw."""
-        kinds: list[Kind] = [self.pattern[index % len(self.pattern)] for index in range(self.depth)]
         waves: dict[Kind, Any] = {
-            kind: self._waves(kind, around.places) for kind in dict.fromkeys(kinds)
+            kind: self._waves(kind, around.places) for kind in dict.fromkeys(self.kinds)
         }
         if self.scan and around.cache is None and not self.is_initializing():
-            return self._scanned(x_BTD, around, kinds, waves, train), None
+            return self._scanned(x_BTD, around, waves, train), None
         caches: list[BlockCache] = []
-        for index, kind in enumerate(kinds):
-            block = Block(self._block(kind), name=f"block{index}")
+        for index, kind in enumerate(self.kinds):
+            block = Block(self.block_settings(kind), name=f"block{index}")
             held = None if around.cache is None else around.cache.blocks[index]
             x_BTD, held = block(x_BTD, around, waves[kind], held, train)
             x_BTD = layers.block_end(x_BTD)
@@ -201,7 +211,6 @@ class Transformer(nn.Module):
         self,
         x_BTD: jax.Array,
         around: "Surroundings",
-        kinds: Sequence[Kind],
         waves: dict[Kind, Any],
         train: bool,
     ) -> jax.Array:
@@ -216,7 +225,7 @@ class Transformer(nn.Module):
         keys = jax.random.split(self.make_rng("dropout"), self.depth) if draws else None
 
         def step(kind: Kind, x_BTD: jax.Array, params: Any, key: jax.Array | None) -> jax.Array:
-            block = Block(self._block(kind), parent=None)
+            block = Block(self.block_settings(kind), parent=None)
             rngs = {} if key is None else {"dropout": key}
             variables = {"params": params}
             x_BTD, _ = block.apply(variables, x_BTD, around, waves[kind], None, train, rngs=rngs)
@@ -224,15 +233,20 @@ class Transformer(nn.Module):
 
         names = [f"block{index}" for index in range(self.depth)]
         return block_loop.run(
-            [functools.partial(step, kind) for kind in kinds[: _period(kinds)]],
+            [functools.partial(step, kind) for kind in period(self.kinds)],
             x_BTD,
             [self.variables["params"][name] for name in names],
             keys,
             names=["/".join((*self.path, name)) for name in names],
         )
 
-    def _block(self, kind: Kind) -> "BlockSettings":
-        """The settings of a block of this kind."""
+    @nn.nowrap
+    def block_settings(self, kind: Kind = "full") -> "BlockSettings":
+        """What a block of this kind is.
+
+        >>> Transformer(width=12, heads=3).block_settings().head_dim
+        4
+        """
         return BlockSettings(
             heads=self.heads,
             key_heads=self.key_heads or self.heads,
@@ -270,8 +284,7 @@ class Transformer(nn.Module):
 
     @property
     def _rotated_dims(self) -> int:
-        head_dim = self.head_dim or self.width // self.heads
-        return int(head_dim * self.rotary_share)
+        return int(self.block_settings().head_dim * self.rotary_share)
 
     def _head(self, x_BTD: jax.Array, embed_VD: jax.Array, *, whole: bool) -> Any:
         rows, cap = embed_VD.shape[0], self.logit_cap or None
@@ -290,24 +303,20 @@ class Transformer(nn.Module):
             logits_BTV = (cap * jnp.tanh(wide / cap)).astype(logits_BTV.dtype)
         return logits_BTV[..., : self.vocabulary]
 
-    def _check(self, tokens: jax.Array) -> None:
+    def _check(
+        self, tokens: jax.Array, segments: jax.Array | None, positions: jax.Array | None
+    ) -> None:
         """What must fit, said by name before an index or a reshape says it in numbers."""
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise UserError(
-                f"Transformer: input {tokens.dtype}{list(tokens.shape)} is not (batch, length) of"
-                " integers; give it tokens"
-            )
+        token_inputs.check("Transformer", tokens, segments=segments, positions=positions)
         length = tokens.shape[1]
         if self.positions == "learned" and length > self.max_length:
             raise UserError(
                 f"Transformer.max_length={self.max_length}: the input has {length} tokens; make it"
                 f" {length}, or choose positions=rotary"
             )
-        if not self.head_dim and self.width % self.heads:
-            raise UserError(
-                f"Transformer.heads={self.heads}: does not divide width={self.width}; choose a"
-                " divisor of it, or set head_dim"
-            )
+        if not self.head_dim:
+            remedy = "choose a divisor of it, or set head_dim"
+            layers.check_heads("Transformer", self.heads, self.width, remedy)
         if self.heads % (self.key_heads or self.heads):
             raise UserError(
                 f"Transformer.key_heads={self.key_heads}: does not divide heads={self.heads};"
@@ -491,76 +500,31 @@ class _Kernel(nn.Module):
         return self.param("kernel", initializer, (width, self.rows))
 
 
-def _places(
+def _places_beside(
+    cache: Cache,
     tokens_BT: jax.Array,
     segments_BT: jax.Array | None,
     positions_BT: jax.Array | None,
-    cache: Cache | None,
 ) -> jax.Array:
-    """The position of each token: (T,) where all rows have the same, otherwise (B, T)."""
-    if cache is not None:
-        # beside a cache rows may have lengths of their own; what is padding has no place
-        real_BT = (
-            jnp.ones_like(tokens_BT, jnp.int32) if segments_BT is None else (segments_BT > 0) * 1
-        )
-        places_BT = cache.length_B[:, None] + jnp.cumsum(real_BT, axis=1) - 1
-        places_BT = places_BT if positions_BT is None else positions_BT
-        return jnp.where(real_BT > 0, places_BT, -1).astype(jnp.int32)
-    if positions_BT is not None:
-        return positions_BT
-    places_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-    if segments_BT is None:
-        return places_T
-    return places_in_segments(segments_BT)
+    """The position of each token beside a cache (B, T), where rows have lengths of their own; what
+    is padding has no place, -1."""
+    real_BT = jnp.ones_like(tokens_BT, jnp.int32) if segments_BT is None else (segments_BT > 0) * 1
+    places_BT = cache.length_B[:, None] + jnp.cumsum(real_BT, axis=1) - 1
+    places_BT = places_BT if positions_BT is None else positions_BT
+    return jnp.where(real_BT > 0, places_BT, -1).astype(jnp.int32)
 
 
-def places_in_segments(segments_BT: jax.Array) -> jax.Array:
-    """How many tokens of the same segment stand before each, int32 (B, T).
+def period(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
+    """The fewest kinds that, repeated, are all of them; the last time may end early.
 
-    >>> places_in_segments(jnp.array([[1, 1, 2, 2, 2, 0]])).tolist()
-    [[0, 1, 0, 1, 2, 0]]
-    """
-    places_BT = jnp.broadcast_to(
-        jnp.arange(segments_BT.shape[1], dtype=jnp.int32)[None], segments_BT.shape
-    )
-    new_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
-    starts_BT = jax.lax.cummax(jnp.where(new_BT, places_BT, 0), axis=1)
-    return places_BT - starts_BT
-
-
-def _period(kinds: Sequence[Kind]) -> int:
-    """The fewest blocks that, repeated, are all of them; the last time may end early.
-
-    >>> _period(("window", "full", "window")), _period(("full",) * 3)
-    (2, 1)
+    >>> period(("window", "full", "window")), period(("full",) * 3)
+    (('window', 'full'), ('full',))
     """
     return next(
-        period
-        for period in range(1, len(kinds) + 1)
-        if all(kind == kinds[index % period] for index, kind in enumerate(kinds))
+        tuple(kinds[:length])
+        for length in range(1, len(kinds) + 1)
+        if all(kind == kinds[index % length] for index, kind in enumerate(kinds))
     )
-
-
-def look_up(embed_VD: jax.Array, tokens_BT: jax.Array, vocabulary: int | None = None) -> jax.Array:
-    """The row of each token, in the dtype of the table; nan for a token that has none, or is not
-    among the first `vocabulary`.
-
-    >>> look_up(jnp.eye(3), jnp.array([[2, 0]])).tolist()
-    [[[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]]
-
-    A gather, whose gradient is a scatter: on two CPU cores 0.2 ms, there and back, where a one-hot
-    product took 2.1 ms (64 x 64 tokens of 16, width 64; larger vocabularies are worse for the
-    product). It is summed in float32: in bfloat16 4,096 equal numbers made a tenth of their sum.
-    """
-    wide = jnp.promote_types(embed_VD.dtype, jnp.float32)
-    rows = embed_VD.shape[0]
-    tokens_BT = tokens_BT.astype(jnp.int32)  # `rows` does not fit into 8 or 16 bits
-    known_BT = (tokens_BT >= 0) & (tokens_BT < (vocabulary or rows))
-    # -1 is a common padding, and to `take` the last row
-    tokens_BT = jnp.where(known_BT, tokens_BT, rows)
-    return jnp.take(
-        embed_VD.astype(wide), tokens_BT, axis=0, mode="fill", fill_value=jnp.nan
-    ).astype(embed_VD.dtype)
 
 
 NAMES: dict[str, nn.Module] = {

@@ -106,11 +106,7 @@ class ViT(nn.Module):
                 f"ViT.patch={self.patch}: images of {height}x{width} cannot be cut into"
                 f" {self.patch}x{self.patch} patches; {remedy}"
             )
-        if self.width % self.heads:
-            raise UserError(
-                f"ViT.heads={self.heads}: does not divide width={self.width}; choose a divisor"
-                " of it"
-            )
+        layers.check_heads("ViT", self.heads, self.width)
         if self.positions == "sincos" and self.width % 4:
             raise UserError(
                 f"ViT.width={self.width}: positions=sincos needs a multiple of 4; nearest:"

@@ -19,6 +19,7 @@ from jaxtrain.data.text import tokenizers
 from jaxtrain.data.text.protocol import Tokenizer
 from jaxtrain.errors import UserError
 from jaxtrain.inference import prompts, sampling
+from jaxtrain.models.cache import Decoder
 from jaxtrain.precision.policy import POLICIES
 from jaxtrain.processes import group, heartbeat
 from jaxtrain.report.metrics_file import AppendedLines
@@ -61,7 +62,7 @@ def check(run: config.Run, train: Table, recipe: Recipe) -> None:
     flag = f"--sample_every={run.sample_every}"
     off = "--sample_every=0 does without"
     model: Any = recipe.model
-    if not hasattr(model, "pattern"):
+    if not isinstance(model, Decoder):
         raise UserError(
             f"{flag}: the model {type(model).__name__} says no texts, a Transformer does; {off}"
         )

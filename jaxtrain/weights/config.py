@@ -7,13 +7,13 @@ transformers 5. What is written is read alike by both.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtrain.errors import UserError
 from jaxtrain.messages import did_you_mean
 from jaxtrain.models.encoder import Encoder
-from jaxtrain.models.transformer import Transformer
+from jaxtrain.models.transformer import Transformer, period
 
 Model = Transformer | Encoder
 
@@ -224,23 +224,22 @@ def canonical(model: Model) -> Any:
     >>> canonical(Transformer(width=8, heads=2)).hidden
     32
     """
-    resolved = {"hidden": model.hidden or 4 * model.width, "dropout": 0.0}
+    resolved = {"hidden": model.block_settings().hidden, "dropout": 0.0}
     if isinstance(model, Encoder):
         # without classes nobody counts them
         classes = model.num_classes if model.head == "classes" else 2
         head = "states" if model.head == "pooled" else model.head
         return model.clone(**resolved, num_classes=classes, head=head)
-    head_dim = model.head_dim or model.width // model.heads
-    kinds = [model.pattern[index % len(model.pattern)] for index in range(model.depth)]
+    block, kinds = model.block_settings(), model.kinds
     rotary = model.positions == "rotary"
     scaling = model.rotary_scaling if rotary else "none"
     resolved |= {
-        "key_heads": model.key_heads or model.heads,
-        "head_dim": head_dim,
-        "pattern": shortest(kinds),
+        "key_heads": block.key_heads,
+        "head_dim": block.head_dim,
+        "pattern": period(kinds),
         "window": model.window if "window" in kinds else 0,
         "window_rotary_base": model.window_rotary_base if "window" in kinds else 0.0,
-        "attention_scale": model.attention_scale or head_dim**-0.5,
+        "attention_scale": model.attention_scale or block.head_dim**-0.5,
         "scan": False,
         "chunk": 0,
         "padded_vocabulary": 0,
@@ -252,20 +251,6 @@ def canonical(model: Model) -> Any:
     if not rotary:
         resolved |= {"rotary_base": 10000.0, "rotary_scaling": "none", "rotary_share": 1.0}
     return model.clone(**resolved)
-
-
-def shortest(kinds: Sequence[str]) -> tuple[str, ...]:
-    """The fewest kinds that, repeated and cut off at the depth, are all of them.
-
-    >>> shortest(["window", "full", "window", "full", "window"])
-    ('window', 'full')
-    """
-    depth = len(kinds)
-    return next(
-        tuple(kinds[:period])
-        for period in range(1, depth + 1)
-        if all(kinds[index] == kinds[index % period] for index in range(depth))
-    )
 
 
 def _differences(wanted: Model, back: Model) -> list[str]:
@@ -525,7 +510,7 @@ def _kinds(keys: Keys, family: str, depth: int) -> tuple[tuple[Any, ...], int]:
         kinds = _unrotated(keys, depth, kinds)
     if "window" in kinds and window is None:
         raise keys.refuse("sliding_window", "layer_types has sliding_attention, which needs it")
-    return shortest(kinds), window if window and "window" in kinds else 0
+    return period(kinds), window if window and "window" in kinds else 0
 
 
 def _layer_types(keys: Keys, family: str, depth: int, window: int | None) -> list[str]:
@@ -790,8 +775,7 @@ def _write_llama(model: Any, family: str) -> dict[str, Any]:
 
 def _write_kinds(model: Any, family: str) -> dict[str, Any]:
     """What says which blocks have a window."""
-    kinds = [model.pattern[index % len(model.pattern)] for index in range(model.depth)]
-    window = model.window or None
+    kinds, window = model.kinds, model.window or None
     if family == "mistral":
         return {"sliding_window": window}
     if not FAMILIES[family].layer_types:

@@ -297,30 +297,6 @@ def _listed(names: list[str]) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-    """The dims of a model with their zeros resolved."""
-
-    rows: int
-    width: int
-    heads: int
-    key_heads: int
-    head_dim: int
-    hidden: int
-
-    @classmethod
-    def of(cls, model: Model) -> "_Sizes":
-        head_dim = getattr(model, "head_dim", 0) or model.width // model.heads
-        return cls(
-            model.vocabulary,
-            model.width,
-            model.heads,
-            getattr(model, "key_heads", 0) or model.heads,
-            head_dim,
-            model.hidden or 4 * model.width,
-        )
-
-
 def _linear(path: str, name: str, into: Shape, out: Shape, *, bias: bool) -> Iterator[Row]:
     """A dense layer as `torch.nn.Linear` keeps it: the dims of what enters it and of what leaves it
     are one each there."""
@@ -338,28 +314,28 @@ def _scaled(path: str, name: str, shape: Shape, *, bias: bool) -> Iterator[Row]:
         yield Row(f"{path}/bias", shape, f"{name}.bias", stored)
 
 
-def _table(model: Transformer, size: _Sizes, name: str) -> Iterator[Row]:
+def _table(model: Transformer, name: str) -> Iterator[Row]:
     """The embedding, whose vocabulary may be padded here."""
-    padding = max(model.padded_vocabulary - size.rows, 0)
-    shape, stored = (size.rows + padding, size.width), (size.rows, size.width)
+    padding = max(model.padded_vocabulary - model.vocabulary, 0)
+    shape, stored = (model.vocabulary + padding, model.width), (model.vocabulary, model.width)
     yield Row("embed", shape, f"{name}.weight", stored, padding=padding)
 
 
-def _head(model: Transformer, size: _Sizes) -> Iterator[Row]:
+def _head(model: Transformer) -> Iterator[Row]:
     """The head, if it is not the embedding."""
     if model.tied:
         return
-    padding = max(model.padded_vocabulary - size.rows, 0)
-    shape, stored = (size.width, size.rows + padding), (size.rows, size.width)
+    padding = max(model.padded_vocabulary - model.vocabulary, 0)
+    shape, stored = (model.width, model.vocabulary + padding), (model.vocabulary, model.width)
     yield Row("head/kernel", shape, "lm_head.weight", stored, transposed=True, padding=padding)
 
 
 def _gpt2(model: Transformer) -> Iterator[Row]:
     """GPT-2, whose dense layers are `Conv1D`: kernels (in, out), query, key and value as one."""
-    size = _Sizes.of(model)
-    D, F = size.width, size.hidden
+    size = model.block_settings()
+    D, F = model.width, size.hidden
     heads = (size.heads, size.head_dim)
-    yield from _table(model, size, "transformer.wte")
+    yield from _table(model, "transformer.wte")
     yield Row("positions", (model.max_length, D), "transformer.wpe.weight", (model.max_length, D))
     for index in range(model.depth):
         ours, theirs = f"block{index}", f"transformer.h.{index}"
@@ -378,7 +354,7 @@ def _gpt2(model: Transformer) -> Iterator[Row]:
             yield Row(f"{ours}/{path}/bias", (out,), f"{theirs}.{name}.bias", (out,))
         yield from _scaled(f"{ours}/norm1", f"{theirs}.ln_2", (D,), bias=True)
     yield from _scaled("norm", "transformer.ln_f", (D,), bias=True)
-    yield from _head(model, size)
+    yield from _head(model)
 
 
 NORMS = {
@@ -397,10 +373,10 @@ NORMS = {
 
 def _llama(model: Transformer) -> Iterator[Row]:
     """Llama and its relatives, which keep its names."""
-    size = _Sizes.of(model)
-    D, F = size.width, size.hidden
+    size = model.block_settings()
+    D, F = model.width, size.hidden
     heads, key_heads = (size.heads, size.head_dim), (size.key_heads, size.head_dim)
-    yield from _table(model, size, "model.embed_tokens")
+    yield from _table(model, "model.embed_tokens")
     for index in range(model.depth):
         ours, theirs = f"block{index}", f"model.layers.{index}"
         for path, name in NORMS[model.arrangement].items():
@@ -436,15 +412,15 @@ def _llama(model: Transformer) -> Iterator[Row]:
                 f"{ours}/{path}", f"{theirs}.{name}", into, out, bias=model.bias == "all"
             )
     yield from _scaled("norm", "model.norm", (D,), bias=False)
-    yield from _head(model, size)
+    yield from _head(model)
 
 
 def _bert(model: Encoder) -> Iterator[Row]:
     """BERT, by its names of today."""
-    size = _Sizes.of(model)
-    D, F = size.width, size.hidden
+    size = model.block_settings()
+    D, F = model.width, size.hidden
     heads = (size.heads, size.head_dim)
-    tables = (("embed", "word", size.rows), ("positions", "position", model.max_length))
+    tables = (("embed", "word", model.vocabulary), ("positions", "position", model.max_length))
     for path, name, count in (*tables, ("token_types", "token_type", model.token_types)):
         yield Row(path, (count, D), f"bert.embeddings.{name}_embeddings.weight", (count, D))
     yield from _scaled("norm", "bert.embeddings.LayerNorm", (D,), bias=True)
@@ -468,6 +444,6 @@ def _bert(model: Encoder) -> Iterator[Row]:
     if model.head == "tokens":
         yield from _linear("head_in", "cls.predictions.transform.dense", (D,), (D,), bias=True)
         yield from _scaled("head_norm", "cls.predictions.transform.LayerNorm", (D,), bias=True)
-        yield Row("head_bias", (size.rows,), "cls.predictions.bias", (size.rows,))
+        yield Row("head_bias", (model.vocabulary,), "cls.predictions.bias", (model.vocabulary,))
     elif model.head == "classes":
         yield from _linear("head", "classifier", (D,), (model.num_classes,), bias=True)
