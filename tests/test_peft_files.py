@@ -215,6 +215,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora=True is more than LoRA here has; merge it in PEFT"),
     "bias": ({"bias": "lora_only"}, "bias='lora_only' is more than LoRA here has; merge it in"),
     "saved": ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head'] is more than LoRA"),
+    "unknown": (
+        {"brand_new": {"rank": 3}},
+        "brand_new={'rank': 3}: not a setting of LoRA that we know; take it out if it changes no",
+    ),
+    "misspelt": (
+        {"lora_alhpa": 32},
+        "lora_alhpa=32: not a setting of LoRA that we know; did you mean 'lora_alpha'?; take it",
+    ),
+    "zero": ({"brand_new": 0}, "brand_new=0: not a setting of LoRA that we know"),
+    "kasa": ({"kasa_config": {"beta": 1e-4}}, "kasa_config={'beta': 0.0001} is more than LoRA"),
     "kind": ({"peft_type": "IA3"}, "is of the kind IA3, not LORA; merge it in PEFT"),
 }
 
@@ -225,6 +235,51 @@ def test_more_than_lora_is_refused(tmp_path: Path, name: str) -> None:
     folder = saved(tmp_path / "a", llama_adapters({Q0: 2}), **said)
     with pytest.raises(UserError, match=re.escape(text)):
         peft_files.read(folder, LLAMA)
+
+
+_OF_ALL = json.loads("""
+    {"auto_mapping": null, "base_model_name_or_path": "base", "revision": null, "r": 2,
+     "task_type": "CAUSAL_LM", "inference_mode": true, "target_modules": ["q_proj"],
+     "lora_alpha": 4, "lora_dropout": 0.0, "fan_in_fan_out": false, "bias": "none",
+     "modules_to_save": null, "init_lora_weights": true, "layers_to_transform": null,
+     "layers_pattern": null}""")
+_PATTERNS = json.loads("""
+    {"rank_pattern": {}, "alpha_pattern": {}, "megatron_config": null,
+     "megatron_core": "megatron.core", "loftq_config": {}}""")
+_MORE = {"use_rslora": False, "use_dora": False, "layer_replication": None}
+_RECENT = {"exclude_modules": None, "eva_config": None, "lora_bias": False}
+_NEWEST = json.loads("""
+    {"peft_version": "0.21.2", "trainable_token_indices": null, "corda_config": null,
+     "lora_ga_config": null, "velora_config": null, "alora_invocation_tokens": null,
+     "use_qalora": false, "qalora_group_size": 16, "monteclora_config": null,
+     "target_parameters": null, "use_bdlora": null, "arrow_config": null, "kasa_config": null,
+     "ensure_weight_tying": false}""")
+WRITTEN = {
+    "0.4.0": _OF_ALL,
+    "0.7.1": _OF_ALL | _PATTERNS,
+    "0.11.1": _OF_ALL | _PATTERNS | _MORE,
+    "0.14.0": _OF_ALL | _PATTERNS | _MORE | _RECENT,
+    "0.21.2": _OF_ALL | _PATTERNS | _MORE | _RECENT | _NEWEST,
+}
+"""What `LoraConfig(r=2, target_modules=["q_proj"])` of these versions wrote."""
+
+
+@pytest.mark.parametrize("version", WRITTEN)
+def test_what_versions_of_peft_write_for_plain_lora_is_read(tmp_path: Path, version: str) -> None:
+    folder = saved(tmp_path / "a", llama_adapters({Q0: 2}), **WRITTEN[version])
+    lora, found = peft_files.read(folder, LLAMA)
+    assert (lora.rank, lora.alpha, len(found)) == (2, 4.0, 2)
+
+
+@pytest.mark.slow
+def test_what_this_peft_writes_for_plain_lora_is_read(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    tensors = llama_adapters({Q0: 2})
+    theirs = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    folder = saved(tmp_path / "a", tensors)
+    theirs.save_pretrained(folder)  # over the settings that were there
+    lora, found = peft_files.read(folder, LLAMA)
+    assert (lora.rank, lora.alpha, len(found)) == (2, 4.0, 2)
 
 
 def test_adapters_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:

@@ -154,6 +154,28 @@ def test_a_run_starts_from_files_goes_on_and_is_exported(
     jax.tree.map(np.testing.assert_array_equal, params, params_of(MODEL))
 
 
+def test_what_was_trained_besides_adapters_is_not_left_out_of_a_peft_export(
+    folder: Path, tmp_path: Path
+) -> None:
+    workdir, lora = tmp_path / "run", LoRA(2, 4.0, pattern=("query",), also=("norm", "head"))
+    asked = ["--model=hf", f"--model.path={folder}"]
+    assert start(workdir, *asked, **RUN, lora=lora, offers={"model": models.NAMES}) == 0
+    line = (
+        "export --format=peft: norm, head were trained besides the adapters (--lora.also), which"
+        " PEFT's files do not hold; use --format=hugging_face --merge"
+    )
+    to = f"--to={tmp_path / 'out'}"
+    with pytest.raises(UserError, match=re.escape(line)):
+        export.run([str(workdir), "--format=peft", to])
+    assert not (tmp_path / "out").exists()
+    assert export.run([str(workdir), "--format=hugging_face", "--merge", to]) == 0
+    trained = tree.flatten(jaxtrain.load(workdir).params)
+    _, params, _ = weights.load(tmp_path / "out")
+    scale = tree.flatten(params)["norm/scale"]
+    np.testing.assert_array_equal(scale, trained["norm/scale"])
+    assert not np.array_equal(scale, tree.flatten(params_of(MODEL))["norm/scale"])
+
+
 @pytest.mark.slow
 def test_adapters_over_files_are_exported_alone_and_merged(folder: Path, tmp_path: Path) -> None:
     offers, lora = {"model": models.NAMES}, LoRA(2, 4.0, pattern=("query", "mlp_in"))

@@ -29,6 +29,7 @@ from jaxtrain.data.text import packing
 from jaxtrain.data.text import windows as windows_file
 from jaxtrain.errors import UserError
 from jaxtrain.horizon import Horizon
+from jaxtrain.models import Transformer
 from jaxtrain.optimizers import SGD
 from jaxtrain.runner import main as runner_main
 from jaxtrain.tasks import Classification, NextToken
@@ -272,7 +273,7 @@ def start(workdir: Path, data: Any, *argv: str, **changes: Any) -> int:
         "name": "text",
         "model": Bigram(),
         "data": data,
-        "task": NextToken(),
+        "task": NextToken(input="tokens,-segments"),
         "optimizer": SGD(learning_rate=0.1),
         "steps": 12,
         "batch_size": 6,
@@ -399,16 +400,29 @@ def test_the_same_at_every_step(
     _stopped_and_resumed(list(range(1, 12)), corpora, tmp_path, monkeypatch, batches)
 
 
-def test_packed_documents_that_see_one_another_are_told(
+def test_packed_documents_see_one_another_only_if_that_is_asked_for(
     corpora: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    noted = "rows hold several documents, and --task.input=tokens lets them see one another"
-    assert start(tmp_path / "a", source_of(corpora, layout="packed"), "--steps=1") == 0
-    assert noted in capsys.readouterr().err
-    assert start(tmp_path / "b", source_of(corpora), "--steps=1") == 0
-    assert "see one another" not in capsys.readouterr().err
+    packed, plain = source_of(corpora, layout="packed"), {"task": NextToken()}
+    line = (
+        "--task.input=tokens: the data has segments, without which the model sees padding and other"
+        " documents of a row; write --task.input=tokens=tokens,segments=segments for a model that"
+        " takes them, or --task.input=tokens,-segments if it shall see all"
+    )
+    assert start(tmp_path / "a", packed, "--steps=1", **plain) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"jaxtrain: error: {line}"
+    assert start(tmp_path / "a", packed, "--steps=1", "--task.input=tokens,-segments", **plain) == 0
+    given = "--task.input=tokens=tokens,segments=segments"
+    apart = {**plain, "model": Transformer(vocabulary=257, width=8, depth=1, heads=1)}
+    assert start(tmp_path / "b", packed, "--steps=1", given, **apart) == 0
+    assert start(tmp_path / "c", source_of(corpora), "--steps=1", **plain) == 0
+
+
+def test_a_vocabulary_of_fewer_tokens_than_the_data_is_refused(
+    corpora: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     narrow = Bigram(vocabulary=100)
-    assert start(tmp_path / "c", source_of(corpora), "--steps=1", model=narrow) == 2
+    assert start(tmp_path, source_of(corpora), "--steps=1", model=narrow) == 2
     assert "--model.vocabulary=100: the data has 257 tokens; set" in capsys.readouterr().err
 
 
@@ -571,7 +585,8 @@ def experiment():
             weights="prose=0.7,verse=0.3/5:prose=0.2,verse=0.8",
             cache=f"{root}/cache", length=24, layout="packed",
         ),
-        task=Seen(), optimizer=optimizers.SGD(learning_rate=0.1), steps=12, batch_size=8,
+        task=Seen(input="tokens,-segments"), optimizer=optimizers.SGD(learning_rate=0.1),
+        steps=12, batch_size=8,
         log_every=1, checkpoint_every=jaxtrain.Horizon(3), eval_every=jaxtrain.Horizon(0),
         device_data=os.environ.get("DEVICE_DATA", "no"), reproducible=True, report=False,
         tensorboard=False, offers={},

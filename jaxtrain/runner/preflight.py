@@ -47,23 +47,9 @@ def model(run: config.Run, train: Table, recipe: Recipe, execution: Execution) -
     task: Any = recipe.task
     if tasks.has_hook(task, "check", found.outputs):
         task.check(found.outputs, _classes(task, train))
-    for note in (*found.notes, *token_notes(run, train), *_mixing_notes(run.task, train)):
+    for note in (*found.notes, *token_notes(run, train)):
         messages.warn(note)
     return found
-
-
-def _mixing_notes(task: Any, train: Table) -> list[str]:
-    """A note where rows hold several documents and the model is not told which token is of
-    which."""
-    field = getattr(task, "input", None)
-    if "segments" not in train.fields or not isinstance(field, str) or "segments" in field:
-        return []
-    return [
-        (
-            f"rows hold several documents, and --task.input={field} lets them see one another; for"
-            " a model that takes segments write --task.input=tokens=tokens,segments=segments"
-        )
-    ]
 
 
 def token_notes(run: config.Run, train: Table) -> list[str]:

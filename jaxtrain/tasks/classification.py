@@ -39,7 +39,8 @@ class Classification:
     """Share of the target that is spread evenly over all classes while training."""
     input: str = "image"
     """The batch's field that the model sees; several as tokens,lengths by position, or as
-    ids=tokens,mask=attention_mask by the names of the model's arguments."""
+    ids=tokens,mask=attention_mask by the names of the model's arguments. Segments of tokens must be
+    named, or kept back, as tokens,-segments."""
     output: str = ""
     """Which of the model's outputs are the logits, as logits, 0 or head.logits; empty for a model
     that gives nothing else."""

@@ -46,7 +46,8 @@ class MaskedLanguage:
 
     input: str = "tokens"
     """The batch's field that holds the tokens; further fields that the model sees follow it, as
-    tokens,mask by position or tokens=tokens,segments=segments by name."""
+    tokens,mask by position or tokens=tokens,segments=segments by name. Segments of the data must
+    be named, or kept back, as tokens,-segments."""
     output: str = ""
     """Which of the model's outputs are the logits, as logits, 0 or head.logits; empty for a model
     that gives nothing else."""

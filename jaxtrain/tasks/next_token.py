@@ -46,7 +46,8 @@ class NextToken:
     input: str = "tokens"
     """The batch's field that holds the tokens; further fields that the model sees follow it, as
     tokens,mask by position or ids=tokens,mask=mask by name, cut as the tokens are where they have
-    a value for each."""
+    a value for each. Segments of the data must be named, as tokens=tokens,segments=segments, or
+    kept back, as tokens,-segments."""
     output: str = ""
     """Which of the model's outputs are the logits, as logits, 0 or head.logits; empty for a model
     that gives nothing else."""

@@ -11,6 +11,8 @@ from jaxtrain.messages import did_you_mean
 from jaxtrain.tree import Batch
 
 FLAG = "--task.input"
+KEPT_BACK = ",-segments"
+"""What a text for `inputs_of` ends in if the model is knowingly not given the segments."""
 
 
 def inputs_of(batch: Batch, names: str) -> Any:
@@ -22,8 +24,12 @@ def inputs_of(batch: Batch, names: str) -> Any:
     >>> inputs_of(batch, "ids=tokens,sizes=lengths")
     {'ids': 1, 'sizes': 2}
 
-    `UserError` for a field that the batch lacks, or names that do not go together.
+    A last `-segments` keeps from the model, knowingly, what tells its documents and its padding
+    apart. `UserError` for a field that the batch lacks, for names that do not go together, and for
+    `segments` of the batch that are neither named nor kept.
     """
+    names, kept_back = _without_mark(names)
+    _check_segments(batch, names, kept_back)
     parts = names.split(",")
     if "=" not in names:
         if len(parts) == 1:
@@ -41,13 +47,33 @@ def inputs_of(batch: Batch, names: str) -> Any:
     return {argument: field_of(batch, field, FLAG) for argument, _, field in pairs}
 
 
+def _without_mark(names: str) -> tuple[str, bool]:
+    """The names before a last `-segments`, and whether it was there."""
+    return names.removesuffix(KEPT_BACK), names.endswith(KEPT_BACK)
+
+
+def _check_segments(batch: Batch, names: str, kept_back: bool) -> None:
+    """`UserError` if the batch has segments for the tokens of the first field, and the model is not
+    given them."""
+    fields = [part.rpartition("=")[2] for part in names.split(",")]
+    if kept_back or "segments" in fields or "segments" not in batch:
+        return
+    if getattr(batch.get(fields[0]), "shape", ()) != getattr(batch["segments"], "shape", None):
+        return  # not of tokens, such as the regions of an image
+    raise UserError(
+        f"{FLAG}={names}: the data has segments, without which the model sees padding and other"
+        f" documents of a row; write {FLAG}={fields[0]}={fields[0]},segments=segments for a model"
+        f" that takes them, or {FLAG}={names}{KEPT_BACK} if it shall see all"
+    )
+
+
 def first_field(names: str) -> str:
     """The first field that a text for `inputs_of` names.
 
     >>> first_field("ids=tokens,mask=attention_mask")
     'tokens'
     """
-    return names.split(",")[0].rpartition("=")[2]
+    return _without_mark(names)[0].split(",")[0].rpartition("=")[2]
 
 
 def as_text(names: str | Sequence[str] | Mapping[str, str]) -> str:

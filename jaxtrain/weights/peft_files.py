@@ -22,32 +22,34 @@ import numpy as np
 from jaxtrain import tree
 from jaxtrain.checkpoints import lazy
 from jaxtrain.errors import UserError
-from jaxtrain.messages import printable
-from jaxtrain.models.lora import LoRA
+from jaxtrain.messages import did_you_mean, printable
+from jaxtrain.models.lora import ADAPTERS, LoRA
 from jaxtrain.weights import names, safetensors_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MOST_NAMED = 6
+_READ = "peft_type r lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern"
+"""Settings that are taken over."""
+_HARMLESS = """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode
+target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out megatron_config
+megatron_core loftq_config eva_config corda_config qalora_group_size ensure_weight_tying
+runtime_config"""
+"""Settings that change no number: what a file says of itself, which layers have an adapter (the
+tensors say so), how the base is stored and split, and how others were born that are refused."""
+READ, HARMLESS = frozenset(_READ.split()), frozenset(_HARMLESS.split())
 PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
-    "use_dora": (False,),
-    "use_qalora": (False,),
-    "use_bdlora": (None,),
-    "lora_bias": (False,),
     # PiSSA, OLoRA, CorDA and LoftQ change the base too, so A and B belong to another one
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
-    "modules_to_save": (None, []),
-    "layer_replication": (None,),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "monteclora_config": (None,),
-    "velora_config": (None,),
-    "lora_ga_config": (None,),
 }
-"""Settings of plain LoRA, or absent; any other value makes another network."""
+"""Settings that must have one of these values, or be absent; any other makes another network."""
+OFF = (
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "layer_replication"),
+    *("trainable_token_indices", "target_parameters", "alora_invocation_tokens", "arrow_config"),
+    *("monteclora_config", "velora_config", "lora_ga_config", "kasa_config"),
+)
+"""What PEFT can do more than plain LoRA, which must be off, as everything that is not known."""
 REMEDY = "merge it in PEFT (merge_and_unload) and read the whole model"
 Adapters = dict[str, np.ndarray]
 """By slash path, such as `block0/attention/query/lora_a`."""
@@ -121,7 +123,7 @@ def write(
     flat = {
         path: np.asarray(leaf)
         for path, leaf in tree.flatten(adapters).items()
-        if re.search(r"(^|/)lora_[ab]$", path)
+        if re.search(ADAPTERS, path)
     }
     left = {path.rpartition("/")[0] for path in flat}
     tensors: dict[str, np.ndarray] = {}
@@ -148,11 +150,24 @@ def write(
 def _check_plain(shown: str, said: Mapping[str, Any]) -> None:
     if said.get("peft_type") != "LORA":
         raise UserError(f"{shown}: is of the kind {said.get('peft_type')}, not LORA; {REMEDY}")
-    for name, values in PLAIN.items():
-        if said.get(name, values[0]) not in values:
+    for name, value in said.items():
+        if name in READ | HARMLESS or (name not in PLAIN and _is_off(value)):
+            continue
+        if name not in PLAIN and name not in OFF:
+            known = (*READ, *HARMLESS, *PLAIN, *OFF)
             raise UserError(
-                f"{shown}: {CONFIG}: {name}={said[name]!r} is more than LoRA here has; {REMEDY}"
+                f"{shown}: {CONFIG}: {name}={value!r}: not a setting of LoRA that we know"
+                f"{did_you_mean(name, known)}; take it out if it changes no number, or {REMEDY}"
             )
+        if value not in PLAIN.get(name, ()):
+            raise UserError(
+                f"{shown}: {CONFIG}: {name}={value!r} is more than LoRA here has; {REMEDY}"
+            )
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a setting says nothing: null, false, or empty."""
+    return value is None or value is False or value in ("", [], {})
 
 
 Pairs = dict[str, tuple[lazy.Lazy, lazy.Lazy]]
