@@ -143,6 +143,7 @@ def write(folder: Path, *rows: Any, template: str = PLAIN) -> dict[str, Any]:
         "train": "all",
         "validation": "",
         "split_seed": None,
+        "cache": str(folder / "cache"),
     }
 
 
@@ -196,7 +197,10 @@ def test_long_and_bad_rows_are_refused_cut_or_left_out(tmp_path: Path) -> None:
     bad = settings | {"bad": "skip"}
     notes = Conversations(**bad, too_long="skip").open().notes
     assert notes[:2] == (
-        "1 rows hold no conversation and are left out",
+        (
+            f"1 row is left out, broken or empty, e.g. {settings['path']}:3 is a JSON list, not an"
+            " object with messages"
+        ),
         "1 conversations longer than 41 tokens are left out",
     )
     cut = Conversations(**bad, too_long="cut").open()

@@ -15,6 +15,7 @@ from test_run import start
 import jaxtrain
 from jaxtrain import models
 from jaxtrain.data import LabelledText
+from jaxtrain.data.sources import text as text_source
 from jaxtrain.errors import UserError
 from jaxtrain.models import Encoder
 from jaxtrain.optimizers import AdamW
@@ -26,6 +27,12 @@ HAM = "see you at noon"
 SPAM = "you have won"
 WHOLE: dict[str, Any] = {"train": "all", "validation": "", "test": "", "split_seed": None}
 """All rows in the order of the files."""
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are kept beside the test's own files."""
+    monkeypatch.setattr(text_source, "CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def rows_of(source: LabelledText) -> list[tuple[str, str]]:
@@ -210,7 +217,7 @@ WRONG: list[tuple[str, list[Any], str]] = [
     (
         "a.json",
         ["[", "{}", "]"],
-        "{path}:1: is no JSON (Expecting value: line 2 column 1 (char 2))",
+        "{path}:1: is no JSON (Expecting value: line 1 column 2 (char 1))",
     ),
     ("a.jsonl", ["3"], "{path}:1: is a JSON int, not an object with 'text' and 'label'"),
     ("a.jsonl", [pair("a\ud83d", 1)], "{path}:1: holds half a character (U+D83D)" + MEND),
@@ -254,7 +261,9 @@ def test_remedies_are_taken(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", pair("a", "x"), pair("", "x"), pair("b", "y"), "{")
     found = LabelledText(path, bad="skip", **WHOLE)
     assert rows_of(found) == [("a", "x"), ("b", "y")]
-    assert found.open().notes == ("2 rows without a text or a class left out",)
+    assert found.open().notes == (
+        f"2 rows are left out, broken or empty, e.g. {path}:2 'text' is empty, {path}:4 is no JSON",
+    )
     bad = write(tmp_path, "bad.jsonl", pair("", "x"))
     with pytest.raises(UserError, match=r"class \(1 row left out\); give other files"):
         LabelledText(bad, bad="skip", **WHOLE).open()
@@ -281,7 +290,7 @@ def test_remedies_are_taken(tmp_path: Path) -> None:
         LabelledText(str(tmp_path / "loose"), **WHOLE).open()
     (tmp_path / "empty" / "x").mkdir(parents=True)
     (tmp_path / "empty" / "x" / "a.txt").touch()
-    with pytest.raises(UserError, match=r"x/a.txt: is empty; mend it, or leave"):
+    with pytest.raises(UserError, match=r"x/a.txt:1: is empty; mend it, or leave"):
         LabelledText(str(tmp_path / "empty"), **WHOLE).open()
 
 

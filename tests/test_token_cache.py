@@ -21,7 +21,7 @@ import pytest
 from test_documents import write_lines, write_parquet
 
 from jaxtrain import durable_files
-from jaxtrain.data.text import token_cache, token_shards, tokenizers
+from jaxtrain.data.text import documents, token_cache, token_shards, tokenizers
 from jaxtrain.data.text.long_text import encode_long, file_cuts, keeps_ids
 from jaxtrain.data.text.protocol import Tokenizer
 from jaxtrain.data.text.token_cache import Tokens, open_tokens
@@ -253,14 +253,14 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_lines(tmp_path / "a.jsonl", ["one", "two"])
-    read_part = token_shards.read_part
+    read_part = documents.read_part
 
     def writing(*arguments: Any) -> Any:
         yield from read_part(*arguments)
         path.write_text(path.read_text() + '{"text": "three"}\n')
 
     with monkeypatch.context() as patch:
-        patch.setattr(token_shards, "read_part", writing)
+        patch.setattr(documents, "read_part", writing)
         with pytest.raises(UserError, match=r"a.jsonl: changed while it was read; start again"):
             open_tokens(str(path), BYTES, cache_dir=tmp_path / "cache")
     tokens = open_tokens(str(path), BYTES, cache_dir=tmp_path / "cache")

@@ -2,6 +2,8 @@
 assistant says is learned."""
 
 import dataclasses
+import datetime
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -11,13 +13,16 @@ from typing import Annotated, Literal
 import numpy as np
 
 from jaxtrain import messages
-from jaxtrain.data.splits import Splits, choose, digest_of_tables, newest_change
+from jaxtrain.data.sources.text import cache_folder, in_flags
+from jaxtrain.data.splits import Splits, choose, digest_of_tables
 from jaxtrain.data.table import ArrayTable
+from jaxtrain.data.text import chat_template
 from jaxtrain.data.text import conversations as chats
-from jaxtrain.data.text.conversations import Conversation, Tokenized
+from jaxtrain.data.text.conversations import Tokenized
+from jaxtrain.data.text.formats import Chats, split_codes
 from jaxtrain.data.text.packing import best_fit
 from jaxtrain.data.text.protocol import Tokenizer
-from jaxtrain.data.text.text_files import find_files
+from jaxtrain.data.text.token_cache import Tokens, open_corpus
 from jaxtrain.data.text.tokenizers import open_tokenizer
 from jaxtrain.errors import UserError
 from jaxtrain.fields import AtLeast, Count, Public
@@ -64,14 +69,17 @@ class Conversations:
     """Part to evaluate on while training; empty for none"""
     test: str = ""
     """Part to evaluate on at the end; empty for none"""
+    cache: str = ""
+    """Folder that keeps the tokens; empty = ~/.cache/jaxtrain/tokens"""
 
     def open(self) -> Splits:
-        """Reads, renders and tokenizes all conversations; `UserError`, with file and row, for what
-        cannot be learned from."""
+        """Renders and tokenises what is not in the cache yet; `UserError`, with file and row, for
+        what cannot be learned from."""
         if not self.path:
             raise UserError("--data.path='': no file given; give JSON lines, a folder or a glob")
         tokenizer, template = self._tokenizer()
-        found, notes = self._tokenized(tokenizer, template)
+        tokens = self._tokens(tokenizer, template)
+        found, notes = self._chosen(tokens)
         order_N = np.arange(len(found))
         if self.split_seed is not None:
             order_N = np.random.Generator(np.random.Philox(self.split_seed)).permutation(len(found))
@@ -100,14 +108,13 @@ class Conversations:
             *parts.notes,
             f"train: {100 * float((rows > 0).mean()):.1f}% of {len(rows):,} rows is full",
         ]
-        files = [Path(file.path) for file in find_files(self.path).files]
         return Splits(
             tables["train"],
             tables.get("validation"),
             tables.get("test"),
             fingerprint=digest_of_tables(tables),
             notes=tuple(notes),
-            modified_ns=newest_change(files),
+            modified_ns=tokens.modified_ns,
         )
 
     def _tokenizer(self) -> tuple[Tokenizer, str]:
@@ -118,43 +125,58 @@ class Conversations:
                 " tokenizer.json"
             )
         tokenizer = open_tokenizer(self.tokenizer)
+        template, flag = self._template(tokenizer)
+        try:
+            chat_template.check(template)
+        except UserError as error:
+            raise UserError(f"{flag}: {error}") from error
+        return tokenizer, template
+
+    def _template(self, tokenizer: Tokenizer) -> tuple[str, str]:
+        """The chat template, and the flag that it comes from."""
         if self.template:
+            flag = f"--data.template={self.template}"
             try:
-                return tokenizer, Path(self.template).expanduser().read_text(encoding="utf-8")
+                return Path(self.template).expanduser().read_text(encoding="utf-8"), flag
             except (OSError, UnicodeDecodeError) as error:
                 why = getattr(error, "strerror", None) or "no UTF-8"
                 near = messages.did_you_mean_path(self.template)
-                raise UserError(
-                    f"--data.template={self.template}: cannot be read ({why}){near}"
-                ) from None
+                raise UserError(f"{flag}: cannot be read ({why}){near}") from None
         if tokenizer.chat_template is None:
             raise UserError(
                 f"--data.tokenizer={self.tokenizer}: has no chat template; give one by"
                 " --data.template=FILE.jinja, or the tokenizer of a model that was taught to chat"
             )
-        return tokenizer, tokenizer.chat_template
+        return tokenizer.chat_template, f"--data.tokenizer={self.tokenizer}"
 
-    def _tokenized(self, tokenizer: Tokenizer, template: str) -> tuple[list[Tokenized], list[str]]:
-        """All conversations as ids, and what is to be said of them."""
+    def _tokens(self, tokenizer: Tokenizer, template: str) -> Tokens:
+        """All conversations as ids, from the cache or made now."""
+        today = datetime.date.today().isoformat() if "strftime_now" in template else ""
+        try:
+            return open_corpus(
+                [self.path],
+                chats.find_conversations(self.path),
+                Chats(template, dict(tokenizer.special), today),
+                tokenizer,
+                cache_dir=cache_folder(self.cache),
+                stop_at_bad=self.bad == "error",
+            )
+        except UserError as error:
+            raise in_flags(error) from error
+
+    def _chosen(self, tokens: Tokens) -> tuple[list[Tokenized], list[str]]:
+        """The conversations that are learned from, and what is to be said of them."""
         found: list[Tokenized] = []
-        skipped = long = 0
-        for each in chats.conversations(self.path):
-            try:
-                one = _usable(tokenizer, template, each)
-            except UserError as error:
-                if self.bad == "error":
-                    raise UserError(
-                        f"{error}; mend it, or leave such rows out with --data.bad=skip"
-                    ) from None
-                skipped += 1
-                continue
-            if len(one.ids_N) > self.length + 1:
+        long = 0
+        for number, (start, stop) in enumerate(itertools.pairwise(tokens.offsets_D1.tolist())):
+            one = split_codes(tokens.read(start, stop))
+            if stop - start > self.length + 1:
                 long += 1
                 if self.too_long == "error":
-                    place = each.place if isinstance(each, Conversation) else each[0]
                     raise UserError(
-                        f"--data.length={self.length}: {place} has {len(one.ids_N)} tokens; make it"
-                        f" {len(one.ids_N) - 1}, or choose --data.too_long=cut or skip"
+                        f"--data.length={self.length}: {tokens.place(number)} has {stop - start}"
+                        f" tokens; make it {stop - start - 1}, or choose --data.too_long=cut or"
+                        " skip"
                     )
                 if self.too_long == "skip":
                     continue
@@ -162,7 +184,7 @@ class Conversations:
             found.append(one)
         if not found:
             raise UserError(f"--data.path={self.path!r}: holds no conversation that can be used")
-        notes = [f"{skipped:,} rows hold no conversation and are left out"] if skipped else []
+        notes = [*tokens.notes]
         if long:
             what = "are cut" if self.too_long == "cut" else "are left out"
             notes.append(f"{long:,} conversations longer than {self.length + 1} tokens {what}")
@@ -220,13 +242,3 @@ class Conversations:
                 "a conversation, and what is learned of it {+so+}:\n"
                 f"{chats.marked(tokenizer, one, colour=colour).rstrip()}\n"
             )
-
-
-def _usable(tokenizer: Tokenizer, template: str, each: Conversation | tuple[str, str]) -> Tokenized:
-    """A conversation as ids; `UserError`, beginning with its place, if that cannot be."""
-    if not isinstance(each, Conversation):
-        raise UserError(": ".join(each))
-    try:
-        return chats.tokenized(tokenizer, template, each.messages)
-    except UserError as error:
-        raise UserError(f"{each.place}: {error}") from error

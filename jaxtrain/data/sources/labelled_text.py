@@ -5,21 +5,33 @@ N: texts, T: tokens of a row
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+import itertools
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
 
-from jaxtrain.data.splits import Splits, choose, digest_of_tables, newest_change
+from jaxtrain.data.sources.text import cache_folder, in_flags
+from jaxtrain.data.splits import Splits, choose, digest_of_tables
 from jaxtrain.data.table import ArrayTable
 from jaxtrain.data.text import labelled_files
-from jaxtrain.data.text.labelled_files import Labelled, find_labelled
+from jaxtrain.data.text.formats import LabelledTexts
+from jaxtrain.data.text.labelled_files import find_labelled
 from jaxtrain.data.text.protocol import Tokenizer
-from jaxtrain.data.text.tokenizers import is_learned, learn, open_tokenizer
+from jaxtrain.data.text.text_files import TextFiles
+from jaxtrain.data.text.token_cache import Tokens, open_corpus
 from jaxtrain.errors import UserError
 from jaxtrain.fields import AtLeast, Count, Public
 from jaxtrain.messages import did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """A text as ids, its label as it is written, and the place that messages to the user name."""
+
+    ids_N: np.ndarray
+    label: str
+    place: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,24 +72,27 @@ class LabelledText:
     """Part to evaluate on while training; empty for none"""
     test: str = "all[90%:]"
     """Part to evaluate on at the end; empty for none"""
+    cache: str = ""
+    """Folder that keeps the tokens; empty = ~/.cache/jaxtrain/tokens"""
 
     def open(self) -> Splits:
-        """Reads and tokenizes all texts; `UserError`, with file and row, for what is no text with a
-        class."""
+        """Tokenises what is not in the cache yet; `UserError`, with file and row, for what is no
+        text with a class."""
         if not self.path:
             raise UserError(
                 "--data.path='': no file given; give CSV, JSON lines or Parquet, or a folder that"
                 " holds a folder of .txt files for each class"
             )
         files, notes = find_labelled(self.path)
-        texts = self._read(files, notes)
+        tokens = self._tokens(files, notes)
+        notes = [*tokens.notes]
+        texts = self._read(files, tokens)
         everything = [one for split in texts.values() for one in split]
         classes = self._classes(everything)
-        tokenizer = self._tokenizer(everything)
         tables: dict[str, ArrayTable] = {}
         long = 0
         for split, found in texts.items():
-            tables[split], too_long = self._table(found, classes, tokenizer)
+            tables[split], too_long = self._table(found, classes, tokens.tokenizer)
             long += too_long
         if long:
             what = "cut" if self.too_long == "cut" else "left out"
@@ -93,40 +108,47 @@ class LabelledText:
             test=self.test,
             fingerprint=digest_of_tables(tables),
             notes=tuple(notes),
-            modified_ns=newest_change(Path(each.file.path) for each in files),
+            modified_ns=tokens.modified_ns,
             origin=f"--data.path={self.path!r}",
         )
         return dataclasses.replace(parts, notes=(*parts.notes, *_shared(parts)))
 
+    def _tokens(self, files: Sequence[labelled_files.LabelledFile], notes: Sequence[str]) -> Tokens:
+        """All texts as ids, from the cache or made now."""
+        whole = bool(files[0].label)
+        try:
+            return open_corpus(
+                [self.path],
+                TextFiles(tuple(each.file for each in files), tuple(notes)),
+                LabelledTexts(self.text_key, self.label_key, whole),
+                self.tokenizer,
+                cache_dir=cache_folder(self.cache),
+                stop_at_bad=self.bad == "error",
+            )
+        except UserError as error:
+            raise in_flags(error) from error
+
     def _read(
-        self, files: Sequence[labelled_files.LabelledFile], notes: list[str]
-    ) -> dict[str, list[Labelled]]:
+        self, files: Sequence[labelled_files.LabelledFile], tokens: Tokens
+    ) -> dict[str, list[_Text]]:
         """The texts of each split, in the order of the files."""
-        texts: dict[str, list[Labelled]] = {each.split: [] for each in files}
-        skipped = 0
-        for file in files:
-            for each in labelled_files.read_labelled(file, self.text_key, self.label_key):
-                if isinstance(each, Labelled):
-                    texts[file.split].append(each)
-                elif self.bad == "skip":
-                    skipped += 1
-                else:
-                    raise UserError(
-                        f"{': '.join(each)}; mend it, or leave such rows out with --data.bad=skip"
-                    )
+        texts: dict[str, list[_Text]] = {each.split: [] for each in files}
+        assert tokens.file_D is not None
+        for number, (start, stop) in enumerate(itertools.pairwise(tokens.offsets_D1.tolist())):
+            file = files[tokens.file_D[number]]
+            label = file.label or tokens.labels_D[number]
+            texts[file.split].append(_Text(tokens.read(start, stop), label, tokens.place(number)))
         for split, found in texts.items():
             if not found:
                 where = "" if split == "all" else f" in split {split}"
-                left = f" ({_count(skipped, 'row')} left out)" if skipped else ""
+                left = f" ({_count(tokens.left_out, 'row')} left out)" if tokens.left_out else ""
                 raise UserError(
                     f"--data.path={self.path!r}: holds no text with a class{where}{left}; give"
                     " other files"
                 )
-        if skipped:
-            notes.append(f"{_count(skipped, 'row')} without a text or a class left out")
         return texts
 
-    def _classes(self, texts: Sequence[Labelled]) -> tuple[str, ...]:
+    def _classes(self, texts: Sequence[_Text]) -> tuple[str, ...]:
         """The classes in the order of their numbers; `UserError` if the labels are no classes."""
         counts = collections.Counter(one.label for one in texts)
         if self.classes:
@@ -145,13 +167,8 @@ class LabelledText:
         whole = all(label.isascii() and label.lstrip("-").isdigit() for label in counts)
         return tuple(sorted(counts, key=int) if whole else sorted(counts))
 
-    def _tokenizer(self, texts: Iterable[Labelled]) -> Tokenizer:
-        if is_learned(self.tokenizer):
-            return learn(self.tokenizer, (one.text for one in texts))
-        return open_tokenizer(self.tokenizer)
-
     def _table(
-        self, texts: Sequence[Labelled], classes: tuple[str, ...], tokenizer: Tokenizer
+        self, texts: Sequence[_Text], classes: tuple[str, ...], tokenizer: Tokenizer
     ) -> tuple[ArrayTable, int]:
         """Texts as rows in a random order that is always the same, and how many of them are longer
         than a row."""
@@ -167,7 +184,7 @@ class LabelledText:
         labels: list[int] = []
         long = 0
         for one in texts:
-            ids_N = tokenizer.encode(one.text)
+            ids_N = one.ids_N
             if not len(ids_N):
                 raise UserError(
                     f"{one.place}: the tokenizer makes no token of its text; mend it, or leave it"

@@ -84,11 +84,26 @@ class Rows:
                 bad=self.bad,
             )
         except UserError as error:
-            words = str(error).replace(" bad=skip", " --data.bad=skip")
-            raise UserError(words.replace(" by key=", " by --data.key=")) from error
+            raise in_flags(error) from error
 
     def _folder(self) -> Path:
-        return Path(self.cache or CACHE).expanduser()
+        return cache_folder(self.cache)
+
+
+def cache_folder(cache: str) -> Path:
+    """The folder that keeps tokens, by the flag of a source."""
+    return Path(cache or CACHE).expanduser()
+
+
+def in_flags(error: UserError) -> UserError:
+    """What the cache refuses, in the words of a source's flags.
+
+    >>> in_flags(UserError("a.jsonl:2: is empty; leave such rows out with bad=skip")).args[0]
+    'a.jsonl:2: is empty; leave such rows out with --data.bad=skip'
+    """
+    words = str(error).replace(" bad=skip", " --data.bad=skip")
+    words = words.replace(" by key=", " by --data.key=")
+    return UserError(words.replace("another cache_dir", "another --data.cache"))
 
 
 @dataclasses.dataclass(frozen=True)

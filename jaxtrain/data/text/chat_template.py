@@ -92,6 +92,14 @@ def rendered(
     return _unmarked(text)
 
 
+def check(template: str) -> None:
+    """`UserError` if it is no template.
+
+    >>> check("{{ messages }}")
+    """
+    _compiled(template)
+
+
 def has_markers(template: str) -> bool:
     """Whether a template marks what the model is to say.
 

@@ -6,8 +6,8 @@ the template adds to the conversation before it, up to the token that ends a tex
 N: tokens
 """
 
+import codecs
 import dataclasses
-import gzip
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,12 +16,13 @@ import numpy as np
 
 from jaxtrain.data.text import documents
 from jaxtrain.data.text.chat_template import Message, Span, has_markers, render, rendered
+from jaxtrain.data.text.documents import WHOLE, Bad, Part
 from jaxtrain.data.text.protocol import Tokenizer
-from jaxtrain.data.text.text_files import LINES, TextFile, find_files
+from jaxtrain.data.text.text_files import LINES, TextFile, TextFiles, find_files
 from jaxtrain.errors import UserError
 from jaxtrain.messages import did_you_mean, one_line, printable
 
-__all__ = ["Conversation", "Tokenized", "conversations", "marked", "render", "tokenized"]
+__all__ = ["Conversation", "Tokenized", "find_conversations", "marked", "render", "tokenized"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _OTHER_WORDS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
@@ -30,10 +31,11 @@ _OTHER_WORDS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bo
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Messages, and the place that messages to the user name."""
+    """Messages, and the line that they stand in with its bytes."""
 
     messages: tuple[Message, ...]
-    place: str
+    row: int
+    size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,40 +55,37 @@ class BadRow(Exception):
     """What is wrong with a row, without its place."""
 
 
-def conversations(paths: str | Sequence[str]) -> Iterator[Conversation | tuple[str, str]]:
-    """The conversations of files, folders and globs, in order, and place and fault of each row that
-    holds none.
-
-    >>> import pathlib, tempfile
-    >>> path = pathlib.Path(tempfile.mkdtemp()) / "chat.jsonl"
-    >>> _ = path.write_text('{"prompt": "Hi", "completion": "Ho"}\\n')
-    >>> [found] = conversations(str(path))
-    >>> [message["role"] for message in found.messages], found.place.endswith("chat.jsonl:1")
-    (['user', 'assistant'], True)
-    """
-    for file in find_files(paths).files:
+def find_conversations(paths: str | Sequence[str]) -> TextFiles:
+    """The files that paths name; `UserError` if one is none of JSON lines."""
+    found = find_files(paths)
+    for file in found.files:
         if file.kind != LINES:
             raise UserError(
                 f"{printable(file.path)}: is {file.kind}; conversations are JSON lines: an object a"
                 ' line, such as {"messages": [{"role": "user", "content": "..."}, ...]}'
             )
-        for row, line in _lines(file):
-            place = documents.place(file, row)
+    return found
+
+
+def read_part(file: TextFile, part: Part = WHOLE) -> Iterator[Conversation | Bad]:
+    """The conversations of a file, or of a part of it, in order, and the rows that hold none.
+
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "chat.jsonl"
+    >>> _ = path.write_text('{"prompt": "Hi", "completion": "Ho"}\n')
+    >>> [found] = read_part(TextFile(str(path), LINES))
+    >>> [message["role"] for message in found.messages], found.row
+    (['user', 'assistant'], 1)
+    """
+    with documents.reading(file):
+        for row, line in enumerate(documents.lines_of(file, part), start=part.row):
+            line = line.removeprefix(codecs.BOM_UTF8) if row == 1 else line
+            if not line.strip():
+                continue
             try:
-                yield Conversation(messages_of(_object(line)), place)
+                yield Conversation(messages_of(_object(line)), row, len(line))
             except BadRow as fault:
-                yield place, str(fault)
-
-
-def _lines(file: TextFile) -> Iterator[tuple[int, bytes]]:
-    try:
-        with gzip.open(file.path) if file.compression == "gzip" else open(file.path, "rb") as lines:
-            for row, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield row, line
-    except (OSError, EOFError) as error:
-        why = getattr(error, "strerror", None) or one_line(str(error))
-        raise UserError(f"{printable(file.path)}: cannot be read ({why})") from error
+                yield Bad(row, str(fault))
 
 
 def _object(line: bytes) -> Mapping[str, Any]:

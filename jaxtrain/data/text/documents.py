@@ -6,6 +6,7 @@ line that is, so that messages name the line of the file.
 """
 
 import codecs
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -90,9 +91,9 @@ def documents(
                 raise UserError(bad_words(file, document.row, document.why))
 
 
-def bad_words(file: TextFile, row: int, why: str) -> str:
+def bad_words(file: TextFile, row: int, why: str, noun: str = "document") -> str:
     """The line about a document that is broken, with what can be done about it."""
-    return f"{place(file, row)}: {why}; mend it, or leave such documents out with bad=skip"
+    return f"{place(file, row)}: {why}; mend it, or leave such {noun}s out with bad=skip"
 
 
 def place(file: TextFile, row: int) -> str:
@@ -107,8 +108,15 @@ def read_part(file: TextFile, how: Format, part: Part = WHOLE) -> Iterator[Docum
     `UserError` where the file itself cannot be read on, such as one that was cut off.
     """
     readers = {TEXT: _read_text, LINES: _read_lines, PARQUET: _read_parquet}
-    try:
+    with reading(file):
         yield from readers[file.kind](file, how, part)
+
+
+@contextlib.contextmanager
+def reading(file: TextFile) -> Iterator[None]:
+    """Whatever keeps a file from being read, as `UserError`."""
+    try:
+        yield
     except EOFError as error:
         raise UserError(f"{printable(file.path)}: is cut off ({one_line(str(error))})") from error
     except (OSError, zlib.error) as error:
@@ -188,7 +196,7 @@ def _decoded(data: bytes, row: int, start: int = 0) -> Document | Bad:
 
 def _read_lines(file: TextFile, how: Format, part: Part) -> Iterator[Document | Bad]:
     row, blank = part.row - 1, 0
-    for line in _lines(file, part):
+    for line in lines_of(file, part):
         row += 1
         if row == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -210,7 +218,8 @@ def _read_lines(file: TextFile, how: Format, part: Part) -> Iterator[Document | 
         yield Bad(1, "is empty")
 
 
-def _lines(file: TextFile, part: Part) -> Iterator[bytes]:
+def lines_of(file: TextFile, part: Part) -> Iterator[bytes]:
+    """The lines of a part of a file, without their ends."""
     left = None if part.stop is None else part.stop - part.start
     with open_bytes(file) as stream:
         if part.start:

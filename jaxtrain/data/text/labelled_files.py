@@ -7,12 +7,12 @@ import dataclasses
 import io
 import json
 import sys
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxtrain.data.text import documents
+from jaxtrain.data.text.documents import WHOLE, Bad, Part
 from jaxtrain.data.text.text_files import LINES, PARQUET, TextFile, find_files, text_file
 from jaxtrain.errors import UserError
 from jaxtrain.messages import did_you_mean, one_line, printable
@@ -33,11 +33,11 @@ _ENDS = (*_TABLES, ".jsonl", ".ndjson", ".parquet")
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """A text, its label as it is written, and the place that messages to the user name."""
+    """A text, its label as it is written, if the file tells it, and the row of the file."""
 
     text: str
-    label: str
-    place: str
+    label: str | None
+    row: int
 
 
 class BadRow(Exception):
@@ -140,39 +140,38 @@ def _in_folder(path: Path, folder: Path, in_classes: bool) -> LabelledFile:
     return LabelledFile(file, split or "all", parts[0])
 
 
-def read_labelled(
-    each: LabelledFile, text_key: str, label_key: str
-) -> Iterator[Labelled | tuple[str, str]]:
-    """The labelled texts of a file in order, and place and fault of each row that is none."""
-    file = each.file
-    if each.label:
-        yield _whole_file(each)
-        return
+def read_part(
+    file: TextFile, text_key: str, label_key: str, part: Part = WHOLE
+) -> Iterator[Labelled | Bad]:
+    """The labelled texts of a file, or of a part of it, in order, and the rows that are none."""
     readers = {LINES: _lines, PARQUET: _parquet}
     keys = text_key, label_key
-    try:
-        for row, value in readers.get(file.kind, _cells)(file, keys):
-            place = documents.place(file, row)
+    with documents.reading(file):
+        for row, value in readers.get(file.kind, _cells)(file, keys, part):
             try:
-                yield _labelled(value, keys, place)
+                yield _labelled(value, keys, row)
             except BadRow as fault:
-                yield place, str(fault)
-    except (OSError, EOFError, zlib.error) as error:
-        why = getattr(error, "strerror", None) or one_line(str(error))
-        raise UserError(f"{printable(file.path)}: cannot be read ({why})") from error
+                yield Bad(row, str(fault))
 
 
-def _whole_file(each: LabelledFile) -> Labelled | tuple[str, str]:
-    place = printable(each.file.path)
-    for found in documents.read_part(each.file, documents.Format()):
-        if isinstance(found, documents.Bad):
-            return place, found.why
-        if found.text.strip():
-            return Labelled(found.text, each.label, place)
-    return place, "holds nothing but spaces"
+def read_whole(file: TextFile) -> Iterator[Labelled | Bad]:
+    """The text that a file is, whose folder tells the label."""
+    for found in documents.read_part(file, documents.Format()):
+        if isinstance(found, Bad):
+            yield found
+        elif found.text.strip():
+            yield Labelled(found.text, None, found.row)
+        else:
+            yield Bad(found.row, "holds nothing but spaces")
 
 
-def _labelled(value: Mapping[str, Any] | BadRow, keys: tuple[str, str], place: str) -> Labelled:
+def check_columns(file: TextFile, text_key: str, label_key: str) -> None:
+    """`UserError` if a file of Parquet lacks one of the columns."""
+    if file.kind == PARQUET:
+        _open_parquet(file, (text_key, label_key)).close()
+
+
+def _labelled(value: Mapping[str, Any] | BadRow, keys: tuple[str, str], row: int) -> Labelled:
     if isinstance(value, BadRow):
         raise value
     for key, flag in zip(keys, ("text_key", "label_key"), strict=True):
@@ -197,40 +196,38 @@ def _labelled(value: Mapping[str, Any] | BadRow, keys: tuple[str, str], place: s
         raise BadRow(f"{keys[1]!r} is {what}, no class: a class is a text or a whole number")
     if not str(label).strip():
         raise BadRow(f"{keys[1]!r} is empty")
-    return Labelled(text, str(label), place)
+    return Labelled(text, str(label), row)
 
 
 Rows = Iterator[tuple[int, Mapping[str, Any] | BadRow]]
 
 
-def _lines(file: TextFile, keys: tuple[str, str]) -> Rows:
-    with documents.open_bytes(file) as stream:
-        for row, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            line = line.removeprefix(codecs.BOM_UTF8) if row == 1 else line
-            try:
-                value = json.loads(line.decode())
-            except UnicodeDecodeError as error:
-                yield row, BadRow(f"byte 0x{line[error.start]:02x} is no UTF-8")
-                continue
-            except (ValueError, RecursionError) as error:
-                more = ", and begins an array: jq -c '.[]' takes it apart" * line.startswith(b"[")
-                yield row, BadRow(f"is no JSON ({one_line(str(error))}){more}")
-                continue
-            what = "one JSON array" if isinstance(value, list) else f"a JSON {type(value).__name__}"
-            wanted = " and ".join(map(repr, keys))
-            yield (
-                row,
-                value
-                if isinstance(value, dict)
-                else BadRow(
-                    f"is {what}, not an object with {wanted} (jq -c '.[]' takes one apart)"
-                ),
-            )
+def _lines(file: TextFile, keys: tuple[str, str], part: Part) -> Rows:
+    for row, line in enumerate(documents.lines_of(file, part), start=part.row):
+        if not line.strip():
+            continue
+        line = line.removeprefix(codecs.BOM_UTF8) if row == 1 else line
+        try:
+            value = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            yield row, BadRow(f"byte 0x{line[error.start]:02x} is no UTF-8")
+            continue
+        except (ValueError, RecursionError) as error:
+            more = ", and begins an array: jq -c '.[]' takes it apart" * line.startswith(b"[")
+            yield row, BadRow(f"is no JSON ({one_line(str(error))}){more}")
+            continue
+        what = "one JSON array" if isinstance(value, list) else f"a JSON {type(value).__name__}"
+        wanted = " and ".join(map(repr, keys))
+        yield (
+            row,
+            value
+            if isinstance(value, dict)
+            else BadRow(f"is {what}, not an object with {wanted} (jq -c '.[]' takes one apart)"),
+        )
 
 
-def _cells(file: TextFile, keys: tuple[str, str]) -> Rows:
+def _cells(file: TextFile, keys: tuple[str, str], part: Part) -> Rows:
+    assert part == WHOLE, part  # a line end may stand in quotes
     mark, name = _cells_end(file) or ",", printable(file.path)
     csv.field_size_limit(sys.maxsize)  # a text may be longer than the module's 128 KiB
     with documents.open_bytes(file) as stream:
@@ -273,26 +270,35 @@ def _row(header: list[str], cells: list[str]) -> Mapping[str, Any] | BadRow:
     return dict(zip(header, cells, strict=True))
 
 
-def _parquet(file: TextFile, keys: tuple[str, str]) -> Rows:
+def _parquet(file: TextFile, keys: tuple[str, str], part: Part) -> Rows:
     import pyarrow
 
-    table = documents.open_parquet(file, keys[0])
-    names = table.schema_arrow.names
+    table = _open_parquet(file, keys)
+    row = 0
     try:
-        if keys[1] not in names:
-            listed = ", ".join(map(repr, names[:8]))
-            raise UserError(
-                f"{printable(file.path)}: has no column {keys[1]!r}, but"
-                f" {listed}{did_you_mean(keys[1], names)}; name it by --data.label_key"
-            )
-        row = 0
-        for batch in table.iter_batches(1024, columns=list(keys)):
-            for value in batch.to_pylist():
-                yield row, value
-                row += 1
+        for group in range(table.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            if part.start <= row and (part.stop is None or row < part.stop):
+                batches = table.iter_batches(1024, row_groups=[group], columns=list(keys))
+                values = (value for batch in batches for value in batch.to_pylist())
+                yield from enumerate(values, start=row)
+            row += rows
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(
             f"{printable(file.path)}: cannot be read ({one_line(str(error))})"
         ) from error
     finally:
         table.close()
+
+
+def _open_parquet(file: TextFile, keys: tuple[str, str]) -> Any:
+    table = documents.open_parquet(file, keys[0])
+    names = table.schema_arrow.names
+    if keys[1] in names:
+        return table
+    table.close()
+    listed = ", ".join(map(repr, names[:8]))
+    raise UserError(
+        f"{printable(file.path)}: has no column {keys[1]!r}, but"
+        f" {listed}{did_you_mean(keys[1], names)}; name it by --data.label_key"
+    )

@@ -22,11 +22,10 @@ from typing import Any
 import numpy as np
 
 from jaxtrain import durable_files
-from jaxtrain.data.text import documents, long_text, token_shards
-from jaxtrain.data.text.documents import Format
-from jaxtrain.data.text.plain_tokenizers import END_OF_TEXT
+from jaxtrain.data.text import documents, token_shards
+from jaxtrain.data.text.formats import Documents, Format
 from jaxtrain.data.text.protocol import Tokenizer, digest
-from jaxtrain.data.text.text_files import TEXT, TextFile, TextFiles, find_files
+from jaxtrain.data.text.text_files import TextFile, TextFiles, find_files
 from jaxtrain.data.text.token_shards import Column, Job, Unit, id_dtype
 from jaxtrain.data.text.token_workers import Progress, tokenize
 from jaxtrain.data.text.tokenizers import SAVED, is_learned, learn, open_tokenizer, save
@@ -62,6 +61,10 @@ class Tokens:
     files: tuple[TextFile, ...] = ()
     file_D: np.ndarray | None = None
     row_D: np.ndarray | None = None
+    labels_D: tuple[str, ...] = ()
+    """Of labelled texts whose files hold the labels."""
+    left_out: int = 0
+    """How many broken documents were left out."""
 
     @functools.cached_property
     def _starts(self) -> list[int]:
@@ -122,11 +125,39 @@ def open_tokens(
     """
     if bad not in ("error", "skip"):
         raise UserError(f"bad={bad!r}: valid: error, skip")
+    found = find_files(paths)
+    tokens = open_corpus(
+        [paths] if isinstance(paths, str) else paths,
+        found,
+        Documents(key, separator),
+        tokenizer,
+        cache_dir=cache_dir,
+        stop_at_bad=bad == "error",
+        processes=processes,
+        say=say,
+    )
+    if len(tokens.offsets_D1) == 1:
+        raise UserError(f"{printable(found.files[0].path)}: holds no document; give a text")
+    return tokens
+
+
+def open_corpus(
+    paths: Sequence[str],
+    found: TextFiles,
+    how: Format,
+    tokenizer: str | Tokenizer,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    stop_at_bad: bool = True,
+    processes: int = 0,
+    say: Callable[[str], None] | None = None,
+) -> Tokens:
+    """`open_tokens` of whatever a `Format` finds in the files that were found at these paths; there
+    may be nothing."""
     folder = (
         Path.home() / ".cache" / "jaxtrain" / "tokens" if cache_dir is None else Path(cache_dir)
     )
-    found, how = find_files(paths), Format(key, separator)
-    work = _Work(folder.expanduser(), found, how, bad == "error", processes, say or _print)
+    work = _Work(folder.expanduser(), found, how, stop_at_bad, processes, say or _print)
     try:
         return work.open(paths, tokenizer)
     except OSError as error:
@@ -148,14 +179,13 @@ class _Work:
     processes: int
     say: Callable[[str], None]
 
-    def open(self, paths: str | Sequence[str], tokenizer: str | Tokenizer) -> Tokens:
-        given = [paths] if isinstance(paths, str) else paths
-        places = [os.path.abspath(os.path.expanduser(path)) for path in given]
+    def open(self, paths: Sequence[str], tokenizer: str | Tokenizer) -> Tokens:
+        places = [os.path.abspath(os.path.expanduser(path)) for path in paths]
         learned = isinstance(tokenizer, str) and is_learned(tokenizer)
         if isinstance(tokenizer, str) and not learned:
             tokenizer = open_tokenizer(tokenizer)
         who = tokenizer if isinstance(tokenizer, str) else tokenizer.fingerprint
-        corpus = digest([METHOD, who, places, self.how.key, self.how.separator])
+        corpus = digest([METHOD, who, places, *self.how.identity])
         path = self.folder / "corpora" / f"{corpus}.json"
         kept = _read_json(path)
         if kept is not None and (tokens := self._current(kept, path, tokenizer)) is not None:
@@ -244,23 +274,12 @@ class _Work:
         if self.stop_at_bad:
             for file, unit in bad_units:
                 if unit["bad_count"]:
-                    raise UserError(documents.bad_words(file, *unit["bad"][0]))
-        notes = [*self.found.notes, *token_shards.bad_notes(bad_units), *kept.get("notes", [])]
-        if not len(first_D):
-            raise UserError(
-                f"{printable(self.found.files[0].path)}: holds no document; give a text"
-            )
+                    row, why = unit["bad"][0]
+                    raise UserError(documents.bad_words(file, row, why, self.how.noun))
+        bad_notes = token_shards.bad_notes(bad_units, self.how.noun)
+        left_out = sum(unit["bad_count"] for unit in units)
         marks = sum(unit["marks"] for unit in units)
-        if marks and not self.how.separator:
-            notes.append(
-                f"the texts hold {END_OF_TEXT} {marks:,} times, as plain text; with"
-                f" separator={END_OF_TEXT} documents end there"
-            )
-        if not tokenizer.eos and len(first_D) > 1:
-            notes.append(
-                f"the tokenizer {printable(tokenizer.name)} has no token that ends a text: the"
-                f" {len(first_D):,} documents follow one another without a mark"
-            )
+        own_notes = self.how.notes(tokenizer, len(first_D), marks)
         return Tokens(
             shards=tuple(ids),
             offsets_D1=np.concatenate([[0], np.cumsum(tokens_D)]).astype(np.int64),
@@ -268,16 +287,19 @@ class _Work:
             tokenizer=tokenizer,
             fingerprint=digest(
                 [
-                    *(METHOD, tokenizer.fingerprint, self.how.key, self.how.separator),
+                    *(METHOD, tokenizer.fingerprint, *self.how.identity),
                     [file["digest"] for file in kept["files"]],
-                    sum(unit["bad_count"] for unit in units),
+                    left_out,
                 ]
             ),
             modified_ns=max(file["identity"][1] for file in kept["files"]),
-            notes=tuple(notes),
+            notes=(*self.found.notes, *bad_notes, *kept.get("notes", []), *own_notes),
             files=tuple(self.found.files),
             file_D=files_U[unit_D[first_D]],
             row_D=rows_D4[first_D, Column.ROW],
+            # shards of before labels were kept are of documents
+            labels_D=tuple(label for unit in units for label in unit.get("labels", ())),
+            left_out=left_out,
         )
 
     # ---- what is made
@@ -288,7 +310,7 @@ class _Work:
         identities = [token_shards.identity_of(file.path) for file in files]
         part_bytes = _part_bytes(sum(identity[0] for identity in identities))
         with concurrent.futures.ThreadPoolExecutor(self._processes()) as pool:
-            surveys = list(pool.map(lambda f: documents.survey(f, self.how, part_bytes), files))
+            surveys = list(pool.map(lambda f: self.how.survey(f, part_bytes), files))
         for file, identity, found in zip(files, identities, surveys, strict=True):
             if token_shards.identity_of(file.path) != identity or found.size != identity[0]:
                 raise UserError(token_shards.CHANGED.format(printable(file.path)))
@@ -334,7 +356,7 @@ class _Work:
             stride = -(-total // _LEARNED_BYTES)
             notes.append(f"tokenizer {spec}: learned from one of {stride} documents, evenly spread")
         contents = [found.digest for found in surveys]
-        name = digest([METHOD, spec, self.how.key, self.how.separator, stride, contents])
+        name = digest([METHOD, spec, *self.how.identity, stride, contents])
         folder = self.folder / "learned" / name
         if not (folder / SAVED).is_file():
             if total >= _LONG_LEARNED_BYTES:
@@ -346,11 +368,11 @@ class _Work:
 
     def _texts(self) -> Iterator[str]:
         for file in self.found.files:
-            for document in documents.read_part(file, self.how):
-                if isinstance(document, documents.Document):
-                    yield document.text
+            for text in self.how.texts(file):
+                if isinstance(text, str):
+                    yield text
                 elif self.stop_at_bad:
-                    raise UserError(documents.bad_words(file, document.row, document.why))
+                    raise UserError(documents.bad_words(file, text.row, text.why, self.how.noun))
 
     def _units(
         self,
@@ -361,13 +383,7 @@ class _Work:
     ) -> list[tuple[int, Unit]]:
         units = []
         for place, (file, found) in enumerate(zip(self.found.files, surveys, strict=True)):
-            parts = found.parts
-            if file.kind == TEXT and not file.compression and not self.how.separator:
-                try:
-                    cuts = long_text.file_cuts(tokenizer, file.path, part_bytes)
-                except UserError as error:
-                    raise UserError(f"{printable(file.path)}: {error}") from error
-                parts = documents.parts_of_one(file.path, cuts)
+            parts = self.how.parts(file, found, tokenizer, part_bytes)
             size = found.size // len(parts)
             units += [
                 (place, Unit(file, part, found.digest, identities[place], size)) for part in parts

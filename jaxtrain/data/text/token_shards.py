@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 
 from jaxtrain import durable_files
-from jaxtrain.data.text import long_text
-from jaxtrain.data.text.documents import Bad, Document, Format, Part, bad_words, place, read_part
-from jaxtrain.data.text.plain_tokenizers import END_OF_TEXT
+from jaxtrain.data.text.documents import Bad, Part, bad_words, place
+from jaxtrain.data.text.formats import Format
 from jaxtrain.data.text.protocol import Tokenizer, digest
 from jaxtrain.data.text.text_files import TextFile
 from jaxtrain.errors import UserError
@@ -30,6 +29,8 @@ from jaxtrain.messages import printable
 METHOD = 1
 """One more whenever the same files would give other shards, so that none of before is taken."""
 CHANGED = "{}: changed while it was read; start again when nothing writes to it"
+_SAID = ("bad", "bad_count", "marks", "labels")
+"""What the summary of a shard says of each unit besides its size."""
 _KEPT_BAD = 20
 """How many broken documents of a shard are named; all are counted."""
 
@@ -63,7 +64,7 @@ class Unit:
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A shard to be made; units that `taken` names are copied: key -> (shard, first and last id,
-    first and last document, bad documents)."""
+    first and last document, and what its summary says of it)."""
 
     name: str
     units: tuple[Unit, ...]
@@ -101,7 +102,7 @@ def identity_of(path: str) -> tuple[int, ...]:
 
 def shard_name(tokenizer: str, how: Format, units: Sequence[Unit]) -> str:
     """The name of a shard, from the fingerprint of the tokenizer, the format and the units."""
-    return digest([METHOD, tokenizer, how.key, how.separator, [unit.key for unit in units]])
+    return digest([METHOD, tokenizer, *how.identity, [unit.key for unit in units]])
 
 
 def make_shard(
@@ -121,7 +122,7 @@ def make_shard(
     ids: list[np.ndarray] = []
     rows: list[np.ndarray] = []
     units: list[dict[str, Any]] = []
-    dtype = id_dtype(tokenizer.vocabulary)
+    dtype = id_dtype(how.num_ids(tokenizer.vocabulary))
     for number, unit in enumerate(job.units):
         if unit.key in job.taken:
             made = _take(folder, job.taken[unit.key])
@@ -135,9 +136,7 @@ def make_shard(
                 "key": unit.key,
                 "tokens": len(ids[-1]),
                 "documents": len(made.rows_D4),
-                "bad": made.bad,
-                "bad_count": made.bad_count,
-                "marks": made.marks,
+                **made.said,
             }
         )
         report(unit.size)
@@ -157,65 +156,45 @@ def make_shard(
 class _Made:
     ids: list[np.ndarray]
     rows_D4: np.ndarray
-    bad: list[list[Any]]
-    bad_count: int
-    marks: int
+    said: dict[str, Any]
+    """What the summary of the shard says of the unit."""
 
 
 def _tokenize(unit: Unit, tokenizer: Tokenizer, how: Format, *, stop_at_bad: bool) -> _Made:
     file, part = unit.file, unit.part
     if identity_of(file.path) != unit.identity:
         raise UserError(CHANGED.format(printable(file.path)))
-    bos, eos = np.array(tokenizer.bos, np.int32), np.array(tokenizer.eos[:1], np.int32)
     ids: list[np.ndarray] = []
     rows: list[tuple[int, ...]] = []
     bad: list[list[Any]] = []
+    labels: list[str] = []
     bad_count = marks = 0
-    before = "" if part.begins else long_text.character_before(file.path, part.start)
-    for document in read_part(file, how, part):
-        if isinstance(document, Bad):
+    for one in how.encoded(file, part, tokenizer):
+        if isinstance(one, Bad):
             if stop_at_bad:
-                raise UserError(bad_words(file, document.row, document.why))
+                raise UserError(bad_words(file, one.row, one.why, how.noun))
             bad_count += 1
             if len(bad) < _KEPT_BAD:
-                bad.append([document.row, document.why])
+                bad.append([one.row, one.why])
             continue
-        here = [_encode(tokenizer, file, document, before)]
-        here = [bos, *here] if part.begins else here
-        here = [*here, eos] if part.ends else here
-        ids += here
-        size = len(document.text.encode())
-        rows.append((sum(map(len, here)), size, document.row, 0))
-        marks += document.text.count(END_OF_TEXT)
+        ids += one.ids
+        rows.append((sum(map(len, one.ids)), one.size, one.row, 0))
+        marks += one.marks
+        labels += [] if one.label is None else [one.label]
     if identity_of(file.path) != unit.identity:
         raise UserError(CHANGED.format(printable(file.path)))
     rows_D4 = np.array(rows, np.int64).reshape(-1, len(Column))
-    return _Made(ids, rows_D4, bad, bad_count, marks)
-
-
-def _encode(tokenizer: Tokenizer, file: TextFile, document: Document, before: str) -> np.ndarray:
-    try:
-        if len(document.text) > long_text.LONG or before:
-            ids_N = long_text.encode_long(tokenizer, document.text, before=before)
-        else:
-            ids_N = tokenizer.encode(document.text)
-    except UserError as error:
-        raise UserError(f"{printable(file.path)}:{document.row}: {error}") from error
-    if len(ids_N) and not 0 <= ids_N.min() <= ids_N.max() < tokenizer.vocabulary:
-        raise UserError(
-            f"tokenizer {tokenizer.name}: gives id {ids_N.max()}, which is not in its vocabulary,"
-            f" 0..{tokenizer.vocabulary - 1}"
-        )
-    return ids_N
+    said = {"bad": bad, "bad_count": bad_count, "marks": marks, "labels": labels}
+    return _Made(ids, rows_D4, said)
 
 
 def _take(folder: Path, taken: Sequence[Any]) -> _Made:
     """The tokens of a unit out of an older shard, which its maker has verified."""
-    name, first, last, first_row, last_row, bad, bad_count, marks = taken
+    name, first, last, first_row, last_row, said = taken
     ids = np.load(shard_file(folder, name, "ids"), mmap_mode="r", allow_pickle=False)
     rows = np.load(shard_file(folder, name, "documents"), mmap_mode="r", allow_pickle=False)
     rows_D4 = np.array(rows[first_row:last_row])
-    return _Made([np.array(ids[first:last])], rows_D4, list(bad), bad_count, marks)
+    return _Made([np.array(ids[first:last])], rows_D4, said)
 
 
 def shard_file(folder: Path, name: str, kind: str) -> Path:
@@ -266,8 +245,8 @@ def unit_ranges(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
     first = first_row = 0
     for unit in summary["units"]:
         last, last_row = first + unit["tokens"], first_row + unit["documents"]
-        what = [unit["bad"], unit["bad_count"], unit["marks"]]
-        yield unit["key"], [summary["name"], first, last, first_row, last_row, *what]
+        said = {key: unit[key] for key in _SAID if key in unit}
+        yield unit["key"], [summary["name"], first, last, first_row, last_row, said]
         first, first_row = last, last_row
 
 
@@ -306,7 +285,7 @@ def _checksum(path: Path) -> list[Any]:
         return [file.tell(), found]
 
 
-def bad_notes(units: Sequence[tuple[TextFile, Mapping[str, Any]]]) -> list[str]:
+def bad_notes(units: Sequence[tuple[TextFile, Mapping[str, Any]]], noun: str) -> list[str]:
     """What is said of the documents that were left out: how many, and the first of each kind."""
     total, first = 0, dict[str, str]()
     for file, unit in units:
@@ -315,6 +294,6 @@ def bad_notes(units: Sequence[tuple[TextFile, Mapping[str, Any]]]) -> list[str]:
             first.setdefault(why.split("(")[0].strip(), place(file, row))
     if not total:
         return []
-    what = "1 document is" if total == 1 else f"{total:,} documents are"
+    what = f"1 {noun} is" if total == 1 else f"{total:,} {noun}s are"
     kinds = ", ".join(f"{where} {kind}" for kind, where in list(first.items())[:4])
     return [f"{what} left out, broken or empty, e.g. {kinds}"]

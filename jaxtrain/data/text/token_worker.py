@@ -16,8 +16,7 @@ def main() -> None:
     # What a library prints must not stand between the results.
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    from jaxtrain.data.text import token_shards, tokenizers
-    from jaxtrain.data.text.documents import Format
+    from jaxtrain.data.text import formats, token_shards, tokenizers
     from jaxtrain.errors import UserError
 
     def answer(value: dict[str, Any]) -> None:
@@ -25,7 +24,7 @@ def main() -> None:
 
     head = json.loads(sys.stdin.readline())
     tokenizer = tokenizers.from_record(head["tokenizer"])
-    folder, how = Path(head["folder"]), Format(**head["format"])
+    folder, how = Path(head["folder"]), formats.from_record(head["format"])
     try:
         for line in sys.stdin:
             try:

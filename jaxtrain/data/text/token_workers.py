@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 from jaxtrain.data.text import token_shards
-from jaxtrain.data.text.documents import Format
+from jaxtrain.data.text.formats import Format
 from jaxtrain.data.text.protocol import Tokenizer
 from jaxtrain.data.text.token_shards import Job
 from jaxtrain.errors import UserError
@@ -140,7 +140,7 @@ def tokenize(
     head = {
         "tokenizer": tokenizer.record(),
         "folder": str(folder),
-        "format": {"key": how.key, "separator": how.separator},
+        "format": how.record(),
         "stop_at_bad": stop_at_bad,
     }
     answers: _Answers = queue.SimpleQueue()
