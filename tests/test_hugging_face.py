@@ -92,7 +92,7 @@ def test_dropout_is_said_and_not_taken_over() -> None:
         ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps=nan: must be there, a number > 0"),
         ("llama", {"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu': we have gelu"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads=3: does not divide 4"),
-        ("llama", {"attention_bias": True}, "attention_bias=True: biases are in all dense layers"),
+        ("llama", {"mlp_bias": True}, "mlp_bias=True: our block has such biases only beside those"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: llama turns whole"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}: not a"),
         ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings=1: must be true or false"),

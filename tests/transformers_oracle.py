@@ -110,6 +110,15 @@ CASES: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "mlp_bias": True,
     },
+    "llama_attention_biased": SHARED
+    | {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_key_value_heads": 2,
+        "rope_theta": 500.0,
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+    },
     "smollm3": SHARED
     | {
         "model_type": "smollm3",

@@ -30,8 +30,6 @@ from jaxtrain.inference.drawing import Drawing
 from jaxtrain.models.cache import Decoder
 from jaxtrain.parallel import mesh as meshes
 
-SHORTEST = 16
-"""Requests are padded to powers of two from here on, so that few programs are compiled."""
 CHUNK = 64
 """Of so many tokens of each request the logits exist at once."""
 MOST = 256
@@ -291,7 +289,7 @@ class LanguageModel:
             most=generation.most,
             stop=self._stop_tokens(generation.until),
             seed=self.seed,
-            capacity=min(_bucket(needed), self.length),
+            capacity=min(sampling.bucket(needed), self.length),
             **options,
         )
         texts = [_Text(TextStream(self.tokenizer)) for _ in rows]
@@ -438,21 +436,12 @@ def _batches(lengths: Sequence[int], most: int, size: int) -> list[tuple[int, li
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     groups: dict[int, list[int]] = {}
     for index in order:
-        groups.setdefault(min(_bucket(lengths[index]), most), []).append(index)
+        groups.setdefault(min(sampling.bucket(lengths[index]), most), []).append(index)
     return [
         (length, members[start : start + size])
         for length, members in groups.items()
         for start in range(0, len(members), size)
     ]
-
-
-def _bucket(length: int) -> int:
-    """The next power of two, at least `SHORTEST`.
-
-    >>> _bucket(3), _bucket(17)
-    (16, 32)
-    """
-    return max(SHORTEST, 2 ** (length - 1).bit_length())
 
 
 def _say_if_cut(cut: Sequence[bool], length: int) -> None:

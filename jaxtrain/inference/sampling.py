@@ -124,6 +124,15 @@ def stream(
         yield piece_BT[:, 0]
 
 
+def bucket(length: int, shortest: int = SHORTEST) -> int:
+    """The next power of two, at least `shortest`: few programs for many lengths.
+
+    >>> bucket(3), bucket(17), bucket(0, 8)
+    (16, 32, 8)
+    """
+    return max(shortest, 2 ** max(length - 1, 0).bit_length())
+
+
 def check(model: Any, prompts: Sequence[Any], **options: Unpack[Options]) -> None:
     """`UserError` for prompts and options that `generate` would refuse; nothing is computed."""
     _job(model, _checked_prompts(model, prompts), options)
@@ -147,7 +156,7 @@ def _pieces(
     )
     program = programs.drawing(job.drawing.greedy, job.drawing.filtered)
     keys_B = rng.per_example(rng.root(job.seed), jnp.asarray(job.rows, jnp.uint32))
-    stop_S = np.full(max(8, 2 ** (len(job.stop) - 1).bit_length()), ENDED, np.int32)
+    stop_S = np.full(bucket(len(job.stop), 8), ENDED, np.int32)
     stop_S[: len(job.stop)] = job.stop
     state = _filled(programs, params, texts, np.zeros(len(texts), bool), 0)
     done = 0
@@ -182,8 +191,9 @@ def _filled(
     )
     longest = max(len(text) for text in texts) - 1
     for start in range(0, longest, LONGEST):
-        bucket = max(SHORTEST, 2 ** (min(longest - start, LONGEST) - 1).bit_length())
-        tokens_BT = np.zeros((len(texts), min(bucket, LONGEST)), np.int32)
+        tokens_BT = np.zeros(
+            (len(texts), bucket(min(longest - start, LONGEST), SHORTEST)), np.int32
+        )
         segments_BT = np.zeros_like(tokens_BT)
         for row, text in enumerate(texts):
             part = text[:-1][start : start + LONGEST]

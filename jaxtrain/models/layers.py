@@ -75,9 +75,18 @@ class Dropout(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         if not train or (isinstance(self.rate, int | float) and self.rate == 0):
             return x
-        keep = 1.0 - jnp.asarray(self.rate, jnp.float32)
-        kept = jax.random.uniform(self.make_rng("dropout"), x.shape) < keep
-        return jnp.where(kept, x * (1.0 / keep).astype(x.dtype), jnp.zeros_like(x))
+        return dropped(x, self.rate, self.make_rng("dropout"))
+
+
+def dropped(x: jax.Array, rate: Any, key: jax.Array) -> jax.Array:
+    """Each number set to zero with probability `rate`, and the others divided by 1 - rate.
+
+    >>> sorted(set(dropped(jnp.ones(64), 0.5, jax.random.key(0)).tolist()))
+    [0.0, 2.0]
+    """
+    keep = 1.0 - jnp.asarray(rate, jnp.float32)
+    kept = jax.random.uniform(key, x.shape) < keep
+    return jnp.where(kept, x * (1.0 / keep).astype(x.dtype), jnp.zeros_like(x))
 
 
 def conv(

@@ -28,7 +28,8 @@ from jaxtrain.fields import Above, AtLeast, Between
 from jaxtrain.models import layers
 
 A, B = "lora_a", "lora_b"
-ADAPTERS = r"(^|/)lora_[ab]$"
+_NAME = r"lora_[ab]$"
+ADAPTERS = rf"(^|/){_NAME}"
 """What the paths of adapters look like, for rules."""
 UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """PyTorch's initialisation of a linear layer (Kaiming, a = sqrt(5)), which PEFT gives to A."""
@@ -80,7 +81,7 @@ class LoRA:
         if not self.rank:
             return ()
         trained = "".join(f"(?!.*(?:{pattern}))" for pattern in self.also)
-        return (rf"^(?!.*{ADAPTERS[5:]}){trained}",)
+        return (rf"^(?!.*{_NAME}){trained}",)
 
     def on(self, model: Any) -> Any:
         """The model with adapters; itself at rank 0. `UserError` if it is no Linen module, or a
@@ -245,7 +246,7 @@ class _Adapting:
         a, b = (nn.meta.unbox(module.get_variable("params", name)) for name in (A, B))
         x, a, b = promote_dtype(inputs, a, b, dtype=module.dtype)
         if self._lora.dropout and module.has_rng("dropout"):  # there is one in training only
-            x = _dropped(x, self._lora.dropout, module.make_rng("dropout"))
+            x = layers.dropped(x, self._lora.dropout, module.make_rng("dropout"))
         h = self._lora.scale * _through(x, a, _axes(module, inputs.ndim), module.precision)
         return y + _through(h, b, (h.ndim - 1,), module.precision).astype(y.dtype)
 
@@ -283,11 +284,6 @@ class _Adapting:
 
         module.param(A, make_a)
         module.param(B, make_b)
-
-
-def _dropped(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(kept, x * jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.zeros_like(x))
 
 
 def _axes(module: Any, ndim: int) -> tuple[int, ...]:

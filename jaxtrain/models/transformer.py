@@ -32,6 +32,7 @@ from jaxtrain.models.cache import BlockCache, Cache, extended
 SMALL_NORMAL = nn.initializers.normal(0.02)
 Kind = Literal["full", "window", "unrotated"]
 Arrangement = Literal["pre", "post", "output", "sandwich"]
+Bias = Literal["all", "qkv", "attention", "none"]
 Norm = Literal["layer", "rms"]
 NotNegative = Annotated[float, AtLeast(0)]
 Whole = Annotated[int, AtLeast(0)]
@@ -73,8 +74,9 @@ class Transformer(nn.Module):
     "between a block's dense layers; gelu is the approximation by tanh"
     gated: bool = False
     "a third dense layer goes through the activation and multiplies the first (SwiGLU, GeGLU)"
-    bias: Literal["all", "qkv", "none"] = "all"
-    "which dense layers have a bias"
+    bias: Bias = "all"
+    """which dense layers have a bias: all, those of queries, keys and values (qkv), those and the
+    one behind attention (attention), or none"""
     norm: Norm = "layer"
     "centred and scaled (layer), or only scaled by the root mean square (rms)"
     norm_epsilon: Annotated[float, Above(0)] = 1e-6
@@ -90,7 +92,8 @@ class Transformer(nn.Module):
     """how places are told apart: a learned embedding of each, or queries and keys rotated by
     their place (no parameters)"""
     max_length: Count = 1024
-    "how many places a learned embedding has; of no effect with rotary positions"
+    """how many places a learned embedding has; of rotary models, which go on beyond it, only the
+    length that exported files name"""
     pattern: tuple[Kind, ...] = ("full",)
     """the kinds of the blocks, repeated over the depth: full, window (sees the last places only) or
     unrotated (has no positions)"""
@@ -364,7 +367,7 @@ class BlockSettings:
     hidden: int
     activation: layers.Activation = "gelu"
     gated: bool = False
-    bias: Literal["all", "qkv", "none"] = "all"
+    bias: Bias = "all"
     norm: Norm = "layer"
     norm_epsilon: float = 1e-6
     norm_offset: bool = False
@@ -485,7 +488,9 @@ class Attention(nn.Module):
             scale=settings.attention_scale,
             **seen,
         )
-        out = layers.output_projection(x_BTD.shape[-1], bias=settings.bias == "all", name="out")
+        out = layers.output_projection(
+            x_BTD.shape[-1], bias=settings.bias in ("all", "attention"), name="out"
+        )
         return out(mixed_BTNK), held
 
 

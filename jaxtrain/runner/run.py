@@ -30,7 +30,16 @@ from jaxtrain.report.metrics_file import JsonlWriter, Writers
 from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.report.trackers import TensorBoardWriter, WandbWriter
-from jaxtrain.runner import build, closing, describe, finish, restore, samples, workdir
+from jaxtrain.runner import (
+    build,
+    closing,
+    describe,
+    finish,
+    kept_tokenizer,
+    restore,
+    samples,
+    workdir,
+)
 from jaxtrain.runner.compile import Execution, Training
 from jaxtrain.runner.profiler import Profiler
 from jaxtrain.train import loop, metrics_log
@@ -249,7 +258,7 @@ def _train(
             step=first,
         )
         workdir.write(opened.folder, record | warm)
-        samples.keep_tokenizer(opened.folder, opened.splits.train)
+        kept_tokenizer.keep(opened.folder, opened.splits.train)
     writers = _writers(opened, found.run_id)
     said = samples.Samples(run, opened.folder, opened.splits.train, opened.programs, progress)
     hooks = Hooks(run.at_step, run.at_evaluation)

@@ -1,11 +1,10 @@
 """Samples: what a language model says on the way (--sample_every), on the terminal and in
-samples.jsonl, and the tokenizer that a run keeps for it.
+samples.jsonl.
 
 The same prompt and the same seed at every step, so that texts differ by the parameters alone.
 """
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ import jax
 
 from jaxtrain import config, tree
 from jaxtrain.config import values
-from jaxtrain.data import label_checks
 from jaxtrain.data.table import Table
-from jaxtrain.data.text import tokenizers
 from jaxtrain.data.text.protocol import Tokenizer
 from jaxtrain.errors import UserError
 from jaxtrain.inference import prompts, sampling
@@ -24,6 +21,7 @@ from jaxtrain.precision.policy import POLICIES
 from jaxtrain.processes import group, heartbeat
 from jaxtrain.report.metrics_file import AppendedLines
 from jaxtrain.report.terminal.progress import Progress
+from jaxtrain.runner.kept_tokenizer import tokenizer_of
 from jaxtrain.tasks import MaskedLanguage
 from jaxtrain.train import train_step
 from jaxtrain.train.lowering import Programs
@@ -32,26 +30,6 @@ from jaxtrain.train.state import TrainState
 
 FILE = "samples.jsonl"
 SEED = 0
-
-
-def tokenizer_of(train: Table) -> Tokenizer | None:
-    """The tokenizer of the text that a run is trained on; None if it is none."""
-    return getattr(label_checks.unchecked(train), "tokenizer", None)
-
-
-def keep_tokenizer(folder: Path, train: Table) -> None:
-    """Writes the tokenizer into the run's folder, where `sample` finds it: one that was learned
-    from the text may be nowhere else."""
-    tokenizer = tokenizer_of(train)
-    if tokenizer is None:
-        return
-    path = folder / tokenizers.SAVED
-    try:
-        same = json.loads(path.read_bytes()) == tokenizer.record()
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        tokenizers.save(tokenizer, folder)
 
 
 def check(run: config.Run, train: Table, recipe: Recipe) -> None:

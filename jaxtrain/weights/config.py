@@ -485,10 +485,9 @@ def _bias(keys: Keys, family: str) -> Any:
     has_mlp = family in ("llama", "smollm3")
     attention = keys.flag("attention_bias", False)
     mlp = keys.flag("mlp_bias", False) if has_mlp else False
-    if attention != mlp:
-        name = "attention_bias" if attention else "mlp_bias"
-        raise keys.refuse(name, "biases are in all dense layers of our block, or in none")
-    return "all" if attention else "none"
+    if mlp and not attention:
+        raise keys.refuse("mlp_bias", "our block has such biases only beside those of attention")
+    return "all" if mlp else "attention" if attention else "none"
 
 
 def _kinds(keys: Keys, family: str, depth: int) -> tuple[tuple[Any, ...], int]:
@@ -759,9 +758,9 @@ def _write_llama(model: Any, family: str) -> dict[str, Any]:
     }
     config |= _write_kinds(model, family)
     if family in ("llama", "smollm3"):
-        config |= {name: model.bias == "all" for name in ("attention_bias", "mlp_bias")}
-    elif family not in ("qwen2", "mistral"):
-        config["attention_bias"] = False
+        config["mlp_bias"] = model.bias == "all"
+    if family not in ("qwen2", "mistral"):
+        config["attention_bias"] = model.bias in ("all", "attention")
     if known.gemma:
         config |= {
             "query_pre_attn_scalar": round(model.attention_scale**-2),

@@ -402,14 +402,14 @@ def _llama(model: Transformer) -> Iterator[Row]:
                 yield from _scaled(
                     f"{ours}/attention/{path}", f"{theirs}.self_attn.{name}", normed, bias=False
                 )
-        for path, name, into, out in (
-            ("attention/out", "self_attn.o_proj", heads, (D,)),
-            ("mlp_gate", "mlp.gate_proj", (D,), (F,)),
-            ("mlp_in", "mlp.up_proj", (D,), (F,)),
-            ("mlp_out", "mlp.down_proj", (F,), (D,)),
+        for path, name, into, out, with_bias in (
+            ("attention/out", "self_attn.o_proj", heads, (D,), ("all", "attention")),
+            ("mlp_gate", "mlp.gate_proj", (D,), (F,), ("all",)),
+            ("mlp_in", "mlp.up_proj", (D,), (F,), ("all",)),
+            ("mlp_out", "mlp.down_proj", (F,), (D,), ("all",)),
         ):
             yield from _linear(
-                f"{ours}/{path}", f"{theirs}.{name}", into, out, bias=model.bias == "all"
+                f"{ours}/{path}", f"{theirs}.{name}", into, out, bias=model.bias in with_bias
             )
     yield from _scaled("norm", "model.norm", (D,), bias=False)
     yield from _head(model)

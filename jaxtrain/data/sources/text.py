@@ -20,9 +20,10 @@ from jaxtrain.data.splits import Piece, Splits
 from jaxtrain.data.table import Table
 from jaxtrain.data.text import packing, token_cache
 from jaxtrain.data.text.pieces import Pieces, documents_of, within
+from jaxtrain.data.text.protocol import Tokenizer
 from jaxtrain.data.text.token_cache import Tokens
 from jaxtrain.data.text.tokenizers import is_learned
-from jaxtrain.data.text.windows import windows
+from jaxtrain.data.text.windows import is_ragged, windows
 from jaxtrain.errors import UserError
 from jaxtrain.fields import AtLeast, Count, Free, Public
 from jaxtrain.horizon import Horizon
@@ -71,13 +72,13 @@ class Rows:
     cache: str = ""
     """Folder that keeps the tokens; empty = ~/.cache/jaxtrain/tokens"""
 
-    def tokens_of(self, paths: Sequence[str]) -> Tokens:
-        """The tokens of files, from the cache or made now."""
+    def tokens_of(self, paths: Sequence[str], tokenizer: Tokenizer | None = None) -> Tokens:
+        """The tokens of files, from the cache or made now; `tokenizer` instead of the one named."""
         files = [str(Path(path).expanduser()) for path in paths] or list(python_library())
         try:
             return token_cache.open_tokens(
                 files,
-                self.tokenizer,
+                tokenizer or self.tokenizer,
                 cache_dir=self._folder(),
                 key=self.key,
                 separator=self.separator,
@@ -108,7 +109,8 @@ def in_flags(error: UserError) -> UserError:
 
 @dataclasses.dataclass(frozen=True)
 class Text(Rows):
-    """Files of text as rows of tokens; field `tokens` int32 (length + 1,).
+    """Files of text as rows of tokens; field `tokens` (length + 1,): int32, or of windows
+    that are whole in memory the cache's uint16 or uint32.
 
     >>> Text(path=("corpus/*.jsonl",), tokenizer="bpe:4096", layout="packed").key
     'text'
@@ -162,7 +164,9 @@ class Mixture(Rows):
         corpora = self._corpora()
         cuts = {name: _cut(self, tokens) for name, tokens in corpora.items()}
         weighted = self.layout == "windows" and any(
-            _ragged(self, part) for cut in cuts.values() for part in cut.parts.values()
+            is_ragged(part, self.length, self.stride)
+            for cut in cuts.values()
+            for part in cut.parts.values()
         )
         opened = {
             name: of_tokens(self, corpora[name], cuts[name], name=name, weighted=weighted)
@@ -177,17 +181,7 @@ class Mixture(Rows):
             return {name: self.tokens_of(path) for name, path in paths.items()}
         everything = [file for path in paths.values() for file in (path or python_library())]
         learned = self.tokens_of(everything).tokenizer
-        return {
-            name: token_cache.open_tokens(
-                [str(Path(file).expanduser()) for file in path] or list(python_library()),
-                learned,
-                cache_dir=self._folder(),
-                key=self.key,
-                separator=self.separator,
-                bad=self.bad,
-            )
-            for name, path in paths.items()
-        }
+        return {name: self.tokens_of(path, learned) for name, path in paths.items()}
 
 
 @functools.cache
@@ -284,12 +278,6 @@ def of_tokens(
         notes=tuple(f"{name}: {note}" if name and note in tokens.notes else note for note in notes),
         modified_ns=tokens.modified_ns,
     )
-
-
-def _ragged(rows: Rows, part: Pieces) -> bool:
-    """Whether the last window over a part is not full."""
-    rest = part.tokens - 1 - rows.length
-    return rest < 0 or rest % (rows.stride or rows.length) != 0
 
 
 def _check_enough(rows: Rows, part: Pieces, role: str, flag: str) -> None:

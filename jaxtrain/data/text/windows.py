@@ -26,9 +26,10 @@ WHOLE = 2**28
 class Windows:
     """The table of the windows over some pieces of a corpus, which follow one another.
 
-    Fields: `tokens` int32 (T + 1,); `bytes` float32 (), the UTF-8 bytes of the text to predict; and
-    where the last row is not full, or `weighted` says so, `weight` float32 (T + 1,), 0 for the
-    padding behind its end and for the first token, which is not predicted.
+    Fields: `tokens` (T + 1,), int32, or where the table is `whole` the corpus's own uint16 or
+    uint32, so that it is small on the device; `bytes` float32 (), the UTF-8 bytes of the text to
+    predict; and where the last row is not full, or `weighted` says so, `weight` float32 (T + 1,), 0
+    for the padding behind its end and for the first token, which is not predicted.
     """
 
     arrays = None
@@ -50,7 +51,7 @@ class Windows:
         self._ends_P = np.cumsum(self._pieces.lengths_P)
         targets = self._pieces.tokens - 1
         self._rows = 1 + max(0, -(-(targets - length) // self._stride))
-        self.weighted = weighted or (self._rows - 1) * self._stride + length > targets
+        self.weighted = weighted or is_ragged(self._pieces, length, stride)
         self._reader, self._text = PieceReader(tokens), TextBytes(tokens)
         self.tokenizer = tokens.tokenizer
         self.num_classes = tokens.tokenizer.vocabulary
@@ -144,6 +145,17 @@ class Windows:
 
     def _origin(self) -> str:
         return self._tokens.place(0).rpartition(":")[0] or "text"
+
+
+def is_ragged(pieces: Pieces, length: int, stride: int | None = None) -> bool:
+    """Whether the last window over some pieces is not full.
+
+    >>> pieces = Pieces(np.array([0]), np.array([7]))
+    >>> is_ragged(pieces, 3), is_ragged(pieces, 4)
+    (False, True)
+    """
+    rest = pieces.tokens - 1 - length
+    return rest < 0 or rest % (stride or length) != 0
 
 
 def windows(
