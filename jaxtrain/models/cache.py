@@ -26,6 +26,7 @@ class Decoder(Protocol):
     (True, False)
     """
 
+    vocabulary: int
     positions: Any
     max_length: int
 

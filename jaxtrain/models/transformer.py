@@ -519,7 +519,7 @@ def _places_beside(
     return jnp.where(real_BT > 0, places_BT, -1).astype(jnp.int32)
 
 
-def period(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
+def period(kinds: Sequence[Any]) -> tuple[Any, ...]:
     """The fewest kinds that, repeated, are all of them; the last time may end early.
 
     >>> period(("window", "full", "window")), period(("full",) * 3)
