@@ -5,7 +5,18 @@
 
 Without a path the text is Python's own library, and the tokenizer is learned from it. Documents lie
 packed side by side and do not see one another. The large settings are RoBERTa's (Liu et al. 2019).
-No result yet: it was run for a few steps only.
+
+Result, of a short run only (seed 0, 8 minutes on two busy cores, Xeon, 2026-11-28): 1,000 steps of
+16 x 64 bytes of Python's library reach 3.013 nats a hidden byte and 31.0% right on the held-out 1%
+of its files:
+
+    python experiments/bert_mlm.py --data.tokenizer=bytes --model.vocabulary=258 --data.length=63 \\
+        --steps=1000 --batch_size=16 --optimizer.learning_rate=3e-3 --eval_every=100% \\
+        --checkpoint_every=100% '--data.train=all[:99%]' '--data.validation=all[99%:]'
+
+The frequencies of the bytes alone give 3.345 nats there, and always the most frequent one (a space)
+is right in 31.2%: the context is worth 0.33 nats by then, and no better first guess yet. With a BPE
+of 512 ids, 600 steps of 16 x 128 stay at the frequencies (5.282 nats to their 5.312).
 """
 
 import jaxtrain

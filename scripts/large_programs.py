@@ -4,8 +4,8 @@
     .venv/bin/python scripts/large_programs.py                      # 20 minutes on two CPU cores
     .venv/bin/python scripts/large_programs.py --only=decoder --out=/tmp/programs
 
-It needs the extra `plan`, and `pip install nvidia-cudnn-cu12` (1.1 GB) for cuDNN's attention. It
-writes docs/benchmarks/large_programs.json, and the table of docs/scaling.md between its two marks.
+It needs the extra `plan`, which brings cuDNN for the attention of H100s. It writes
+docs/benchmarks/large_programs.json, and the table of docs/scaling.md between its two marks.
 """
 
 import argparse

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from gguf import quants
 
-from jaxtrain import weights
+from jaxtrain import gguf_header, weights
 from jaxtrain.data.text import chat_template, tokenizers
 from jaxtrain.errors import UserError
 from jaxtrain.inference import sampling
@@ -234,7 +234,7 @@ def test_rows_are_dequantised_as_the_package_does(tmp_path: Path, kind: str) -> 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    header = gguf_file.read_header(tmp_path / "m.gguf")
+    header = gguf_header.read_header(tmp_path / "m.gguf")
     tensor = gguf_file._lazy(tmp_path / "m.gguf", "w", header.tensors["w"])
     want = quants.dequantize(data, dtype)
     assert tensor.shape == want.shape == (6, width)
@@ -252,7 +252,7 @@ def test_a_kind_that_the_package_does_not_know_is_one_line(tmp_path: Path) -> No
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    header = gguf_file.read_header(tmp_path / "m.gguf")
+    header = gguf_header.read_header(tmp_path / "m.gguf")
     assert header.tensors["w"].shape == (2, block)
     tensor = gguf_file._lazy(tmp_path / "m.gguf", "w", header.tensors["w"])
     with pytest.raises(UserError, match=r"w is Q8_K, which the package gguf does not dequantise"):

@@ -58,7 +58,16 @@ FLOORS = (
         "single files",
         {
             *("tasks", "losses", "metrics", "schedules", "fields", "horizon"),
-            *("tree", "rng", "hardware", "errors", "messages", "extras", "durable_files"),
+            *(
+                "tree",
+                "rng",
+                "hardware",
+                "errors",
+                "messages",
+                "extras",
+                "durable_files",
+                "gguf_header",
+            ),
             *("late_logits", "vocabulary_loss", "block_loop"),
         },
     ),

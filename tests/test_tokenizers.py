@@ -518,7 +518,10 @@ WRONG: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: open_tokenizer(f / "other"), "is no tokenizer.json that `tokenizers` reads"),
     (lambda f: open_tokenizer(f / "list.json"), "list.json: is no JSON object$"),
     (lambda f: open_tokenizer(f / "no.model"), "no.model: is no SentencePiece model"),
-    (lambda f: open_tokenizer(f / "no.gguf"), "no.gguf: is no GGUF file"),
+    (
+        lambda f: open_tokenizer(f / "no.gguf"),
+        "no.gguf: is no whole GGUF file: it does not begin with GGUF; download it again",
+    ),
     (lambda f: open_tokenizer(f / "words.txt"), "is neither a tokenizer.json nor a .model nor"),
     (lambda f: open_tokenizer(f / "empty"), "holds no tokenizer.json or tokenizer.model, nor anot"),
     (lambda f: open_tokenizer(f / "old"), "older vocab file: transformers' AutoTokenizer"),

@@ -93,8 +93,9 @@ def to_devices(arrays: Mapping[str, Any], like: PyTree) -> PyTree:
         if isinstance(value, lazy.Lazy):
             return lazy.placed(path, value, leaf)
         sharding = getattr(leaf, "sharding", None)
-        # May not alias: the first step donates these buffers, so they must not be NumPy's own
-        # memory.
+        # May not alias: the first step donates these buffers, and a `jax.Array` of the caller would
+        # be deleted with them. NumPy's memory is taken as it is on a CPU all the same (jax 0.10
+        # ignores the word there), which does no harm: a donation leaves it alone.
         array = (
             jax.device_put(value, may_alias=False)
             if sharding is None

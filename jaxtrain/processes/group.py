@@ -67,7 +67,8 @@ def on_main(compute: Callable[[], Any]) -> Any:
 
 def place(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """An array on the devices of all processes, from a value that every process has. Each process
-    copies only the part for its own devices."""
+    copies only the part for its own devices; a CPU may read the value where it lies, so it is not
+    to be written to afterwards."""
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding, may_alias=False)
     # jax counts this transfer as implicit, although the call asks for it.

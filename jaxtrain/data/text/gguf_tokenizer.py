@@ -4,7 +4,6 @@ tokenizer.json, or a SentencePiece model written anew."""
 import base64
 import struct
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from jaxtrain import extras
@@ -12,7 +11,7 @@ from jaxtrain.data.text.sentencepiece_model import SentencePiece
 from jaxtrain.data.text.tokenizer_json import TokenizerJson
 from jaxtrain.data.text.word_cache import LLAMA3_PATTERN, QWEN2_PATTERN
 from jaxtrain.errors import UserError
-from jaxtrain.messages import one_line, printable
+from jaxtrain.messages import printable
 
 _PATTERNS = {
     "gpt-2": "",
@@ -31,24 +30,6 @@ _PATTERNS = {
 alone: digits one by one, then GPT-2's own."""
 _CONTROL, _USER = 3, 4
 """Kinds of tokens in `tokenizer.ggml.token_type`, numbered as in SentencePiece."""
-
-
-def read_gguf_fields(path: str | Path) -> dict[str, Any]:
-    """The `tokenizer.*` fields of a GGUF file; `UserError` if it is none."""
-    extras.require(printable(str(path)), "gguf")
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(path)
-    except Exception as error:  # whatever a broken file makes the library raise
-        raise UserError(
-            f"{printable(str(path))}: is no GGUF file ({one_line(str(error))})"
-        ) from error
-    return {
-        name: field.contents()
-        for name, field in reader.fields.items()
-        if name.startswith("tokenizer.")
-    }
 
 
 def from_gguf(fields: Mapping[str, Any], name: str) -> TokenizerJson | SentencePiece:

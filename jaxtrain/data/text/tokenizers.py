@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain import durable_files
-from jaxtrain.data.text.gguf_tokenizer import from_gguf, read_gguf_fields
+from jaxtrain.data.text.gguf_tokenizer import from_gguf
 from jaxtrain.data.text.plain_tokenizers import Bytes, Characters
 from jaxtrain.data.text.protocol import TextStream, Tokenizer
 from jaxtrain.data.text.sentencepiece_model import SentencePiece, read_sentencepiece
@@ -21,6 +21,7 @@ from jaxtrain.data.text.tokenizer_json import (
     train_bpe,
 )
 from jaxtrain.errors import UserError
+from jaxtrain.gguf_header import read_header
 from jaxtrain.messages import did_you_mean, did_you_mean_path
 
 __all__ = [
@@ -85,7 +86,7 @@ def open_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
     if path.suffix == ".model":
         return read_sentencepiece(path)
     if path.suffix == ".gguf":
-        return from_gguf(read_gguf_fields(path), str(path))
+        return from_gguf(read_header(path).fields, str(path))
     raise UserError(
         f"tokenizer {spec!r}: is neither a tokenizer.json nor a .model nor a .gguf file"
     )
