@@ -66,3 +66,31 @@ class PeerLost(RunError):
     """Another process of the run did not come, or is gone; the run may be started again."""
 
     status = TRY_AGAIN
+
+
+class RowsTooLong(UserError):
+    """Rows are longer than the text that they are cut from. Who knows how many a batch needs, and
+    how many tokens the model sees, says the greatest length that fits both."""
+
+    def __init__(self, text: str, targets: int = 0, stride: int | None = None) -> None:
+        super().__init__(text)
+        self.what = text.rpartition("; use <= ")[0]
+        self.targets, self.stride = targets, stride
+
+    def greatest(self, rows: int) -> int:
+        """The greatest length that gives so many rows; 0 if none does.
+
+        >>> RowsTooLong("", targets=630).greatest(12), RowsTooLong("", 630, 10).greatest(12)
+        (57, 529)
+        """
+        return greatest_length(self.targets, rows, self.stride)
+
+
+def greatest_length(targets: int, rows: int, stride: int | None) -> int:
+    """The greatest length of rows of which a text with so many tokens to predict has `rows`; they
+    begin `stride` tokens apart (None: their length), and the last one may be padded."""
+    if rows == 1:
+        return targets
+    if stride is None:
+        return -(-targets // (rows - 1)) - 1
+    return max(0, targets - stride * (rows - 2) - 1)

@@ -7,8 +7,8 @@ from typing import Literal
 
 from jaxtrain.errors import UserError
 
-_TEXT = re.compile(r"(\d+(?:\.\d+)?(?:[eE]\d+)?)(steps?|epochs?|%|([KMBT])?tokens?)?")
-_COUNT = re.compile(r"(\d+(?:\.\d+)?(?:[eE]\d+)?)([KMBT])?")
+_TEXT = re.compile(r"(\d+(?:\.\d+)?(?:[eE]\d+)?)(steps?|epochs?|%|([KMBTkmbt])?tokens?)?")
+_COUNT = re.compile(r"(\d+(?:\.\d+)?(?:[eE]\d+)?)([KMBTkmbt])?")
 SCALES = {"T": 10**12, "B": 10**9, "M": 10**6, "K": 1000}
 Unit = Literal["steps", "epochs", "tokens", "percent"]
 _UNITS: dict[str | None, Unit] = {
@@ -22,10 +22,10 @@ _UNITS: dict[str | None, Unit] = {
 
 
 class TokenCount(int):
-    """A number of tokens, which may be written with K, M, B or T.
+    """A number of tokens, which may be written with K, M, B or T, or k, m, b or t.
 
-    >>> TokenCount.parse("1.5B"), str(TokenCount(300_000)), str(TokenCount(1234))
-    (1500000000, '300K', '1234')
+    >>> TokenCount.parse("1.5B"), TokenCount.parse("2k"), str(TokenCount(300_000))
+    (1500000000, 2000, '300K')
     """
 
     @classmethod
@@ -34,7 +34,7 @@ class TokenCount(int):
         match = _COUNT.fullmatch(text.strip())
         if match is None:
             raise UserError(f"{text!r}: not a number of tokens; expected e.g. 300K, 10M or 1.5B")
-        count = Decimal(match[1]) * SCALES.get(match[2], 1)
+        count = Decimal(match[1]) * SCALES.get((match[2] or "").upper(), 1)
         if count != int(count):
             raise UserError(f"{text!r}: must be a whole number of tokens")
         return cls(count)

@@ -118,11 +118,25 @@ def open_standard_streams() -> None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
+class Note(str):
+    """A line that tells something and warns of nothing; `warn` labels it so."""
+
+
 def warn(text: str) -> None:
-    """One line of warning on stderr."""
+    """One line of warning on stderr, or a `Note`."""
+    label = "note" if isinstance(text, Note) else "warning"
     # a pipe that nobody reads any more; a warning is not worth a run
     with contextlib.suppress(OSError):
-        print(f"jaxtrain: warning: {text}", file=sys.stderr, flush=True)
+        print(f"jaxtrain: {label}: {text}", file=sys.stderr, flush=True)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and its noun, in the plural but for one.
+
+    >>> counted(1, "document"), counted(1200, "row")
+    ('1 document', '1,200 rows')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def one_line(text: str) -> str:

@@ -87,7 +87,7 @@ def test_a_prompt_may_come_by_a_pipe_and_positions_may_run_out(
     shown = capsys.readouterr()
     assert shown.out.startswith("To be")
     assert shown.err == (
-        "jaxtrain: warning: the text is longer than the 16 positions that the model learned; it"
+        "jaxtrain: note: the text is longer than the 16 positions that the model learned; it"
         " went on from the last half of its text\n"
     )
     assert command(str(workdir), "--prompt=To be", "--most=12") == 0
@@ -154,6 +154,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
+def test_an_empty_prompt_begins_as_every_text(
+    workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(str(workdir), "--prompt=", "--most=4", "--temperature=0") == 0
+    said = capsys.readouterr().out
+    assert command(str(workdir), "--prompt=\n", "--most=4", "--temperature=0") == 0
+    assert capsys.readouterr().out == "\n" + said
+
+
 def test_a_chat_answers_line_by_line_and_remembers(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +179,8 @@ def test_a_chat_answers_line_by_line_and_remembers(
     monkeypatch.setattr(sampling, "stream", watched)
     monkeypatch.setattr("sys.stdin", io.StringIO("abc\n\nfed\n"))
     assert command(str(folder), "--chat", "--most=6") == 0
-    first, second = capsys.readouterr().out.splitlines()
+    asked_first, first, none, asked_second, second, last = capsys.readouterr().out.splitlines()
+    assert (asked_first, none, asked_second, last) == ("> abc", "", "> fed", "")
     assert asked == ["[u]abc[a]", f"[u]abc[a]{first}[u]fed[a]"]
     assert set(first + second) <= set("abcdefgh[] u")
 
@@ -205,6 +215,10 @@ def test_errors_are_one_line(workdir: Path, folder: Path, tmp_path: Path) -> Non
         (str(tmp_path), "--prompt=a"): "holds neither a run.json nor a config.json; give the folder"
         " of a run, of a Hugging Face model, or a .gguf file",
         (str(tmp_path / "x"), "--prompt=a"): "no such directory",
+        (str(workdir / "run.json"), "--prompt=a"): "is a file; give the folder of a run, of a"
+        " Hugging Face model, or a .gguf file; a text to go on from: --prompt=TEXT, or < FILE",
+        (str(workdir), "--max_new_tokens=3"): "sample: unknown flag --max_new_tokens; did you mean"
+        " --most?",
     }
     for arguments, message in cases.items():
         with pytest.raises(jaxtrain.errors.UserError) as raised:

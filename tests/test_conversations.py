@@ -201,7 +201,7 @@ def test_long_and_bad_rows_are_refused_cut_or_left_out(tmp_path: Path) -> None:
             f"1 row is left out, broken or empty, e.g. {settings['path']}:3 is a JSON list, not an"
             " object with messages"
         ),
-        "1 conversations longer than 41 tokens are left out",
+        "1 conversation longer than 41 tokens is left out",
     )
     cut = Conversations(**bad, too_long="cut").open()
     assert len(cut.train) == 2 and not cut.train.read(np.array([1]))["weight"].any()

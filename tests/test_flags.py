@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,13 +21,13 @@ import pytest
 from absl import flags as absl_flags
 from hypothesis import strategies
 
-from jaxtrain import cli, config, fields
+from jaxtrain import cli, config, fields, models
 from jaxtrain.cli.main import help_text
 from jaxtrain.config import flags, marks, secrets, settings, values
 from jaxtrain.config import record as run_record
 from jaxtrain.errors import UserError
 from jaxtrain.horizon import Horizon
-from jaxtrain.runner import workdir
+from jaxtrain.runner import elsewhere, workdir
 
 
 def relu(value: float) -> float:
@@ -722,7 +723,7 @@ def test_every_file_of_the_cli_is_a_command() -> None:
             ["lst"],
             (
                 "unknown command 'lst'; valid: list, verify, report, predict, sample, lm_eval,"
-                " export; did you mean 'list'?"
+                " export, or FILE.py; did you mean 'list'?"
             ),
         ),
         (
@@ -760,5 +761,32 @@ def test_list_names_components() -> None:
     done = command("list", "schedules", "models")
     assert done.returncode == 0, done.stderr
     assert "schedules  (--schedule=NAME)\n" in done.stdout
-    assert re.search(r"^  resnet32 +Stages of residual blocks", done.stdout, re.MULTILINE)
-    assert "[stages=5,5,5]" in done.stdout
+    assert re.search(r"^  Stages of residual blocks", done.stdout, re.MULTILINE)
+    assert re.search(r"^    resnet32 +stages=5,5,5$", done.stdout, re.MULTILINE)
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert "max_length=8192, rotary_base=500000" in " ".join(done.stdout.split()), "nothing is cut"
+
+
+@pytest.mark.parametrize("name", sorted(models.NAMES))
+def test_a_model_that_another_experiment_offers_is_named_with_it(name: str) -> None:
+    said = elsewhere.model_elsewhere(name)
+    assert said.startswith(f"; did you mean {name!r}, which ")
+    if "experiments/" not in said:
+        return
+    file = said.partition("experiments/")[2].partition(".py")[0]
+    offered = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / f"{file}.py"))[
+        "experiment"
+    ]().offers
+    assert name in offered["model"]
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("lama3_8b", "; did you mean 'llama3_8b', which experiments/llama3_8b.py offers?"),
+        ("gpt2", "; did you mean 'gpt2_124m', which experiments/llama3_8b.py offers?"),
+        ("xyzzy", "; python -m jaxtrain list models has those of all experiments"),
+    ],
+)
+def test_a_model_of_elsewhere(word: str, line: str) -> None:
+    assert elsewhere.model_elsewhere(word) == line

@@ -450,11 +450,18 @@ def test_scripts_parse(script: str) -> None:
 
 
 def test_a_misspelt_experiment_is_told_before_anything_is_installed(machine: Machine) -> None:
-    for name in ("digits", "experiments/nope.py"):
-        _, err = machine.run("train", name, status=2)
-        assert err.startswith(
-            f"jaxtrain: error: {name}: no such experiment; there are experiments/"
+    for name, meant in {
+        "digits": "did you mean experiments/digits.py?\n",
+        "shakespear_char": "did you mean experiments/shakespeare_char.py?\n",
+        "experiments/gpt2_124.py": "did you mean experiments/gpt2_124m.py?\n",
+        "experiments/nope.py": "there are experiments/bert_mlm.py experiments/",
+    }.items():
+        done = subprocess.run(
+            [ROOT / "scripts" / "train", name], capture_output=True, text=True, check=False
         )
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"jaxtrain: error: {name}: no such experiment; {meant}")
+    machine.run("train", "digits", status=2)
     assert machine.calls() == []
 
 

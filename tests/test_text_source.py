@@ -17,7 +17,7 @@ from test_reproducible import digest_of, launch, metrics_of
 from test_resume import at_step
 from test_run import digest, lines
 
-from jaxtrain import config
+from jaxtrain import config, messages
 from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.config import flags
 from jaxtrain.data import pipeline
@@ -27,7 +27,7 @@ from jaxtrain.data.sources.text import Mixture, Text, python_library
 from jaxtrain.data.splits import Splits
 from jaxtrain.data.text import packing
 from jaxtrain.data.text import windows as windows_file
-from jaxtrain.errors import UserError
+from jaxtrain.errors import RowsTooLong, UserError
 from jaxtrain.horizon import Horizon
 from jaxtrain.models import Transformer
 from jaxtrain.optimizers import SGD
@@ -231,7 +231,7 @@ def test_a_learned_tokenizer_is_learned_from_all_corpora(corpora: Path) -> None:
             "--data.stride=1: belongs to --data.layout=windows; drop it",
         ),
         ({"path": ("nowhere.txt",)}, "nowhere.txt: no such file"),
-        ({"tokenizer": "bite"}, "tokenizer 'bite': no such file or folder; valid: bytes"),
+        ({"tokenizer": "bite"}, "--data.tokenizer=bite: no such file or folder; valid: bytes"),
     ],
 )
 def test_texts_that_cannot_be_cut(corpora: Path, fields: dict[str, Any], message: str) -> None:
@@ -640,3 +640,41 @@ def test_the_help_of_every_field_is_written() -> None:
     for source in (Text, Mixture):
         docs = settings.field_docs(source)
         assert {field.name for field in dataclasses.fields(source)} <= docs.keys()
+
+
+@pytest.mark.parametrize(("length", "stride"), [(5000, None), (5000, 7)])
+def test_the_greatest_length_that_a_batch_allows(
+    corpora: Path, length: int, stride: int | None
+) -> None:
+    with pytest.raises(RowsTooLong) as raised:
+        source_of(corpora, length=length, stride=stride).open()
+    for rows in (1, 2, 5, 12):
+        most = raised.value.greatest(rows)
+        fits = source_of(corpora, length=most, stride=stride).open()
+        assert len(fits.train) >= rows
+        if rows > 1:
+            more = source_of(corpora, length=most + 1, stride=stride).open()
+            assert len(more.train) < rows
+
+
+def test_plain_notes_are_no_warnings(corpora: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for note in source_of(corpora, layout="packed").open().notes:
+        messages.warn(note)
+    said = capsys.readouterr().err.splitlines()
+    assert said and all(line.startswith("jaxtrain: note: ") for line in said)
+    assert not any(" 1 documents" in line or " 1 rows" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("spec", "hint"),
+    [
+        ("bpe", "; did you mean 'bpe:4096', learned from the text, with so many ids?"),
+        ("char", "; did you mean 'characters'?"),
+        ("gpt2", "hf download gpt2 tokenizer.json --local-dir DIR, then give DIR"),
+        ("bpe:4k", "--data.tokenizer=bpe:4k: needs a whole number of ids, e.g. bpe:4096"),
+    ],
+)
+def test_a_tokenizer_that_is_none_says_what_is(corpora: Path, spec: str, hint: str) -> None:
+    with pytest.raises(UserError) as raised:
+        source_of(corpora, tokenizer=spec).open()
+    assert str(raised.value).endswith(hint)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from jaxtrain import messages
 from jaxtrain.errors import UserError
@@ -32,10 +33,13 @@ def options(
     known: Mapping[str, str | None],
     *,
     files: Sequence[str] = (),
+    empty: Sequence[str] = (),
+    others: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Path, dict[str, str]]:
     """The folder of a run and the values of `--name=value` that a command was given; `known` holds
     each name with an example, or None for one that takes no value; a file with one of the suffixes
-    `files` may stand for the folder. `UserError` for anything else.
+    `files` may stand for the folder, and values of the names `empty` may be empty; `others` are
+    the words of other toolkits for them. `UserError` for anything else.
 
     >>> options("export", [".", "--out=w"], {"out": "weights.safetensors", "overwrite": None})
     (PosixPath('.'), {'out': 'w'})
@@ -49,7 +53,7 @@ def options(
             continue
         name, equals, value = argument.lstrip("-").partition("=")
         if name not in known:
-            near = messages.nearest(name, known)
+            near = others.get(name.replace("-", "_")) or messages.nearest(name, known)
             hint = f"did you mean --{near}?" if near else f"valid: --{', --'.join(known)}"
             raise UserError(f"{command}: unknown flag --{messages.printable(name)}; {hint}")
         example = known[name]
@@ -59,13 +63,19 @@ def options(
             if not waiting or waiting[0].startswith("-"):
                 raise UserError(f"{command} --{name}: needs a value, e.g. --{name}={example}")
             value = waiting.pop(0)
-        if example is not None and not value:
+        if example is not None and not value and name not in empty:
             raise UserError(f"{command} --{name}=: needs a value, e.g. --{name}={example}")
         if given.get(name, value) != value:
             raise UserError(f"{command}: --{name} is given twice; give it once")
         given[name] = value
-    if len(places) == 1 and places[0].endswith(tuple(files)) and Path(places[0]).is_file():
-        return Path(places[0]), given
+    if files and len(places) == 1 and Path(places[0]).is_file():
+        if places[0].endswith(tuple(files)):
+            return Path(places[0]), given
+        text = "prompt" in known and "; a text to go on from: --prompt=TEXT, or < FILE"
+        raise UserError(
+            f"{command} {messages.printable(places[0])}: is a file; give the folder of a run, of a"
+            f" Hugging Face model, or a {' or '.join(files)} file{text or ''}"
+        )
     [workdir] = workdirs(command, places, several=False)
     return workdir, given
 

@@ -2,6 +2,8 @@
 defaults of its class."""
 
 import importlib
+import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,12 +35,32 @@ def run(families: Sequence[str]) -> int:
         names: Mapping[str, Any] = importlib.import_module(FAMILIES[family]).NAMES
         print(f"{family}  (--{'data' if family == 'data' else family.removesuffix('s')}=NAME)")
         width = max(map(len, names), default=0)
+        said = ""
         for name, component in names.items():
-            print(f"  {name.ljust(width)}  {_line(component)}")
+            words, changed = _described(component)
+            if words != said:  # once for all sizes of one class
+                print(_wrapped(words, "  "))
+            said = words
+            print(
+                _wrapped(f"{name.ljust(width)}  {', '.join(changed)}".rstrip(), "    ", width + 2)
+            )
     return 0
 
 
-def _line(component: Any) -> str:
+def _wrapped(text: str, margin: str, hanging: int = 2) -> str:
+    """A text on lines that fit the terminal, at most 100 columns."""
+    columns = max(60, min(100, shutil.get_terminal_size((100, 24)).columns))
+    return textwrap.fill(
+        text,
+        columns,
+        initial_indent=margin,
+        subsequent_indent=margin + " " * hanging,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _described(component: Any) -> tuple[str, list[str]]:
     """What a component is, and how it differs from its class's defaults."""
     from jaxtrain.config import settings, values
 
@@ -50,7 +72,7 @@ def _line(component: Any) -> str:
         if setting.value != setting.field.default
     ]
     words = settings.summary(cls) or cls.__name__
-    return f"{words} [{', '.join(changed)}]" if changed else words
+    return words, changed
 
 
 COMMAND = Command("[FAMILY ...]", f"every named component: {', '.join(FAMILIES)}", run)

@@ -6,6 +6,7 @@ A new command is a file with a `Command` and a line in `COMMANDS`.
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from jaxtrain import messages
 from jaxtrain.cli import (
@@ -67,6 +68,17 @@ def help_text() -> str:
     return "\n".join(["jaxtrain: train JAX models from one command", "", *lines])
 
 
+def _meant(word: str) -> str:
+    """What was probably meant by a word that is no command: one of them, or an experiment here."""
+    if word in ("generate", "chat", "complete", "talk", "inference"):
+        return "; did you mean 'sample'?"
+    if near := messages.did_you_mean(word, COMMANDS):
+        return near
+    here = {path.stem: str(path) for path in sorted(Path("experiments").glob("*.py"))}
+    match = messages.nearest(word, here)
+    return "" if match is None else f"; did you mean {here[match]!r}?"
+
+
 def _run_file(argv: Sequence[str]) -> int:
     try:
         return run_file.run(argv)
@@ -84,6 +96,6 @@ def _run(arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise UserError(
             f"unknown command {messages.shown(name)}; valid:"
-            f" {', '.join(COMMANDS)}{messages.did_you_mean(name, COMMANDS)}"
+            f" {', '.join(COMMANDS)}, or FILE.py{_meant(name)}"
         )
     return COMMANDS[name].run(rest)

@@ -29,6 +29,10 @@ FLAGS = {
     "checkpoint": "best",
     "tokenizer": "bytes",
 }
+OTHERS = dict.fromkeys(
+    ("max_tokens", "max_new_tokens", "max_length", "num_tokens", "length", "tokens", "n"), "most"
+) | {"temp": "temperature", "topk": "top_k", "topp": "top_p", "input": "prompt", "text": "prompt"}
+"""What other toolkits call these flags."""
 WHOLE = {"most": 200, "top_k": 0, "seed": 0}
 REAL = {"temperature": 0.8, "top_p": 1.0, "min_p": 0.0}
 CHAT_ROOM = 1024
@@ -51,7 +55,9 @@ class Speaker(NamedTuple):
 
 def run(arguments: Sequence[str]) -> int:
     """Says what follows the prompt, or talks until the input ends."""
-    place, given = options("sample", arguments, FLAGS, files=(".gguf",))
+    place, given = options(
+        "sample", arguments, FLAGS, files=(".gguf",), empty=("prompt",), others=OTHERS
+    )
     if "chat" in given and "prompt" in given:
         raise UserError("sample --chat: reads what you say line by line; drop --prompt")
     if "system" in given and "chat" not in given:
@@ -98,8 +104,10 @@ def said(
     for count, token_B in enumerate(tokens):
         if notes is not None and speaker.room and len(ids) + count == speaker.room + 1:
             notes.append(
-                f"the text is longer than the {speaker.room} positions that the model learned; it"
-                " went on from the last half of its text"
+                messages.Note(
+                    f"the text is longer than the {speaker.room} positions that the model learned;"
+                    " it went on from the last half of its text"
+                )
             )
         waiting += shown.push(int(token_B[0]))
         if stop and stop in waiting:
@@ -131,6 +139,8 @@ def _chat(speaker: Speaker, place: str, system: str) -> int:
             " was not taught to chat; give it --prompt"
         )
     told: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    if sys.stdin.isatty():
+        print("jaxtrain: a line each; Ctrl-C ends an answer, Ctrl-D the chat", file=sys.stderr)
     while (line := _line()) is not None:
         if not line.strip():
             continue
@@ -159,18 +169,26 @@ def _answer(speaker: Speaker, ids: Sequence[int], notes: list[str]) -> str:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         pass
-    print(flush=True)
+    print("\n", flush=True)  # an empty line stands between an answer and the next question
     return "".join(pieces)
 
 
 def _line() -> str | None:
-    """What the user says next; None at the end, which Ctrl-D and Ctrl-C are, too."""
+    """What the user says next; None at the end, which Ctrl-D and Ctrl-C are, too. What comes by a
+    pipe is shown as if it were typed, so that a file has the same conversation as a terminal."""
+    typed = sys.stdin.isatty()
+    shown = typed and sys.stdout.isatty()  # a terminal shows by itself what is typed
     try:
-        return input("> " if sys.stdin.isatty() else "")
+        if typed and not shown:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = input("> " if shown else "")
     except (EOFError, KeyboardInterrupt):
-        if sys.stdin.isatty():
-            print()
+        if typed:
+            print(file=sys.stdout if shown else sys.stderr)
         return None
+    if not shown and line.strip():
+        print(f"> {line}", flush=True)
+    return line
 
 
 def _drawing(given: Mapping[str, str]) -> dict[str, Any]:

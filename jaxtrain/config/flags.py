@@ -103,6 +103,9 @@ class SettingFlag(absl_flags.Flag):
             )
             if self.name == "init_rules":  # whose rules are others than those of --shard
                 said = said.replace("head/kernel=fsdp:-", "head=skip")
+            if self.name == "data.sources":
+                rule = "PATTERN=VALUE, e.g. head/kernel=fsdp:-"
+                said = said.replace(rule, "NAME=FILES, e.g. code=src,books=books")
             raise UserError(f"--{self.name}={self._shown(argument)}: {said}{more}") from None
 
     def _shown(self, argument: str | None) -> str:
@@ -114,6 +117,14 @@ class SettingFlag(absl_flags.Flag):
 
 MOST_NAMED = 50
 """How many names a line says; more are listed by a command."""
+
+
+class UnknownModel(UserError):
+    """A model's name that is like none that the experiment offers; another one may have it."""
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self.name = name
 
 
 class FamilyFlag(SettingFlag):
@@ -141,7 +152,12 @@ class FamilyFlag(SettingFlag):
         valid = ", ".join(self.names)
         if len(self.names) > MOST_NAMED:
             valid = f"the {len(self.names)} of python -m jaxtrain list {self.name}s"
-        raise UserError(f"--{self.name}={shown}: unknown; valid: {valid}{near}")
+        if "hf" in self.names and not near:
+            near = "; a model that is stored is given by --model.path=DIR or FILE.gguf"
+        said = f"--{self.name}={shown}: unknown; valid: {valid}{near}"
+        if self.name == "model" and not near:
+            raise UnknownModel(said, argument)
+        raise UserError(said)
 
 
 def parse(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxtrain import config, optimizers, precision, schedules, tasks
+from jaxtrain import config, messages, optimizers, precision, schedules, tasks
 from jaxtrain.config import record as run_record
 from jaxtrain.config import values
 from jaxtrain.config.step_options import options_of
@@ -16,7 +16,7 @@ from jaxtrain.data import checks, label_checks, mixture, pipeline, statistics
 from jaxtrain.data.pipeline import BatchLoader
 from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import Table
-from jaxtrain.errors import UserError
+from jaxtrain.errors import RowsTooLong, UserError, greatest_length
 from jaxtrain.fields import fields_of
 from jaxtrain.parallel import sharding
 from jaxtrain.processes import group
@@ -79,6 +79,24 @@ def accepted(run: config.Run) -> config.Run:
     return config.replaced(run, {**changes, "offers": offers})
 
 
+def open_data(run: config.Run) -> Splits:
+    """The data of a run; rows of text that are too long are refused with the greatest length that
+    the text, the batch and the model allow."""
+    try:
+        return run.data.open()
+    except RowsTooLong as error:
+        seen = getattr(run.model, "max_length", None)
+        learned = getattr(run.model, "positions", "learned") == "learned"
+        most = error.greatest(run.batch_size)
+        most = min(most, seen) if learned and isinstance(seen, int) else most
+        if most < 1:
+            raise UserError(
+                f"{error.what}; give it more of the text, or lower --batch_size={run.batch_size}"
+            ) from None
+        rows = messages.counted(run.batch_size, "row")
+        raise UserError(f"{error.what}; use <= {most} for a batch of {rows}") from None
+
+
 def tokens_per_step(run: config.Run, train: Table) -> int | None:
     """How many tokens a batch holds; None if the task counts none, or not in such data."""
     if getattr(run.task, "unit", "") != "tokens":
@@ -93,6 +111,16 @@ def tokens_per_step(run: config.Run, train: Table) -> int | None:
         return None  # the check of task and data says what does not fit
 
 
+def _shorter_rows(run: config.Run, rows: int) -> str:
+    """That shorter windows of a text give enough of them for a batch, if they do."""
+    length, stride = getattr(run.data, "length", None), getattr(run.data, "stride", None)
+    if getattr(run.data, "layout", "") != "windows" or not isinstance(length, int):
+        return ""
+    least = length + (stride or length) * (rows - 2) + 1  # to predict, at least
+    most = greatest_length(max(least, length), run.batch_size, stride)
+    return f", or --data.length={most}" if most > 0 else ""
+
+
 def lengths(run: config.Run, num_examples: int, step_tokens: int | None = None) -> Lengths:
     """Turns epochs, tokens, percentages and horizons into steps.
 
@@ -101,7 +129,7 @@ def lengths(run: config.Run, num_examples: int, step_tokens: int | None = None) 
     if run.batch_size > num_examples:
         raise UserError(
             f"--batch_size={run.batch_size}: train split has {num_examples} examples, so a batch"
-            f" would repeat some; use <= {num_examples}"
+            f" would repeat some; use <= {num_examples}{_shorter_rows(run, num_examples)}"
         )
     per_epoch = num_examples / run.batch_size
     given = next(name for name in config.LENGTHS if getattr(run, name) is not None)

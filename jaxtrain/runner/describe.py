@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import config, optimizers, precision, tree
+from jaxtrain import config, messages, optimizers, precision, tree
 from jaxtrain.config import record as run_record
 from jaxtrain.data import label_checks
 from jaxtrain.data.splits import Splits
@@ -39,6 +39,7 @@ def start_banner(
         "model": run_record.kind_of(run, "model"),
         "data": (
             f"{run_record.kind_of(run, 'data')}: {', '.join([f'{len(train):,} train', *others])}"
+            f"{_row_words(run.data, train)}"
         ),
         **_input_words(train, normalize=run.normalize),
         "optimizer": _optimizer_words(run),
@@ -58,6 +59,14 @@ def start_banner(
             " shards"
         )
     return rows
+
+
+def _row_words(data: object, train: Table) -> str:
+    """What is counted, where it is not plain examples: rows of tokens."""
+    length = getattr(data, "length", None)
+    if "tokens" not in train.fields or not isinstance(length, int):
+        return ""
+    return f" (rows of {messages.counted(length, 'token')})"
 
 
 def _token_words(length: Lengths) -> str:

@@ -40,6 +40,7 @@ from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.runner import (
     build,
     devices,
+    elsewhere,
     host_memory,
     jax_settings,
     preflight,
@@ -83,7 +84,7 @@ def main(
     try:
         status = guarded(
             lambda: _start(
-                flags.parse(build.accepted(run(argv) if callable(run) else run), argv), argv
+                _parsed(build.accepted(run(argv) if callable(run) else run), argv), argv
             ),
             show_traceback=flags.wants_traceback(argv),
         )
@@ -99,6 +100,13 @@ def main(
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _parsed(run: config.Run, argv: Sequence[str]) -> config.Run:
+    try:
+        return flags.parse(run, argv)
+    except flags.UnknownModel as error:
+        raise UserError(f"{error}{elsewhere.model_elsewhere(error.name)}") from None
 
 
 def guarded(action: Callable[[], int], *, show_traceback: bool = False) -> int:
@@ -216,7 +224,7 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
     execution = build.execution(run, mesh)  # before the data, which may take a while
     jax_settings.apply(debug_nans=run.debug_nans, matmul_precision=run.matmul_precision)
     heartbeat.beat("data")
-    splits = build.with_evaluation_sets(run, run.data.open())
+    splits = build.with_evaluation_sets(run, build.open_data(run))
     columns = checks.column_notes(splits.train) if run.normalize else []
     for note in [*splits.notes, *columns]:
         messages.warn(note)

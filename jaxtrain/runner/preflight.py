@@ -1,6 +1,7 @@
 """What is looked at before anything is compiled: the model, the labels, and the held-out sets of a
 run."""
 
+import re
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ from jaxtrain.data import label_checks
 from jaxtrain.data.splits import Splits
 from jaxtrain.data.table import Table, column
 from jaxtrain.errors import UserError
+from jaxtrain.fields import fields_of, is_component
+from jaxtrain.models import Pretrained
 from jaxtrain.runner import build
 from jaxtrain.runner.compile import Execution
 from jaxtrain.train import check
@@ -43,13 +46,38 @@ def model(run: config.Run, train: Table, recipe: Recipe, execution: Execution) -
         for name, field in train.fields.items()
     }
 
-    found = check.check(recipe, batch)
+    try:
+        found = check.check(recipe, batch)
+    except UserError as error:
+        raise UserError(_in_flags(str(error), run)) from error
     task: Any = recipe.task
     if tasks.has_hook(task, "check", found.outputs):
         task.check(found.outputs, _classes(task, train))
     for note in (*found.notes, *token_notes(run, train)):
         messages.warn(note)
     return found
+
+
+def _in_flags(said: str, run: config.Run) -> str:
+    """What a model says of its own fields, in the words of the command line."""
+    match = re.match(rf"{type(run.model).__name__}\.(\w+)=", said)
+    if match is None or not is_component(run.model):
+        return said
+    fields = {field.name for field in fields_of(run.model)}
+    if match[1] not in fields:
+        return said
+    length = getattr(run.data, "length", None)
+    tokens = re.search(r"the input has (\d+) tokens", said)
+    shorter = ""
+    if match[1] == "max_length" and tokens and isinstance(length, int):
+        # A task may let the model see one token more or fewer than a row has to predict.
+        shorter = f", or --data.length={run.model.max_length + length - int(tokens[1])}"
+    # A stored model is as it is: its fields are no flags.
+    if any(isinstance(each, Pretrained) for each in run.offers.get("model", {}).values()):
+        what = said.partition(";")[0].replace(f"{type(run.model).__name__}.", "the model's ")
+        return f"{what}; it is stored so{shorter.replace(', or', ': give')}"
+    flag = said.replace(f"{type(run.model).__name__}.", "--model.", 1)
+    return flag.replace(" positions=rotary", " --model.positions=rotary") + shorter
 
 
 def token_notes(run: config.Run, train: Table) -> list[str]:

@@ -106,7 +106,10 @@ class Conversations:
         rows = tables["train"].arrays["segments"]
         notes += [
             *parts.notes,
-            f"train: {100 * float((rows > 0).mean()):.1f}% of {len(rows):,} rows is full",
+            messages.Note(
+                f"train: {messages.counted(len(rows), 'row')},"
+                f" {100 * float((rows > 0).mean()):.1f}% full"
+            ),
         ]
         return Splits(
             tables["train"],
@@ -186,8 +189,11 @@ class Conversations:
             raise UserError(f"--data.path={self.path!r}: holds no conversation that can be used")
         notes = [*tokens.notes]
         if long:
-            what = "are cut" if self.too_long == "cut" else "are left out"
-            notes.append(f"{long:,} conversations longer than {self.length + 1} tokens {what}")
+            what = "cut" if self.too_long == "cut" else "left out"
+            notes.append(
+                f"{messages.counted(long, 'conversation')} longer than {self.length + 1} tokens"
+                f" {'is' if long == 1 else 'are'} {what}"
+            )
         if self.learn == "all":
             found = [Tokenized(one.ids_N, np.ones(len(one.ids_N), bool)) for one in found]
         return found, [*notes, self._share(found)]
@@ -209,8 +215,8 @@ class Conversations:
                 f"--data.path={self.path!r}: {what} of {predicted:,} is learned ({why}); mend the"
                 " template (--data.template), or say that it is meant: --data.any_share"
             )
-        return (
-            f"{len(found):,} conversations; {learned:,} of {predicted:,} tokens"
+        return messages.Note(
+            f"{messages.counted(len(found), 'conversation')}; {learned:,} of {predicted:,} tokens"
             f" ({learned / max(predicted, 1):.1%}) are learned"
         )
 

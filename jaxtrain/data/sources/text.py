@@ -24,9 +24,10 @@ from jaxtrain.data.text.protocol import Tokenizer
 from jaxtrain.data.text.token_cache import Tokens
 from jaxtrain.data.text.tokenizers import is_learned
 from jaxtrain.data.text.windows import is_ragged, windows
-from jaxtrain.errors import UserError
+from jaxtrain.errors import RowsTooLong, UserError
 from jaxtrain.fields import AtLeast, Count, Free, Public
 from jaxtrain.horizon import Horizon
+from jaxtrain.messages import counted, printable
 
 KEPT_DOCUMENTS = 100_000
 """From so many documents on a plan of packing is kept beside the tokens; making it anew takes a
@@ -85,7 +86,7 @@ class Rows:
                 bad=self.bad,
             )
         except UserError as error:
-            raise in_flags(error) from error
+            raise in_flags(error, self.tokenizer) from error
 
     def _folder(self) -> Path:
         return cache_folder(self.cache)
@@ -96,14 +97,18 @@ def cache_folder(cache: str) -> Path:
     return Path(cache or CACHE).expanduser()
 
 
-def in_flags(error: UserError) -> UserError:
-    """What the cache refuses, in the words of a source's flags.
+def in_flags(error: UserError, tokenizer: str = "") -> UserError:
+    """What the cache refuses, in the words of a source's flags; `tokenizer` is what its own says.
 
     >>> in_flags(UserError("a.jsonl:2: is empty; leave such rows out with bad=skip")).args[0]
     'a.jsonl:2: is empty; leave such rows out with --data.bad=skip'
     """
     words = str(error).replace(" bad=skip", " --data.bad=skip")
     words = words.replace(" by key=", " by --data.key=")
+    words = words.replace(" separator=", " --data.separator=")
+    if tokenizer:
+        flag = f"--data.tokenizer={printable(tokenizer)}: "
+        words = words.replace(f"tokenizer {tokenizer!r}: ", flag)
     return UserError(words.replace("another cache_dir", "another --data.cache"))
 
 
@@ -275,7 +280,10 @@ def of_tokens(
         tables.get("validation"),
         tables.get("test"),
         fingerprint=f"{len(tokens)} tokens in {documents} documents, {tokens.fingerprint[:16]}",
-        notes=tuple(f"{name}: {note}" if name and note in tokens.notes else note for note in notes),
+        notes=tuple(
+            type(note)(f"{name}: {note}") if name and note in tokens.notes else note
+            for note in notes
+        ),
         modified_ns=tokens.modified_ns,
     )
 
@@ -284,13 +292,15 @@ def _check_enough(rows: Rows, part: Pieces, role: str, flag: str) -> None:
     """`UserError` if a part has nothing to predict, or the train part not even one whole row."""
     if part.tokens < 2 or (rows.layout == "packed" and part.lengths_P.max() < 2):
         raise UserError(
-            f"{flag}: holds {part.tokens} token{'s' * (part.tokens != 1)}, so there is none to"
+            f"{flag}: holds {counted(part.tokens, 'token')}, so there is none to"
             " predict; give it more of the text"
         )
     if role == "train" and part.tokens <= rows.length:
-        raise UserError(
+        raise RowsTooLong(
             f"--data.length={rows.length}: {flag} holds {part.tokens} tokens, less than a row;"
-            f" use <= {part.tokens - 1}"
+            f" use <= {part.tokens - 1}",
+            targets=part.tokens - 1,
+            stride=rows.stride,
         )
 
 

@@ -18,7 +18,7 @@ from jaxtrain.data.text.plain_tokenizers import END_OF_TEXT
 from jaxtrain.data.text.protocol import Tokenizer
 from jaxtrain.data.text.text_files import TEXT, TextFile
 from jaxtrain.errors import UserError
-from jaxtrain.messages import printable
+from jaxtrain.messages import Note, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +142,10 @@ class Documents(documents.Format):
             )
         if not tokenizer.eos and count > 1:
             notes.append(
-                f"the tokenizer {printable(tokenizer.name)} has no token that ends a text: the"
-                f" {count:,} documents follow one another without a mark"
+                Note(
+                    f"the tokenizer {printable(tokenizer.name)} has no token that ends a text: the"
+                    f" {count:,} documents follow one another without a mark"
+                )
             )
         return notes
 

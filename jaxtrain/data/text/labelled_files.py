@@ -15,7 +15,7 @@ from jaxtrain.data.text import documents
 from jaxtrain.data.text.documents import WHOLE, Bad, Part
 from jaxtrain.data.text.text_files import LINES, PARQUET, TextFile, find_files, text_file
 from jaxtrain.errors import UserError
-from jaxtrain.messages import did_you_mean, one_line, printable
+from jaxtrain.messages import Note, did_you_mean, one_line, printable
 
 SPLITS = {
     "train": "train",
@@ -90,7 +90,7 @@ def find_labelled(path: str) -> tuple[list[LabelledFile], list[str]]:
         )
     left = len(files) - len(chosen)
     what = "1 other file is" if left == 1 else f"{left:,} other files are"
-    notes = [f"{printable(str(folder))}: {what} left out"] if left else []
+    notes: list[str] = [Note(f"{printable(str(folder))}: {what} left out")] if left else []
     return [_in_folder(each, folder, in_classes) for each in _split_alike(chosen, folder)], notes
 
 

@@ -29,6 +29,7 @@ from jaxtrain.data.table import Table, load
 from jaxtrain.data.text.pieces import PieceReader, Pieces, TextBytes
 from jaxtrain.data.text.token_cache import Tokens
 from jaxtrain.data.text.windows import WHOLE
+from jaxtrain.messages import Note, counted
 
 METHOD = 1
 """One more whenever the same documents would be packed otherwise: the order of an epoch hangs on
@@ -62,9 +63,9 @@ class Plan:
             if self.cut
             else ""
         )
-        return (
-            f"{part}: {documents:,} documents packed into {len(self):,} rows of"
-            f" {self.capacity:,} tokens, {100 * self.fill:.2f}% full{cut}"
+        return Note(
+            f"{part}: {counted(documents, 'document')} packed into {counted(len(self), 'row')} of"
+            f" {counted(self.capacity, 'token')}, {100 * self.fill:.2f}% full{cut}"
         )
 
 

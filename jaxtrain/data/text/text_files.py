@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxtrain.errors import UserError
-from jaxtrain.messages import did_you_mean_path, printable
+from jaxtrain.messages import Note, did_you_mean_path, printable
 
 TEXT, LINES, PARQUET = "plain text", "JSON lines", "Parquet"
 _KINDS = {".jsonl": LINES, ".ndjson": LINES, ".json": LINES, ".parquet": PARQUET}
@@ -122,12 +122,14 @@ def _in_folder(folder: str, notes: list[str]) -> list[str]:
     if count := others.total():
         what = "1 other file is" if count == 1 else f"{count} other files are"
         notes.append(
-            f"{printable(folder)}: {what} left out ({named}); to read them, name them, e.g. by a"
-            " glob"
+            Note(
+                f"{printable(folder)}: {what} left out ({named}); to read them, name them, e.g. by"
+                " a glob"
+            )
         )
     if hidden:
         what = "1 hidden file is" if hidden == 1 else f"{hidden} hidden files are"
-        notes.append(f"{printable(folder)}: {what} left out")
+        notes.append(Note(f"{printable(folder)}: {what} left out"))
     return files
 
 

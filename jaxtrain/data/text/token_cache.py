@@ -30,7 +30,7 @@ from jaxtrain.data.text.token_shards import Column, Job, Unit, id_dtype
 from jaxtrain.data.text.token_workers import Progress, tokenize
 from jaxtrain.data.text.tokenizers import SAVED, is_learned, learn, open_tokenizer, save
 from jaxtrain.errors import UserError
-from jaxtrain.messages import bytes_text, printable
+from jaxtrain.messages import Note, bytes_text, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +293,7 @@ class _Work:
                 ]
             ),
             modified_ns=max(file["identity"][1] for file in kept["files"]),
-            notes=(*self.found.notes, *bad_notes, *kept.get("notes", []), *own_notes),
+            notes=(*self.found.notes, *bad_notes, *map(Note, kept.get("notes", [])), *own_notes),
             files=tuple(self.found.files),
             file_D=files_U[unit_D[first_D]],
             row_D=rows_D4[first_D, Column.ROW],

@@ -42,6 +42,8 @@ __all__ = [
 SAVED = "jaxtrain_tokenizer.json"
 """What `save` writes and `open_tokenizer` finds in a folder first."""
 _WORDS = ("bytes", "characters", "bpe:4096")
+_SHORT = {"char": "characters", "chars": "characters", "utf8": "bytes", "utf-8": "bytes"}
+_LEARNED = {"bpe", "bytelevel-bpe", "byte-level bpe", "train", "learn", "learned"}
 
 
 def is_learned(spec: str) -> bool:
@@ -50,6 +52,8 @@ def is_learned(spec: str) -> bool:
     >>> is_learned("characters"), is_learned("bpe:4096"), is_learned("bytes")
     (True, True, False)
     """
+    if spec.startswith("bpe:") and not re.fullmatch(r"bpe:\d+", spec):
+        raise UserError(f"tokenizer {spec!r}: needs a whole number of ids, e.g. bpe:4096")
     return spec == "characters" or spec.startswith("bpe:")
 
 
@@ -74,10 +78,9 @@ def open_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
     if path.is_dir():
         return _in_folder(path)
     if not path.exists():
-        hint = did_you_mean(spec, _WORDS) or did_you_mean_path(str(path))
         raise UserError(
             f"tokenizer {spec!r}: no such file or folder; valid: {', '.join(_WORDS)},"
-            f" a tokenizer.json, a .model, a .gguf, or a folder with one{hint}"
+            f" a tokenizer.json, a .model, a .gguf, or a folder with one{_meant(spec, path)}"
         )
     if path.name == SAVED:
         return from_record(parse_json(path, read_small(path)))
@@ -89,6 +92,23 @@ def open_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
         return from_gguf(read_header(path).fields, str(path))
     raise UserError(
         f"tokenizer {spec!r}: is neither a tokenizer.json nor a .model nor a .gguf file"
+    )
+
+
+def _meant(spec: str, path: Path) -> str:
+    """What was probably meant by a text that names no tokenizer: one of our words, a path, or a
+    model of Hugging Face, which nothing is downloaded of."""
+    word = spec.lower()
+    if word in _LEARNED:
+        return "; did you mean 'bpe:4096', learned from the text, with so many ids?"
+    if near := did_you_mean(_SHORT.get(word, word), _WORDS) or did_you_mean_path(str(path)):
+        return near
+    if path.is_absolute() or path.suffix or spec.startswith("."):
+        return ""
+    name = re.sub(r"[^\w/.-]", "", spec) or "MODEL"
+    return (
+        "; nothing is downloaded: for that of a Hugging Face model, hf download"
+        f" {name} tokenizer.json --local-dir DIR, then give DIR"
     )
 
 
@@ -119,9 +139,9 @@ def learn(spec: str, texts: Iterable[str]) -> Tokenizer:
     """
     if spec == "characters":
         return Characters.of(texts)
-    if not (match := re.fullmatch(r"bpe:(\d+)", spec)):
-        raise UserError(f"tokenizer {spec!r}: needs a whole number of ids, e.g. bpe:4096")
-    return train_bpe(texts, int(match[1]), name=spec)
+    if not is_learned(spec):
+        raise UserError(f"tokenizer {spec!r}: is not learned; open_tokenizer opens it")
+    return train_bpe(texts, int(spec.removeprefix("bpe:")), name=spec)
 
 
 def from_record(record: Mapping[str, Any]) -> Tokenizer:
