@@ -128,7 +128,7 @@ ROWS = [
     ),
     Row(
         "",
-        "ViT.patch=16: images of 4x4 cannot be cut into 16x16 patches; choose patch 2",
+        "--model.patch=16: images of 4x4 cannot be cut into 16x16 patches; choose patch 2",
         2,
         {"model": ViT(num_classes=4, patch=16, width=8, depth=1, heads=2)},
     ),
