@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from test_reproducible import digest_of, launch, metrics_of
 from test_resume import at_step
-from test_run import digest, lines
+from test_run import digest, lines, wrong_at_start
 
 from jaxtrain import config, messages
+from jaxtrain.augment import NoAugment
 from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.config import flags
 from jaxtrain.data import pipeline
@@ -678,3 +679,32 @@ def test_a_tokenizer_that_is_none_says_what_is(corpora: Path, spec: str, hint: s
     with pytest.raises(UserError) as raised:
         source_of(corpora, tokenizer=spec).open()
     assert str(raised.value).endswith(hint)
+
+
+def test_a_length_that_does_not_fit_is_told_with_one_that_does(
+    corpora: Path, tmp_path: Path
+) -> None:
+    """By the text and the batch, or by the model; what the line says instead is well."""
+    model = Transformer(vocabulary=258, width=8, depth=1, heads=2, max_length=16)
+    given: dict[str, Any] = {"task": NextToken(), "model": model, "augment": NoAugment()}
+
+    def wrong(length: int, **changes: Any) -> str:
+        source = source_of(corpora, "one.txt", length=length)
+        return wrong_at_start(tmp_path / "run", **(given | {"data": source} | changes))
+
+    long = model.clone(max_length=5000)
+    line = re.escape("--data.train=all[:90%] holds ") + r"\d+ tokens, less than a row; use <= (\d+)"
+    said = re.fullmatch(f"--data.length=5000: {line} for a batch of 16 rows", wrong(5000))
+    assert said and int(said[1]) == 16, "what the model sees at most"
+    said = re.fullmatch(
+        f"--data.length=5000: {line} for a batch of 16 rows", wrong(5000, model=long)
+    )
+    assert said
+    assert not wrong(int(said[1]), model=long)
+    assert wrong(24) == (
+        "--model.max_length=16: the input has 24 tokens; make it 24, or choose"
+        " --model.positions=rotary, or --data.length=16"
+    )
+    for changes in ({"max_length": 24}, {"positions": "rotary"}):
+        assert not wrong(24, model=model.clone(**changes))
+    assert not wrong(16)
