@@ -134,7 +134,7 @@ def test_a_prompt_longer_than_a_piece_fills_the_cache_piece_by_piece(
 
 @pytest.mark.slow
 def test_other_settings_and_lengths_are_no_other_programs() -> None:
-    programs = sampling._programs(MODEL, 1, 50, "float32", None)
+    programs = sampling._programs(MODEL, 1, 50, "float32", None, False)
     for length, temperature in ((3, 0.5), (9, 2.0), (16, 1.0)):
         prompt, options = PROMPTS[2][:length], {"temperature": temperature, "capacity": 50}
         generate(MODEL, PARAMS, [prompt], most=20, **options)
@@ -168,7 +168,7 @@ def test_parameters_on_a_mesh_give_the_same_texts() -> None:
     options: Any = {"most": 20, "temperature": 0.8, "seed": 3}
     wanted = as_lists(generate(MODEL, PARAMS, prompts, **options))
     assert as_lists(generate(MODEL, laid, prompts, **options)) == wanted
-    programs = sampling._programs(MODEL, 4, 64, "float32", mesh)
+    programs = sampling._programs(MODEL, 4, 64, "float32", mesh, False)
     assert programs.drawing(False, False)._cache_size() == 1
     assert not programs._shardings.cache.blocks[0].key_BSMK.is_fully_replicated
 

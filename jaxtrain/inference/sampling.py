@@ -330,7 +330,7 @@ def _programs(
     capacity: int,
     dtype: str,
     mesh: Mesh | None,
-    reproducible: bool = False,
+    reproducible: bool,
 ) -> _Programs:
     return _Programs(model, batch, capacity, dtype, mesh, reproducible)
 
