@@ -202,6 +202,7 @@ def make_wrong(folder: Path) -> None:
     write_parquet(folder / "numbers.parquet", [1, 2])
     write_parquet(folder / "rows.parquet", ["a"])
     (folder / "no.parquet").write_bytes(b"no Parquet")
+    (folder / "in.parquet.gz").write_bytes(gzip.compress(b"no matter"))
     (folder / "cut.parquet").write_bytes((folder / "rows.parquet").read_bytes()[:-30])
 
 
@@ -237,7 +238,7 @@ WRONG: list[tuple[Sequence[str], str, dict[str, str]]] = [
     (["half.jsonl"], r"half.jsonl:1: 'text' holds half a character \(U\+D83D\)", {}),
     (["none.jsonl"], "none.jsonl:1: is empty", {}),
     (["latin.jsonl"], "latin.jsonl:2: byte 0xff is no UTF-8", {}),
-    (["cut.jsonl.gz"], "cut.jsonl.gz: is cut off", {}),
+    (["cut.jsonl.gz"], r"cut.jsonl.gz: is cut off \(.*\); fetch it again$", {}),
     (["no.jsonl.gz"], "no.jsonl.gz: cannot be read", {}),
     (["more.jsonl.gz"], "more.jsonl.gz: cannot be read", {}),
     (["cut.jsonl.zst"], r"cut.jsonl.zst: cannot be read \(Truncated", {}),
@@ -249,7 +250,8 @@ WRONG: list[tuple[Sequence[str], str, dict[str, str]]] = [
         {"key": "txt"},
     ),
     (["numbers.parquet"], "numbers.parquet: column 'text' is int64, no text$", {}),
-    (["no.parquet"], "no.parquet: is no Parquet", {}),
+    (["no.parquet"], r"no.parquet: is no Parquet \(.*\); fetch it again$", {}),
+    (["in.parquet.gz"], "in.parquet.gz: Parquet is compressed inside; unpack this file$", {}),
     (["cut.parquet"], "cut.parquet: is no Parquet", {}),
 ]
 

@@ -275,7 +275,7 @@ def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
     )
     refused(
         tmp_path,
-        r"rotations are scaled by longrope, which is not known",
+        r"rotations are scaled by longrope, which is not known; take the model's safetensors files",
         lambda writer: writer.add_string("llama.rope.scaling.type", "longrope"),
     )
     refused(
@@ -293,12 +293,37 @@ def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
         r"rotations are scaled by factors that are not Llama 3's",
         lambda writer: writer.add_tensor("rope_freqs.weight", np.arange(1, 9, dtype=np.float32)),
     )
+    refused(
+        tmp_path,
+        r"llama.attention.sliding_window differs between blocks: \[8, 0\]",
+        lambda writer: writer.add_array("llama.attention.sliding_window", [8, 0]),
+    )
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(UserError, match=r"is of the architecture mamba; known are llama, smollm3"):
         weights.open_model(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("word", "left_out", "changes", "line"),
+    [
+        ("llama", "hidden_size", {}, "does not say llama.embedding_length; download it again"),
+        ("llama", "rms_norm_eps", {}, "does not say llama.attention.layer_norm_rms_epsilon; down"),
+        ("llama", "model.embed_tokens.weight", {}, "has no token_embd.weight; give a whole model"),
+        ("qwen2", "", {"head_dim": 4}, "heads of 4 x 4 are not 32 wide; take the model's safeten"),
+    ],
+)
+def test_a_file_that_says_too_little_is_refused(
+    word: str, left_out: str, changes: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    sizes = {"model_type": word, **CASES[word][1]}
+    tensors = {name: array for name, array in tensors_of(sizes).items() if name != left_out}
+    said = {name: value for name, value in (sizes | changes).items() if name != left_out}
+    path = write(tmp_path / "m.gguf", word, said, tensors)
+    with pytest.raises(UserError, match=line):
+        weights.open_model(path)
 
 
 def test_a_model_of_other_shapes_is_refused(tmp_path: Path) -> None:

@@ -234,6 +234,10 @@ WRONG_COMMANDS: list[tuple[str, str]] = [
         "predict {W} --out={tmp}/p.npz --data.path={tmp}/float.npz",
         "--data.path={tmp}/float.npz: image is float32, the run was trained on uint8",
     ),
+    (
+        "predict {W} --out={tmp}/p.npz --data.path={tmp}/nothing",
+        "/nothing: holds neither images nor .npy files; give a folder of either",
+    ),
     ("predict {W} --out={tmp}/p.npz --data.path={tmp}/text", "text/a.txt is not an image file"),
     ("predict {W} --out={tmp}/p.npz --experiment={tmp}/e.py", "e.py: no such file"),
     ("predict {W} --out={tmp}/p.npz --data.image_key=x", "belongs to --data.path, which is not"),
@@ -260,7 +264,7 @@ FOLLOWED: list[str] = [
     f"{PREDICT} --data.path={{tmp}}/there.npz --data.image_key=b",
     f"{PREDICT} --data.path={{tmp}}/both.npz --data.split=test",
     f"{PREDICT} --data.path={{tmp}}/both.npz --data.split=train",
-    f"{PREDICT} --data.path={{tmp}}/images",
+    *[f"{PREDICT} --data.path={{tmp}}/images"] * 2,
     PREDICT,
     f"{PREDICT} --data.path={{tmp}}/there.npz --data.image_key=b",
     EXPORT,
@@ -288,6 +292,7 @@ def write_inputs(folder: Path) -> None:
     (folder / "text").mkdir()
     (folder / "text" / "a.txt").write_text("a")
     (folder / "images").mkdir()
+    (folder / "nothing").mkdir()
     Image.fromarray(IMAGES[0, ..., 0]).save(folder / "images" / "0.png")
 
 
@@ -330,6 +335,11 @@ def test_a_model_that_only_python_knows(
         jaxtrain.load(tmp_path / "run", model=MLP(num_classes=2, widths=(8,)))
     with pytest.raises(UserError, match=r"model=Run.*give the run as experiment="):
         jaxtrain.load(tmp_path / "run", model=toy(**QUICK))
+    other = toy(**(QUICK | {"name": "other", "data": source, "model": Own()}))
+    with pytest.raises(
+        UserError, match="is of experiment 'toy', the one given is 'other'; give its"
+    ):
+        jaxtrain.load(tmp_path / "run", experiment=other)
     remedy = toy(**(QUICK | {"data": source, "model": Own()}))
     assert jaxtrain.load(tmp_path / "run", experiment=remedy).step == 4
     file = tmp_path / "own.py"

@@ -288,6 +288,10 @@ def test_remedies_are_taken(tmp_path: Path) -> None:
     (tmp_path / "loose" / "a.txt").write_text("words")
     with pytest.raises(UserError, match=r"holds neither .* files nor a folder of .txt files for"):
         LabelledText(str(tmp_path / "loose"), **WHOLE).open()
+    (tmp_path / "split" / "train").mkdir(parents=True)
+    (tmp_path / "split" / "train" / "a.txt").write_text("words")
+    with pytest.raises(UserError, match=r"train/a.txt: lies in no folder of a class; put it into"):
+        LabelledText(str(tmp_path / "split"), **WHOLE).open()
     (tmp_path / "empty" / "x").mkdir(parents=True)
     (tmp_path / "empty" / "x" / "a.txt").touch()
     with pytest.raises(UserError, match=r"x/a.txt:1: is empty; mend it, or leave"):

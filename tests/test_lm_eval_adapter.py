@@ -23,7 +23,7 @@ from jaxtrain.data.text.plain_tokenizers import Bytes, Characters
 from jaxtrain.errors import UserError
 from jaxtrain.inference import sampling
 from jaxtrain.inference.lm_eval_adapter import LanguageModel, adapter, rendered
-from jaxtrain.models import Transformer
+from jaxtrain.models import MLP, Transformer
 from jaxtrain.parallel import mesh as meshes
 from jaxtrain.weights import loading
 
@@ -155,6 +155,10 @@ def test_what_cannot_be_answered_is_said() -> None:
         language.loglikelihood([("a", LONG)])
     with pytest.raises(UserError, match=r"max_length=25: must be from 0 \(all\) to the model's 24"):
         asked(max_length=25)
+    with pytest.raises(UserError, match="batch_size=0: must be at least 1"):
+        asked(batch_size=0)
+    with pytest.raises(UserError, match="MLP: says no texts, which lm_eval asks for; give a Trans"):
+        LanguageModel(MLP(), PARAMS, Bytes())
     with pytest.raises(UserError, match="neither BOS nor EOS to stand before a text"):
         LanguageModel(MODEL, PARAMS, Characters("ab")).loglikelihood([("", "ab")])
     small = MODEL.clone(vocabulary=60)
@@ -177,8 +181,10 @@ def test_a_conversation_may_end_inside_its_last_message() -> None:
     told = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well, "}]
     assert rendered(Chatty(), told[:1], True) == "[u]Hi;[a]"
     assert rendered(Chatty(), told, False) == "[u]Hi;[a]Well,"
-    with pytest.raises(UserError, match="has no chat template"):
+    with pytest.raises(UserError, match="tokenizer 'bytes': has no chat template; ask without one"):
         rendered(Bytes(), told, True)
+    with pytest.raises(UserError, match="does not write the last message as it is, so nothing can"):
+        rendered(Chatty(chat_template="{{ messages[0].content }}"), told, False)
 
 
 @pytest.mark.skipif(

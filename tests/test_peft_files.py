@@ -299,6 +299,8 @@ def test_adapters_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
     for said, tensors in cases.items():
         with pytest.raises(UserError, match=re.escape(said)):
             peft_files.read(saved(tmp_path / "a", tensors), LLAMA)
+    with pytest.raises(UserError, match="a: holds no adapters; give the folder of a PEFT adapter"):
+        peft_files.read(saved(tmp_path / "a", {}), LLAMA)
     (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
     with pytest.raises(UserError, match="weights in pickle files are not read"):
         peft_files.read(tmp_path / "a", LLAMA)

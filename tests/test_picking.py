@@ -99,6 +99,8 @@ def test_python_may_name_inputs_by_a_tuple_or_a_dict() -> None:
     """Which are the same run as the text, so that it is recorded and resumed."""
     by_tuple = Classification(input=("tokens", "lengths"))  # pyright: ignore
     assert by_tuple == Classification(input="tokens,lengths")
+    with pytest.raises(UserError, match=r"input=\(\): a model needs an input; name a field of the"):
+        Classification(input=())  # pyright: ignore
     by_name = {"ids": "tokens", "mask": "attention_mask"}
     task = Classification(input=by_name)  # pyright: ignore
     assert list(task.inputs(BATCH)) == ["ids", "mask"]

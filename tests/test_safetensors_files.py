@@ -366,6 +366,16 @@ def test_an_index_that_does_not_fit_its_files_is_one_line(tmp_path: Path) -> Non
     path.write_text('{"weight_map": {"a": "x", "a": "y"}}')
     with pytest.raises(UserError, match="has a twice; download it again"):
         safetensors_files.open_weights(folder)
+    path.write_text('{"weight_map": {"a"')
+    with pytest.raises(UserError, match=r"index.json: is not JSON \(Expecting ':' .*; download it"):
+        safetensors_files.open_weights(folder)
+    path.write_bytes(b'{"weight_map": {"\xff": "x"}}')
+    with pytest.raises(UserError, match=r"index.json: cannot be read \('utf-8' codec can't decode"):
+        safetensors_files.open_weights(folder)
+    with open(path, "wb") as file:
+        file.truncate(2**27)  # a hole, which takes no place on the disk
+    with pytest.raises(UserError, match="134217728 bytes are too many; download it again"):
+        safetensors_files.open_weights(folder)
 
 
 def test_two_models_in_one_folder_are_refused(tmp_path: Path) -> None:
@@ -394,7 +404,7 @@ def test_links_out_of_the_folder_are_refused_but_the_hubs_cache_is_read(tmp_path
         safetensors_files.open_weights(other)
     (other / "model.safetensors").unlink()
     (other / "model.safetensors").symlink_to("nowhere")
-    with pytest.raises(UserError, match="leads nowhere"):
+    with pytest.raises(UserError, match=r"leads nowhere \(.*\); download it again"):
         safetensors_files.open_weights(other)
 
 
@@ -414,6 +424,20 @@ def test_a_path_that_is_not_there_is_one_line(tmp_path: Path) -> None:
         safetensors_files.open_weights(tmp_path / "model")
     with pytest.raises(UserError, match=r"no such file or folder.*; give the folder of a model"):
         safetensors_files.open_weights(tmp_path / "modle")
+
+
+def test_what_is_no_file_of_tensors_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(UserError, match="model.safetensors: is no plain file; download it again"):
+        safetensors_files.open_weights(tmp_path)
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(UserError, match="m.gguf: is a GGUF file; open it by weights.load"):
+        safetensors_files.open_weights(tmp_path / "m.gguf")
+    specs = {"a": ((2,), "complex64")}
+    with pytest.raises(UserError, match="a is complex64, which safetensors does not hold; cast it"):
+        safetensors_files.write_file(tmp_path / "c.safetensors", specs, [])
+    with pytest.raises(UserError, match=f"no such directory: {tmp_path}/no"):
+        written(tmp_path / "no" / "m", {})
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_one_line(tmp_path: Path) -> None:

@@ -268,6 +268,14 @@ def test_a_model_says_how_many_learned_positions_it_has() -> None:
         generate(LEARNED, PARAMS, [[0]], capacity=30)
 
 
+def test_parameters_on_a_mesh_add_in_no_order_of_one_device() -> None:
+    mesh = meshes.make("data:2")
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    line = "reproducible=True: the parameters lie on a mesh, which adds in an order of its own; put"
+    with pytest.raises(UserError, match=line):
+        generate(MODEL, jax.device_put(PARAMS, whole), [[0]], reproducible=True)
+
+
 def test_logits_that_are_nan_are_no_token() -> None:
     damaged = PARAMS | {"norm": {"scale": PARAMS["norm"]["scale"].at[0].set(jnp.nan)}}
     with pytest.raises(UserError, match=r"prompt 0: after 0 new tokens the model's logits are nan"):

@@ -521,6 +521,10 @@ def test_wrong_options_and_texts_are_one_line(
         open_tokens(str(path), tokenizers.Characters("ab"), cache_dir=cache)
     with pytest.raises(UserError, match=r"^tokenizer 'bpe:x': needs a whole number of ids"):
         open_tokens(str(path), "bpe:x", cache_dir=cache)
+    long = tmp_path / "long.txt"
+    long.write_text("ab" * 2**20 + "c")
+    with pytest.raises(UserError, match=r"long.txt(:1)?: 'c' \(U\+0063\) is none of the 2 charact"):
+        open_tokens(str(long), tokenizers.Characters("ab"), cache_dir=cache)
     (tmp_path / "b.txt").touch()
     with pytest.raises(UserError, match=r"b.txt: holds no document; give a text$"):
         open_tokens(str(tmp_path / "b.txt"), BYTES, cache_dir=cache, bad="skip")

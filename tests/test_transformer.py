@@ -297,6 +297,30 @@ ERRORS = [
         "int32",
         r"Transformer.heads=16: heads of 1 are odd, and positions=rotary rotates pairs",
     ),
+    (
+        TINY.clone(heads=4, key_heads=3),
+        (2, 8),
+        "int32",
+        r"Transformer.key_heads=3: does not divide heads=4; choose a divisor of it",
+    ),
+    (
+        TINY.clone(pattern=("window",)),
+        (2, 8),
+        "int32",
+        r"Transformer.window=0: the pattern has window blocks; say how many places they see",
+    ),
+    (
+        TINY.clone(positions="rotary", rotary_scaling="yarn"),
+        (2, 8),
+        "int32",
+        r"Transformer.rotary_length=0: rotary_scaling=yarn needs the length that the model was",
+    ),
+    (
+        TINY.clone(padded_vocabulary=8),
+        (2, 8),
+        "int32",
+        r"Transformer.padded_vocabulary=8: less than vocabulary=11; make it at least that, or 0",
+    ),
 ]
 
 

@@ -86,7 +86,7 @@ def _walk(folder: Path) -> list[Path]:
             )
         found.append(file)
     if not found:
-        raise UserError("holds neither images nor .npy files")
+        raise UserError("holds neither images nor .npy files; give a folder of either")
     return found
 
 

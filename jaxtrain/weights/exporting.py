@@ -99,7 +99,10 @@ def _cast(name: str, array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     with np.errstate(over="ignore"):
         cast = array.astype(dtype)
     if not np.isfinite(cast).all():
-        raise UserError(f"{name}: its values do not fit into {dtype}, or are not finite")
+        raise UserError(
+            f"{name}: its values do not fit into {dtype}, or are not finite; take float32, and look"
+            " at the run if they do not fit there either"
+        )
     return cast
 
 

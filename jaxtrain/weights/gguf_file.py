@@ -58,6 +58,7 @@ GPT2_WHOLE = {
     "output": "lm_head",
 }
 FREQUENCIES = "rope_freqs.weight"
+FILES = "take the model's safetensors files"
 """By what Llama 3 divides the rates of its rotations."""
 
 
@@ -226,7 +227,9 @@ class _Fields:
         value = self.left.pop(name, default)
         if isinstance(value, list):
             if len(set(value)) != 1:
-                raise UserError(f"{self.shown}: {self.word}.{name} differs between blocks: {value}")
+                raise UserError(
+                    f"{self.shown}: {self.word}.{name} differs between blocks: {value}; {FILES}"
+                )
             value = value[0]
         # a float32 says more digits than it has
         return float(str(np.float32(value))) if isinstance(value, float) else value
@@ -243,7 +246,7 @@ class _Fields:
         if self.left:
             raise UserError(
                 f"{self.shown}: says {', '.join(f'{self.word}.{name}' for name in self.left)},"
-                " which is not known; take the model's safetensors files"
+                f" which is not known; {FILES}"
             )
 
 
@@ -291,7 +294,7 @@ def _llama(fields: _Fields, family: Family, header: Header) -> dict[str, Any]:
     ):
         raise UserError(
             f"{fields.shown}: heads of {head_dim}, of which {rotated} are rotated, are not known;"
-            " take the model's safetensors files"
+            f" {FILES}"
         )
     depth = fields.need("block_count")
     config = {
@@ -314,7 +317,9 @@ def _llama(fields: _Fields, family: Family, header: Header) -> dict[str, Any]:
     if family.model_type == "qwen2":
         del config["head_dim"]
         if head_dim * heads != width:
-            raise UserError(f"{fields.shown}: heads of {head_dim} x {heads} are not {width} wide")
+            raise UserError(
+                f"{fields.shown}: heads of {head_dim} x {heads} are not {width} wide; {FILES}"
+            )
     if family.model_type == "olmo2":
         del config["head_dim"]
     window = fields.get("attention.sliding_window")
@@ -332,7 +337,7 @@ def _llama(fields: _Fields, family: Family, header: Header) -> dict[str, Any]:
     if window:
         raise UserError(
             f"{fields.shown}: attention.sliding_window={window} is not known of"
-            f" {family.model_type}; take the model's safetensors files"
+            f" {family.model_type}; {FILES}"
         )
     return config
 
@@ -377,7 +382,9 @@ def _scaling(fields: _Fields, header: Header, head_dim: int) -> dict[str, Any] |
             "beta_slow": fields.get("rope.scaling.yarn_beta_slow", 1.0),
         }
     if kind != "none":
-        raise UserError(f"{fields.shown}: rotations are scaled by {kind}, which is not known")
+        raise UserError(
+            f"{fields.shown}: rotations are scaled by {kind}, which is not known; {FILES}"
+        )
     return None
 
 
@@ -389,10 +396,7 @@ def llama3_scaling(shown: str, factors_R: np.ndarray, base: float) -> dict[str, 
     """
     factor = round(float(factors_R.max()), 4)
     if not np.allclose(factors_R, _llama3_factors(factors_R.size, base, factor), rtol=1e-3):
-        raise UserError(
-            f"{shown}: rotations are scaled by factors that are not Llama 3's; take the model's"
-            " safetensors files"
-        )
+        raise UserError(f"{shown}: rotations are scaled by factors that are not Llama 3's; {FILES}")
     return {
         "rope_type": "llama3",
         "factor": factor,

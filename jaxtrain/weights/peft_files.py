@@ -195,7 +195,7 @@ def _pairs(shown: str, tensors: Mapping[str, lazy.Lazy], model: names.Model) -> 
             f" {type(model).__name__}; give the adapter's own base model, or {REMEDY}"
         )
     if not found:
-        raise UserError(f"{shown}: holds no adapters")
+        raise UserError(f"{shown}: holds no adapters; give the folder of a PEFT adapter")
     pairs: Pairs = {}
     for name, parts in found.items():
         into, out = _sizes(layers[name])
@@ -203,7 +203,8 @@ def _pairs(shown: str, tensors: Mapping[str, lazy.Lazy], model: names.Model) -> 
         rank = shapes.get("A", (0,))[0]
         if shapes != {"A": (rank, into), "B": (out, rank)}:
             raise UserError(
-                f"{shown}: {name} has {shapes}, must be A (rank, {into}) and B ({out}, rank)"
+                f"{shown}: {name} has {shapes}, must be A (rank, {into}) and B ({out}, rank); give"
+                " the adapter's own base model"
             )
         pairs[name] = parts["A"], parts["B"]
     return pairs

@@ -238,7 +238,9 @@ def _check_place(path: Path, folder: Path) -> None:
     try:
         real, home = path.resolve(strict=True), folder.resolve(strict=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{_shown(path)}: leads nowhere ({one_line(str(error))})") from None
+        raise UserError(
+            f"{_shown(path)}: leads nowhere ({one_line(str(error))}); {AGAIN}"
+        ) from None
     homes = [home]
     if home.parent.name == "snapshots":
         homes.append(home.parent.parent / "blobs")

@@ -118,7 +118,9 @@ def reading(file: TextFile) -> Iterator[None]:
     try:
         yield
     except EOFError as error:
-        raise UserError(f"{printable(file.path)}: is cut off ({one_line(str(error))})") from error
+        raise UserError(
+            f"{printable(file.path)}: is cut off ({one_line(str(error))}); fetch it again"
+        ) from error
     except (OSError, zlib.error) as error:
         why = getattr(error, "strerror", None) or one_line(str(error))
         raise UserError(f"{printable(file.path)}: cannot be read ({why})") from error
@@ -315,7 +317,7 @@ def open_parquet(file: TextFile, key: str) -> Any:
         table = parquet.ParquetFile(file.path)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
-            f"{printable(file.path)}: is no Parquet ({one_line(str(error))})"
+            f"{printable(file.path)}: is no Parquet ({one_line(str(error))}); fetch it again"
         ) from error
     names = table.schema_arrow.names
     if key in names:

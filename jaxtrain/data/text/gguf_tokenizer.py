@@ -47,7 +47,9 @@ def from_gguf(fields: Mapping[str, Any], name: str) -> TokenizerJson | SentenceP
     try:
         return known[kind](fields, name)
     except KeyError as error:
-        raise UserError(f"{printable(name)}: has no field {error.args[0]}") from error
+        raise UserError(
+            f"{printable(name)}: has no field {error.args[0]}; use the tokenizer.json of the model"
+        ) from error
 
 
 def _around(fields: Mapping[str, Any], adds_bos: bool) -> dict[str, Any]:

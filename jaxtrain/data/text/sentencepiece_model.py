@@ -48,7 +48,8 @@ class SentencePiece:
             return sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(self.model))
         except Exception as error:  # whatever a broken file makes the library raise
             raise UserError(
-                f"{printable(self.name)}: is no SentencePiece model ({one_line(str(error))})"
+                f"{printable(self.name)}: is no SentencePiece model"
+                f" ({one_line(str(error))}); download it again"
             ) from error
 
     def _continued(self, text: str) -> list[int]:

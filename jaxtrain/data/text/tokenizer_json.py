@@ -47,7 +47,7 @@ class TokenizerJson:
         except Exception as error:  # the library raises no narrower one
             raise UserError(
                 f"{printable(self.name)}: is no tokenizer.json that `tokenizers` reads"
-                f" ({one_line(str(error))})"
+                f" ({one_line(str(error))}); download it again, or update `tokenizers`"
             ) from error
         # A model's own file may cut texts off and fill them up; a corpus is neither.
         made.no_truncation()
@@ -198,7 +198,7 @@ def read_small(path: Path) -> str:
     except OSError as error:
         raise UserError(f"{printable(str(path))}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{printable(str(path))}: is no UTF-8 text") from error
+        raise UserError(f"{printable(str(path))}: is no UTF-8 text; save it as that") from error
 
 
 def parse_json(path: Path, text: str) -> dict[str, Any]:
@@ -206,9 +206,11 @@ def parse_json(path: Path, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{printable(str(path))}: is no JSON ({one_line(str(error))})") from error
+        raise UserError(
+            f"{printable(str(path))}: is no JSON ({one_line(str(error))}); download it again"
+        ) from error
     if not isinstance(value, dict):
-        raise UserError(f"{printable(str(path))}: is no JSON object")
+        raise UserError(f"{printable(str(path))}: is no JSON object; download it again")
     return value
 
 

@@ -91,7 +91,7 @@ def open_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
     if path.suffix == ".gguf":
         return from_gguf(read_header(path).fields, str(path))
     raise UserError(
-        f"tokenizer {spec!r}: is neither a tokenizer.json nor a .model nor a .gguf file"
+        f"tokenizer {spec!r}: is neither a tokenizer.json nor a .model nor a .gguf file; give one"
     )
 
 
@@ -119,7 +119,8 @@ def _in_folder(folder: Path) -> Tokenizer:
     models = sorted(path for end in ("*.model", "*.gguf") for path in folder.glob(end))
     if len(models) == 1:
         return open_tokenizer(models[0])
-    held = f"but {len(models)} others; name one" if models else "nor another .model or .gguf file"
+    nothing = "nor another .model or .gguf file; give a folder with one"
+    held = f"but {len(models)} others; name one" if models else nothing
     old = (folder / "vocab.json").is_file() or (folder / "vocab.txt").is_file()
     more = (
         "; it has an older vocab file: transformers' AutoTokenizer.from_pretrained(DIR)"
