@@ -323,7 +323,9 @@ def test_what_cannot_be_learned_from_is_one_line_with_file_and_row(
 def test_other_files_than_json_lines_are_refused(tmp_path: Path) -> None:
     settings = write(tmp_path, PAIR)
     (tmp_path / "chat.txt").write_text("words")
-    with pytest.raises(UserError, match=r"chat.txt: is plain text; conversations are JSON lines: an obj"):
+    with pytest.raises(
+        UserError, match=r"chat.txt: is plain text; conversations are JSON lines: an obj"
+    ):
         Conversations(**settings | {"path": str(tmp_path / "chat.txt")}).open()
 
 

@@ -348,7 +348,7 @@ def info(name: str, shape: tuple[int, ...], offset: int, kind: int = 0) -> bytes
 
 
 DAMAGED = {
-    "empty": (b"", "cannot be read"),
+    "empty": (b"", "cannot be read (cannot mmap an empty file)"),
     "magic": (b"GGML" + bytes(20), "it does not begin with GGUF"),
     "version": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "version 50331648, known are 2 and 3"),
     "short": (b"GGUF\3\0\0\0", "it ends in its header"),
@@ -400,7 +400,10 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, name: str) -> None:
     path.write_bytes(content)
     with pytest.raises(UserError, match=re.escape(said)) as error:
         weights.open_model(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    line = str(error.value)
+    assert line.startswith(f"{path}: ") and "\n" not in line
+    if content:
+        assert ": is no whole GGUF file: " in line and line.endswith("; download it again")
 
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -22,6 +22,8 @@ from jaxtrain.cli import main as run_command
 from jaxtrain.data.sources.arrays import Arrays
 from jaxtrain.errors import UserError
 from jaxtrain.horizon import Horizon
+from jaxtrain.inference import tables
+from jaxtrain.inference.inputs import Field, Inputs
 from jaxtrain.models import MLP
 from jaxtrain.optimizers import SGD
 from jaxtrain.tasks import Regression
@@ -361,6 +363,52 @@ def test_a_model_that_only_python_knows(
     np.testing.assert_array_equal(arrays_of(out)["prediction"], own["prediction"])
 
 
+def test_inputs_of_two_fields_and_records_that_cannot_be_read() -> None:
+    two = Inputs({"x": Field((2,), np.dtype("f4")), "y": Field((), np.dtype("i4"))}, None)
+    with pytest.raises(
+        UserError, match="^the model takes x, y; give them by name, as a dict of arr"
+    ):
+        two.rows([1.0, 2.0])
+    uneven = {"x": np.ones((2, 2), "f4"), "y": np.ones(3, "i4")}
+    with pytest.raises(
+        UserError, match=r"^the inputs differ in length: \{'x': 2, 'y': 3\}; give one"
+    ):
+        two.rows(uneven)
+    assert two.rows(uneven | {"y": np.ones(2, "i4")})[0].keys() == {"x", "y"}  # the remedy
+    for record, line in (
+        (
+            {"fields": {"x": {}}, "prepare": None},
+            r"run.json: its inputs cannot be read \('shape'\)",
+        ),
+        (
+            {"fields": {}, "prepare": {"kind": "own"}},
+            "its preparation is of kind 'own', which only",
+        ),
+    ):
+        with pytest.raises(UserError, match=line):
+            Inputs.from_record(record)
+
+
+def test_data_of_a_run_that_cannot_be_predicted(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="^the data of the run: .*nowhere.*; or give --data.path=FIL"
+    ):
+        tables.of_run(Arrays(path=str(tmp_path / "nowhere.npz")), "", "")
+    source = Arrays(path=str(data), train="train", test="")
+    known = source.open().fingerprint
+    with pytest.raises(
+        UserError, match="^the run has no test split; give --data.path, or --data.sp"
+    ):
+        tables.of_run(source, "", known)
+    assert tables.of_run(source, "train", known).what == "its train split"  # the remedy
+    write_inputs(tmp_path)
+    fields = Inputs({"x": Field((2,), np.dtype("f4")), "y": Field((), np.dtype("i4"))}, None)
+    with pytest.raises(
+        UserError, match=r"holds images; the model takes x \(2,\), y \(\); give an .npz"
+    ):
+        tables.open_path(str(tmp_path / "images"), fields)
+
+
 def test_a_run_from_before(data: Path, trained: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "run"))
     record = json.loads((folder / "run.json").read_text())
@@ -368,6 +416,18 @@ def test_a_run_from_before(data: Path, trained: Path, tmp_path: Path) -> None:
     (folder / "run.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="does not say what its inputs need .* go on with the run"):
         jaxtrain.load(folder)
+    cut = Path(shutil.copytree(folder, tmp_path / "cut")) / "run.json"
+    cut.write_text(cut.read_text()[:99])
+    with pytest.raises(
+        UserError, match=r"/cut: run.json is damaged \(JSONDecodeError\); restore it$"
+    ):
+        jaxtrain.load(tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut")
+    shutil.copytree(trained, tmp_path / "cut", ignore=lambda *_: ["checkpoints"])
+    with pytest.raises(
+        UserError, match="no committed checkpoint in .*/checkpoints; train it first"
+    ):
+        jaxtrain.load(tmp_path / "cut")
     source = Arrays(path=str(data), train="train[:24]", validation="train[24:]", test="test")
     assert start(folder, "--steps=5", **(QUICK | {"data": source})) == 0  # the remedy
     assert jaxtrain.load(folder).step == 5

@@ -29,7 +29,7 @@ from jaxtrain.models.lora import LoRA, merged
 from jaxtrain.optimizers import AdamW
 from jaxtrain.parallel import mesh as meshes
 from jaxtrain.tasks import NextToken
-from jaxtrain.weights import names, peft_files
+from jaxtrain.weights import exporting, names, peft_files
 
 MODEL = Transformer(
     vocabulary=11,
@@ -321,6 +321,19 @@ def test_the_tokenizer_of_a_gguf_file_goes_along(tmp_path: Path) -> None:
     assert settings["chat_template"] == "{{ messages }}" and settings["eos_token"] == "</s>"
     said = json.loads((tmp_path / "m" / "config.json").read_text())
     assert (said["bos_token_id"], said["eos_token_id"]) == (0, 1)
+
+
+def test_pieces_of_a_gguf_file_have_no_tokenizer_json(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_string("tokenizer.ggml.model", "llama")
+    writer.add_array("tokenizer.ggml.tokens", ["<unk>", "<s>", "</s>", "a"])
+    writer.add_array("tokenizer.ggml.scores", [0.0, 0.0, 0.0, -1.0])
+    writer.add_array("tokenizer.ggml.token_type", [2, 3, 3, 1])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="its tokenizer has no tokenizer.json; give the folder of"):
+        exporting._texts_of_gguf(tmp_path / "m.gguf")
 
 
 def test_the_name_of_a_model_says_where_it_is() -> None:

@@ -510,6 +510,15 @@ def test_special_tokens_in_plain_text_are_said(tmp_path: Path) -> None:
     assert tokens.notes == ()
 
 
+class Broken(tokenizers.Characters):
+    """One whose file does not fit: it gives an id that is none of its own."""
+
+    name = "broken"
+
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        return np.array([0, 99])
+
+
 def test_wrong_options_and_texts_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -521,6 +530,10 @@ def test_wrong_options_and_texts_are_one_line(
         open_tokens(str(path), tokenizers.Characters("ab"), cache_dir=cache)
     with pytest.raises(UserError, match=r"^tokenizer 'bpe:x': needs a whole number of ids"):
         open_tokens(str(path), "bpe:x", cache_dir=cache)
+    with pytest.raises(
+        UserError, match=r"broken: gives id 99, which is not in its vocabulary, 0..2"
+    ):
+        open_tokens(str(path), Broken("abc"), cache_dir=cache)
     long = tmp_path / "long.txt"
     long.write_text("ab" * 2**20 + "c")
     with pytest.raises(UserError, match=r"long.txt(:1)?: 'c' \(U\+0063\) is none of the 2 charact"):

@@ -512,6 +512,10 @@ WRONG: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: open_tokenizer(f / "worlds.txt"), "in .*: words.txt; did you mean it"),
     (lambda f: open_tokenizer("bpe:4096"), "is learned from a corpus; give the corpus too"),
     (lambda f: tokenizers.learn("bpe:4k", [WORDS]), "^tokenizer 'bpe:4k': needs a whole number of"),
+    (
+        lambda f: tokenizers.learn("bytes", [WORDS]),
+        "^tokenizer 'bytes': is not learned; open_tokenizer opens it$",
+    ),
     (lambda f: tokenizers.learn("bpe:256", [WORDS]), "^bpe:256: needs at least 257: 256 bytes and"),
     (
         lambda f: tokenizers.learn("bpe:9999", ["ab" * 9]),

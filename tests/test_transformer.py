@@ -332,6 +332,19 @@ def test_what_does_not_fit_is_named(
         shapes_of(model, jax.ShapeDtypeStruct(shape, dtype))
 
 
+def test_a_loop_carries_parameters_only() -> None:
+    looped = TINY.clone(scan=True)
+
+    def call(params: Any) -> Any:
+        return looped.apply({"params": params, "kept": {"count": jnp.zeros(())}}, TOKENS_BT)
+
+    line = (
+        "Transformer.scan=True: blocks keep 'kept' besides their parameters, which a loop does not"
+    )
+    with pytest.raises(UserError, match=line):
+        jax.eval_shape(call, shapes_of(looped))
+
+
 def test_a_token_beyond_the_vocabulary_is_no_number() -> None:
     tokens = TOKENS_BT.copy()
     tokens[1, 2] = 11

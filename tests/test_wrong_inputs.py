@@ -7,10 +7,12 @@ test_other_toolkits.py, test_flagfile.py, test_bad_runs.py, test_bad_data.py, te
 test_environment.py.
 """
 
+import ast
 import json
 import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,8 @@ from jaxtrain.data.sources.records import write_records
 from jaxtrain.data.table import ArrayTable
 from jaxtrain.errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "wrong_inputs.md"
 TABLE = Path(__file__).with_name("wrong_inputs.json")
 RANDOM = np.random.default_rng(0)
 
@@ -133,3 +137,77 @@ def test_the_table_holds_every_source() -> None:
     assert len({row[0] for row in ROWS}) == len(ROWS)
     for family in ("optimizer", "schedule", "model", "task", "augment"):
         assert sum(row[0].startswith(f"--{family}") for row in ROWS) >= 5
+
+
+# --- the page
+
+
+def pieces(text: str) -> list[str]:
+    """A line without the marks of Markdown, cut where a value or something longer stands."""
+    return re.split(r"\.\.\.|\{\w+\}", text.replace("\\", ""))
+
+
+def strings(path: Path) -> list[str]:
+    """All texts in a file of Python; a blank of an f-string is 0."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
+            found.append("".join(map(str, parts)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return found
+
+
+def sections() -> dict[str, tuple[list[str], list[str]]]:
+    """Of each part of the page that names its tests: their files, and its lines."""
+    found = {}
+    for part in PAGE.read_text(encoding="utf-8").split("\n## ")[1:]:
+        head, _, rows = part.partition("| Input | Message |\n|---|---|\n")
+        files = re.findall(r"`(tests/test_\w+\.py)`", head)
+        lines = [re.split(r"(?<!\\)\|", row)[2].strip() for row in rows.strip().split("\n")]
+        if files:
+            found[head.partition("\n")[0]] = (files, lines)
+    return found
+
+
+@pytest.mark.parametrize("name", sections())
+def test_lines_of_the_page_stand_in_the_tests_that_it_names(name: str) -> None:
+    """As much of each as a test matches: a piece, or twenty characters of it in a row."""
+    files, lines = sections()[name]
+    texts = [text.replace("\\", "") for file in files for text in strings(ROOT / file)]
+    whole = "\n".join(texts)
+    for line in lines:
+        long = [piece for piece in pieces(line) if len(piece) >= 12] or [line]
+        parts = [
+            piece[start : start + 20] for piece in long for start in range(max(1, len(piece) - 19))
+        ]
+        assert any(part in whole for part in parts), line
+
+
+ROOMS = (
+    *("weights", "data/text", "inference", "tasks/picking.py", "gguf_header.py"),
+    *(f"models/{name}.py" for name in ("attention", "cache", "encoder", "lora", "pretrained")),
+    *(f"models/{name}.py" for name in ("token_inputs", "transformer")),
+)
+
+
+def refusals(path: Path) -> Iterator[tuple[int, str]]:
+    """The longest text of each `UserError` that a file raises, by line."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError":
+            said = node.args[0]
+            values = said.values if isinstance(said, ast.JoinedStr) else [said]
+            texts = [str(each.value) for each in values if isinstance(each, ast.Constant)]
+            yield node.lineno, max(texts, key=len, default="")
+
+
+def test_every_refusal_of_texts_weights_and_models_has_its_line() -> None:
+    page = PAGE.read_text(encoding="utf-8").replace("\\", "")
+    for room in ROOMS:
+        place = ROOT / "jaxtrain" / room
+        for path in sorted(place.glob("*.py")) if place.is_dir() else [place]:
+            missing = [
+                (line, text) for line, text in refusals(path) if text.strip(": ") not in page
+            ]
+            assert not missing, (path, missing)

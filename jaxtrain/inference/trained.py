@@ -208,7 +208,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{shown}: holds no run.json; give the folder of a run") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{shown}: run.json is damaged ({type(error).__name__})") from error
+        raise UserError(
+            f"{shown}: run.json is damaged ({type(error).__name__}); restore it"
+        ) from error
     return record
 
 
@@ -222,7 +224,9 @@ def chosen_step(folder: Path, checkpoint: str) -> int:
     checkpoints = Checkpoints(folder)
     step = checkpoints.chosen_step(checkpoint, f"--checkpoint={checkpoint}", messages.warn)
     if step is None:
-        raise UserError(f"{folder}: no committed checkpoint in {checkpoints.folder}")
+        raise UserError(
+            f"{folder}: no committed checkpoint in {checkpoints.folder}; train it first"
+        )
     return step
 
 
