@@ -236,6 +236,20 @@ def test_a_run_that_names_no_model_or_a_wrong_one_is_one_line(
         assert said in capsys.readouterr().err, said
 
 
+def test_adapters_alone_are_no_model(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = LoRA(2, pattern=("query",))
+    adapter = tmp_path / "adapter"
+    peft_files.write(adapter, MODEL, params_of(lora.on(MODEL)), lora)
+    line = f"{adapter}: holds adapters alone, without the model that they are of; merge it in PEFT"
+    named = ["--model=hf", f"--model.path={adapter}"]
+    assert start(tmp_path / "run", *named, **RUN, offers={"model": models.NAMES}) == 2
+    assert f"--model.path: {line}" in capsys.readouterr().err
+    assert start(tmp_path / "run", f"--init_from={adapter}", **RUN, model=MODEL, lora=lora) == 2
+    assert line in capsys.readouterr().err
+
+
 def test_settings_that_a_model_does_not_have_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

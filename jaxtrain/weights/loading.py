@@ -17,7 +17,7 @@ from jaxtrain.messages import printable
 from jaxtrain.models.resnet import ResNet
 from jaxtrain.models.vit import ViT
 from jaxtrain.parallel import sharding
-from jaxtrain.weights import config, gguf_file, names, safetensors_files, torch_names
+from jaxtrain.weights import config, gguf_file, names, peft_files, safetensors_files, torch_names
 
 GGUF = ".gguf"
 NAMED_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model")
@@ -70,6 +70,7 @@ def open_model(path: str | Path) -> Opened:
         described = config.read(found.config, printable(str(place)))
         notes = described.notes
         return Opened(place, described.model, found.config, found.tensors, place, notes)
+    _refuse_adapters(place)
     stored = safetensors_files.open_weights(place)
     folder = _folder(place)
     described_at = folder / safetensors_files.CONFIG
@@ -86,6 +87,15 @@ def open_model(path: str | Path) -> Opened:
     )
 
 
+def _refuse_adapters(place: Path) -> None:
+    """`UserError` for a folder of PEFT, which has the adapters and not the model."""
+    if (place / peft_files.CONFIG).is_file() and not (place / safetensors_files.CONFIG).is_file():
+        raise UserError(
+            f"{printable(str(place))}: holds adapters alone, without the model that they are of;"
+            f" {peft_files.REMEDY}"
+        )
+
+
 def variables(path: Path, model: Any) -> dict[str, Any] | None:
     """The variables in files of another toolkit, by slash path and still in them (`lazy.Lazy`);
     None if there are none of such.
@@ -95,6 +105,7 @@ def variables(path: Path, model: Any) -> dict[str, Any] | None:
     """
     if is_model(path):
         return tree.flatten({"params": open_model(path).params()})
+    _refuse_adapters(path)
     if isinstance(model, ResNet | ViT) and path.is_file() and not _is_ours(path):
         return dict(torch_names.read(path, model)) if _has_torch_names(path, model) else None
     return None
