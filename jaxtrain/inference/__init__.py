@@ -4,6 +4,7 @@ labels, flags or optimizer."""
 __all__ = [
     "answers",
     "drawing",
+    "embedding",
     "exact",
     "inputs",
     "lm_eval_adapter",

@@ -59,7 +59,10 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
-        """The ids of a text, int32 (N,), with neither `bos` nor `eos`.
+        """The ids of the bare text, int32 (N,), with neither `bos` nor `eos`.
+
+        Who uses them adds these: data sources and `inference.embedding.embed` around every text,
+        `inference.prompts.beginning` what stands before a prompt.
 
         With `special`, special tokens that are written out in the text become their ids, as in a
         rendered conversation; without, they are text like any other.
