@@ -19,7 +19,7 @@ from jaxtrain.cli import sample
 from jaxtrain.data.sources.text import Text
 from jaxtrain.data.text.plain_tokenizers import Bytes
 from jaxtrain.inference import sampling
-from jaxtrain.models import Transformer
+from jaxtrain.models import Encoder, Transformer
 from jaxtrain.optimizers import SGD
 from jaxtrain.tasks import NextToken
 from jaxtrain.weights import exporting
@@ -183,6 +183,54 @@ def test_a_chat_answers_line_by_line_and_remembers(
     assert (asked_first, none, asked_second, last) == ("> abc", "", "> fed", "")
     assert asked == ["[u]abc[a]", f"[u]abc[a]{first}[u]fed[a]"]
     assert set(first + second) <= set("abcdefgh[] u")
+
+
+def test_another_tokenizer_is_refused_before_a_word_is_said(
+    workdir: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run that kept its own; the run's own is taken. Of a folder, whose ids it has not."""
+    from jaxtrain.data.text.plain_tokenizers import Characters
+    from jaxtrain.data.text.tokenizers import save
+
+    save(Characters(" Tbo"), tmp_path)
+    named = [str(workdir), "--prompt=To b", "--most=2"]
+    assert command(*named, f"--tokenizer={tmp_path}") == 2
+    shown = capsys.readouterr()
+    assert not shown.out and shown.err.count("\n") == 1
+    assert (
+        " is not the one that the run was trained with (257 ids), which lies in its folder; drop"
+        " --tokenizer" in shown.err
+    )
+    assert command(*named) == 0 and command(*named, "--tokenizer=bytes") == 0
+    capsys.readouterr()
+    assert command(str(folder), "--prompt=hello", "--tokenizer=bytes") == 2
+    shown = capsys.readouterr()
+    assert not shown.out and "is it encoded by the model's tokenizer?" in shown.err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_encoder_says_no_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Encoder(
+        vocabulary=257, width=16, depth=1, heads=2, max_length=8, head="states", pooler=True
+    )
+    params = nn.meta.unbox(model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
+    exporting.save(tmp_path / "model", model, jax.tree.map(np.asarray, params))
+    assert command(str(tmp_path / "model"), "--prompt=a", "--tokenizer=bytes") == 2
+    shown = capsys.readouterr()
+    assert not shown.out and shown.err.count("\n") == 1
+    assert (
+        "its model is Encoder, which says no texts; give a decoder, such as Llama; vectors of"
+        " texts: jaxtrain.inference.embedding.embed" in shown.err
+    )
+
+
+def test_a_terminal_is_told_what_takes_a_while(
+    workdir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert command(str(workdir), "--prompt=To b", "--most=2") == 0
+    reading, compiling = capsys.readouterr().err.splitlines()
+    assert reading == f"jaxtrain: reading {workdir}" and compiling.startswith("jaxtrain: compiling")
 
 
 def test_errors_are_one_line(workdir: Path, folder: Path, tmp_path: Path) -> None:

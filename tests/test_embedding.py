@@ -1,5 +1,5 @@
-"""Texts as vectors: whatever they are computed with, each is what the encoder says of it alone, with
-what its tokenizer puts around it."""
+"""Texts as vectors: whatever they are computed with, each is what the encoder says of it alone,
+with what its tokenizer puts around it."""
 
 from pathlib import Path
 from typing import Any

@@ -23,6 +23,7 @@ from hypothesis import strategies
 
 from jaxtrain import cli, config, fields, models
 from jaxtrain.cli.main import help_text
+from jaxtrain.cli.main import main as run_command
 from jaxtrain.config import flags, marks, secrets, settings, values
 from jaxtrain.config import record as run_record
 from jaxtrain.errors import UserError
@@ -714,6 +715,22 @@ def test_every_file_of_the_cli_is_a_command() -> None:
     assert "python -m jaxtrain FILE.py [--flag=value ...]" in help_text()
     for name, command in cli.COMMANDS.items():
         assert f"python -m jaxtrain {name} {command.arguments} " in help_text()
+
+
+def test_help_of_a_command_lists_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["predict", "--help"], ["predict", "W", "-h"], ["predict", "help"]):
+        assert run_command(arguments) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith(f"python -m jaxtrain predict {cli.COMMANDS['predict'].arguments}\n")
+        for flag in ("--out=predictions.npz", "--data.path=", "--checkpoint=best", "--overwrite"):
+            assert f"\n  {flag}" in shown
+        assert "export" not in shown
+    for name, command in cli.COMMANDS.items():
+        assert run_command([name, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert all(f"\n  --{flag}" in shown for flag in command.flags), name
+    assert run_command(["sample", ".", "--prompt", "help"]) == 2  # a value, and no question
+    assert "holds neither a run.json nor" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ class Command:
     """What it does."""
     run: Callable[[Sequence[str]], int]
     """Does it, with what stood behind its name; returns the exit status."""
+    flags: Mapping[str, str | None] = dataclasses.field(default_factory=dict[str, str | None])
+    """The flags that it takes, each with an example, or None for one that takes no value."""
 
 
 def refuse_flags(command: str, arguments: Sequence[str], takes: str = "none") -> None:

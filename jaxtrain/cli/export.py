@@ -89,4 +89,5 @@ COMMAND = Command(
     "WORKDIR --out=FILE|--format=hugging_face --to=DIR [--checkpoint=last|best|STEP] [--merge]",
     "plain parameters as a file, or as another toolkit's",
     run,
+    FLAGS,
 )

@@ -88,6 +88,13 @@ def _hugging_face(
             "export --format=hugging_face: the run trained adapters; add --merge for the whole"
             " model, or write them alone: --format=peft"
         )
+    try:
+        weights.config.write(model)
+    except UserError as error:
+        raise UserError(
+            f"export --format=hugging_face: {error}; write a file: --out=FILE.safetensors without"
+            " --format"
+        ) from error
     tokenizer = _tokenizer_of(record, given.get("tokenizer"))
     dtype = given.get("dtype", "float32")
     count = weights.save(path, model, params, dtype=dtype, tokenizer=tokenizer)

@@ -90,4 +90,5 @@ COMMAND = Command(
     "WORKDIR|DIR|FILE.gguf --tasks=NAME,... [--include_path=FOLDER] [--limit=100] ...",
     "a language model on lm_eval's tasks, or one's own",
     run,
+    FLAGS,
 )

@@ -68,6 +68,22 @@ def help_text() -> str:
     return "\n".join(["jaxtrain: train JAX models from one command", "", *lines])
 
 
+def command_help(name: str) -> str:
+    """What one command does, and every flag of its with an example.
+
+    >>> print(command_help("verify"))
+    python -m jaxtrain verify WORKDIR
+    <BLANKLINE>
+    check every file of every checkpoint
+    """
+    command = COMMANDS[name]
+    lines = [f"python -m jaxtrain {name} {command.arguments}", "", command.help]
+    if command.flags:
+        shown = [f"--{flag}" + f"={value}" * bool(value) for flag, value in command.flags.items()]
+        lines += ["", "flags, with examples:", *(f"  {flag}" for flag in shown)]
+    return "\n".join(lines)
+
+
 def _meant(word: str) -> str:
     """What was probably meant by a word that is no command: one of them, or an experiment here."""
     if word in ("generate", "chat", "complete", "talk", "inference"):
@@ -88,8 +104,13 @@ def _run_file(argv: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    helps = ("--help", "-h", "-help", "--helpfull", "help")
-    if not arguments or any(argument in helps for argument in arguments):
+    helps = ("--help", "-h", "-help", "--helpfull")
+    asked = arguments[-1:] == ["help"] and len(arguments) < 3  # else it may be a flag's value
+    asked = asked or any(argument in helps for argument in arguments)
+    if asked and arguments[0] in COMMANDS:
+        print(command_help(arguments[0]))
+        return 0
+    if not arguments or asked:
         print(help_text())
         return 0 if arguments else 2
     name, *rest = arguments

@@ -133,4 +133,5 @@ COMMAND = Command(
     "WORKDIR --out=FILE.npz|.csv [--data.path=INPUTS] [--checkpoint=last|best|STEP]",
     "what a trained model says of inputs without labels, or of its own test split",
     run,
+    FLAGS,
 )

@@ -75,6 +75,8 @@ def run(arguments: Sequence[str]) -> int:
         return _chat(speaker, str(place), given.get("system", ""))
     prompt = given["prompt"] if "prompt" in given else sys.stdin.read()
     ids, notes = prompts.beginning(tokenizer, prompt), list[str]()
+    _check(speaker, ids)  # before anything of it is shown
+    tell("compiling, once for a length of prompts")
     print(prompt, end="", flush=True)
     try:
         for piece in said(speaker, ids, notes):
@@ -99,7 +101,7 @@ def said(
     prompts.check_fits(ids, speaker.room)
     shown = TextStream(speaker.tokenizer)
     waiting, stop = "", speaker.stop
-    chosen: Any = speaker.options | {"slide": True, "capacity": speaker.room} | further
+    chosen = _options(speaker, **further)
     tokens = sampling.stream(speaker.model, speaker.params, [ids], **chosen)
     for count, token_B in enumerate(tokens):
         if notes is not None and speaker.room and len(ids) + count == speaker.room + 1:
@@ -117,6 +119,25 @@ def said(
         yield waiting[: len(waiting) - held]
         waiting = waiting[len(waiting) - held :]
     yield (waiting + shown.flush()).split(stop or None, 1)[0] if stop else waiting + shown.flush()
+
+
+def _options(speaker: Speaker, **further: Any) -> Any:
+    """How a speaker's tokens are drawn."""
+    return speaker.options | {"slide": True, "capacity": speaker.room} | further
+
+
+def _check(speaker: Speaker, ids: Sequence[int]) -> None:
+    """`UserError` for a prompt that the model cannot go on from."""
+    from jaxtrain.inference import prompts, sampling
+
+    prompts.check_fits(ids, speaker.room)
+    sampling.check(speaker.model, [ids], **_options(speaker))
+
+
+def tell(what: str) -> None:
+    """What takes a while, on a terminal, where someone waits."""
+    if sys.stderr.isatty():
+        print(f"jaxtrain: {what}", file=sys.stderr, flush=True)
 
 
 def _held_back(text: str, stop: str) -> int:
@@ -236,13 +257,19 @@ def opened(
         )
     if "checkpoint" in given:
         raise UserError(f"{command} --checkpoint: belongs to the folder of a run, and this is none")
+    tell(f"reading {shown}")
+    from jaxtrain.inference import prompts
+    from jaxtrain.models.cache import Decoder
     from jaxtrain.weights import loading
 
     model, params, at = loading.load(place)
+    if not isinstance(model, Decoder):
+        raise UserError(
+            f"{command} {shown}: its model is {type(model).__name__}, which says no texts; give a"
+            " decoder, such as Llama; vectors of texts: jaxtrain.inference.embedding.embed"
+        )
     if named is None and at is None:
         raise UserError(f"{command} {shown}: has no tokenizer.json; give --tokenizer=DIR|FILE")
-    from jaxtrain.inference import prompts
-
     return model, params, named or tokenizers.open_tokenizer(str(at)), prompts.room(model, {})
 
 
@@ -257,15 +284,34 @@ def _of_run(
     from jaxtrain.models.cache import Decoder
 
     shown = messages.printable(str(workdir))
+    tell(f"reading {shown}")
     found = trained.load(workdir, checkpoint=checkpoint)
     if not isinstance(found.model, Decoder):
         raise UserError(
             f"{command} {shown}: its model is {type(found.model).__name__}, which says no texts;"
             " give a run that trained a Transformer on tokens"
         )
+    if named is not None:
+        _check_same(command, workdir, named)
     params = POLICIES[found.recipe.precision].cast(found.params)
     room = prompts.room(found.model, found.inputs.fields)
     return found.model, params, named or _tokenizer_of(command, workdir, found), room
+
+
+def _check_same(command: str, workdir: Path, named: "Tokenizer") -> None:
+    """`UserError` for another tokenizer than the one that a run was trained with, if it kept it:
+    the same ids would be other texts."""
+    from jaxtrain.data.text import tokenizers
+
+    if not (workdir / tokenizers.SAVED).is_file():
+        return
+    kept = tokenizers.open_tokenizer(workdir)
+    if named.fingerprint != kept.fingerprint:
+        raise UserError(
+            f"{command} {messages.printable(str(workdir))} --tokenizer: {named.name}"
+            f" ({named.vocabulary} ids) is not the one that the run was trained with"
+            f" ({kept.vocabulary} ids), which lies in its folder; drop --tokenizer"
+        )
 
 
 def _tokenizer_of(command: str, workdir: Path, found: "Trained") -> "Tokenizer":
@@ -292,4 +338,5 @@ COMMAND = Command(
     "WORKDIR|DIR|FILE.gguf --prompt=TEXT|--chat [--most=200] [--temperature=0.8] [--top_k=50] ...",
     "what a language model says, as it says it",
     run,
+    FLAGS,
 )
