@@ -315,7 +315,13 @@ def test_a_tokenizer_with_far_fewer_ids_than_the_stored_model_is_said(tmp_path: 
     assert note.startswith(
         "the data's tokenizer (bytes) has 257 ids, the stored model 30522: is it"
     )
-    assert preflight.token_notes(dataclasses.replace(run, init_from=""), train) == []
+    [note] = preflight.token_notes(dataclasses.replace(run, init_from=""), train)
+    assert note.startswith(
+        "the data's tokenizer (bytes) has 257 ids, the new model 30522 embeddings, all random:"
+    )
+    assert note.endswith("--model.vocabulary=257 is enough for a new one")
+    enough = dataclasses.replace(run, init_from="", model=Encoder(vocabulary=257))
+    assert preflight.token_notes(enough, train) == []
     same = dataclasses.replace(run, model=Encoder(vocabulary=258))
     assert preflight.token_notes(same, train) == []
 
@@ -334,8 +340,9 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_one_line(
         "steps": 1,
         "batch_size": 4,
         "report": False,
-        "offers": {"model": models.NAMES},
+        "offers": {"model": models.NAMES | {"bytes_257": model.clone(vocabulary=257)}},
     }
     assert start(tmp_path / "run", f"--data.path={path}", **changes) == 2
     said = capsys.readouterr().err
     assert "--model.vocabulary=99: the data's tokenizer has 257 ids; give --data.tokenizer=" in said
+    assert ", or choose --model=bytes_257, with as many\n" in said

@@ -11,7 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 
@@ -154,6 +154,15 @@ class Mixture(Rows):
     weights: Annotated[str, Free()] = ""
     """Their shares of the examples, e.g. code=0.3,books=0.7, and from a time on others:
     code=0.3,books=0.7/50%:code=0.6,books=0.4; empty = by their size"""
+
+    @classmethod
+    def like(cls, rows: Rows) -> Self:
+        """A mixture whose rows are those of another source, so that an experiment says them once.
+
+        >>> Mixture.like(Text(length=64, layout="packed")).length
+        64
+        """
+        return cls(**{each.name: getattr(rows, each.name) for each in dataclasses.fields(Rows)})
 
     def open(self) -> Splits:
         """Opens every corpus; `UserError` for one that holds too little, or for weights that are no
