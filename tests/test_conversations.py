@@ -317,7 +317,12 @@ def test_what_cannot_be_learned_from_is_one_line_with_file_and_row(
     assert "\n" not in str(refusal.value)
     assert str(refusal.value).startswith(said.format(path=settings["path"]))
     if said.startswith("{path}"):
-        assert str(refusal.value).endswith("; mend it, or leave such rows out with --data.bad=skip")
+        left = len(rows) > 1
+        assert str(refusal.value).endswith(
+            "; mend it, or leave such rows out with --data.bad=skip"
+            if left
+            else "; no other row can be used: mend it, or give other files"
+        )
 
 
 def test_other_files_than_json_lines_are_refused(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_held_out_texts_that_are_in_train_are_said(tmp_path: Path) -> None:
     )
 
 
-MEND = "; mend it, or leave such rows out with --data.bad=skip"
+MEND = "; no other row can be used: mend it, or give other files"
 WRONG: list[tuple[str, list[Any], str]] = [
     ("a.jsonl", [{"txt": "a", "label": 1}], "{path}:1: has no 'text', but 'txt', 'label'; did"),
     ("a.jsonl", [pair("a", 1), {"text": "b"}], "{path}:2: has no 'label', but 'text'"),
@@ -221,6 +221,12 @@ WRONG: list[tuple[str, list[Any], str]] = [
     ),
     ("a.jsonl", ["3"], "{path}:1: is a JSON int, not an object with 'text' and 'label'"),
     ("a.jsonl", [pair("a\ud83d", 1)], "{path}:1: holds half a character (U+D83D)" + MEND),
+    ("a.csv", ["text,label", "a,\0"], "{path}:2: holds NUL bytes, so it is no CSV; give another"),
+    (
+        "a.jsonl",
+        [pair("a", 1), pair(" ", 1)],
+        "{path}:2: 'text' is empty; mend it, or leave such rows out with --data.bad=skip",
+    ),
     ("a.csv", ["text,label,text", "a,b,c"], "{path}: has 2 columns 'text'; rename one"),
     ("a.jsonl", [], "--data.path='{path}': holds no text with a class; give other files"),
     ("a.csv", ["a,b", "1,2"], "{path}: has no column 'text', but 'a', 'b'; name it by --data.text"),
@@ -294,7 +300,7 @@ def test_remedies_are_taken(tmp_path: Path) -> None:
         LabelledText(str(tmp_path / "split"), **WHOLE).open()
     (tmp_path / "empty" / "x").mkdir(parents=True)
     (tmp_path / "empty" / "x" / "a.txt").touch()
-    with pytest.raises(UserError, match=r"x/a.txt:1: is empty; mend it, or leave"):
+    with pytest.raises(UserError, match=r"x/a.txt:1: is empty; no other row can be"):
         LabelledText(str(tmp_path / "empty"), **WHOLE).open()
 
 
