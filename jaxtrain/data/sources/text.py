@@ -25,7 +25,7 @@ from jaxtrain.data.text.token_cache import Tokens
 from jaxtrain.data.text.tokenizers import is_learned
 from jaxtrain.data.text.windows import is_ragged, windows
 from jaxtrain.errors import RowsTooLong, UserError
-from jaxtrain.fields import AtLeast, Count, Free, Public
+from jaxtrain.fields import AtLeast, Count, Free, NamedFiles, Public
 from jaxtrain.horizon import Horizon
 from jaxtrain.messages import counted, printable
 
@@ -148,7 +148,7 @@ class Mixture(Rows):
     corpus goes on where it was.
     """
 
-    sources: tuple[tuple[str, str], ...] = ()
+    sources: Annotated[tuple[tuple[str, str], ...], NamedFiles()] = ()
     """The corpora, NAME=FILES,...; FILES is a file, a folder or a glob, or python for Python's own
     library"""
     weights: Annotated[str, Free()] = ""
