@@ -320,7 +320,10 @@ def _read_pair(part: str, items: Sequence[Any], marks: Sequence[Any] = ()) -> tu
     if not equals or not pattern:
         if NamedFiles() in marks:
             # the file's own name without ending and signs, as a name for it
-            name = "_".join(re.findall(r"[A-Za-z0-9_]+", PurePath(value).name.partition(".")[0])) or "a"
+            name = (
+                "_".join(re.findall(r"[A-Za-z0-9_]+", PurePath(value).name.partition(".")[0]))
+                or "a"
+            )
             raise UserError(f"has no name; expected NAME=FILES, e.g. {name}={value or 'FILES'}")
         example = "head/kernel=fsdp:-" if items[1] is str else "bias=0"
         raise UserError(f"not a rule; expected PATTERN=VALUE, e.g. {example}")
