@@ -48,7 +48,7 @@ def experiment() -> jaxtrain.Run:
         checkpoint_every=jaxtrain.Horizon(25, "percent"),
         offers={
             "model": {"small": SMALL} | ENCODERS,
-            "data": {"text": text, "mixture": Mixture()},
+            "data": {"text": text, "mixture": Mixture.like(text)},
             "optimizer": optimizers.NAMES,
             "schedule": schedules.NAMES,
             "augment": {"none": augment.NoAugment()},

@@ -43,7 +43,7 @@ def experiment() -> jaxtrain.Run:
         checkpoint_every=jaxtrain.Horizon(5, "percent"),
         offers={
             "model": GPT2 | sizes.NAMES,
-            "data": {"text": text, "mixture": Mixture()},
+            "data": {"text": text, "mixture": Mixture.like(text)},
             "optimizer": optimizers.NAMES,
             "schedule": schedules.NAMES,
             "augment": {"none": augment.NoAugment()},

@@ -44,7 +44,7 @@ def experiment() -> jaxtrain.Run:
         checkpoint_every=jaxtrain.Horizon(1, "percent"),
         offers={
             "model": LLAMA | sizes.NAMES,
-            "data": {"text": text, "mixture": Mixture()},
+            "data": {"text": text, "mixture": Mixture.like(text)},
             "optimizer": optimizers.NAMES,
             "schedule": schedules.NAMES,
             "augment": {"none": augment.NoAugment()},

@@ -41,7 +41,7 @@ def experiment() -> jaxtrain.Run:
         sample_every=jaxtrain.Horizon(25, "percent"),
         offers={
             "model": SIZES | transformer.NAMES,
-            "data": {"text": text, "mixture": Mixture()},
+            "data": {"text": text, "mixture": Mixture.like(text)},
             "optimizer": optimizers.NAMES,
             "schedule": schedules.NAMES,
             "augment": {"none": augment.NoAugment()},

@@ -133,6 +133,11 @@ class Public:
 
 
 @dataclasses.dataclass(frozen=True)
+class NamedFiles:
+    """Marks a tuple of pairs whose items are NAME=FILES, and no rules."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Free:
     """Marks a field of a component that may differ from the run that goes on; a line says so. Of
     others a difference needs --allow_config_change."""

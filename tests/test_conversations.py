@@ -1,6 +1,7 @@
 """Conversations: what a chat template makes of them, which tokens are learned, and one line for
 whatever is wrong; rendering and masks against transformers where it is installed."""
 
+import dataclasses
 import json
 import random
 from importlib import util
@@ -10,11 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+import jaxtrain
 from jaxtrain.data import Conversations
 from jaxtrain.data.text import conversations as chats
 from jaxtrain.data.text.chat_template import render, rendered
 from jaxtrain.data.text.tokenizers import Bytes
 from jaxtrain.errors import UserError
+from jaxtrain.models.transformer import Transformer
+from jaxtrain.optimizers import AdamW
+from jaxtrain.runner import build
+from jaxtrain.schedules import Constant
+from jaxtrain.tasks import NextToken
 
 PLAIN = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
@@ -317,7 +324,43 @@ def test_what_cannot_be_learned_from_is_one_line_with_file_and_row(
     assert "\n" not in str(refusal.value)
     assert str(refusal.value).startswith(said.format(path=settings["path"]))
     if said.startswith("{path}"):
-        assert str(refusal.value).endswith("; mend it, or leave such rows out with --data.bad=skip")
+        left = len(rows) > 1
+        assert str(refusal.value).endswith(
+            "; mend it, or leave such rows out with --data.bad=skip"
+            if left
+            else "; no other row can be used: mend it, or give other files"
+        )
+
+
+def test_a_batch_of_more_rows_than_packing_leaves_is_told_what_gives_more(tmp_path: Path) -> None:
+    settings = write(tmp_path, *[PAIR] * 10) | {"layout": "packed", "length": 400, "show": False}
+    run = jaxtrain.Run(
+        name="a",
+        model=Transformer(vocabulary=257),
+        data=Conversations(**settings),
+        task=NextToken(),
+        optimizer=AdamW(),
+        schedule=Constant(),
+        steps=1,
+        batch_size=8,
+    )
+
+    def said(**changes: Any) -> str:
+        asked = dataclasses.replace(run, data=Conversations(**settings | changes))
+        train = asked.data.open().train
+        try:
+            build.lengths(asked, len(train), None, train)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    each = len("<user>How?</><assistant>So.</>")
+    assert said() == (
+        "--batch_size=8: train split has 1 example, so a batch would repeat some; use <= 1,"
+        f" or --data.length={10 * each // 8 - 1}, or --data.layout=padded for 10 rows"
+        " (10 texts packed into 1 row)"
+    )
+    assert said(length=10 * each // 8 - 1) == said(layout="padded") == ""
 
 
 def test_other_files_than_json_lines_are_refused(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_held_out_texts_that_are_in_train_are_said(tmp_path: Path) -> None:
     )
 
 
-MEND = "; mend it, or leave such rows out with --data.bad=skip"
+MEND = "; no other row can be used: mend it, or give other files"
 WRONG: list[tuple[str, list[Any], str]] = [
     ("a.jsonl", [{"txt": "a", "label": 1}], "{path}:1: has no 'text', but 'txt', 'label'; did"),
     ("a.jsonl", [pair("a", 1), {"text": "b"}], "{path}:2: has no 'label', but 'text'"),
@@ -221,6 +221,12 @@ WRONG: list[tuple[str, list[Any], str]] = [
     ),
     ("a.jsonl", ["3"], "{path}:1: is a JSON int, not an object with 'text' and 'label'"),
     ("a.jsonl", [pair("a\ud83d", 1)], "{path}:1: holds half a character (U+D83D)" + MEND),
+    ("a.csv", ["text,label", "a,\0"], "{path}:2: holds NUL bytes, so it is no CSV; give another"),
+    (
+        "a.jsonl",
+        [pair("a", 1), pair(" ", 1)],
+        "{path}:2: 'text' is empty; mend it, or leave such rows out with --data.bad=skip",
+    ),
     ("a.csv", ["text,label,text", "a,b,c"], "{path}: has 2 columns 'text'; rename one"),
     ("a.jsonl", [], "--data.path='{path}': holds no text with a class; give other files"),
     ("a.csv", ["a,b", "1,2"], "{path}: has no column 'text', but 'a', 'b'; name it by --data.text"),
@@ -294,7 +300,7 @@ def test_remedies_are_taken(tmp_path: Path) -> None:
         LabelledText(str(tmp_path / "split"), **WHOLE).open()
     (tmp_path / "empty" / "x").mkdir(parents=True)
     (tmp_path / "empty" / "x" / "a.txt").touch()
-    with pytest.raises(UserError, match=r"x/a.txt:1: is empty; mend it, or leave"):
+    with pytest.raises(UserError, match=r"x/a.txt:1: is empty; no other row can be"):
         LabelledText(str(tmp_path / "empty"), **WHOLE).open()
 
 
@@ -315,7 +321,13 @@ def test_a_tokenizer_with_far_fewer_ids_than_the_stored_model_is_said(tmp_path: 
     assert note.startswith(
         "the data's tokenizer (bytes) has 257 ids, the stored model 30522: is it"
     )
-    assert preflight.token_notes(dataclasses.replace(run, init_from=""), train) == []
+    [note] = preflight.token_notes(dataclasses.replace(run, init_from=""), train)
+    assert note.startswith(
+        "the data's tokenizer (bytes) has 257 ids, the new model 30522 embeddings, all random:"
+    )
+    assert note.endswith("--model.vocabulary=257 is enough for a new one")
+    enough = dataclasses.replace(run, init_from="", model=Encoder(vocabulary=257))
+    assert preflight.token_notes(enough, train) == []
     same = dataclasses.replace(run, model=Encoder(vocabulary=258))
     assert preflight.token_notes(same, train) == []
 
@@ -334,8 +346,9 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_one_line(
         "steps": 1,
         "batch_size": 4,
         "report": False,
-        "offers": {"model": models.NAMES},
+        "offers": {"model": models.NAMES | {"bytes_257": model.clone(vocabulary=257)}},
     }
     assert start(tmp_path / "run", f"--data.path={path}", **changes) == 2
     said = capsys.readouterr().err
     assert "--model.vocabulary=99: the data's tokenizer has 257 ids; give --data.tokenizer=" in said
+    assert ", or choose --model=bytes_257, with as many\n" in said

@@ -2,7 +2,9 @@
 same bits on the host and on a device, whatever a run is stopped, resumed and told on the way."""
 
 import dataclasses
+import runpy
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtrain.config import values
 from jaxtrain.data import mixture
 from jaxtrain.data.mixture import Mixed, MixedPosition, MixedTable, parse_weights
 from jaxtrain.data.order import Shuffled
+from jaxtrain.data.sources.text import Mixture, Rows
 from jaxtrain.data.table import ArrayTable, SliceTable
 from jaxtrain.errors import UserError
+from jaxtrain.fields import fields_of
 from jaxtrain.horizon import Horizon
 
 THREE = Mixed(("a", "b", "c"), (7, 11, 5), ((0, (0.5, 0.3, 0.2)),))
@@ -238,3 +243,29 @@ def test_horizons_of_weights() -> None:
         (Horizon(0), (0.75, 0.25)),
         (Horizon(200), (0.0, 1.0)),
     )
+
+
+def test_an_experiment_that_offers_a_mixture_gives_it_its_own_rows() -> None:
+    found = []
+    for path in sorted((Path(__file__).parents[1] / "experiments").glob("*.py")):
+        if "Mixture" not in path.read_text(encoding="utf-8"):
+            continue
+        run = runpy.run_path(str(path))["experiment"]()
+        mixed = run.offers["data"]["mixture"]
+        assert all(
+            getattr(mixed, each.name) == getattr(run.data, each.name)
+            for each in dataclasses.fields(Rows)
+        ), path.name
+        found.append(path.stem)
+    assert found == ["bert_mlm", "gpt2_124m", "llama3_8b", "shakespeare_char"]
+
+
+def test_sources_without_names_are_told_how_they_are_given() -> None:
+    field = next(each for each in fields_of(Mixture()) if each.name == "sources")
+    with pytest.raises(UserError) as refusal:
+        values.read("texts/a b.jsonl,b=b.jsonl", field.type, field.marks)
+    line = str(refusal.value)
+    assert line.endswith("has no name; expected NAME=FILES, e.g. a_b=texts/a b.jsonl")
+    remedy = line.partition("e.g. ")[2]
+    read = values.read(f"{remedy},b=b.jsonl", field.type, field.marks)
+    assert read == (("a_b", "texts/a b.jsonl"), ("b", "b.jsonl"))

@@ -205,10 +205,14 @@ def test_ctrl_c_twice_is_at_once_whatever_the_main_thread_does() -> None:
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
+        process_group=0,
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "1\n"
+        # to the process and to its group, as `timeout` sends it: one Ctrl-C
         process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.7)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130

@@ -697,7 +697,7 @@ def test_an_interrupt_after_a_stop_signal_ends_all_at_once(
             time.sleep(0.02)
         for number in (first, signal.SIGINT):
             made.process.send_signal(number)
-            time.sleep(0.3)
+            time.sleep(0.7)  # sooner it would be the same Ctrl-C
         _, err = made.finish(130)
     assert err == "jaxtrain: interrupted twice; nothing more is saved\n"
 

@@ -433,6 +433,43 @@ def test_whoever_comes_second_waits_and_says_so(tmp_path: Path) -> None:
     check(thread_result[0], ["two"], BYTES)
 
 
+# Where leaving out the broken would leave none, that is not advised.
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "said"),
+    [
+        ("a.txt", b"", ":1: is empty; no other document can be used: mend it, or give other files"),
+        ("a.txt", b"a\n\0", ":2: holds NUL bytes, so it is no text; no other document can be used"),
+        (
+            "a.jsonl",
+            b'{"txt": "a"}\n' * 3,
+            "did you mean 'txt'?; name the key of the texts by key=",
+        ),
+        ("a.jsonl", b'{"body": "a"}\n' * 3, "but 'body'; take it by key=body"),
+        ("a.jsonl", b'{"messages": []}\n', "these are conversations: --data=conversations reads"),
+        (
+            "a.jsonl",
+            b'{"text": ""}\n{"text": "a\\u0000"}\n',
+            ":1: 'text' is empty; mend it, or leave",
+        ),
+    ],
+)
+@pytest.mark.parametrize("tokenizer", ["bytes", "characters"])
+def test_leaving_out_is_advised_only_where_something_is_left(
+    name: str, texts: bytes, said: str, tokenizer: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(texts)
+    with pytest.raises(UserError) as refusal:
+        open_tokens(str(tmp_path / name), tokenizer, cache_dir=tmp_path / "cache")
+    assert said in str(refusal.value)
+    left = "bad=skip" in str(refusal.value)
+    assert left == (said.endswith("or leave"))
+    if left:
+        kept = open_tokens(str(tmp_path / name), tokenizer, cache_dir=tmp_path / "c", bad="skip")
+        assert len(kept.offsets_D1) == 2
+
+
 # Several processes.
 
 

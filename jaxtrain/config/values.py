@@ -13,11 +13,12 @@ import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
+from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
 from jaxtrain.config import other_toolkits
 from jaxtrain.errors import UserError
-from jaxtrain.fields import FieldType, field_type, problem
+from jaxtrain.fields import FieldType, NamedFiles, field_type, problem
 from jaxtrain.horizon import Horizon, TokenCount
 from jaxtrain.messages import did_you_mean, is_number, shown
 
@@ -305,16 +306,25 @@ def _read_tuple(text: str, wanted: FieldType) -> tuple[Any, ...]:
             )
         pair = typing.get_args(item) if typing.get_origin(item) is tuple else None
         try:
-            values.append(_read_pair(part, pair) if pair else read(part, item, wanted.marks))
+            values.append(
+                _read_pair(part, pair, wanted.marks) if pair else read(part, item, wanted.marks)
+            )
         except ValueError as wrong:
             raise UserError(f"item {position} ({shown(part)}): {wrong}") from None
     return tuple(values)
 
 
-def _read_pair(part: str, items: Sequence[Any]) -> tuple[str, Any]:
+def _read_pair(part: str, items: Sequence[Any], marks: Sequence[Any] = ()) -> tuple[str, Any]:
     """A rule, `PATTERN=VALUE`; the last `=` divides, for a pattern may hold one."""
     pattern, equals, value = part.rpartition("=")
     if not equals or not pattern:
+        if NamedFiles() in marks:
+            # the file's own name without ending and signs, as a name for it
+            name = (
+                "_".join(re.findall(r"[A-Za-z0-9_]+", PurePath(value).name.partition(".")[0]))
+                or "a"
+            )
+            raise UserError(f"has no name; expected NAME=FILES, e.g. {name}={value or 'FILES'}")
         example = "head/kernel=fsdp:-" if items[1] is str else "bias=0"
         raise UserError(f"not a rule; expected PATTERN=VALUE, e.g. {example}")
     return pattern, read(value, items[1])

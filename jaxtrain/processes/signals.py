@@ -2,9 +2,11 @@
 finishes its step, saves, and exits with the status that belongs to the signal."""
 
 import contextlib
+import math
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -26,6 +28,9 @@ WAITS = {
     "ending": "is about to end",
 }
 """What a run that is asked to end does before, by the phase that its heartbeats speak of."""
+SAME_INTERRUPT_SECONDS = 0.5
+"""Interrupts that follow one another faster are one Ctrl-C: `timeout`, shells and launchers send it
+to a process and to its group, so that it comes twice within milliseconds."""
 
 
 class StopSignals:
@@ -39,13 +44,14 @@ class StopSignals:
 
     The first one is said on stderr when it comes, whatever the main thread does, with what the run
     waits for. With `exit_on_second_interrupt`, Ctrl-C after another stop signal ends the process at
-    once. The supervisor sets it to False, because it must kill its workers before it exits, and
-    each of them says its own line.
+    once; one that follows another within half a second is the same Ctrl-C. The supervisor sets it
+    to False, because it must kill its workers before it exits, and each of them says its own line.
     """
 
     def __init__(self, *, exit_on_second_interrupt: bool = True) -> None:
         self.received: list[signal.Signals] = []
-        """All stop signals so far, in the order in which they came."""
+        """All stop signals so far, in the order in which they came; one Ctrl-C is there once."""
+        self._interrupts = _Interrupts()
         self._exit_on_second_interrupt = exit_on_second_interrupt
         # The values are what `signal.signal` returned.
         self._previous_handlers: dict[signal.Signals, Any] = {}
@@ -92,7 +98,8 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received.append(signal.Signals(number))
+        if not self._interrupts.repeats(number):
+            self.received.append(signal.Signals(number))
 
     def _start_watcher(self) -> None:
         """Starts a thread that reads every signal from a pipe.
@@ -110,8 +117,11 @@ class StopSignals:
 
     def _exit_at_second_interrupt(self, reader: int) -> None:
         stop_requested = False
+        interrupts = _Interrupts()
         while numbers := os.read(reader, 64):
             for number in numbers:
+                if interrupts.repeats(number):
+                    continue
                 if stop_requested and number == signal.SIGINT:
                     # No handler runs and no thread is waited for: either may take minutes.
                     # Committed checkpoints stay.
@@ -121,6 +131,23 @@ class StopSignals:
                     stop_requested = True
                     _print_received(signal.Signals(number))
         os.close(reader)
+
+
+class _Interrupts:
+    """Tells a new Ctrl-C from one that comes a second time on another way."""
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def repeats(self, number: int) -> bool:
+        """Whether a signal that comes now is the same Ctrl-C as the last one that was new."""
+        now = time.monotonic()
+        if number != signal.SIGINT:
+            return False
+        if now - self._last < SAME_INTERRUPT_SECONDS:
+            return True
+        self._last = now
+        return False
 
 
 def _print_received(number: signal.Signals) -> None:

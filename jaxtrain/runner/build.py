@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import config, messages, optimizers, precision, schedules, tasks
@@ -121,15 +122,47 @@ def _shorter_rows(run: config.Run, rows: int) -> str:
     return f", or --data.length={most}" if most > 0 else ""
 
 
-def lengths(run: config.Run, num_examples: int, step_tokens: int | None = None) -> Lengths:
-    """Turns epochs, tokens, percentages and horizons into steps.
+def _unpacked(run: config.Run, train: Table | None) -> str:
+    """That the rows are packed, and what gives enough of them for a batch; nothing of others."""
+    length = getattr(run.data, "length", None)
+    if getattr(run.data, "layout", "") != "packed" or train is None or not isinstance(length, int):
+        return ""
+    segments_NT = train.read(np.arange(len(train)))["segments"]
+    sizes = np.concatenate([np.bincount(row_T)[1:] for row_T in segments_NT])
+    whole = "padded" in values.describe(_type_of(run.data, "layout"))
+    ways: list[str] = []
+    # Rows that are full hold so many tokens at least, so there are more of shorter ones.
+    shorter = int(sizes.sum()) // run.batch_size - 1
+    if shorter > 0 and (not whole or shorter >= sizes.max() - 1):
+        ways.append(f"--data.length={shorter}")
+    if whole and len(sizes) >= run.batch_size:
+        ways.append(f"--data.layout=padded for {messages.counted(len(sizes), 'row')}")
+    return "".join(f", or {way}" for way in ways) + (
+        f" ({messages.counted(len(sizes), 'text')} packed into"
+        f" {messages.counted(len(train), 'row')})"
+    )
+
+
+def _type_of(component: Any, name: str) -> Any:
+    return next(field.type for field in fields_of(component) if field.name == name)
+
+
+def lengths(
+    run: config.Run,
+    num_examples: int,
+    step_tokens: int | None = None,
+    train: Table | None = None,
+) -> Lengths:
+    """Turns epochs, tokens, percentages and horizons into steps; `train` is what words of packed
+    rows are made of.
 
     `UserError` if the batch is larger than the train split: it would hold an example twice.
     """
     if run.batch_size > num_examples:
         raise UserError(
-            f"--batch_size={run.batch_size}: train split has {num_examples} examples, so a batch"
-            f" would repeat some; use <= {num_examples}{_shorter_rows(run, num_examples)}"
+            f"--batch_size={run.batch_size}: train split has"
+            f" {messages.counted(num_examples, 'example')}, so a batch would repeat some; use <="
+            f" {num_examples}{_shorter_rows(run, num_examples)}{_unpacked(run, train)}"
         )
     per_epoch = num_examples / run.batch_size
     given = next(name for name in config.LENGTHS if getattr(run, name) is not None)

@@ -228,7 +228,9 @@ def _launch(run: config.Run, argv: Sequence[str], stop: StopSignals) -> int:
     columns = checks.column_notes(splits.train) if run.normalize else []
     for note in [*splits.notes, *columns]:
         messages.warn(note)
-    length = build.lengths(run, len(splits.train), build.tokens_per_step(run, splits.train))
+    length = build.lengths(
+        run, len(splits.train), build.tokens_per_step(run, splits.train), splits.train
+    )
     for note in unusual.notes(run, length):
         messages.warn(note)
     if run.profile_steps is not None and run.profile_steps[0] >= length.total:

@@ -22,6 +22,8 @@ from jaxtrain.train.recipe import Recipe
 SPARSE = 8
 """Classes that may be absent from a split, besides half of them, before its greatest label is taken
 for a mistake."""
+UNUSED = 1000
+"""Embeddings of a new model, besides half of them, that may belong to no id before it is said."""
 
 
 def model(run: config.Run, train: Table, recipe: Recipe, execution: Execution) -> check.Checked:
@@ -81,8 +83,8 @@ def _in_flags(said: str, run: config.Run) -> str:
 
 
 def token_notes(run: config.Run, train: Table) -> list[str]:
-    """A note if the data's tokenizer has far fewer ids than the model that a run starts from;
-    `UserError` if it has more than the model has embeddings."""
+    """A note if the data's tokenizer has far fewer ids than the model, be it new or what a run
+    starts from; `UserError` if it has more than the model has embeddings."""
     known = getattr(run.model, "vocabulary", None)
     tokenizer = getattr(train, "tokenizer", None)
     if tokenizer is None or not isinstance(known, int):
@@ -92,16 +94,37 @@ def token_notes(run: config.Run, train: Table) -> list[str]:
             f"--model.vocabulary={known}: the data's tokenizer has {tokenizer.vocabulary} ids; give"
             " --data.tokenizer=DIR, the folder of the model whose parameters the run starts from,"
             f" or set --model.vocabulary={tokenizer.vocabulary} for a new one"
+            f"{_with_vocabulary(run, tokenizer.vocabulary)}"
         )
-    if not run.init_from or 2 * tokenizer.vocabulary > known:
+    if 2 * tokenizer.vocabulary > known:
+        return []
+    has = (
+        f"the data's tokenizer ({messages.printable(tokenizer.name)}) has {tokenizer.vocabulary}"
+        " ids"
+    )
+    if run.init_from:
+        return [
+            (
+                f"{has}, the stored model {known}: is it that model's?"
+                " --data.tokenizer=DIR names the folder that holds it"
+            )
+        ]
+    if known - tokenizer.vocabulary < UNUSED:
         return []
     return [
         (
-            f"the data's tokenizer ({messages.printable(tokenizer.name)}) has"
-            f" {tokenizer.vocabulary} ids, the stored model {known}: is it that model's?"
-            " --data.tokenizer=DIR names the folder that holds it"
+            f"{has}, the new model {known} embeddings, all random: --init_from=DIR with"
+            " --data.tokenizer=DIR starts from a stored model and its tokenizer;"
+            f" --model.vocabulary={tokenizer.vocabulary} is enough for a new one"
         )
     ]
+
+
+def _with_vocabulary(run: config.Run, ids: int) -> str:
+    """The offered models with as many embeddings, as the end of a message."""
+    offered = run.offers.get("model", {}).items()
+    names = [name for name, model in offered if getattr(model, "vocabulary", None) == ids]
+    return f", or choose --model={' or '.join(names[:3])}, with as many" if names else ""
 
 
 def _classes(task: Any, table: Table) -> int | None:

@@ -11,7 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from jaxtrain.data.text.token_cache import Tokens
 from jaxtrain.data.text.tokenizers import is_learned
 from jaxtrain.data.text.windows import is_ragged, windows
 from jaxtrain.errors import RowsTooLong, UserError
-from jaxtrain.fields import AtLeast, Count, Free, Public
+from jaxtrain.fields import AtLeast, Count, Free, NamedFiles, Public
 from jaxtrain.horizon import Horizon
 from jaxtrain.messages import counted, printable
 
@@ -148,12 +148,21 @@ class Mixture(Rows):
     corpus goes on where it was.
     """
 
-    sources: tuple[tuple[str, str], ...] = ()
+    sources: Annotated[tuple[tuple[str, str], ...], NamedFiles()] = ()
     """The corpora, NAME=FILES,...; FILES is a file, a folder or a glob, or python for Python's own
     library"""
     weights: Annotated[str, Free()] = ""
     """Their shares of the examples, e.g. code=0.3,books=0.7, and from a time on others:
     code=0.3,books=0.7/50%:code=0.6,books=0.4; empty = by their size"""
+
+    @classmethod
+    def like(cls, rows: Rows) -> Self:
+        """A mixture whose rows are those of another source, so that an experiment says them once.
+
+        >>> Mixture.like(Text(length=64, layout="packed")).length
+        64
+        """
+        return cls(**{each.name: getattr(rows, each.name) for each in dataclasses.fields(Rows)})
 
     def open(self) -> Splits:
         """Opens every corpus; `UserError` for one that holds too little, or for weights that are no

@@ -93,7 +93,12 @@ def documents(
 
 def bad_words(file: TextFile, row: int, why: str, noun: str = "document") -> str:
     """The line about a document that is broken, with what can be done about it."""
-    return f"{place(file, row)}: {why}; mend it, or leave such {noun}s out with bad=skip"
+    return f"{place(file, row)}: {why}{skipping(noun)}"
+
+
+def skipping(noun: str) -> str:
+    """How such a line ends, where something would be left."""
+    return f"; mend it, or leave such {noun}s out with bad=skip"
 
 
 def place(file: TextFile, row: int) -> str:
@@ -150,7 +155,7 @@ def _read_text(file: TextFile, how: Format, part: Part) -> Iterator[Document | B
     if part.start == 0:
         data = data.removeprefix(codecs.BOM_UTF8)
     if not how.separator:
-        yield _decoded(data, part.row, part.start)
+        yield _of_plain(data, part.row, part.start)
         return
     begin, row = 0, part.row
     pattern = separator_pattern(how.separator)
@@ -163,9 +168,17 @@ def _read_text(file: TextFile, how: Format, part: Part) -> Iterator[Document | B
         outermost = begin == 0 or start == len(data)
         inner = inner.rstrip(b"\r\n")
         if inner or not outermost:
-            yield _decoded(inner, line, part.start + begin)
+            yield _of_plain(inner, line, part.start + begin)
         row += data[begin:stop].count(b"\n")
         begin = stop
+
+
+def _of_plain(data: bytes, row: int, start: int) -> Document | Bad:
+    """A document of plain text; JSON and Parquet say of a NUL that it is meant, this cannot."""
+    found = _decoded(data, row, start)
+    if isinstance(found, Document) and "\0" in found.text:
+        return Bad(row + data[: data.index(0)].count(b"\n"), "holds NUL bytes, so it is no text")
+    return found
 
 
 def separator_pattern(separator: str) -> re.Pattern[bytes]:
@@ -251,6 +264,9 @@ def _of_line(line: bytes, row: int, key: str) -> Document | Bad:
         return Bad(row, f"is {_type_of(value)}, not an object with the key {key!r}")
     if key not in value:
         names = ", ".join(map(repr, sorted(value)[:8]))
+        if any(isinstance(value.get(chat), list) for chat in ("messages", "conversations")):
+            chats = "these are conversations: --data=conversations reads them"
+            return Bad(row, f"has no key {key!r}, but {names}; {chats}")
         near = did_you_mean(key, value)
         texts = [name for name, held in value.items() if isinstance(held, str)]
         taken = f"; take it by key={texts[0]}" if texts and not near else ""

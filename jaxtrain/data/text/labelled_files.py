@@ -239,6 +239,11 @@ def _cells(file: TextFile, keys: tuple[str, str], part: Part) -> Rows:
                 f"{name}:{row}: byte 0x{error.object[error.start]:02x} is no UTF-8; iconv -f LATIN1"
                 " -t UTF-8 FILE makes UTF-8 of it, if it is Latin 1"
             ) from None
+    if "\0" in text:
+        row = text[: text.index("\0")].count("\n") + 1
+        raise UserError(
+            f"{name}:{row}: holds NUL bytes, so it is no CSV; give another file, or take them out"
+        )
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
     try:
         header = next(reader, [])

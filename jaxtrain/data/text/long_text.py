@@ -84,9 +84,9 @@ def _encode_after(tokenizer: Tokenizer, before: str, text: str) -> np.ndarray | 
 
 def file_cuts(tokenizer: Tokenizer, path: str, part_bytes: int) -> list[int]:
     """The bytes at which a file of UTF-8 can be cut into parts of about that size, for any of which
-    `encode_long` gives the ids of the whole; none if it is no UTF-8."""
+    `encode_long` gives the ids of the whole; none if it is no UTF-8, or holds NUL bytes."""
     size = os.path.getsize(path)
-    if size <= part_bytes or not _is_utf8(path):
+    if size <= part_bytes or not _is_text(path):
         return []
     cuts, at = [], part_bytes
     with open(path, "rb") as stream:
@@ -114,12 +114,13 @@ def character_before(path: str, start: int) -> str:
         return stream.read(min(start, 4)).decode(errors="ignore")[-1:]
 
 
-def _is_utf8(path: str) -> bool:
+def _is_text(path: str) -> bool:
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open(path, "rb") as stream:
         try:
             while chunk := stream.read(1 << 20):
-                decoder.decode(chunk)
+                if "\0" in decoder.decode(chunk):
+                    return False
             decoder.decode(b"", final=True)
         except UnicodeDecodeError:
             return False

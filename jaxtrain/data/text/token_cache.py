@@ -168,6 +168,20 @@ def open_corpus(
         raise UserError(f"token cache: {why}; give another cache_dir") from error
 
 
+_LOOKED_AT = 1000
+"""Broken examples with no good one among them, after which all are taken for broken."""
+
+
+def _without_skipping(line: str, noun: str) -> str:
+    """A line about a broken example, where leaving such out would leave none."""
+    line = line.removesuffix(documents.skipping(noun))
+    if "--data=conversations" in line or " by key=" in line or "_key names it)" in line:
+        return line
+    if "has no key " in line:
+        return f"{line}; name the key of the texts by key=NAME"
+    return f"{line}; no other {noun} can be used: mend it, or give other files"
+
+
 @dataclasses.dataclass
 class _Work:
     """One opening of a corpus."""
@@ -180,6 +194,34 @@ class _Work:
     say: Callable[[str], None]
 
     def open(self, paths: Sequence[str], tokenizer: str | Tokenizer) -> Tokens:
+        """The tokens, kept or made now."""
+        try:
+            return self._open(paths, tokenizer)
+        except UserError as error:
+            if str(error).endswith(documents.skipping(self.how.noun)) and self._all_bad(tokenizer):
+                raise UserError(_without_skipping(str(error), self.how.noun)) from error
+            raise
+
+    def _all_bad(self, tokenizer: str | Tokenizer) -> bool:
+        """Whether the first examples, over all files, are broken, every one of them."""
+        seen = 0
+        for file in self.found.files:
+            learned = isinstance(tokenizer, str) and is_learned(tokenizer)
+            if isinstance(tokenizer, str) and not learned:
+                tokenizer = open_tokenizer(tokenizer)
+            examples = (
+                self.how.texts(file)
+                if isinstance(tokenizer, str)
+                else self.how.encoded(file, documents.WHOLE, tokenizer)
+            )
+            for one in examples:
+                if not isinstance(one, documents.Bad):
+                    return False
+                if (seen := seen + 1) == _LOOKED_AT:
+                    return True
+        return True
+
+    def _open(self, paths: Sequence[str], tokenizer: str | Tokenizer) -> Tokens:
         places = [os.path.abspath(os.path.expanduser(path)) for path in paths]
         learned = isinstance(tokenizer, str) and is_learned(tokenizer)
         if isinstance(tokenizer, str) and not learned:
