@@ -233,6 +233,16 @@ def test_a_terminal_is_told_what_takes_a_while(
     assert reading == f"jaxtrain: reading {workdir}" and compiling.startswith("jaxtrain: compiling")
 
 
+def test_a_language_model_is_sampled_and_not_asked_for_predictions(
+    workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["predict", str(workdir), f"--out={tmp_path / 'p.csv'}"]) == 2
+    said = capsys.readouterr().err
+    remedy = f"python -m jaxtrain sample {workdir} --prompt=TEXT"
+    assert said.endswith(f": a language model says texts, and no rows: {remedy}\n")
+    assert command(*remedy.split()[4:], "--most=2") == 0
+
+
 def test_errors_are_one_line(workdir: Path, folder: Path, tmp_path: Path) -> None:
     """Each with what to do."""
     cases = {

@@ -1,6 +1,7 @@
 """Texts with classes: what their rows hold, in which split they are, and one line with file and row
 for whatever is no text with a class."""
 
+import csv
 import dataclasses
 import gzip
 import json
@@ -14,6 +15,7 @@ from test_run import start
 
 import jaxtrain
 from jaxtrain import models
+from jaxtrain.cli import main as run_command
 from jaxtrain.data import LabelledText
 from jaxtrain.data.sources import text as text_source
 from jaxtrain.errors import UserError
@@ -352,3 +354,92 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_one_line(
     said = capsys.readouterr().err
     assert "--model.vocabulary=99: the data's tokenizer has 257 ids; give --data.tokenizer=" in said
     assert ", or choose --model=bytes_257, with as many\n" in said
+
+
+TINY = Encoder(
+    vocabulary=257, width=8, depth=1, heads=2, head="classes", pool="mean", max_length=16
+)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one step on texts of few letters."""
+    folder = tmp_path_factory.mktemp("classifier")
+    rows = [pair(f"{'abcd'[row % 4]} {row}", "ham" if row % 2 else "spam") for row in range(20)]
+    changes = {
+        "model": TINY,
+        "data": LabelledText(write(folder, "a.jsonl", *rows), length=16, cache=str(folder / "c")),
+        "task": Classification(input="tokens=tokens,segments=segments"),
+        "augment": None,
+        "optimizer": AdamW(),
+        "steps": 1,
+        "batch_size": 4,
+        "report": False,
+        "offers": {},
+    }
+    assert start(folder / "run", **changes) == 0
+    return folder / "run"
+
+
+def test_a_classifier_reads_new_texts_as_it_was_trained(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of letters that training never saw, without labels, and in the order of the file."""
+    texts = ["zzz ☃", "b 3", "xyz"]
+    (tmp_path / "mood.csv").write_text("number,text\n" + "".join(f"1,{one}\n" for one in texts))
+    command = ["predict", str(classifier), f"--data.path={tmp_path / 'mood.csv'}"]
+    assert run_command([*command, f"--out={tmp_path / 'p.csv'}"]) == 0
+    shown = capsys.readouterr()
+    assert "3 texts -> " in shown.out and "warning" not in shown.err
+    with open(tmp_path / "p.csv", encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["filename"].rpartition(":")[2] for row in found] == ["2", "3", "4"]
+    trained = jaxtrain.load(classifier)
+    for text, row in zip(texts, found, strict=True):
+        ids = [*text.encode(), 256]
+        logits = trained.model.apply({"params": trained.params}, np.array([ids], np.int32))
+        got = [float(row["logits_0"]), float(row["logits_1"])]
+        np.testing.assert_allclose(got, np.asarray(logits)[0], atol=1e-5)
+        assert row["class"] == ("ham", "spam")[int(np.argmax(got))]
+
+
+def test_new_texts_that_cannot_be_are_one_line(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {
+        "text\n" + "a" * 30 + "\n": "a.csv:2: has 31 tokens, the run's rows have 16; shorten it",
+        'text\nab\n""\n': "a.csv:3: 'text' is empty; mend the row, or remove it",
+        "text\n": "a.csv: holds no text; give a file with rows",
+        "words\nab\n": "a.csv: has no column 'text', but 'words'",
+    }
+    path, out = tmp_path / "a.csv", tmp_path / "p.csv"
+    command = ["predict", str(classifier), f"--data.path={path}", f"--out={out}"]
+    for text, message in rows.items():
+        path.write_text(text)
+        assert run_command(command) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1, said
+    path.write_text("text\nab\n")
+    assert run_command([*command, "--data.split=test"]) == 2
+    assert "--data.split=test: texts of a file are all taken; drop it" in capsys.readouterr().err
+    kept = classifier / "jaxtrain_tokenizer.json"
+    kept.rename(tmp_path / "kept")
+    assert run_command(command) == 2
+    assert "holds texts, and the run kept no tokenizer (an older" in capsys.readouterr().err
+    (tmp_path / "kept").rename(kept)
+    assert run_command(command) == 0
+    with pytest.raises(UserError, match=r"the model knows tokens 0\.\.256; encode the text by the"):
+        jaxtrain.load(classifier).predict(
+            {"tokens": np.full((1, 16), 300, np.int32), "segments": np.ones((1, 16), np.int32)}
+        )
+
+
+def test_export_of_a_classifier_names_what_works(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", str(classifier)]
+    assert run_command([*command, "--format=hugging_face", f"--to={tmp_path / 'hf'}"]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("; write a file: --out=FILE.safetensors without --format\n"), said
+    assert not (tmp_path / "hf").exists()
+    assert run_command([*command, f"--out={tmp_path / 'w.safetensors'}"]) == 0  # the remedy

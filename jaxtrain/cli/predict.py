@@ -35,18 +35,28 @@ def run(arguments: Sequence[str]) -> int:
     path = new_file("predict", given, (".npz", ".csv"))
     experiment = _experiment(given["experiment"]) if "experiment" in given else None
     extras.require("predict", "orbax.checkpoint", "xxhash")
+    from jaxtrain.data.text import tokenizers
     from jaxtrain.inference import tables, trained
+    from jaxtrain.tasks import NextToken
 
     model = trained.load(workdir, checkpoint=given.get("checkpoint", "last"), experiment=experiment)
+    if isinstance(model.task, NextToken):
+        shown = messages.printable(str(workdir))
+        raise UserError(
+            f"predict {shown}: a language model says texts, and no rows: python -m jaxtrain sample"
+            f" {shown} --prompt=TEXT"
+        )
     where, split = f"{workdir}: run.json", given.get("data.split", "")
     if "data.path" in given:
         source = model.source(where, experiment, needed=False)
+        kept = (workdir / tokenizers.SAVED).is_file()
         opened = tables.open_path(
             given["data.path"],
             model.inputs,
             source=source,
             split=split,
             image_key=given.get("data.image_key", ""),
+            tokenizer=tokenizers.open_tokenizer(workdir) if kept else None,
         )
     else:
         if "data.image_key" in given:

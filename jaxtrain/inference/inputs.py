@@ -33,6 +33,8 @@ class Field:
     low: float | None = None
     high: float | None = None
     """The range that training saw; None where any value is as good, as for bytes."""
+    vocabulary: int = 0
+    """How many tokens the model knows, of which any may come; 0 for what is no token."""
 
     def convert(self, name: str, value: Any) -> np.ndarray:
         """Rows of this field from any array; `UserError` if it is another thing."""
@@ -60,14 +62,22 @@ class Field:
         if array.dtype.kind == "f" and not (finite := np.isfinite(array)).all():
             row = int(np.flatnonzero(~finite.reshape(len(array), -1).all(axis=1))[0])
             raise UserError(f"{name}: row {row} holds NaN or infinity; mend the data")
+        low, high = float(array.min()), float(array.max())
+        if self.vocabulary:
+            if not 0 <= low <= high < self.vocabulary:
+                raise UserError(
+                    f"{name} holds {low:g}..{high:g}, the model knows tokens"
+                    f" 0..{self.vocabulary - 1}; encode the text by the run's own tokenizer"
+                )
+            return
         if self.low is None or self.high is None:
             return
-        low, high = float(array.min()), float(array.max())
         width = self.high - self.low or max(abs(self.high), 1.0)
         outside = max(self.low - low, high - self.high, 0.0) / width
         saw = f"training saw {self.low:g}..{self.high:g}"
         if outside > FARTHEST[self._kind()]:
-            raise UserError(f"{name} holds {low:g}..{high:g}, {saw}; scale it as in training")
+            remedy = "number" if self._kind() == "int" else "scale"
+            raise UserError(f"{name} holds {low:g}..{high:g}, {saw}; {remedy} it as in training")
         if outside > 0 and self._kind() == "int":
             messages.warn(f"{name} holds {low:g}..{high:g}, {saw}")
         if self._kind() == "image" and array.size > 1 and 0 < high - low < 0.02 * width:
@@ -104,6 +114,14 @@ class Inputs:
             raise UserError(
                 f"run.json: its inputs cannot be read ({messages.one_line(str(error))})"
             ) from error
+
+    def of_model(self, model: Any) -> Self:
+        """The same, with tokens being any that the model knows."""
+        vocabulary = getattr(model, "vocabulary", 0)
+        if "tokens" not in self.fields or not isinstance(vocabulary, int):
+            return self
+        tokens = dataclasses.replace(self.fields["tokens"], vocabulary=vocabulary)
+        return dataclasses.replace(self, fields={**self.fields, "tokens": tokens})
 
     def check_fields(self, fields: Mapping[str, jax.ShapeDtypeStruct]) -> None:
         """`UserError` if a table lacks a field, or has it in another shape or dtype."""

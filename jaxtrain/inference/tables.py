@@ -11,7 +11,9 @@ import numpy as np
 from jaxtrain import extras, messages
 from jaxtrain.data.sources import arrays as array_files
 from jaxtrain.data.sources import images as image_files
+from jaxtrain.data.sources.labelled_text import LabelledText
 from jaxtrain.data.table import Table
+from jaxtrain.data.text.protocol import Tokenizer
 from jaxtrain.errors import UserError
 from jaxtrain.inference.inputs import Inputs
 
@@ -35,14 +37,23 @@ class Opened:
 
 
 def open_path(
-    path: str, inputs: Inputs, *, source: Any = None, split: str = "", image_key: str = ""
+    path: str,
+    inputs: Inputs,
+    *,
+    source: Any = None,
+    split: str = "",
+    image_key: str = "",
+    tokenizer: Tokenizer | None = None,
 ) -> Opened:
     """The rows in a file or folder; `source` is the data of the run, whose settings (a range of
-    pixels, the name of the inputs) hold here too. `UserError` if the model cannot take them."""
+    pixels, the name of the inputs) hold here too; `tokenizer` is the one that a run on texts was
+    trained with. `UserError` if the model cannot take them."""
     place, flag = Path(path).expanduser(), f"--data.path={messages.printable(path)}"
     if not place.exists():
         raise UserError(f"{flag}: no such file or folder{messages.did_you_mean_path(str(place))}")
     try:
+        if isinstance(source, LabelledText) and place.suffix not in (".npz", ".npy"):
+            return _texts(path, source, tokenizer, split)
         if place.is_dir() and not any(place.glob("*.npy")):
             return _images(place, sorted(_walk(place)), inputs, source)
         if place.suffix.lower() in IMAGE_SUFFIXES:
@@ -71,6 +82,21 @@ def of_run(source: Any, split: str, fingerprint: str) -> Opened:
     if chosen not in there:
         raise UserError("the run has no test split; give --data.path, or --data.split=train")
     return Opened(there[chosen], None, f"its {chosen} split")
+
+
+def _texts(path: str, source: LabelledText, tokenizer: Tokenizer | None, split: str) -> Opened:
+    """Texts in a table or a folder, read as those of the run were."""
+    if tokenizer is None:
+        raise UserError(
+            "holds texts, and the run kept no tokenizer (an older version wrote it); go on with the"
+            " run for one step, which keeps it"
+        )
+    if split:
+        raise UserError(f"--data.split={split}: texts of a file are all taken; drop it")
+    table, places, notes = source.unlabelled(path, tokenizer)
+    for note in notes:
+        messages.warn(note)
+    return Opened(table, tuple(places), messages.counted(len(table), "text"))
 
 
 def _walk(folder: Path) -> list[Path]:

@@ -174,7 +174,7 @@ def load(
     model = component(record, "model", experiment, where) if model is None else model
     if (adapters := lora_of(record, experiment, where)) is not None:
         model = adapters.on(model)
-    inputs = Inputs.from_record(record["inputs"])
+    inputs = Inputs.from_record(record["inputs"]).of_model(model)
     step = chosen_step(folder, str(checkpoint))
     stored = variables.of_step(folder / "checkpoints" / str(step))
     settings = record["config"]

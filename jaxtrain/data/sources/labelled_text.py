@@ -14,7 +14,8 @@ import numpy as np
 from jaxtrain.data.sources.text import cache_folder, in_flags
 from jaxtrain.data.splits import Splits, choose, digest_of_tables
 from jaxtrain.data.table import ArrayTable
-from jaxtrain.data.text import labelled_files
+from jaxtrain.data.text import documents, labelled_files
+from jaxtrain.data.text.documents import Bad
 from jaxtrain.data.text.formats import LabelledTexts
 from jaxtrain.data.text.labelled_files import find_labelled
 from jaxtrain.data.text.protocol import Tokenizer
@@ -22,7 +23,7 @@ from jaxtrain.data.text.text_files import TextFiles
 from jaxtrain.data.text.token_cache import Tokens, open_corpus
 from jaxtrain.errors import UserError
 from jaxtrain.fields import AtLeast, Count, Public
-from jaxtrain.messages import did_you_mean
+from jaxtrain.messages import Note, did_you_mean, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +113,38 @@ class LabelledText:
             origin=f"--data.path={self.path!r}",
         )
         return dataclasses.replace(parts, notes=(*parts.notes, *_shared(parts)))
+
+    def unlabelled(
+        self, path: str, tokenizer: Tokenizer
+    ) -> tuple[ArrayTable, list[str], list[str]]:
+        """The texts of other files, in their order, as rows that a model takes, the place of each,
+        and notes; labels are not read. `UserError` for a row that holds no text, and for a text
+        that is longer than a row unless `too_long` is cut, which a note counts."""
+        files, notes = find_labelled(path)
+        texts: list[_Text] = []
+        for each in files:
+            whole = bool(each.label)
+            read = labelled_files.read_whole(each.file) if whole else None
+            for found in read or labelled_files.read_texts(each.file, self.text_key):
+                place = documents.place(each.file, found.row)
+                if isinstance(found, Bad):
+                    raise UserError(f"{place}: {found.why}; mend the row, or remove it")
+                texts.append(_Text(tokenizer.encode(found.text), "", place))
+        if not texts:
+            raise UserError(f"{printable(path)}: holds no text; give a file with rows")
+        room = self.length - len(tokenizer.bos) - len(tokenizer.eos[:1])
+        longer = [one for one in texts if len(one.ids_N) > room]
+        if longer and self.too_long != "cut":
+            raise UserError(
+                f"{longer[0].place}: has {len(longer[0].ids_N) + self.length - room} tokens, the"
+                f" run's rows have {self.length}; shorten it"
+            )
+        if longer:
+            what = f"{_count(len(longer), 'text')} longer than {self.length} tokens"
+            notes = [*notes, Note(f"{what}, cut as in training")]
+        table, _ = dataclasses.replace(self, split_seed=None)._table(texts, ("",), tokenizer)
+        arrays = {name: table.arrays[name] for name in ("tokens", "segments")}
+        return ArrayTable(arrays, origin=path), [one.place for one in texts], notes
 
     def _tokens(self, files: Sequence[labelled_files.LabelledFile], notes: Sequence[str]) -> Tokens:
         """All texts as ids, from the cache or made now."""

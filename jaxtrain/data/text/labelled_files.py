@@ -28,6 +28,8 @@ SPLITS = {
 """What files and folders of a split are called."""
 _TABLES = {".csv": ",", ".tsv": "\t"}
 """What stands between the cells of a row."""
+KEYS = ("text_key", "label_key")
+"""The flags that name the columns."""
 _ENDS = (*_TABLES, ".jsonl", ".ndjson", ".parquet")
 
 
@@ -154,6 +156,17 @@ def read_part(
                 yield Bad(row, str(fault))
 
 
+def read_texts(file: TextFile, text_key: str) -> Iterator[Labelled | Bad]:
+    """The texts of a file, in order, whether or not it has labels, and the rows that are none."""
+    readers = {LINES: _lines, PARQUET: _parquet}
+    with documents.reading(file):
+        for row, value in readers.get(file.kind, _cells)(file, (text_key,), WHOLE):
+            try:
+                yield _labelled(value, (text_key,), row)
+            except BadRow as fault:
+                yield Bad(row, str(fault))
+
+
 def read_whole(file: TextFile) -> Iterator[Labelled | Bad]:
     """The text that a file is, whose folder tells the label."""
     for found in documents.read_part(file, documents.Format()):
@@ -171,38 +184,41 @@ def check_columns(file: TextFile, text_key: str, label_key: str) -> None:
         _open_parquet(file, (text_key, label_key)).close()
 
 
-def _labelled(value: Mapping[str, Any] | BadRow, keys: tuple[str, str], row: int) -> Labelled:
+def _labelled(value: Mapping[str, Any] | BadRow, keys: tuple[str, ...], row: int) -> Labelled:
     if isinstance(value, BadRow):
         raise value
-    for key, flag in zip(keys, ("text_key", "label_key"), strict=True):
+    for key, flag in zip(keys, KEYS, strict=False):
         if key not in value:
             names = ", ".join(map(repr, list(value)[:8])) or "none"
             raise BadRow(
                 f"has no {key!r}, but {names}{did_you_mean(key, value)} (--data.{flag} names it)"
             )
-    text, label = (value[key] for key in keys)
+    text, label_key = value[keys[0]], keys[-1]
     if not isinstance(text, str):
         raise BadRow(f"{keys[0]!r} is a {type(text).__name__}, no text")
     if not text.strip():
         raise BadRow(f"{keys[0]!r} is empty")
+    label = value[label_key] if len(keys) > 1 else None
     try:
         f"{text}{label}".encode()
     except UnicodeEncodeError as error:
         raise BadRow(f"holds half a character (U+{ord(error.object[error.start]):04X})") from None
+    if len(keys) == 1:
+        return Labelled(text, None, row)
     if isinstance(label, bool):
         label = str(label).lower()
     if not isinstance(label, str | int):
         what = "null" if label is None else f"a {type(label).__name__} ({label!r:.40})"
-        raise BadRow(f"{keys[1]!r} is {what}, no class: a class is a text or a whole number")
+        raise BadRow(f"{label_key!r} is {what}, no class: a class is a text or a whole number")
     if not str(label).strip():
-        raise BadRow(f"{keys[1]!r} is empty")
+        raise BadRow(f"{label_key!r} is empty")
     return Labelled(text, str(label), row)
 
 
 Rows = Iterator[tuple[int, Mapping[str, Any] | BadRow]]
 
 
-def _lines(file: TextFile, keys: tuple[str, str], part: Part) -> Rows:
+def _lines(file: TextFile, keys: tuple[str, ...], part: Part) -> Rows:
     for row, line in enumerate(documents.lines_of(file, part), start=part.row):
         if not line.strip():
             continue
@@ -226,7 +242,7 @@ def _lines(file: TextFile, keys: tuple[str, str], part: Part) -> Rows:
         )
 
 
-def _cells(file: TextFile, keys: tuple[str, str], part: Part) -> Rows:
+def _cells(file: TextFile, keys: tuple[str, ...], part: Part) -> Rows:
     assert part == WHOLE, part  # a line end may stand in quotes
     mark, name = _cells_end(file) or ",", printable(file.path)
     csv.field_size_limit(sys.maxsize)  # a text may be longer than the module's 128 KiB
@@ -249,7 +265,7 @@ def _cells(file: TextFile, keys: tuple[str, str], part: Part) -> Rows:
         header = next(reader, [])
         if twice := next((key for key in keys if header.count(key) > 1), None):
             raise UserError(f"{name}: has {header.count(twice)} columns {twice!r}; rename one")
-        for key, flag in zip(keys, ("text_key", "label_key"), strict=True):
+        for key, flag in zip(keys, KEYS, strict=False):
             if key not in header:
                 columns = ", ".join(map(repr, header[:8])) or "nothing"
                 raise UserError(
@@ -275,7 +291,7 @@ def _row(header: list[str], cells: list[str]) -> Mapping[str, Any] | BadRow:
     return dict(zip(header, cells, strict=True))
 
 
-def _parquet(file: TextFile, keys: tuple[str, str], part: Part) -> Rows:
+def _parquet(file: TextFile, keys: tuple[str, ...], part: Part) -> Rows:
     import pyarrow
 
     table = _open_parquet(file, keys)
@@ -296,14 +312,15 @@ def _parquet(file: TextFile, keys: tuple[str, str], part: Part) -> Rows:
         table.close()
 
 
-def _open_parquet(file: TextFile, keys: tuple[str, str]) -> Any:
+def _open_parquet(file: TextFile, keys: tuple[str, ...]) -> Any:
     table = documents.open_parquet(file, keys[0])
     names = table.schema_arrow.names
-    if keys[1] in names:
+    missing = next((key for key in keys[1:] if key not in names), None)
+    if missing is None:
         return table
     table.close()
     listed = ", ".join(map(repr, names[:8]))
     raise UserError(
-        f"{printable(file.path)}: has no column {keys[1]!r}, but"
-        f" {listed}{did_you_mean(keys[1], names)}; name it by --data.label_key"
+        f"{printable(file.path)}: has no column {missing!r}, but"
+        f" {listed}{did_you_mean(missing, names)}; name it by --data.label_key"
     )
