@@ -443,3 +443,7 @@ def test_export_of_a_classifier_names_what_works(
     assert said.endswith("; write a file: --out=FILE.safetensors without --format\n"), said
     assert not (tmp_path / "hf").exists()
     assert run_command([*command, f"--out={tmp_path / 'w.safetensors'}"]) == 0  # the remedy
+    assert run_command(["sample", str(classifier), "--prompt=a"]) == 2
+    shown = capsys.readouterr()
+    assert "its model is Encoder, which says no texts; give a run that trained" in shown.err
+    assert shown.err.count("\n") == 1 and "a" not in shown.out.splitlines()

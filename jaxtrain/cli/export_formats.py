@@ -80,6 +80,7 @@ def _hugging_face(
 ) -> str:
     from jaxtrain import weights
     from jaxtrain.models.lora import ADAPTERS
+    from jaxtrain.weights import config
 
     _check_kind(model, "hugging_face", "Transformer", "Encoder")
     params = _params(model, values)
@@ -89,7 +90,7 @@ def _hugging_face(
             " model, or write them alone: --format=peft"
         )
     try:
-        weights.config.write(model)
+        config.write(model)
     except UserError as error:
         raise UserError(
             f"export --format=hugging_face: {error}; write a file: --out=FILE.safetensors without"
