@@ -194,7 +194,11 @@ def trained_share(optimizer: optimizers.Optimizer, params: tree.PyTree) -> str:
     layers = sum(path.endswith("lora_a") for path in sizes)
     trained, size = sum(sizes.values()), tree.size(params)
     what = f"adapters on {layers} layers" if layers else "no adapters"
-    return f"lora: {what}; {trained:,} of {size:,} parameters are trained ({trained / size:.2%})"
+    held = f"{len(sizes)} of {len(flat)} arrays"
+    return (
+        f"lora: {what}; {trained:,} of {size:,} parameters, {held}, are trained"
+        f" ({trained / size:.2%})"
+    )
 
 
 def rule_table(run: config.Run, state: TrainState, axes: tree.PyTree) -> list[str]:

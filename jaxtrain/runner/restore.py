@@ -1,12 +1,13 @@
 """Where a run starts: what lies in its folder, whether it may go on from there, and the state to
 begin with (new, resumed, or with parameters from elsewhere)."""
 
+import contextlib
 import dataclasses
 import os
 import re
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -347,16 +348,21 @@ class Warm:
         }
 
 
-def warm_state(
-    run: config.Run, programs: Programs, execution: Execution
-) -> tuple[TrainState, Warm]:
-    """A new state with the parameters, and the model's other variables, of another run or of a
-    file; the optimizer and an average start from them."""
-    flag = f"--init_from={run.init_from}"
-    abstract = programs.state
-    wanted = {"params": abstract.params, **abstract.collections}
-    try:
-        stored, what = _stored(run, flag)
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """What --init_from gives, before any of it is read, and what becomes of it."""
+
+    stored: variables.Stored
+    plan: warm_start.Plan
+    what: str
+    """What is read, in words."""
+
+
+def warm_plan(run: config.Run, programs: Programs) -> Planned:
+    """What is taken from another run or from a file; `UserError` for rules that do not fit it."""
+    wanted = {"params": programs.state.params, **programs.state.collections}
+    with _in_flag(run):
+        stored, what = _stored(run, f"--init_from={run.init_from}")
         plan = warm_start.plan(
             stored.specs,
             arrays.specs(wanted),
@@ -364,13 +370,33 @@ def warm_state(
             what=what,
             images=(stored.image, _image(programs.batch)),
         )
-        taken = plan.values(stored.read())
-        here = {path: value for path, value in taken.items() if isinstance(value, np.ndarray)}
-        if path := arrays.not_finite(here, [path.partition("/")[0] for path in here]):
-            raise UserError(f"{what}: {path} holds NaN or infinity")
+    return Planned(stored, plan, what)
+
+
+@contextlib.contextmanager
+def _in_flag(run: config.Run) -> Iterator[None]:
+    """What is wrong with what --init_from names, with that flag."""
+    flag = f"--init_from={run.init_from}"
+    try:
+        yield
     except (CheckpointError, ValueError) as error:
         text = str(error)
         raise UserError(text if text.startswith(flag) else f"{flag}: {text}") from error
+
+
+def warm_state(
+    run: config.Run, programs: Programs, execution: Execution, planned: Planned
+) -> tuple[TrainState, Warm]:
+    """A new state with the parameters, and the model's other variables, of another run or of a
+    file; the optimizer and an average start from them."""
+    stored, plan = planned.stored, planned.plan
+    abstract = programs.state
+    wanted = {"params": abstract.params, **abstract.collections}
+    with _in_flag(run):
+        taken = plan.values(stored.read())
+        here = {path: value for path, value in taken.items() if isinstance(value, np.ndarray)}
+        if path := arrays.not_finite(here, [path.partition("/")[0] for path in here]):
+            raise UserError(f"{planned.what}: {path} holds NaN or infinity")
     fresh = execution.initialize(programs, run.seed)
     # made anew below, from what is taken; until then it would only fill memory
     fresh = dataclasses.replace(fresh, opt_state=(), ema=None)

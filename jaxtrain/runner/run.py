@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from jaxtrain.config import record as run_record
 from jaxtrain.config import values as flag_values
 from jaxtrain.data.splits import Splits
 from jaxtrain.errors import CheckpointError, UserError
+from jaxtrain.models.lora import ADAPTERS
 from jaxtrain.parallel import sharding
 from jaxtrain.parallel.mesh import Device
 from jaxtrain.processes import group, heartbeat
@@ -102,6 +104,9 @@ def start(opened: Opened) -> int:
     unit, _ = tasks.units_of(run.task, opened.programs.batch)
     progress = Progress(total, quiet=not group.is_main(), unit=unit)
     with closing.closed_in_order(progress.stop, functools.partial(_close, checkpoints)):
+        # rules that do not fit are told before anything else is
+        warm_from = found.newest is None and run.init_from
+        planned = restore.warm_plan(run, opened.programs) if warm_from else None
         _banner(opened, found, progress)
         if found.newest is not None and found.newest >= total and not run.eval_only:
             return _nothing_to_do(opened, found.newest, progress)
@@ -116,7 +121,7 @@ def start(opened: Opened) -> int:
         stop.synchronize()
         if stop.status is not None:
             return _stopped(opened, found.newest or 0, stop, progress)
-        state, kept, warm = _beginning(opened, found, checkpoints, progress)
+        state, kept, warm = _beginning(opened, found, checkpoints, planned, progress)
         stop.synchronize()  # the first program was compiled
         if stop.status is not None:
             return _stopped(opened, found.newest or 0, stop, progress)
@@ -135,16 +140,22 @@ def _fixed(opened: Opened) -> list[str]:
 
 
 def _beginning(
-    opened: Opened, found: restore.Found, checkpoints: Checkpoints, progress: Progress
+    opened: Opened,
+    found: restore.Found,
+    checkpoints: Checkpoints,
+    planned: restore.Planned | None,
+    progress: Progress,
 ) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
     """The state to begin with, what its checkpoint says besides, and what run.json keeps of a warm
     start."""
     run = opened.run
-    if found.newest is None and run.init_from:
-        state, warm = restore.warm_state(run, opened.programs, opened.execution)
+    if planned is not None:
+        state, warm = restore.warm_state(run, opened.programs, opened.execution, planned)
         for line in warm.lines():
             progress.line(line)
-        if any(row.what != "taken" or row.source != row.path for row in warm.plan.rows):
+        # adapters are new as a matter of course; a line counts them
+        rows = [row for row in warm.plan.rows if not re.search(ADAPTERS, row.path)]
+        if any(row.what != "taken" or row.source != row.path for row in rows):
             progress.show(tables.warm_start_table(warm.table()))
         return state, {}, {"init": warm.record()}
     state, kept = restore.starting_state(
@@ -332,7 +343,7 @@ def _show_parameters(opened: Opened, state: TrainState, first: int, progress: Pr
         places = opened.programs.places
         rows = sharding.rows(state.params, places.axes, places.state.params, mesh, rules)
         progress.show(tables.sharding_table(rows))
-    else:
+    elif opened.run.lora is None or not opened.run.lora.rank:
         progress.show(tables.parameter_table(tree.flatten(state.params)))
     optimizer = opened.programs.recipe.optimizer
     if opened.run.lora is not None:
