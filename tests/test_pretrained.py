@@ -117,7 +117,7 @@ def test_narrow_files_are_widened_and_narrow_ones_written(tmp_path: Path) -> Non
     huge = jax.tree.map(lambda leaf: leaf + 1e6, params_of(MODEL))
     with pytest.raises(UserError, match=r"embed_tokens.weight: its values do not fit into float16"):
         weights.save(tmp_path / "huge", MODEL, huge, dtype="float16")
-    with pytest.raises(UserError, match="dtype int8: unknown; valid: bfloat16, float16, float32"):
+    with pytest.raises(UserError, match="dtype int8: unknown; valid: float32, bfloat16, float16"):
         weights.save(tmp_path / "huge", MODEL, huge, dtype="int8")
     assert not (tmp_path / "huge").exists()
 
