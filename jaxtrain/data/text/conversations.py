@@ -72,7 +72,7 @@ def read_part(file: TextFile, part: Part = WHOLE) -> Iterator[Conversation | Bad
 
     >>> import pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "chat.jsonl"
-    >>> _ = path.write_text('{"prompt": "Hi", "completion": "Ho"}\n')
+    >>> _ = path.write_text('{"prompt": "Hi", "completion": "Ho"}')
     >>> [found] = read_part(TextFile(str(path), LINES))
     >>> [message["role"] for message in found.messages], found.row
     (['user', 'assistant'], 1)
