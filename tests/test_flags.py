@@ -801,7 +801,7 @@ def test_a_model_that_another_experiment_offers_is_named_with_it(name: str) -> N
     ("word", "line"),
     [
         ("lama3_8b", "; did you mean 'llama3_8b', which experiments/llama3_8b.py offers?"),
-        ("gpt2", "; did you mean 'gpt2_124m', which experiments/llama3_8b.py offers?"),
+        ("gpt2", "; did you mean 'gpt2_124m', which experiments/gpt2_124m.py offers?"),
         ("xyzzy", "; python -m jaxtrain list models has those of all experiments"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_token_cache import KILLING
 
 from jaxtrain.data import Conversations, LabelledText
 from jaxtrain.data.splits import Splits
@@ -241,21 +242,8 @@ def test_a_row_is_named_by_its_line_though_it_lies_in_a_later_part(tmp_path: Pat
 
 
 CHILD = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
 from pathlib import Path
 import test_formats
-from jaxtrain import durable_files
-from jaxtrain.data.text import token_cache
-token_cache._part_bytes = lambda total: 150
-left, publish = {left}, durable_files.publish
-def killing(temporary, path):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    publish(temporary, path)
-durable_files.publish = killing
 test_formats.{source}(Path({folder!r})).open()
 """
 
@@ -265,9 +253,8 @@ def test_what_was_killed_goes_on(
     write: Callable[..., None], source: Callable[..., Any], tmp_path: Path, tokenized: list[str]
 ) -> None:
     write(tmp_path / "rows" / "a.jsonl", PAIRS)
-    code = CHILD.format(
-        tests=str(ROOT / "tests"), left=7, source=source.__name__, folder=str(tmp_path)
-    )
+    code = KILLING.format(tests=str(ROOT / "tests"), part=150, left=7)
+    code += CHILD.format(source=source.__name__, folder=str(tmp_path))
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, check=False)
     assert done.returncode == -signal.SIGKILL

@@ -332,13 +332,12 @@ def test_a_cache_that_was_copied_is_verified_whole(tmp_path: Path) -> None:
 
 # Killed, and two at once.
 
-CHILD = """
+KILLING = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from jaxtrain import durable_files
 from jaxtrain.data.text import token_cache
-from jaxtrain.data.text.tokenizers import Bytes
-token_cache._part_bytes = lambda total: 1500
+token_cache._part_bytes = lambda total: {part}
 left, publish = {left}, durable_files.publish
 def killing(temporary, path):
     global left
@@ -347,13 +346,18 @@ def killing(temporary, path):
         os.kill(os.getpid(), signal.SIGKILL)
     publish(temporary, path)
 durable_files.publish = killing
+"""
+"""The beginning of a process that is killed when it would publish one file too many."""
+CHILD = """
+from jaxtrain.data.text.tokenizers import Bytes
 token_cache.open_tokens({corpus!r}, Bytes(), cache_dir={cache!r})
 print("done")
 """
 
 
 def child(corpus: Path, cache: Path, left: int) -> list[str]:
-    code = CHILD.format(tests=str(ROOT / "tests"), corpus=str(corpus), cache=str(cache), left=left)
+    code = KILLING.format(tests=str(ROOT / "tests"), part=1500, left=left)
+    code += CHILD.format(corpus=str(corpus), cache=str(cache))
     return [sys.executable, "-c", code]
 
 

@@ -73,10 +73,10 @@ def options(
     if files and len(places) == 1 and Path(places[0]).is_file():
         if places[0].endswith(tuple(files)):
             return Path(places[0]), given
-        text = "prompt" in known and "; a text to go on from: --prompt=TEXT, or < FILE"
+        prompt = "; a text to go on from: --prompt=TEXT, or < FILE" if "prompt" in known else ""
         raise UserError(
             f"{command} {messages.printable(places[0])}: is a file; give the folder of a run, of a"
-            f" Hugging Face model, or a {' or '.join(files)} file{text or ''}"
+            f" Hugging Face model, or a {' or '.join(files)} file{prompt}"
         )
     [workdir] = workdirs(command, places, several=False)
     return workdir, given

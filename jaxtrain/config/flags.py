@@ -103,9 +103,6 @@ class SettingFlag(absl_flags.Flag):
             )
             if self.name == "init_rules":  # whose rules are others than those of --shard
                 said = said.replace("head/kernel=fsdp:-", "head=skip")
-            if self.name == "data.sources":
-                rule = "PATTERN=VALUE, e.g. head/kernel=fsdp:-"
-                said = said.replace(rule, "NAME=FILES, e.g. code=src,books=books")
             raise UserError(f"--{self.name}={self._shown(argument)}: {said}{more}") from None
 
     def _shown(self, argument: str | None) -> str:

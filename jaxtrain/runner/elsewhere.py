@@ -9,7 +9,7 @@ _OFFERED_BY = {
     "ViT": "imagenet_vit",
     "ResNet": "imagenet_resnet50",
 }
-"""An experiment that offers every named model of a class; of the small decoders it is another."""
+"""An experiment that offers every named model of a class; `own` below has closer ones."""
 
 
 def model_elsewhere(word: str) -> str:
@@ -24,7 +24,8 @@ def model_elsewhere(word: str) -> str:
     match = next(sizes, None) or messages.nearest(word, named)
     if match is None:
         return "; python -m jaxtrain list models has those of all experiments"
-    small = match in transformer.NAMES
-    owner = "shakespeare_char" if small else _OFFERED_BY.get(type(named[match]).__name__)
+    own = {"shakespeare_char": transformer.NAMES, "gpt2_124m": ("gpt2_124m",)}
+    others = _OFFERED_BY.get(type(named[match]).__name__)
+    owner = next((file for file, held in own.items() if match in held), others)
     where = f", which experiments/{owner}.py offers" if owner else ", which others offer"
     return f"; did you mean {match!r}{where}?"
