@@ -36,9 +36,9 @@ def embed(
 
     Each text gets what the tokenizer puts around one (`[CLS]` and `[SEP]`), and its vector is the
     mean of the states of its tokens, as MiniLM's. A model whose folder says otherwise in
-    `1_Pooling/config.json`, as BGE's (the first token's state), has other vectors. Texts of about one length are computed together, so that
-    there are few programs and little padding. `UserError` for a text that is longer than the model
-    sees, or that has no token.
+    `1_Pooling/config.json`, as BGE's (the first token's state), has other vectors. Texts of
+    about one length are computed together, so that there are few programs and little padding.
+    `UserError` for a text that is longer than the model sees, or that has no token.
     """
     if isinstance(texts, str):
         raise UserError("embed: texts is one text; give a list, e.g. [text]")
