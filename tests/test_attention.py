@@ -283,3 +283,12 @@ def test_words_for_heads_and_marks_that_do_not_fit() -> None:
         match=r"^attention: key_segments without segments; give those of the queries, too$",
     ):
         attention(array, array, array, key_segments=jnp.ones((1, 4), jnp.int32))
+
+
+def test_products_of_halves_are_sums_in_float32() -> None:
+    """The weights of a query are not divided by their sum before they meet the values, so in
+    float16 2,048 values of 60 would be beyond its range."""
+    array = jax.ShapeDtypeStruct((1, 2048, 2, 8), jnp.float16)
+    program = jax.make_jaxpr(lambda *arrays: module._plain(CAUSAL, *arrays, Marks()))(*[array] * 3)
+    products = [each for each in program.jaxpr.eqns if each.primitive.name == "dot_general"]
+    assert [each.outvars[0].aval.dtype for each in products] == [jnp.float32] * 2

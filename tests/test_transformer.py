@@ -404,13 +404,13 @@ def test_no_float32_leaks_into_a_product(
         for each in products
         if {str(operand.aval.dtype) for operand in each.invars} != {dtype}
     ]
-    # jax's own attention goes back through scores in float32, and asks for products of halves by an
-    # algorithm of that name.
+    # Attention goes back from float32 through both of its products, and asks for products of halves
+    # by an algorithm of that name.
     algorithm = {"bfloat16": "BF16_BF16_F32", "float16": "F16_F16_F32"}[dtype]
     assert len(products) > 20 and not [leak for leak in leaks if algorithm not in leak], "\n".join(
         leaks
     )
-    assert len(leaks) == 2 * model.depth
+    assert len(leaks) == 4 * model.depth
     gradients, logits = jax.eval_shape(jax.grad(loss, has_aux=True), params)
     assert {leaf.dtype for leaf in jax.tree.leaves((gradients, logits))} == {jnp.dtype(dtype)}
 

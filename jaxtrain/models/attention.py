@@ -6,8 +6,8 @@ lowered for an NVIDIA card. All else is computed as it stands here, softmax in f
 is the platform that a program is lowered for, so one compiled for a card that is not here is the
 one that runs there.
 
-Dims: B batch, T queries, S keys, N heads, M heads of keys and values, G queries that share a key,
-K head width.
+Dims: B batch, T queries, S keys, N heads, M heads of keys and values, R rows of queries that share
+keys (those of N / M heads), K head width.
 """
 
 import dataclasses
@@ -188,36 +188,38 @@ def _plain(
     value_BSMK: jax.Array,
     marks: Marks,
 ) -> jax.Array:
-    """The sum as it is defined, all products at once."""
-    heads, dtype = key_BSMK.shape[2], query_BTNK.dtype
-    batch, length = query_BTNK.shape[:2]
-    seen_BTS = _seen(rule, marks, length, key_BSMK.shape[1])
+    """The sum as it is defined, all products at once.
+
+    Queries that share a key are rows of one product, so no array has a dim of length 1 (XLA's CPU
+    reductions crawl over it), and the weights' sum divides what was found, not the weights: then
+    the gradient has no sum over T x S either.
+    """
+    batch, queries, heads, _ = query_BTNK.shape
+    keys, shared = key_BSMK.shape[1:3]
+    seen_BTS = _seen(rule, marks, queries, keys)
     # Said outright: with the default the gradient's products have other dtypes (jax issue 24047).
     algorithm = {
         "bfloat16": jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
         "float16": jax.lax.DotAlgorithmPreset.F16_F16_F32,
-    }.get(dtype.name)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    }.get(query_BTNK.dtype.name)
+    wide = jnp.promote_types(query_BTNK.dtype, jnp.float32)
+    product = functools.partial(jnp.einsum, precision=algorithm, preferred_element_type=wide)
 
-    def of_one(query_BTMK: jax.Array) -> jax.Array:
-        products_BMTS = jnp.einsum(
-            "btmk,bsmk->bmts",
-            query_BTMK,
-            key_BSMK,
-            precision=algorithm,
-            preferred_element_type=wide,
-        ) * jnp.asarray(rule.scale, wide)
-        if rule.cap:
-            products_BMTS = rule.cap * jnp.tanh(products_BMTS / rule.cap)
-        if seen_BTS is not None:
-            products_BMTS = jnp.where(seen_BTS[:, None], products_BMTS, MASKED)
-        weights_BMTS = jax.nn.softmax(products_BMTS, axis=-1).astype(value_BSMK.dtype)
-        return jnp.einsum("bmts,bsmk->btmk", weights_BMTS, value_BSMK)
-
-    grouped_BTMGK = query_BTNK.reshape(batch, length, heads, -1, query_BTNK.shape[-1])
-    found_BTMGK = jax.vmap(of_one, in_axes=3, out_axes=3)(grouped_BTMGK)
-    found_BTNK = found_BTMGK.reshape(*query_BTNK.shape[:3], value_BSMK.shape[-1])
-    return _zero_where_blind(found_BTNK, rule, marks, key_BSMK.shape[1])
+    rows_BMRK = query_BTNK.transpose(0, 2, 1, 3).reshape(batch, shared, -1, query_BTNK.shape[-1])
+    products_BMRS = product("bmrk,bsmk->bmrs", rows_BMRK, key_BSMK) * jnp.asarray(rule.scale, wide)
+    if rule.cap:
+        products_BMRS = rule.cap * jnp.tanh(products_BMRS / rule.cap)
+    products_BNTS = products_BMRS.reshape(batch, heads, queries, keys)
+    if seen_BTS is not None:
+        products_BNTS = jnp.where(seen_BTS[:, None], products_BNTS, MASKED)
+    largest_BNT1 = jnp.max(products_BNTS, axis=-1, keepdims=True)
+    weights_BNTS = jnp.exp(products_BNTS - jax.lax.stop_gradient(largest_BNT1))
+    weights_BMRS = weights_BNTS.astype(value_BSMK.dtype).reshape(batch, shared, -1, keys)
+    found_BMRK = product("bmrs,bsmk->bmrk", weights_BMRS, value_BSMK)
+    found_BNTK = found_BMRK.reshape(batch, heads, queries, -1)
+    found_BNTK /= jnp.sum(weights_BNTS, axis=-1, keepdims=True)
+    found_BTNK = found_BNTK.transpose(0, 2, 1, 3).astype(value_BSMK.dtype)
+    return _zero_where_blind(found_BTNK, rule, marks, keys)
 
 
 def _in_float32(rule: Rule, query: Any, key: Any, value: Any, marks: Marks) -> jax.Array:
