@@ -82,7 +82,7 @@ def _eaten_here(blocks: int) -> Row:
     contestant.block(20)
     batch = 12 * 64
     speeds = [batch * 100 / _seconds(lambda: contestant.block(100)) for _ in range(blocks)]
-    return {"stage": "a step of the character model eats", "tokens_per_second": spread(speeds)}
+    return {"stage": "the character step here eats", "tokens_per_second": spread(speeds)}
 
 
 def _tokenised(corpus: Path, spec: str, folder: Path, blocks: int) -> list[Row]:
@@ -106,7 +106,7 @@ def _tokenised(corpus: Path, spec: str, folder: Path, blocks: int) -> list[Row]:
                 )
             speeds.append(len(learned) / seconds)
             megabytes.append(corpus.stat().st_size / 1e6 / seconds)
-        stage = f"tokenising, {Path(spec).name}, {processes} processes"
+        stage = f"tokenising, {Path(spec).name}, {processes} process{'es' * (processes > 1)}"
         rows.append(
             {
                 "stage": stage,
