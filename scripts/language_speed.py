@@ -37,7 +37,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from jaxtrain import weights
+from jaxtrain import messages, weights
 from jaxtrain.data.sources.text import python_library
 from jaxtrain.data.text import packing, token_cache
 from jaxtrain.data.text.pieces import documents_of
@@ -226,8 +226,9 @@ def _ways(model: Any, params: Any, theirs: Any, count: int, blocks: int, most: i
     for _ in range(blocks):
         for name, way in ways.items():
             speeds[name].append(count * most / _seconds(way))
+    asked = messages.counted(count, "prompt")
     return [
-        {"stage": f"{count} prompts, {name}", "tokens_per_second": spread(values)}
+        {"stage": f"{asked}, {name}", "tokens_per_second": spread(values)}
         for name, values in speeds.items()
     ]
 

@@ -30,6 +30,8 @@ def test_each_text_is_as_alone_with_what_stands_around_it() -> None:
         states = np.asarray(MODEL.apply({"params": PARAMS}, jnp.array([ids])), np.float64)
         mean = states[0].mean(0)
         np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), atol=2e-6)
+        (first,) = embed(MODEL, PARAMS, tokenizer, [text], pool="first")
+        np.testing.assert_allclose(first, states[0, 0] / np.linalg.norm(states[0, 0]), atol=2e-6)
     assert embed(MODEL, PARAMS, tokenizer, []).shape == (0, 8)
 
 
@@ -77,6 +79,13 @@ def test_a_text_without_a_token_and_another_model_are_one_line() -> None:
         embed(MODEL, PARAMS, Bytes(eos=()), ["a", ""])
     with pytest.raises(UserError, match="embed: the model is Transformer, which gives no states"):
         embed(Transformer(), PARAMS, Bytes(), ["a"])  # pyright: ignore[reportArgumentType]
+
+
+def test_words_for_settings_that_cannot_be() -> None:
+    with pytest.raises(UserError, match="embed: pool='last': valid: mean, first"):
+        embed(MODEL, PARAMS, Bytes(), ["a"], pool="last")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="embed: batch_size=0: must be 1 or more; 32 is the def"):
+        embed(MODEL, PARAMS, Bytes(), ["a"], batch_size=0)
 
 
 @pytest.mark.slow

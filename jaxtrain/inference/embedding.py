@@ -5,11 +5,12 @@ B: texts at once, T: tokens of a row, D: width
 
 import functools
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import numpy as np
 
-from jaxtrain import tree
+from jaxtrain import messages, tree
 from jaxtrain.data.text.protocol import Tokenizer
 from jaxtrain.errors import UserError
 from jaxtrain.models.encoder import Encoder, sentence_embeddings
@@ -24,6 +25,7 @@ def embed(
     tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
+    pool: Literal["mean", "first"] = "mean",
     batch_size: int = 32,
 ) -> np.ndarray:
     """A vector of length 1 for each text, float32 (N, D).
@@ -35,9 +37,9 @@ def embed(
     (2, 8)
 
     Each text gets what the tokenizer puts around one (`[CLS]` and `[SEP]`), and its vector is the
-    mean of the states of its tokens, as MiniLM's. A model whose folder says otherwise in
-    `1_Pooling/config.json`, as BGE's (the first token's state), has other vectors. Texts of
-    about one length are computed together, so that there are few programs and little padding.
+    mean of the states of its tokens, as MiniLM's, or with `pool="first"` the state of the first, as
+    BGE's: a model's folder says which in `1_Pooling/config.json`. Texts of about one length are
+    computed together, so that there are few programs and little padding.
     `UserError` for a text that is longer than the model sees, or that has no token.
     """
     if isinstance(texts, str):
@@ -49,6 +51,10 @@ def embed(
             f"embed: the model is {what}, which gives no states; give an Encoder, as"
             ' model.clone(head="states")'
         )
+    if pool not in ("mean", "first"):
+        raise UserError(f"embed: pool={messages.shown(pool)}: valid: mean, first")
+    if batch_size < 1:
+        raise UserError(f"embed: batch_size={batch_size}: must be 1 or more; 32 is the default")
     rows = [_ids(model, tokenizer, number, text) for number, text in enumerate(texts)]
     found = np.zeros((len(rows), model.width), np.float32)
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
@@ -61,17 +67,22 @@ def embed(
         for place, number in enumerate(chosen):
             row = rows[number]
             tokens_BT[place, : len(row)], segments_BT[place, : len(row)] = row, 1
-        found[chosen] = np.asarray(_vectors(model, params, tokens_BT, segments_BT))[: len(chosen)]
+        vectors_BD = _vectors(model, pool, params, tokens_BT, segments_BT)
+        found[chosen] = np.asarray(vectors_BD)[: len(chosen)]
     return found
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _vectors(
-    model: Encoder, params: tree.PyTree, tokens_BT: jax.Array, segments_BT: jax.Array
+    model: Encoder,
+    pool: Literal["mean", "first"],
+    params: tree.PyTree,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array,
 ) -> jax.Array:
     states_BTD = model.apply({"params": params}, tokens_BT, segments=segments_BT)
     assert isinstance(states_BTD, jax.Array)
-    return sentence_embeddings(states_BTD, segments_BT)
+    return sentence_embeddings(states_BTD, segments_BT, pool)
 
 
 def _ids(model: Encoder, tokenizer: Tokenizer, number: int, text: str) -> list[int]:

@@ -177,9 +177,11 @@ def _mean(x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
     return (states_BTD.sum(axis=1) / count_B1).astype(x_BTD.dtype)
 
 
-def sentence_embeddings(states_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:
+def sentence_embeddings(
+    states_BTD: jax.Array, real_BT: jax.Array, pool: Literal["mean", "first"] = "mean"
+) -> jax.Array:
     """One vector of length 1 for each sentence (B, D): the mean of the states of its real tokens,
-    normalised, as the sentence encoders MiniLM and its like are trained.
+    normalised, as the sentence encoder MiniLM is trained, or the state of the first (BGE).
 
     >>> states = jnp.array([[[3.0, 4.0], [0.0, 0.0]]])
     >>> sentence_embeddings(states, jnp.array([[1, 0]])).round(3).tolist()
@@ -187,6 +189,6 @@ def sentence_embeddings(states_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:
 
     `real_BT` is 0 at padding, as segments are. In float32.
     """
-    mean_BD = _mean(states_BTD.astype(jnp.float32), real_BT)
-    squares_B = jnp.sum(jnp.square(mean_BD), axis=-1, keepdims=True)
-    return mean_BD * jax.lax.rsqrt(jnp.maximum(squares_B, 1e-24))
+    pooled_BD = (_mean if pool == "mean" else _first)(states_BTD.astype(jnp.float32), real_BT)
+    squares_B = jnp.sum(jnp.square(pooled_BD), axis=-1, keepdims=True)
+    return pooled_BD * jax.lax.rsqrt(jnp.maximum(squares_B, 1e-24))
