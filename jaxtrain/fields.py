@@ -31,7 +31,7 @@ from jaxtrain.horizon import Horizon, Steps, TokenCount, Unit
 _LARGEST = 2**63 - 1
 _UNIONS = (typing.Union, types.UnionType)
 _TEXTS = (str, str | None, tuple[str, ...])
-_LENGTHS = (Horizon | float, float | Horizon)
+LENGTHS = (Horizon | float, float | Horizon)
 _SECRET_NAME = re.compile(r"(?:^|[._])(?:token|key|secret|password)$")
 
 
@@ -235,7 +235,7 @@ def problem(value: Any, annotation: Any, marks: Sequence[Any] = ()) -> str | Non
     broken = next((bound for bound in bounds if not bound.holds(float(value))), None)
     if broken is not None:
         return f"must be {broken.must_be}"
-    if wanted.base in _LENGTHS and value != int(value) and not isinstance(value, Steps):
+    if wanted.base in LENGTHS and value != int(value) and not isinstance(value, Steps):
         return _not_whole(float(value))
     too_large = isinstance(value, int) and abs(value) > _LARGEST
     if too_large:
@@ -297,14 +297,14 @@ def misfit(value: Any, annotation: Any) -> str | None:
         several = wanted.base in _TYPES and getattr(value, "size", 1) != 1
         return f"must be {_TYPES[wanted.base][0]}, not {value.size} of them" if several else None
     if value is None:
-        known = wanted.origin in (*_TYPES, Literal, tuple) or wanted.base in _LENGTHS
+        known = wanted.origin in (*_TYPES, Literal, tuple) or wanted.base in LENGTHS
         return None if wanted.optional or not known else "must not be None"
     if wanted.origin is Literal:
         choices = ", ".join(map(str, wanted.items))
         return None if value in wanted.items else f"must be one of {choices}"
     if wanted.origin is tuple:
         return _tuple_misfit(value, wanted)
-    if wanted.base in _LENGTHS and not isinstance(value, Horizon):
+    if wanted.base in LENGTHS and not isinstance(value, Horizon):
         return None if _is_real(value) else f"must be steps or {_HORIZON}, not {_kind(value)}"
     if wanted.base not in _TYPES:
         return None

@@ -5,6 +5,7 @@ import collections
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from test_reproducible import digest_of, group_command, group_environment, launch, metrics_of
+
+from jaxtrain.report import changes_file
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES, BATCH = 96, 32
@@ -376,3 +379,28 @@ def test_the_statistics_are_those_of_process_0(experiment: Path, tmp_path: Path)
     process = begin(arguments, 2, 1, tmp_path / "run", errors, FAULT=str(order))
     assert process.wait(120) == 0, errors.read_text()
     assert order.exists()
+
+
+@pytest.mark.slow
+def test_a_change_holds_in_all_from_the_same_step(experiment: Path, tmp_path: Path) -> None:
+    """Two processes are asked while they train; one process with their journal has their bits."""
+    workdir, errors = tmp_path / "run", tmp_path / "errors"
+    process = begin([str(experiment), "--mesh=data:2"], 2, 1, workdir, errors)
+    wait_for(workdir, 20, process, errors)
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxtrain", "set", workdir, "optimizer.learning_rate=0.0003"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "-> 0.0003 after step" in done.stdout, done
+    assert process.wait(120) == 0, errors.read_text()
+    [change] = changes_file.read(workdir)
+    assert 20 <= change.step < 300
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copy(workdir / "changes.jsonl", again)
+    done = launch([str(experiment), "--mesh=data:1"], 1, 1, again)
+    assert done.returncode == 0, done.stderr
+    assert digest_of(again) == digest_of(workdir)

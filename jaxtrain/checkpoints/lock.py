@@ -150,6 +150,18 @@ class Lock:
             self._descriptor = None
 
 
+def holder(workdir: Path) -> str:
+    """Who works in a folder, in words; empty if nobody does, as far as this machine can see.
+
+    >>> holder(Path("/nonexistent"))
+    ''
+    """
+    state = _read_state(Path(workdir) / NAME)
+    found = {} if state is None else _parse_holder(state.text)
+    elsewhere = bool(found) and found.get("host") != socket.gethostname()
+    return _described(found) if elsewhere or _is_alive_here(found) else ""
+
+
 @dataclasses.dataclass(frozen=True)
 class _State:
     """What a start sees of a lock file: which file it is, and what its holder wrote."""

@@ -17,6 +17,7 @@ from jaxtrain.cli import (
     report,
     run_file,
     sample,
+    set_numbers,
     verify,
 )
 from jaxtrain.errors import RunError, UserError
@@ -29,6 +30,7 @@ COMMANDS = {
     "sample": sample.COMMAND,
     "lm_eval": lm_eval_tasks.COMMAND,
     "export": export.COMMAND,
+    "set": set_numbers.COMMAND,
 }
 
 

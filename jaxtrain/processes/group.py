@@ -1,6 +1,7 @@
 """The process group: how the processes of one run exchange values and agree on a stop. A process
 alone is a group of one, and all of this costs it nothing."""
 
+import functools
 import json
 import signal
 from collections.abc import Callable
@@ -88,20 +89,23 @@ def fetch(array: jax.Array) -> np.ndarray:
 
 
 class StopAgreement:
-    """The stop signal that all processes of the group know of, so that they stop at the same step.
+    """The stop signal that all processes of the group know of, so that they stop at the same step;
+    and likewise whether somebody waits for an answer.
 
     >>> with StopSignals() as own:
     ...     stop = StopAgreement(own)
     ...     stop.exchange()
-    ...     stop.status is None
-    True
+    ...     stop.status is None, stop.asked
+    (True, False)
 
     In a group the signals are one dispatch late, like the metrics: `exchange` starts to gather the
-    signals of all processes, and reads the result of the exchange before.
+    signals of all processes, and reads the result of the exchange before. `waits` says in process 0
+    whether somebody waits; it is asked at every exchange.
     """
 
-    def __init__(self, own: StopSignals) -> None:
+    def __init__(self, own: StopSignals, waits: Callable[[], bool] = lambda: False) -> None:
         self._own, self._alone = own, jax.process_count() == 1
+        self._waits, self._asked = waits, False
         self._agreed: signal.Signals | None = None
         self._pending: jax.Array | None = None
         if not self._alone:
@@ -109,7 +113,10 @@ class StopAgreement:
             mesh = Mesh(devices, ("processes",), axis_types=(AxisType.Auto,))
             self._sharding = NamedSharding(mesh, PartitionSpec("processes"))
             self._count = len(devices)
-            self._max = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+            self._max = jax.jit(
+                functools.partial(jnp.max, axis=0),
+                out_shardings=NamedSharding(mesh, PartitionSpec()),
+            )
 
     @property
     def _signal(self) -> signal.Signals | None:
@@ -125,6 +132,11 @@ class StopAgreement:
         """The name of the signal, such as SIGTERM, or the empty string."""
         return "" if self._signal is None else self._signal.name
 
+    @property
+    def asked(self) -> bool:
+        """Whether somebody waited for an answer at the last exchange that all know of."""
+        return self._asked
+
     def synchronize(self) -> None:
         """Waits until all processes know every signal that any of them has received so far."""
         self.exchange()
@@ -132,16 +144,17 @@ class StopAgreement:
 
     def exchange(self) -> None:
         """Gathers the signals of all processes; each must call this once per dispatch."""
+        waits = is_main() and self._waits()
         if self._alone:
+            self._asked = waits
             return
         if self._pending is not None:
-            number = int(jax.device_get(self._pending))
+            number, asked = jax.device_get(self._pending).tolist()
+            self._asked = bool(asked)
             if number > int(self._agreed or 0):
                 self._agreed = signal.Signals(number)
-        own_number = np.full(1, int(self._own.first or 0), np.int32)
+        own = np.array([[int(self._own.first or 0), waits]], np.int32)
         with jax.transfer_guard("allow"):
             self._pending = self._max(
-                jax.make_array_from_callback(
-                    (self._count,), self._sharding, lambda index: own_number
-                )
+                jax.make_array_from_callback((self._count, 2), self._sharding, lambda index: own)
             )

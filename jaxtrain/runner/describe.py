@@ -126,6 +126,7 @@ def record(
     now = workdir.describe(run, argv) | {
         "run_id": earlier["run_id"],
         "hyper": hyper.collect(programs.recipe),
+        "hyper_rules": hyper.rules(programs.recipe),
         "classes": {name: trained_model.class_of(getattr(run, name)) for name in config.FAMILIES},
         "inputs": inputs.describe(
             # A label that cannot be used is an error where it is trained on.

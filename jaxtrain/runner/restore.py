@@ -23,6 +23,7 @@ from jaxtrain.errors import CheckpointError, UserError
 from jaxtrain.models.lora import ADAPTERS
 from jaxtrain.precision.loss_scale import LossScale
 from jaxtrain.processes import group
+from jaxtrain.report import changes_file
 from jaxtrain.runner import workdir
 from jaxtrain.runner.compile import Execution
 from jaxtrain.train.lowering import Programs
@@ -195,9 +196,11 @@ def set_aside(folder: Path, found: Found) -> str | None:
     place = folder / f"rewound-{time.strftime('%Y%m%d-%H%M%S')}"
     kept = place / "checkpoints"
     kept.mkdir(parents=True)
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl", changes_file.NAME):
         if (folder / name).is_file():
             shutil.copy2(folder / name, place / name)
+    if (folder / changes_file.NAME).is_file():
+        changes_file.rewind(folder, found.newest or 0)
     # What the steps stand on lies beside them, here and there; links cost nothing.
     for base in (folder / "checkpoints").glob(f"{BASE}*"):
         shutil.copytree(base, kept / base.name, copy_function=os.link)
@@ -214,8 +217,10 @@ def starting_state(
     execution: Execution,
     checkpoints: Checkpoints,
     newest: int | None,
+    changed: Mapping[str, float],
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state to begin with and what its checkpoint says besides: restored, or new."""
+    """The state to begin with and what its checkpoint says besides: restored, or new. `changed` are
+    the numbers that are not those of the flags."""
     if newest is None:
         return execution.initialize(programs, run.seed), {}
     # The numbers of the recipe are those of today's flags; the checkpoint has its own, of other
@@ -231,9 +236,9 @@ def starting_state(
         opt_state=_as_stored("opt_state", abstract.opt_state, stored),
     )
     restored, kept = checkpoints.restore(newest, wanted, partial=True)
-    values = initial_numbers(programs.recipe)
+    values = {**initial_numbers(programs.recipe), **changed}
     numbers = {
-        name: group.place(np.asarray(values[name]), where.sharding)
+        name: group.place(np.asarray(values[name], np.float32), where.sharding)
         for name, where in abstract.hyper.items()
     }
     restored = dataclasses.replace(restored, hyper=numbers)

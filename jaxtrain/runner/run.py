@@ -28,6 +28,8 @@ from jaxtrain.parallel import sharding
 from jaxtrain.parallel.mesh import Device
 from jaxtrain.processes import group, heartbeat
 from jaxtrain.processes.signals import StopSignals
+from jaxtrain.report import changes_file
+from jaxtrain.report.changes_file import Change
 from jaxtrain.report.metrics_file import JsonlWriter, Writers
 from jaxtrain.report.terminal import tables
 from jaxtrain.report.terminal.progress import Progress
@@ -44,14 +46,14 @@ from jaxtrain.runner import (
 )
 from jaxtrain.runner.compile import Execution, Training
 from jaxtrain.runner.profiler import Profiler
-from jaxtrain.train import loop, metrics_log
+from jaxtrain.train import changes, hyper, loop, metrics_log
 from jaxtrain.train import selection as best
 from jaxtrain.train.cadence import Cadence
 from jaxtrain.train.frozen import frozen_notes
 from jaxtrain.train.hooks import Hooks
 from jaxtrain.train.lowering import Programs
 from jaxtrain.train.selection import Selection, Standing
-from jaxtrain.train.state import TrainState
+from jaxtrain.train.state import TrainState, initial_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,7 @@ def start(opened: Opened) -> int:
             checkpoints.delete_leftovers()
             arrays.check_paths(opened.programs.state)
             checkpoints.check_space(opened.programs.state)
-        stop = group.StopAgreement(opened.stop)
+        stop = group.StopAgreement(opened.stop, functools.partial(changes.waiting, opened.folder))
         stop.synchronize()
         if stop.status is not None:
             return _stopped(opened, found.newest or 0, stop, progress)
@@ -158,13 +160,45 @@ def _beginning(
         if any(row.what != "taken" or row.source != row.path for row in rows):
             progress.show(tables.warm_start_table(warm.table()))
         return state, {}, {"init": warm.record()}
+    numbers = initial_numbers(opened.programs.recipe)
+    changed, notes = changes.since(_journal(opened), found.newest or 0, numbers)
+    for line in notes:
+        progress.line(line)
     state, kept = restore.starting_state(
-        run, opened.programs, opened.execution, checkpoints, found.newest
+        run, opened.programs, opened.execution, checkpoints, found.newest, changed
     )
     if line := group.on_main(lambda: restore.set_aside(opened.folder, found)):
         progress.line(line)
     earlier = found.record or {}
     return state, kept, {"init": earlier["init"]} if "init" in earlier else {}
+
+
+def _journal(opened: Opened) -> list[Change]:
+    """What was changed in this folder so far, as process 0 reads it."""
+    lines = group.on_main(
+        lambda: [dataclasses.asdict(change) for change in changes_file.read(opened.folder)]
+    )
+    return [Change(**line) for line in lines]
+
+
+def _live(opened: Opened, found: restore.Found, progress: Progress) -> changes.Live:
+    """What changes the numbers of the run while it trains."""
+
+    def forget() -> None:
+        # a run of other flags that had no checkpoint: what was changed in it is of no use
+        anew = found.record is None and workdir.read(opened.folder) is not None
+        if anew and changes_file.read(opened.folder):
+            changes_file.write(opened.folder, [])
+
+    group.on_main(forget)
+    journal, recipe = _journal(opened), opened.programs.recipe
+    if found.newest is None and journal:
+        progress.line(
+            f"note: {changes_file.NAME}: {messages.counted(len(journal), 'change')} there, made"
+            " again at the same steps"
+        )
+    numbers, rules = initial_numbers(recipe), hyper.rules(recipe)
+    return changes.Live(opened.folder, numbers, rules, journal, progress.line)
 
 
 def _close(checkpoints: Checkpoints) -> None:
@@ -254,6 +288,7 @@ def _train(
     if stop.status is not None:  # before there is a run.json: nothing of this start is kept
         trained.feed.close()
         return _stopped(opened, first, stop, progress)
+    live = _live(opened, found, progress)  # before run.json, which may be of a former run here
     profiler = Profiler(run.profile_steps, opened.folder / "profile")
     evaluators = build.evaluators(run, opened.splits, opened.programs, opened.execution)
     # run.json comes first: metrics in a folder without one are somebody else's.
@@ -285,7 +320,7 @@ def _train(
             progress=progress,
             stop=stop,
             log=_metrics_log(opened, writers, progress, first, kept, trained),
-            cadence=_cadence(opened, trained),
+            cadence=_cadence(opened, trained, live.steps),
             validate=evaluators.get("validation"),
             test=evaluators.get("test"),
             sets={name: evaluators[name] for name in opened.splits.evaluate},
@@ -297,6 +332,7 @@ def _train(
             sample_due=kept.get("sample_due", False),
             hooks=hooks,
             at_step=_dispatch_hook(opened, profiler),
+            changes=live,
         )
     progress.stop()
     if not outcome.finished:
@@ -382,7 +418,7 @@ def _compile(
     return trained
 
 
-def _cadence(opened: Opened, trained: Training) -> Cadence:
+def _cadence(opened: Opened, trained: Training, changed: tuple[int, ...]) -> Cadence:
     length, run = opened.length, opened.run
     return Cadence(
         length.total,
@@ -391,7 +427,7 @@ def _cadence(opened: Opened, trained: Training) -> Cadence:
         length.evaluate if opened.splits.on_the_way else 0,
         length.save,
         length.sample,
-        marks=run.profile_steps or (),
+        marks=(*(run.profile_steps or ()), *changed),
     )
 
 

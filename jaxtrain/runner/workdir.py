@@ -19,6 +19,7 @@ from jaxtrain.checkpoints import lock
 from jaxtrain.config import record as run_record
 from jaxtrain.config import secrets, suggestions
 from jaxtrain.errors import UserError
+from jaxtrain.report import changes_file
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "jaxtrain")
 
@@ -65,7 +66,10 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
 def foreign_files(folder: Path) -> int:
     """How many entries of a folder that holds no run were there before; they are left alone."""
     return (
-        sum(entry.name not in (*lock.NAMES, "logs", "stacks") for entry in folder.iterdir())
+        sum(
+            entry.name not in (*lock.NAMES, "logs", "stacks", changes_file.NAME)
+            for entry in folder.iterdir()
+        )
         if folder.is_dir()
         else 0
     )

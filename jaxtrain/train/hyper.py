@@ -7,12 +7,19 @@ rebuilds the components around the traced values. So a rate can change while a r
 sweep is one program over stacked dicts.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxtrain import fields
 from jaxtrain.errors import UserError
 from jaxtrain.horizon import Horizon
+
+Rules = Mapping[str, Sequence[Sequence[Any]]]
+"""The bounds of each number, as JSON."""
+_BOUNDS = {kind.__name__: kind for kind in (fields.Above, fields.AtLeast, fields.Between)}
+_STEPS = "Steps"
+"""Stands for the rule that a length is a whole number of steps."""
 
 
 def collect(component: Any, prefix: str = "") -> dict[str, float]:
@@ -44,6 +51,46 @@ def collect(component: Any, prefix: str = "") -> dict[str, float]:
                 raise UserError(f"{name}={value}: {problem}")
             values[name] = float(value)
     return values
+
+
+def rules(component: Any, prefix: str = "") -> dict[str, list[list[Any]]]:
+    """The bounds of every traced field by its dotted name, as JSON that `problem` takes.
+
+    >>> import dataclasses
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Thing:
+    ...     rate: fields.Positive = 0.1
+    >>> rules(Thing(), "optimizer")
+    {'optimizer.rate': [['Above', 0]]}
+    """
+    found: dict[str, list[list[Any]]] = {}
+    for field in fields.fields_of(component):
+        name = f"{prefix}.{field.name}" if prefix else field.name
+        value = getattr(component, field.name)
+        if fields.is_component(value):
+            found |= rules(value, name)
+        elif field.traced is not None:
+            found[name] = list(_as_json(field))
+    return found
+
+
+def _as_json(field: fields.Field) -> Iterator[list[Any]]:
+    for mark in field.marks:
+        if type(mark).__name__ in _BOUNDS:
+            yield [type(mark).__name__, *dataclasses.astuple(mark)]
+    if fields.field_type(field.type).base in fields.LENGTHS:
+        yield [_STEPS]
+
+
+def problem(value: float, bounds: Sequence[Sequence[Any]]) -> str | None:
+    """What is wrong with a value of a number that has these `rules`, or None.
+
+    >>> problem(-1.0, [["Above", 0]]), problem(0.5, [["Above", 0]])
+    ('must be > 0', None)
+    """
+    marks = [_BOUNDS[kind](*limits) for kind, *limits in bounds if kind in _BOUNDS]
+    kind = fields.Length if [_STEPS] in [list(bound) for bound in bounds] else float
+    return fields.problem(value, kind, [*marks, fields.Traced()])
 
 
 def bind(component: Any, values: Mapping[str, Any], prefix: str = "") -> Any:

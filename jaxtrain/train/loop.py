@@ -20,6 +20,7 @@ from jaxtrain.report.metrics_file import Writers
 from jaxtrain.report.terminal.progress import Progress
 from jaxtrain.tasks import score_of
 from jaxtrain.train.cadence import Cadence
+from jaxtrain.train.changes import Changes, no_changes
 from jaxtrain.train.feeds import Feed
 from jaxtrain.train.hooks import Hooks
 from jaxtrain.train.metrics_log import MetricsLog
@@ -138,6 +139,7 @@ def train(
     sample_due: bool = False,
     hooks: Hooks | None = None,
     at_step: Callable[[int, TrainState], None] = lambda step, state: None,
+    changes: Changes = no_changes,
     fetch: Callable[[Any], Any] = jax.device_get,
 ) -> Outcome:
     """Trains from `step` to the end of the cadence, until it gets no better or until asked to stop;
@@ -145,8 +147,9 @@ def train(
 
     `evaluation_due` and `sample_due` say that a signal put off the evaluation, or the sample, of
     `step`. `at_step` is called with every step at which a dispatch ends (the profiler, the lock),
-    `hooks` are the user's. `fetch` reads numbers from the device. Raises `Diverged`,
-    `CheckpointError`, and what the feed raises; nothing that is not finite is committed.
+    `changes` before it, and may change numbers of the state; `hooks` are the user's. `fetch` reads
+    numbers from the device. Raises `Diverged`, `CheckpointError`, and what the feed raises; nothing
+    that is not finite is committed.
     """
     pending: tuple[int, Any] | None = None
     saved = step if step else None
@@ -181,6 +184,7 @@ def train(
     # constants along.
     with jax.transfer_guard("allow" if jax.config.values["jax_debug_nans"] else "disallow"):
         while step < cadence.total and stop.status is None and not early:
+            state = changes(step, state, asked=stop.asked)
             at_step(step, state)
             count = cadence.next(step) - step
             state, sums = feed.advance(state, count)  # dispatched, not awaited

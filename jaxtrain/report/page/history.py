@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.errors import UserError
+from jaxtrain.report import changes_file
+from jaxtrain.report.changes_file import Change
 from jaxtrain.report.metrics_file import is_clock, read_metrics, read_samples
 
 SPLITS = ("train", "validation", "test")
@@ -42,6 +44,8 @@ class History:
     predictions: Mapping[str, np.ndarray]
     samples: Sequence[Mapping[str, Any]] = ()
     """The lines of its samples.jsonl: `step`, `prompt`, `text`."""
+    changes: Sequence[Change] = ()
+    """Its changes.jsonl: what was changed while it trained."""
 
     @property
     def name(self) -> str:
@@ -196,6 +200,7 @@ def load(folder: str | os.PathLike[str]) -> History:
         read_metrics(folder / "metrics.jsonl"),
         _read_predictions(folder / "predictions.npz"),
         read_samples(folder / "samples.jsonl"),
+        changes_file.read(folder),
     )
 
 

@@ -422,6 +422,13 @@ def _configuration(run: History) -> str:
     shown = " open" * (len(rows) <= 20)
     settings = f"<details{shown}><summary>Settings</summary>{_named_values(rows)}</details>"
     blocks = [settings] if rows else []
+    changed = {
+        f"after step {change.step:,}: {name}": f"{change.before[name]:g} → {value:g}"
+        for change in run.changes
+        for name, value in change.values.items()
+    }
+    if changed:
+        blocks.insert(0, f"<h3>Changed while it trained</h3>{_named_values(changed)}")
     if apart:
         blocks.append(
             "<details><summary>Versions, hardware,"
