@@ -40,7 +40,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from jaxtrain import config, tree
+from jaxtrain import config, host_memory, tree
 from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.data import order
 from jaxtrain.data.sources.synthetic import Synthetic
@@ -57,7 +57,7 @@ from jaxtrain.processes.signals import StopSignals
 from jaxtrain.report.metrics_file import JsonlWriter, Writers, read_metrics
 from jaxtrain.report.terminal.progress import Progress, make_console
 from jaxtrain.report.trackers import TensorBoardWriter
-from jaxtrain.runner import build, host_memory, preflight
+from jaxtrain.runner import build, preflight
 from jaxtrain.runner.profiler import Profiler
 from jaxtrain.schedules import Constant
 from jaxtrain.tasks import Classification, NextToken, score_of

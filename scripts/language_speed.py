@@ -37,14 +37,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from jaxtrain import messages, weights
+from jaxtrain import host_memory, messages, weights
 from jaxtrain.data.sources.text import python_library
-from jaxtrain.data.text import packing, token_cache
+from jaxtrain.data.text import packing, token_cache, tokenizers
 from jaxtrain.data.text.pieces import documents_of
-from jaxtrain.data.text.windows import windows
+from jaxtrain.data.text.windows import Windows
 from jaxtrain.inference import sampling
 from jaxtrain.models.transformer import Transformer
-from jaxtrain.runner import host_memory
 
 CARDS_EAT = 8 * 475_000
 """Tokens a second of GPT-2 124M on eight H100, by the mark for one."""
@@ -95,10 +94,12 @@ def _tokenised(corpus: Path, spec: str, folder: Path, blocks: int) -> list[Row]:
         speeds, megabytes = [], []
         for _ in range(min(blocks, 3)):
             with tempfile.TemporaryDirectory(dir=folder) as empty:
+                # one of its own, that remembers no words of the turn before
+                fresh = tokenizers.from_record(learned.tokenizer.record())
                 seconds = _seconds(
-                    lambda empty=empty, processes=processes: token_cache.open_tokens(
+                    lambda empty=empty, fresh=fresh, processes=processes: token_cache.open_tokens(
                         str(corpus),
-                        learned.tokenizer,
+                        fresh,
                         cache_dir=empty,
                         processes=processes,
                         say=lambda _: None,
@@ -130,8 +131,8 @@ def _read(tokens: token_cache.Tokens, blocks: int) -> list[Row]:
     """Batches of 131,072 tokens in a random order, out of the mapped files."""
     pieces = documents_of(tokens)
     tables = {
-        "windows of 1,024": windows(tokens, pieces, 1024),
-        "packed rows of 1,024": packing.packed(tokens, packing.plan(pieces, 1025)),
+        "windows of 1,024": Windows(tokens, pieces, 1024),
+        "packed rows of 1,024": packing.Packed(tokens, packing.plan(pieces, 1025)),
     }
     rows = []
     for name, table in tables.items():
@@ -157,7 +158,6 @@ def _seconds(work: Callable[[], Any]) -> float:
 def sampled(blocks: int, options: argparse.Namespace) -> list[Row]:
     """New tokens a second of all texts together, each way and each number of prompts."""
     warnings.simplefilter("ignore")  # what torch and transformers say of themselves
-    host_memory.keep_freed()
     with tempfile.TemporaryDirectory(prefix="jaxtrain-sampling-") as folder:
         model, params = _model(options.model)
         theirs = _in_transformers(model, params, Path(folder))
@@ -305,6 +305,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 8], help="of sampling")
     parser.add_argument("--out", type=Path, help="the JSON file (default: docs/benchmarks/...)")
     options = parser.parse_args(argv)
+    host_memory.keep_freed()  # as every run and command does
     rows = (text if options.name == "text" else sampled)(options.blocks, options)
     what = Path(options.model).stem.lower() if options.model else ""
     out = options.out or (

@@ -364,7 +364,7 @@ def test_messages_of_a_run_json_hold_no_surrogates() -> None:
 FAULTS = """
 import resource, sys
 import numpy as np
-from jaxtrain.runner import host_memory
+from jaxtrain import host_memory
 print(host_memory.keep_freed() if sys.argv[1] == "kept" else None)
 def block():
     np.empty(48 * 2**20, np.uint8).fill(1)

@@ -67,6 +67,7 @@ FLOORS = (
                 "extras",
                 "durable_files",
                 "gguf_header",
+                "host_memory",
             ),
             *("late_logits", "vocabulary_loss", "block_loop"),
         },

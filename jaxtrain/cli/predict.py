@@ -35,10 +35,12 @@ def run(arguments: Sequence[str]) -> int:
     path = new_file("predict", given, (".npz", ".csv"))
     experiment = _experiment(given["experiment"]) if "experiment" in given else None
     extras.require("predict", "orbax.checkpoint", "xxhash")
+    from jaxtrain import host_memory
     from jaxtrain.data.text import tokenizers
     from jaxtrain.inference import tables, trained
     from jaxtrain.tasks import NextToken
 
+    host_memory.keep_freed()
     model = trained.load(workdir, checkpoint=given.get("checkpoint", "last"), experiment=experiment)
     if isinstance(model.task, NextToken):
         shown = messages.printable(str(workdir))

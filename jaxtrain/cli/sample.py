@@ -244,8 +244,10 @@ def opened(
     """The model that a command asks, its parameters, its tokenizer and how many tokens it sees (0
     for any number): of a run of ours, or of a Hugging Face folder or a GGUF file; `given` may hold
     `tokenizer` and `checkpoint`."""
+    from jaxtrain import host_memory
     from jaxtrain.data.text import tokenizers
 
+    host_memory.keep_freed()
     shown = messages.printable(str(place))
     named = tokenizers.open_tokenizer(given["tokenizer"]) if "tokenizer" in given else None
     if (place / "run.json").is_file():

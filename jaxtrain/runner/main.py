@@ -16,7 +16,7 @@ from typing import NoReturn
 import jax
 from jax.sharding import Mesh
 
-from jaxtrain import config, extras, messages
+from jaxtrain import config, extras, host_memory, messages
 from jaxtrain.checkpoints.lock import Lock
 from jaxtrain.config import flags
 from jaxtrain.data import checks
@@ -41,7 +41,6 @@ from jaxtrain.runner import (
     build,
     devices,
     elsewhere,
-    host_memory,
     jax_settings,
     preflight,
     pretrained,

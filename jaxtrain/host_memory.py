@@ -22,7 +22,8 @@ def keep_freed(environ: Mapping[str, str] = os.environ) -> bool:
     >>> keep_freed({"MALLOC_TRIM_THRESHOLD_": "131072"})
     False
 
-    It changes nothing where malloc is not glibc's, or the environment says how it should be.
+    For commands and scripts, whose process is theirs alone. It changes nothing where malloc is not
+    glibc's, or the environment says how it should be.
     """
     if any(name in environ for name in _USERS) or "glibc.malloc" in environ.get(
         "GLIBC_TUNABLES", ""
