@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from test_run import EXPERIMENT, TINY, start
 
+from jaxtrain.checkpoints import lock
 from jaxtrain.checkpoints.checkpoints import Checkpoints, read_step
+from jaxtrain.cli import set_numbers
 from jaxtrain.cli.main import main as command
 from jaxtrain.errors import UserError
 from jaxtrain.horizon import Horizon
@@ -372,3 +374,24 @@ def test_the_command_changes_a_run_that_trains(tmp_path: Path) -> None:
     [change] = changes_file.read(folder)
     assert f"{RATE}: {change.before[RATE]:g} -> 1e-05 after step {change.step:,}" in done.stdout
     assert numbers(folder)[RATE] == np.float32(1e-5)
+
+
+def test_a_run_that_stops_or_computes_on_is_not_waited_for(
+    stopped: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "W"
+    shutil.copytree(stopped, folder)
+    holders = ["somebody"]
+    monkeypatch.setattr(lock, "holder", lambda _: holders.pop() if holders else "")
+    assert command(["set", str(folder), f"{RATE}=0.25"]) == 0
+    assert "the run stopped before it took the change; it does when" in capsys.readouterr().out
+    monkeypatch.setattr(lock, "holder", lambda _: "somebody")
+    monkeypatch.setattr(set_numbers, "WAIT_SECONDS", 0.1)
+    assert command(["set", str(folder), f"{RATE}=0.5"]) == 0
+    assert "asked; the run takes it at the end of the dispatch" in capsys.readouterr().out
+    monkeypatch.setattr(changes, "ask", lambda *_: tmp_path / "gone.json")
+    assert command(["set", str(folder), f"{RATE}=0.5"]) == 2
+    assert "set: the run did not take it; its last lines say why" in capsys.readouterr().err

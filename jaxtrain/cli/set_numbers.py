@@ -88,11 +88,15 @@ def _has(config: Any, name: str) -> bool:
 
 def _wait(folder: Path, request: Path) -> int:
     """Waits until the run has taken the request, and says from which step on it holds."""
+    from jaxtrain.checkpoints import lock
     from jaxtrain.report import changes_file
 
     until = time.monotonic() + WAIT_SECONDS
-    while request.exists() and time.monotonic() < until:
+    while request.exists() and time.monotonic() < until and lock.holder(folder):
         time.sleep(0.05)
+    if request.exists() and not lock.holder(folder):
+        print("the run stopped before it took the change; it does when it goes on")
+        return 0
     if request.exists():
         print("asked; the run takes it at the end of the dispatch that it is in")
         return 0
