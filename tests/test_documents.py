@@ -4,6 +4,7 @@ wrong, with its file and line."""
 import gzip
 import json
 import os
+import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,6 +126,42 @@ def test_parts_of_a_file_are_the_whole(tmp_path: Path) -> None:
             counts.add(len(found.parts))
             assert found.size == path.stat().st_size
         assert 1 in counts and max(counts) >= 15, (path, counts)
+
+
+def expected(text: str, separator: str) -> list[str]:
+    """The documents by the words of the page: the text split, without the newlines around them;
+    one that is empty stays unless it is the first or the last."""
+    count = separator.count("\\n")
+    newlines = "(?:\r?\n){" + str(count) + ",}"
+    split = re.split(newlines, text) if count else text.split(separator)
+    pieces = [piece.strip("\r\n") for piece in split]
+    ends = (0, len(pieces) - 1)
+    return [piece for place, piece in enumerate(pieces) if piece or place not in ends]
+
+
+def test_wherever_parts_begin_a_separator_cuts_as_in_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of "-----" the first three are "---", and not those that a part would begin with."""
+    draw, path = random.Random(0), tmp_path / "a.txt"
+    separators = ["---", "--", "-", "-a-", "a-a-a", "aab", r"\n", r"\n\n"]
+    letters = ["-a", "-ab", "-a\n", "\r\n", "a\r\n"]
+    cases = [("aaaa-----bbbb---cccc", "---", 5)]
+    for _ in range(600):
+        text = "".join(draw.choices(draw.choice(letters), k=draw.randint(1, 40)))
+        cases.append((text, draw.choice(separators), draw.choice([1, 2, 5, 8])))
+    file, several = text_file(str(path)), 0
+    for text, separator, part_bytes in cases:
+        path.write_bytes(text.encode())
+        how = Format(separator=separator)
+        monkeypatch.setattr("jaxtrain.data.text.documents.CHUNK", draw.choice([1, 2, 5, 64]))
+        parts = survey(file, how, part_bytes).parts
+        found = [each for part in parts for each in read_part(file, how, part)]
+        assert found == list(read_part(file, how)), (text, how, part_bytes)
+        texts = [each.text if isinstance(each, Document) else "" for each in found]
+        assert texts == expected(text, separator), (text, how, part_bytes)
+        several += len(parts) > 1
+    assert several > 100
 
 
 # Which files.

@@ -165,7 +165,7 @@ def _read_text(file: TextFile, how: Format, part: Part) -> Iterator[Document | B
         # the lines around a separator belong to it
         inner = text.lstrip(b"\r\n")
         line = row + text[: len(text) - len(inner)].count(b"\n")
-        outermost = begin == 0 or start == len(data)
+        outermost = part.start + begin == 0 or start == len(data)
         inner = inner.rstrip(b"\r\n")
         if inner or not outermost:
             yield _of_plain(inner, line, part.start + begin)
@@ -375,7 +375,9 @@ def survey(file: TextFile, how: Format, part_bytes: int) -> Survey:
     with open(file.path, "rb") as stream:
         at = part_bytes
         while at < size:
-            found = _search(stream, pattern, at)
+            # a line ends wherever a newline is; of "-----" only a scan tells which three are "---"
+            known = at if file.kind == LINES else (cuts or [0])[-1]
+            found = _search(stream, pattern, known, at)
             if found is None or found >= size:
                 break
             cuts.append(found)
@@ -405,18 +407,24 @@ def file_digest(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _search(stream: IO[bytes], pattern: re.Pattern[bytes], start: int) -> int | None:
-    """Where the first match after `start` ends; None if there is none."""
+def _search(stream: IO[bytes], pattern: re.Pattern[bytes], known: int, at: int) -> int | None:
+    """Where the first match that ends behind `at` ends, of those that a scan from `known` finds:
+    the head of the file, or the end of a match. None if there is none."""
     length = CHUNK
     while True:
-        stream.seek(start)
+        stream.seek(known)
         window = stream.read(length)
-        match = pattern.search(window)
-        if match and (match.end() < len(window) or len(window) < length):
-            return start + match.end()
-        if len(window) < length:
+        is_last, settled = len(window) < length, 0
+        for match in pattern.finditer(window):
+            # what follows may be of the match, too: a newline, even one of two bytes
+            if not is_last and match.end() + 2 > len(window):
+                break
+            settled = match.end()
+            if known + settled > at:
+                return known + settled
+        if is_last:
             return None
-        length *= 2
+        known, length = known + settled, CHUNK if settled else 2 * length
 
 
 def _hashed(file: TextFile) -> tuple[str, int]:

@@ -26,7 +26,7 @@ from jaxtrain.data.text.text_files import TextFile
 from jaxtrain.errors import UserError
 from jaxtrain.messages import printable
 
-METHOD = 1
+METHOD = 2
 """One more whenever the same files would give other shards, so that none of before is taken."""
 CHANGED = "{}: changed while it was read; start again when nothing writes to it"
 _SAID = ("bad", "bad_count", "marks", "labels")
