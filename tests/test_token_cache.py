@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,29 @@ def test_a_text_is_cut_only_where_no_id_changes(
     assert len(cuts) > 5 and functools.reduce(operator.iadd, ids, []) == bpe.encode(text).tolist()
     (tmp_path / "a.txt").write_bytes(text.encode() + b"\xff")
     assert file_cuts(bpe, str(tmp_path / "a.txt"), 1000) == []
+
+
+def test_no_cut_parts_a_letter_from_a_mark_that_it_is_composed_with(
+    tmp_path: Path, bpe: tokenizers.TokenizerJson
+) -> None:
+    normalizer = {"normalizer": {"type": "NFC"}}
+    composing = tokenizers.TokenizerJson(json.dumps(json.loads(bpe.text) | normalizer))
+    text = "e\u0301" * 900 + "\u1112\u1161\u11ab" * 600 + "a\u0301\u0323=\u0338" * 400
+    whole = composing.encode(text).tolist()
+    assert whole == bpe.encode(unicodedata.normalize("NFC", text)).tolist()
+    for length in (601, 602, 603, 604):
+        assert encode_long(composing, text, length=length).tolist() == whole
+    (tmp_path / "a.txt").write_text(text)
+    for part_bytes in (1000, 1001, 1003):
+        cuts = file_cuts(composing, str(tmp_path / "a.txt"), part_bytes)
+        data = text.encode()
+        parts = [data[a:b].decode() for a, b in itertools.pairwise([0, *cuts, len(data)])]
+        ids = [
+            encode_long(composing, part, before=before[-1:]).tolist()
+            for before, part in itertools.pairwise(["", *parts])
+        ]
+        assert len(cuts) > 5 and functools.reduce(operator.iadd, ids, []) == whole
+    assert not keeps_ids(composing, text, 901) and keeps_ids(composing, text, 902)
 
 
 def test_a_learned_tokenizer_is_kept_with_its_corpus(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from importlib import util
 from pathlib import Path
@@ -449,12 +450,63 @@ def test_the_vocabulary_of_a_gguf_file(bpe: tokenizers.TokenizerJson) -> None:
         gguf_fields(bpe, pre="llama-bpe", add_bos_token=True, bos_token_id=0), "m.gguf"
     )
     assert llama.encode(WORDS).tolist() == bpe.encode(WORDS).tolist() and llama.bos == (0,)
-    with pytest.raises(UserError, match=r"^m.gguf: its tokenizer is of the kind 'bert', 'gpt-2'"):
+    with pytest.raises(UserError, match=r"^m.gguf: its tokenizer is of the kind 'bert'; known are"):
         tokenizers.from_gguf({"tokenizer.ggml.model": "bert"}, "m.gguf")
+    with pytest.raises(UserError, match=r"^m.gguf: its tokenizer is of the kind 'gpt2', 'mpt'; "):
+        tokenizers.from_gguf(gguf_fields(bpe, pre="mpt"), "m.gguf")
     with pytest.raises(
         UserError, match=r"^m.gguf: has no field tokenizer.ggml.tokens; use the toke"
     ):
         tokenizers.from_gguf({"tokenizer.ggml.model": "llama"}, "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("pre", "more", "bos"),
+    [
+        *((pre, {}, (0,)) for pre in ("llama3", "llama-v3", "llama-bpe")),
+        ("llama-bpe", {"add_bos_token": False}, ()),
+        ("llama-bpe", {"bos_token_id": None}, ()),
+        ("qwen2", {}, ()),
+        ("gpt-2", {}, ()),
+        ("dbrx", {"add_bos_token": True}, (0,)),
+    ],
+)
+def test_a_gguf_file_of_llama_3_has_a_bos_if_it_says_nothing_of_it(
+    bpe: tokenizers.TokenizerJson, pre: str, more: dict[str, Any], bos: tuple[int, ...]
+) -> None:
+    """As llama.cpp has it (`add_bos` in src/llama-vocab.cpp)."""
+    fields = gguf_fields(bpe, **{"pre": pre, "bos_token_id": 0} | more)
+    fields = {name: value for name, value in fields.items() if value is not None}
+    assert tokenizers.from_gguf(fields, "m.gguf").bos == bos
+
+
+def test_a_gguf_file_that_does_not_say_how_words_are_cut_is_refused(
+    bpe: tokenizers.TokenizerJson, tmp_path: Path
+) -> None:
+    fields = gguf_fields(bpe)
+    del fields["tokenizer.ggml.pre"]
+    with pytest.raises(
+        UserError,
+        match=r"^m.gguf: has no field tokenizer.ggml.pre; use the tokenizer.json of the model$",
+    ):
+        tokenizers.from_gguf(fields, "m.gguf")
+    (tmp_path / "tokenizer.json").write_text(bpe.text)
+    assert open_tokenizer(tmp_path).encode(WORDS).tolist() == bpe.encode(WORDS).tolist()
+
+
+@pytest.mark.parametrize("pre", ["qwen2", "olmo"])
+def test_a_gguf_file_composes_characters_where_the_model_does(
+    bpe: tokenizers.TokenizerJson, pre: str
+) -> None:
+    """The tokenizer.json of these models normalizes to NFC; Python's own does here."""
+    fields = gguf_fields(bpe)
+    composing = tokenizers.from_gguf(fields | {"tokenizer.ggml.pre": pre}, "m.gguf")
+    plain = tokenizers.from_gguf(fields | {"tokenizer.ggml.pre": "gpt-2"}, "m.gguf")
+    for text in ("cafe\u0301", "\u1112\u1161\u11ab", "a=\u0338b", "e\u0301\u0323", "\u212b"):
+        whole = unicodedata.normalize("NFC", text)
+        assert whole != text
+        assert composing.encode(text).tolist() == plain.encode(whole).tolist()
+        assert composing.encode(text).tolist() != plain.encode(text).tolist()
 
 
 def test_the_pieces_of_a_gguf_file(piece_model: Path) -> None:

@@ -28,6 +28,10 @@ _PATTERNS = {
 }
 """What `tokenizer.ggml.pre` stands for, as llama.cpp has it; empty: GPT-2's own, and of a digit
 alone: digits one by one, then GPT-2's own."""
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+"""Those after whose names a BOS stands before a text, if the file says nothing of it."""
+_COMPOSED = ("qwen2", "olmo")
+"""Those of models whose tokenizer.json composes characters (NFC), which no field of a file says."""
 _CONTROL, _USER = 3, 4
 """Kinds of tokens in `tokenizer.ggml.token_type`, numbered as in SentencePiece."""
 
@@ -37,11 +41,13 @@ def from_gguf(fields: Mapping[str, Any], name: str) -> TokenizerJson | SentenceP
 
     `UserError` for a kind of tokenizer that is not known, or fields that are missing.
     """
-    kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
+    kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     known = {"gpt2": _byte_level, "llama": _pieces}
-    if kind not in known or (kind == "gpt2" and pre not in _PATTERNS):
+    # without `pre` nothing tells how words are cut, and another cut gives other ids: a KeyError
+    if kind not in known or (kind == "gpt2" and pre not in (*_PATTERNS, None)):
+        cut = "" if pre is None else f", {pre!r}"
         raise UserError(
-            f"{printable(name)}: its tokenizer is of the kind {kind!r}, {pre!r}; known are llama,"
+            f"{printable(name)}: its tokenizer is of the kind {kind!r}{cut}; known are llama,"
             f" and gpt2 with {', '.join(_PATTERNS)}; use the tokenizer.json of the model"
         )
     try:
@@ -78,14 +84,24 @@ def _around(fields: Mapping[str, Any], adds_bos: bool) -> dict[str, Any]:
 
 def _byte_level(fields: Mapping[str, Any], name: str) -> TokenizerJson:
     extras.require(printable(name), "tokenizers")
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+    )
 
-    pre = fields.get("tokenizer.ggml.pre", "gpt-2")
+    pre = fields["tokenizer.ggml.pre"]
     tokens = list(fields["tokenizer.ggml.tokens"])
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     ids = {token: place for place, token in enumerate(tokens)}
     # Llama 3's vocabulary has words that no sequence of its merges leads to.
-    made = Tokenizer(models.BPE(ids, merges, ignore_merges=pre.startswith("llama")))
+    made = Tokenizer(models.BPE(ids, merges, ignore_merges=pre in _LLAMA3))
+    if pre in _COMPOSED:
+        made.normalizer = normalizers.NFC()
     pattern = _PATTERNS[pre]
     if pattern in ("", r"\p{N}"):
         cuts = [pre_tokenizers.Digits(individual_digits=True)] if pattern else []
@@ -98,7 +114,7 @@ def _byte_level(fields: Mapping[str, Any], name: str) -> TokenizerJson:
     for token, kind in zip(tokens, fields.get("tokenizer.ggml.token_type", ()), strict=False):
         if kind in (_CONTROL, _USER):
             made.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False)])
-    return TokenizerJson(made.to_str(), name=name, **_around(fields, adds_bos=False))
+    return TokenizerJson(made.to_str(), name=name, **_around(fields, adds_bos=pre in _LLAMA3))
 
 
 def _pieces(fields: Mapping[str, Any], name: str) -> SentencePiece:
