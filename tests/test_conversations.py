@@ -135,6 +135,61 @@ def test_what_a_template_cannot_do_is_said_in_one_line(
     assert str(refusal.value) == said
 
 
+def test_a_turn_of_weight_0_is_not_learned() -> None:
+    """OpenAI's format; without the key, or with 1, it is."""
+    chat = [dict(message) for message in CHAT]
+    chat[2]["weight"], chat[4]["weight"] = 0, 1
+    assert learned(PLAIN, chat) == ["Good\nbye</>"]
+    assert learned(MARKED, chat) == ["Good\nbye;"]
+    for template in (PLAIN, MARKED):
+        whole = chats.tokenized(Bytes(), template, CHAT).ids_N
+        np.testing.assert_array_equal(chats.tokenized(Bytes(), template, chat).ids_N, whole)
+    chat[2]["weight"], chat[4]["weight"] = 1, 0
+    assert learned(PLAIN, chat) == ["Ho</>"] and learned(MARKED, chat) == ["Ho;"]
+    # several marks a turn
+    twice = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}|{% generation %}.{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    assert learned(twice, chat) == ["Ho", "."]
+    # it may begin: where it begins is not asked
+    first = [CHAT[2] | {"weight": 0}, *CHAT[3:]]
+    assert learned(PLAIN, first) == ["Good\nbye</>"] and learned(MARKED, first) == ["Good\nbye;"]
+    # no template sees the key
+    assert render("{{ messages[0] | tojson }}", CHAT[2:3]) == chats.marked(
+        Bytes(), chats.tokenized(Bytes(), ALL_KEYS, [CHAT[2] | {"weight": 1}]), colour=False
+    ).removeprefix("{+").removesuffix("+}")
+
+
+ALL_KEYS = "{% generation %}{{ messages[0] | tojson }}{% endgeneration %}"
+
+
+def test_tools_are_handed_to_the_template() -> None:
+    tools = [{"type": "function", "function": {"name": "add", "description": "é"}}]
+    template = "{% if tools %}T{{ tools | tojson }}{% endif %}" + PLAIN
+    written = 'T[{"type": "function", "function": {"name": "add", "description": "é"}}]'
+    found = chats.tokenized(Bytes(), template, CHAT, tools)
+    assert Bytes().decode(found.ids_N) == written + render(PLAIN, CHAT)
+    text = chats.marked(Bytes(), found, colour=False)
+    assert text.count("{+") == 2 and "{+Ho</>+}" in text
+    assert learned(template, CHAT) == ["Ho</>", "Good\nbye</>"]
+    with pytest.raises(UserError, match=r"^holds U\+10FFF0"):
+        chats.tokenized(Bytes(), template, CHAT, [{"name": "\U0010fff0"}])
+
+
+def test_a_system_beside_the_messages_stands_in_front() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    for row in (SHARE_GPT, PAIR, LISTS, {"messages": CHAT[1:3]}):
+        alone = chats.messages_of(row)
+        assert chats.messages_of(row | {"system": "Be brief."}) == (system, *alone)
+        assert chats.messages_of(row | {"system": ""}) == alone
+        assert chats.messages_of(row | {"system": None}) == alone
+    own = {"messages": CHAT, "system": "Be brief."}  # said twice
+    assert chats.messages_of(own) == tuple(CHAT)
+    developer = [{"role": "developer", "content": "Be brief."}, *CHAT[1:]]
+    assert chats.messages_of(own | {"messages": developer}) == tuple(developer)
+
+
 def write(folder: Path, *rows: Any, template: str = PLAIN) -> dict[str, Any]:
     """A file of conversations and a template, as settings of the source."""
     (folder / "chat.jsonl").write_text(
@@ -217,7 +272,65 @@ def test_long_and_bad_rows_are_refused_cut_or_left_out(tmp_path: Path) -> None:
     np.testing.assert_array_equal(row["weight"][:, 1:], row["segments"][:, 1:])
 
 
+ADD = {"type": "function", "function": {"name": "add"}}
+LAST_MARKED = (
+    "{% for m in messages %}{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
 WRONG: list[tuple[str, list[Any], dict[str, Any], str]] = [
+    (
+        "two_systems",
+        [PAIR, {"messages": CHAT, "system": "Be long."}],
+        {},
+        "{path}:2: its 'system' and its message 1 are two different system messages; keep one",
+    ),
+    ("system_list", [PAIR | {"system": ["x"]}], {}, "{path}:1: its 'system' is a list, no text"),
+    (
+        "tools_text",
+        [PAIR, PAIR | {"tools": json.dumps([ADD])}],
+        {},
+        ("{path}:2: its 'tools' are no list of objects; write the JSON schema of each, as no text"),
+    ),
+    (
+        "tools_unwritten",
+        [PAIR, PAIR | {"tools": [ADD]}],
+        {},
+        (
+            "{path}:2: has tools, which the chat template does not write; give a template that does"
+            " (--data.template=FILE.jinja), or take them out"
+        ),
+    ),
+    (
+        "weight",
+        [PAIR, {"messages": [CHAT[1], CHAT[2] | {"weight": 0.5}]}],
+        {},
+        (
+            "{path}:2: message 2: weight 0.5 of assistant is unknown; valid: 0 (it is not learned)"
+            " or 1"
+        ),
+    ),
+    (
+        "weight_of_user",
+        [PAIR, {"messages": [CHAT[1] | {"weight": 1}, CHAT[2]]}],
+        {},
+        "{path}:2: message 1: weight 1 of user is unknown; valid: 0 (it is not learned)",
+    ),
+    (
+        "weights_0",
+        [PAIR, {"messages": [CHAT[1], CHAT[2] | {"weight": 0}]}],
+        {},
+        "{path}:2: has turns of the assistant of weight 0 only, so there is nothing to learn",
+    ),
+    (
+        "weight_unstable",
+        [PAIR, {"messages": [CHAT[1], CHAT[2] | {"weight": 0}, *CHAT[3:]]}],
+        {"template": LAST_MARKED},
+        (
+            "{path}:2: message 2: has weight 0, and the chat template marks what comes before"
+            " otherwise once more follows, so nothing tells which marks are its own; give another"
+            " template (--data.template=FILE.jinja), or take the weight out"
+        ),
+    ),
     (
         "unknown_role",
         [PAIR, {"messages": [{"role": "usr", "content": "x"}]}],
@@ -363,6 +476,24 @@ def test_a_batch_of_more_rows_than_packing_leaves_is_told_what_gives_more(tmp_pa
     assert said(length=10 * each // 8 - 1) == said(layout="padded") == ""
 
 
+@pytest.mark.parametrize(
+    ("row", "template"),
+    [
+        ({"messages": CHAT[1:], "system": "Be long."}, PLAIN),
+        (PAIR | {"system": "x"}, PLAIN),
+        (PAIR | {"tools": [ADD]}, "{{ tools | tojson }}" + PLAIN),
+        (PAIR, PLAIN),
+        ({"messages": [CHAT[1] | {"weight": 0}, CHAT[2] | {"weight": 1}]}, PLAIN),
+        ({"messages": [CHAT[1], CHAT[2] | {"weight": 0}, *CHAT[3:]]}, MARKED),
+        ({"messages": CHAT}, LAST_MARKED),
+    ],
+    ids=["system", "text", "tools", "no_tools", "weights", "template", "no_weight"],
+)
+def test_what_the_lines_advise_is_taken(row: dict[str, Any], template: str, tmp_path: Path) -> None:
+    settings = write(tmp_path, row, template=template) | {"show": False, "length": 200}
+    assert len(Conversations(**settings).open().train) == 1
+
+
 def test_other_files_than_json_lines_are_refused(tmp_path: Path) -> None:
     settings = write(tmp_path, PAIR)
     (tmp_path / "chat.txt").write_text("words")
@@ -387,6 +518,7 @@ INSTRUCT = (
     "{% generation %} {{ m.content | trim }}{{ eos_token }}{% endgeneration %}{% endif %}"
     "{% endfor %}"
 )
+WITH_TOOLS = "{% if tools is not none %}{{ tools | tojson }}{% endif %}" + CHATML
 WORDS = [
     "hello",
     "\n",
@@ -440,5 +572,11 @@ def test_rendering_and_masks_are_those_of_transformers() -> None:
         # its own template has no markers: what prefixes find is what markers would
         own = chats.tokenized(ours, ours.chat_template, messages)
         assert own.ids_N.tolist() == theirs.apply_chat_template(messages, return_dict=False)
+        tools = [{"name": text(), "parameters": {"type": "object"}}]
+        wanted = theirs.apply_chat_template(
+            messages, tools=tools, chat_template=WITH_TOOLS, return_dict=False
+        )
+        found = chats.tokenized(ours, WITH_TOOLS, messages, tools)
+        assert found.ids_N.tolist() == wanted
         by_markers = chats.tokenized(ours, CHATML, messages)
         np.testing.assert_array_equal(own.supervised_N, by_markers.supervised_N)

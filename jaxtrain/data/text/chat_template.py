@@ -58,9 +58,11 @@ def rendered(
     *,
     add_generation_prompt: bool = False,
     special: Mapping[str, str] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     **variables: Any,
 ) -> tuple[str, list[Span]]:
-    """The same, and what stands between the template's `generation` markers.
+    """The same, and what stands between the template's `generation` markers; `tools` are the JSON
+    schemas of what the model may call.
 
     >>> template = (
     ...     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"
@@ -71,17 +73,16 @@ def rendered(
     import jinja2
 
     # the same names as in transformers; what a conversation does not have is not there
-    values: dict[str, Any] = {"tools": None, "documents": None} | dict(special or {}) | variables
-    written = json.dumps([_without_none(message) for message in messages], ensure_ascii=False)
+    values: dict[str, Any] = {"documents": None} | dict(special or {}) | variables
+    without_none = [_without_none(message) for message in messages]
+    written = json.dumps({"messages": without_none, "tools": tools}, ensure_ascii=False)
     if OPEN in written or CLOSE in written:
         raise UserError(
             f"holds U+{ord(OPEN):X} or U+{ord(CLOSE):X}, which mean nothing; take it out"
         )
     plain, compiled = json.loads(written), _compiled(template)
     try:
-        text = compiled.render(
-            messages=plain, add_generation_prompt=add_generation_prompt, **values
-        )
+        text = compiled.render(**plain, add_generation_prompt=add_generation_prompt, **values)
     except jinja2.TemplateError as error:
         raise UserError(f"the chat template says: {one_line(str(error))}") from error
     # what a template of others does with a message may fail in any way

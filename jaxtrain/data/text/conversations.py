@@ -8,8 +8,9 @@ N: tokens
 
 import codecs
 import dataclasses
+import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,14 +29,20 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _OTHER_WORDS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 """ShareGPT's names of roles."""
 
+Tools = Sequence[Mapping[str, Any]] | None
+"""What a template finds as `tools`: JSON schemas, as transformers has them."""
+Writer = Callable[..., tuple[str, list[Span]]]
+"""`rendered` with all but the messages and `add_generation_prompt`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Messages, and the line that they stand in with its bytes."""
+    """Messages, the line that they stand in with its bytes, and what tools the model has."""
 
     messages: tuple[Message, ...]
     row: int
     size: int
+    tools: Tools = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +90,8 @@ def read_part(file: TextFile, part: Part = WHOLE) -> Iterator[Conversation | Bad
             if not line.strip():
                 continue
             try:
-                yield Conversation(messages_of(_object(line)), row, len(line))
+                found = _object(line)
+                yield Conversation(messages_of(found), row, len(line), _tools(found))
             except BadRow as fault:
                 yield Bad(row, str(fault))
 
@@ -109,7 +117,8 @@ def messages_of(row: Mapping[str, Any]) -> tuple[Message, ...]:
     ... )
     ({'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Ho'})
 
-    `BadRow` for anything else, and if nobody would learn from it.
+    A `system` beside them stands in front. `BadRow` for anything else, and if nobody would learn
+    from it.
     """
     found = _listed(row)
     if not isinstance(found, list) or not found:
@@ -117,7 +126,30 @@ def messages_of(row: Mapping[str, Any]) -> tuple[Message, ...]:
     messages = tuple(_message(number, each) for number, each in enumerate(found, start=1))
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow("has no turn of the assistant, so there is nothing to learn")
-    return messages
+    if all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
+        raise BadRow("has turns of the assistant of weight 0 only, so there is nothing to learn")
+    return (*_system(row, messages[0]), *messages)
+
+
+def _system(row: Mapping[str, Any], first: Message) -> tuple[Message, ...]:
+    """The message that `system` beside the others makes."""
+    text = row.get("system")
+    if text is None or text == "":
+        return ()
+    if not isinstance(text, str):
+        raise BadRow(f"its 'system' is a {type(text).__name__}, no text")
+    if first["role"] not in ("system", "developer"):
+        return ({"role": "system", "content": text},)
+    if first["content"] != text:
+        raise BadRow("its 'system' and its message 1 are two different system messages; keep one")
+    return ()
+
+
+def _tools(row: Mapping[str, Any]) -> Tools:
+    tools = row.get("tools")
+    if tools is None or (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
+        return tools
+    raise BadRow("its 'tools' are no list of objects; write the JSON schema of each, as no text")
 
 
 def _listed(row: Mapping[str, Any]) -> Any:
@@ -154,40 +186,78 @@ def _message(number: int, value: Any) -> Message:
         raise BadRow(f"message {number}: its content is a {type(content).__name__}, no text")
     if not content and not value.get("tool_calls"):
         raise BadRow(f"message {number}: its content is empty")
+    weights = (0, 1) if role == "assistant" else (0,)
+    if (weight := value.get("weight")) is not None and weight not in weights:
+        valid = "0 (it is not learned) or 1" if role == "assistant" else "0 (it is not learned)"
+        raise BadRow(f"message {number}: weight {weight!r} of {role} is unknown; valid: {valid}")
     rest = {key: each for key, each in value.items() if key not in ("role", "from", "value")}
     return {"role": role, **rest, "content": content}
 
 
-def tokenized(tokenizer: Tokenizer, template: str, messages: Sequence[Message]) -> Tokenized:
-    """A conversation as ids, with those that are supervised.
+def tokenized(
+    tokenizer: Tokenizer, template: str, messages: Sequence[Message], tools: Tools = None
+) -> Tokenized:
+    """A conversation as ids, with those that are supervised: none of a message of `weight` 0.
 
-    `UserError` if the template refuses it, or writes a turn otherwise once another one follows it
-    and marks nothing.
+    `UserError` if the template refuses it, does not write the tools that there are, or writes a
+    turn otherwise once another one follows it, where that hides what is supervised.
     """
+    if tools and "tools" not in template:
+        raise UserError(
+            "has tools, which the chat template does not write; give a template that does"
+            " (--data.template=FILE.jinja), or take them out"
+        )
+    left_out = [
+        index
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant" and message.get("weight") == 0
+    ]
+    plain = [{key: message[key] for key in message if key != "weight"} for message in messages]
+    write = functools.partial(rendered, template, special=tokenizer.special, tools=tools)
     if has_markers(template):
-        text, spans = rendered(template, messages, special=tokenizer.special)
+        text, spans = _marked_parts(write, plain, left_out)
         return _of_spans(tokenizer, text, spans, to_end_token=False)
-    text, spans = _turns(template, messages, tokenizer.special)
+    text, spans = _turns(write, plain, left_out)
     return _of_spans(tokenizer, text, spans, to_end_token=True)
 
 
+def _marked_parts(
+    write: Writer, messages: Sequence[Message], left_out: Sequence[int]
+) -> tuple[str, list[Span]]:
+    """The text of a conversation, and what is marked in it, but in the messages that are left out:
+    what a message is the first to bring."""
+    text, spans = write(messages)
+    dropped: list[Span] = []
+    for index in left_out:
+        before = write(messages[:index])[1] if index else []
+        whole = write(messages[: index + 1])[1]
+        if spans[: len(whole)] != whole or whole[: len(before)] != before:
+            raise UserError(
+                f"message {index + 1}: has weight 0, and the chat template marks what comes before"
+                " otherwise once more follows, so nothing tells which marks are its own; give"
+                " another template (--data.template=FILE.jinja), or take the weight out"
+            )
+        dropped += whole[len(before) :]
+    return text, [span for span in spans if span not in dropped]
+
+
 def _turns(
-    template: str, messages: Sequence[Message], special: Mapping[str, str]
+    write: Writer, messages: Sequence[Message], left_out: Collection[int]
 ) -> tuple[str, list[Span]]:
     """The text of a conversation, and the turns of the assistant in it, found by rendering what
     comes before each of them."""
-    text = render(template, messages, special=special)
+    text, _ = write(messages)
     spans: list[Span] = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or index in left_out:
             continue
         if index == 0:
             raise UserError(
                 "begins with the assistant, and the chat template marks no turns: nothing tells"
                 " where this one begins; put a message before it"
             )
-        before = render(template, messages[:index], add_generation_prompt=True, special=special)
-        whole = render(template, messages[: index + 1], special=special)
+        before, _ = write(messages[:index], add_generation_prompt=True)
+        whole, _ = write(messages[: index + 1])
         if not (whole.startswith(before) and text.startswith(whole)):
             raise UserError(
                 f"message {index + 1}: the chat template marks no turns, and writes what comes"

@@ -209,7 +209,7 @@ class Chats(Rows):
                 yield found
                 continue
             try:
-                one = conversations.tokenized(tokenizer, self.template, found.messages)
+                one = conversations.tokenized(tokenizer, self.template, found.messages, found.tools)
             except UserError as error:
                 yield Bad(found.row, str(error))
                 continue
