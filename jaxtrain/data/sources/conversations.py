@@ -1,5 +1,8 @@
 """Conversations for fine-tuning: JSON lines of messages as rows of tokens, of which only what the
-assistant says is learned."""
+assistant says is learned.
+
+N: tokens of a conversation, or conversations; D, P: conversations
+"""
 
 import dataclasses
 import datetime

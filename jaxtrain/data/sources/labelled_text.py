@@ -1,6 +1,6 @@
 """Texts with classes: files of labelled texts as padded rows of tokens, one text a row.
 
-N: texts, T: tokens of a row
+N: texts, T: tokens of a row, D: texts of the files
 """
 
 import collections

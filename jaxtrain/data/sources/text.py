@@ -2,6 +2,8 @@
 
 Without a path it is Python's own library, which every machine has, so that a first run needs no
 download.
+
+P: pieces, D: documents
 """
 
 import dataclasses

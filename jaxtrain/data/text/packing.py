@@ -9,7 +9,7 @@ Best fit decreasing: the longest pieces first, each into the row with the least 
 takes it, or else into a new one. Pieces of one length, and rows with one room, are alike, so they
 are placed in bulk: a plan costs a sort of the pieces and some operations for each length there is.
 
-R: rows, P: pieces, D: documents
+R: rows, P: pieces, D: documents, L: lengths of pieces, from 0
 """
 
 import bisect

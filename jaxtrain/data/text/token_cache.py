@@ -1,7 +1,7 @@
 """Tokens of text files, made once and kept: memory-mapped ids, where each document begins, and how
 many bytes of text it was.
 
-D: documents
+D: documents, U: units, which are files or parts of them
 """
 
 import bisect

@@ -6,7 +6,7 @@ stride of T, the default, each token but the very first is predicted once an epo
 1 each place is the beginning of a row, so that a shuffled epoch, of T passes over the text, draws
 random places as nanoGPT does.
 
-N: rows, T: tokens to predict, P: pieces
+N: rows, T: tokens to predict, P: pieces, D: documents
 """
 
 from collections.abc import Mapping
