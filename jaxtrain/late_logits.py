@@ -5,7 +5,8 @@ At 50,000 tokens of vocabulary the logits of 32 sequences of 1,024 are 6.1 GiB i
 all else that a small model keeps. A task that gets the states before the head and the head's kernel
 makes its loss of a few tokens at a time (`vocabulary_loss.py`).
 
-Dims: B batch, T tokens of a sequence, D model width, V rows of the vocabulary's table.
+Dims: B batch, T tokens of a sequence, N tokens of any sequences, D model width, V rows of the
+vocabulary's table.
 """
 
 import dataclasses

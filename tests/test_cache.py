@@ -180,6 +180,20 @@ def test_documents_packed_in_one_row_are_each_as_beside_a_cache() -> None:
         np.testing.assert_allclose(jnp.stack(found), packed[places], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama3"])
+def test_padding_between_tokens_of_a_segment_is_as_if_it_were_not_there(family: str) -> None:
+    """A prompt and an answer, each padded to its own length, in one pass and beside a cache."""
+    model, params = FAMILIES[family], random_params(FAMILIES[family])
+    segments = np.repeat([[1, 0, 1, 0]], [7, 4, 9, 3], axis=1)
+    real = segments[0] > 0
+    found = whole(model, params, TOKENS_BT[:1, :23], segments)[0]
+    held = cache.empty(model, 1, 40)
+    logits, _ = beside(model, params, TOKENS_BT[:1, :23], held, segments)
+    alone = whole(model, params, TOKENS_BT[:1, :23][:, real])[0]
+    np.testing.assert_allclose(found[real], alone, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits[0, real], alone, rtol=1e-5, atol=1e-5)
+
+
 def test_a_window_block_keeps_its_window_only() -> None:
     held = cache.empty(FAMILIES["gemma3"], batch=4, capacity=64, dtype=jnp.bfloat16)
     assert [block.positions_BS.shape for block in held.blocks] == [(4, 5), (4, 5), (4, 64)]

@@ -205,6 +205,19 @@ def test_a_converted_model_is_the_model_that_it_was(tmp_path: Path, case: str) -
     assert found.config["eos_token_id"] == 1
 
 
+def test_a_gemma_2_that_says_neither_caps_nor_window_has_llama_cpps(tmp_path: Path) -> None:
+    word, said = CASES["gemma2"]
+    said = {"model_type": word, **said}
+    whole = said | {"sliding_window": 4096}
+    silent = {
+        name: value for name, value in said.items() if "cap" not in name and "window" not in name
+    }
+    path = write(tmp_path / "m.gguf", word, silent, tensors_of(whole))
+    model = config.read(gguf_file.open_model(path).config).model
+    assert (model.attention_cap, model.logit_cap, model.window) == (50.0, 30.0, 4096)
+    assert model == config.read(whole).model
+
+
 def test_load_gives_model_parameters_and_tokenizer(tmp_path: Path) -> None:
     word, said = CASES["llama"]
     said = {"model_type": word, **said}

@@ -183,8 +183,20 @@ def test_a_conversation_may_end_inside_its_last_message() -> None:
     assert rendered(Chatty(), told, False) == "[u]Hi;[a]Well,"
     with pytest.raises(UserError, match="tokenizer 'bytes': has no chat template; ask without one"):
         rendered(Bytes(), told, True)
-    with pytest.raises(UserError, match="does not write the last message as it is, so nothing can"):
-        rendered(Chatty(chat_template="{{ messages[0].content }}"), told, False)
+    # the template's own words behind the message are those of the message
+    chatml = "{% for m in messages %}<|im_start|>{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    told[1]["content"] = " end "
+    assert rendered(Chatty(chat_template=chatml), told, False).endswith("<|im_start|>end")
+    for other in (
+        "{{ messages[0].content }}",
+        "{{ messages[1].content | upper }}",
+        "{{ messages[1].content[:-1] }}",
+        "{{ messages[1].content }}{{ messages[1].content }}",
+    ):
+        with pytest.raises(
+            UserError, match="does not write the last message as it is, so nothing can"
+        ):
+            rendered(Chatty(chat_template=other), told, False)
 
 
 @pytest.mark.skipif(

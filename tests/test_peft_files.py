@@ -299,6 +299,11 @@ def test_adapters_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
     for said, tensors in cases.items():
         with pytest.raises(UserError, match=re.escape(said)):
             peft_files.read(saved(tmp_path / "a", tensors), LLAMA)
+    whole = {name: np.ones(part.shape, np.int8) for name, part in llama_adapters({Q0: 2}).items()}
+    with pytest.raises(
+        UserError, match="_A.weight is int8, and weights are floats; take the files"
+    ):
+        peft_files.read(saved(tmp_path / "a", whole), LLAMA)
     with pytest.raises(UserError, match="a: holds no adapters; give the folder of a PEFT adapter"):
         peft_files.read(saved(tmp_path / "a", {}), LLAMA)
     (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")

@@ -122,6 +122,22 @@ def test_narrow_files_are_widened_and_narrow_ones_written(tmp_path: Path) -> Non
     assert not (tmp_path / "huge").exists()
 
 
+def test_weights_of_whole_numbers_are_refused(tmp_path: Path) -> None:
+    weights.save(tmp_path / "m", MODEL, params_of(MODEL))
+    file = tmp_path / "m" / "model.safetensors"
+    tensors = reference.load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    reference.save_file(tensors | {name: np.ones(tensors[name].shape, np.int8)}, file)
+    line = (
+        f"{tmp_path}/m: {name} is int8, and weights are floats; take the files that are not"
+        " quantised, in BF16 or F32"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
+        weights.load(tmp_path / "m")
+    reference.save_file(tensors, file)
+    jax.tree.map(np.testing.assert_array_equal, weights.load(tmp_path / "m")[1], params_of(MODEL))
+
+
 def test_parameters_straight_out_of_init_are_written(tmp_path: Path) -> None:
     boxed = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     weights.save(tmp_path / "boxed", MODEL, boxed)

@@ -132,6 +132,16 @@ def test_a_prompt_longer_than_a_piece_fills_the_cache_piece_by_piece(
     assert as_lists(generate(MODEL, PARAMS, PROMPTS, most=8, temperature=0)) == whole
 
 
+def test_a_prompt_may_take_all_learned_positions_but_few() -> None:
+    """Its bucket, 32, is more than the model's 24 places, and the shortest more than 10."""
+    params, prompt = random_params(LEARNED), PROMPTS[2][:20]
+    found = as_lists(generate(LEARNED, params, [prompt], most=5, temperature=0))
+    assert found == [greedy_loop(LEARNED, params, prompt, 5)]
+    shorter = LEARNED.clone(max_length=10)
+    (slid,) = generate(shorter, random_params(shorter), [prompt[:8]], most=20, slide=True)
+    assert len(slid) == 20
+
+
 @pytest.mark.slow
 def test_other_settings_and_lengths_are_no_other_programs() -> None:
     programs = sampling._programs(MODEL, 1, 50, "float32", None, False)
@@ -213,6 +223,22 @@ def test_draws_have_the_probabilities_of_numpy(settings: tuple[float, int, float
     wanted = numpy_shares(logits_V, *settings)
     assert ((found > 0) <= (wanted > 0)).all()
     np.testing.assert_allclose(found, wanted, atol=4 * 0.5 / draws**0.5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}], ids=str)
+def test_at_a_tiny_temperature_the_likeliest_token_is_drawn(settings: dict[str, Any]) -> None:
+    logits_BV = np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32) * 5
+    logits_BV[0, 3], logits_BV[1, 2] = 3e30, -np.inf
+    for temperature in (1e-6, 1e-38, 1e-300):  # float32 ends at 1e-38
+        given = drawing.Drawing(temperature, **settings)
+        tokens_B = drawing.drawn(
+            jnp.asarray(logits_BV),
+            jax.random.split(jax.random.key(0), 8),
+            given.numbers(),
+            greedy=given.greedy,
+            filtered=given.filtered,
+        )
+        np.testing.assert_array_equal(tokens_B, logits_BV.argmax(-1))
 
 
 def test_equal_logits_at_the_edge_all_stay() -> None:

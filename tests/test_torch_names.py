@@ -180,6 +180,11 @@ def test_what_does_not_fit_is_one_line_for_all(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=re.escape(said)):
         torch_names.read(file, model)
+    whole = stored(model) | {"fc.weight": np.ones((5, 8), np.int8)}
+    reference.save_file(whole, file)
+    said = f"{file}: fc.weight is int8, and weights are floats; take the files that are not quantis"
+    with pytest.raises(UserError, match=re.escape(said)):
+        torch_names.read(file, model)
     for other, said in (
         (
             ResNet(block="preactivation"),

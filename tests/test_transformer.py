@@ -548,6 +548,33 @@ def test_narrow_ids_read_their_own_rows(dtype: Any, rows: int) -> None:
     assert token_inputs.look_up(table, jnp.asarray(ids_BT)).ravel().tolist() == [rows - 1, 0, 7]
 
 
+# --- positions that are counted
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_position_is_how_many_tokens_of_the_segment_stand_before() -> None:
+    fixed = [
+        [1, 1, 2, 2, 3, 3, 0, 0],  # packed
+        [0, 0, 1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 0, 0, 1, 1, 0],  # a prompt and an answer, each padded
+        [3, 3, 0, 5, 5, 3, 3, 0],  # attention sees all four of 3, too
+    ]
+    drawn = np.random.default_rng(0).integers(0, 4, (20, 8))
+    segments_BT = np.concatenate([fixed, drawn]).astype(np.int32)
+    wanted_BT = [
+        [sum(earlier == segment for earlier in row[:place]) for place, segment in enumerate(row)]
+        for row in segments_BT.tolist()
+    ]
+    found_BT = jax.jit(token_inputs.places_in_segments)(segments_BT)
+    np.testing.assert_array_equal(found_BT, wanted_BT)
+    assert found_BT.dtype == jnp.int32
+    mask_BT = segments_BT > 0
+    np.testing.assert_array_equal(
+        token_inputs.places_in_segments(jnp.asarray(mask_BT)),
+        token_inputs.places_in_segments(mask_BT.astype(np.int32)),
+    )
+
+
 # --- given positions
 # --------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.errors import UserError
@@ -174,6 +175,18 @@ def of(array: Any) -> Lazy:
         return np.asarray(array[tuple(slice(low, high) for low, high in box)])
 
     return Lazy(tuple(array.shape), np.dtype(array.dtype), read_box, box_size)
+
+
+def check_floating(shown: str, name: str, tensor: Any) -> None:
+    """`UserError` for a weight of whole numbers, such as a quantised file has without its scales.
+
+    >>> check_floating("m.safetensors", "a", np.ones(2, np.float16))
+    """
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise UserError(
+            f"{shown}: {name} is {tensor.dtype}, and weights are floats; take the files that are"
+            " not quantised, in BF16 or F32"
+        )
 
 
 def box_size(box: Box) -> int:

@@ -8,6 +8,7 @@ __all__ = [
     "exact",
     "inputs",
     "lm_eval_adapter",
+    "prompts",
     "sampling",
     "tables",
     "trained",

@@ -81,7 +81,11 @@ def drawn(
     logits_BV = logits_BV.astype(jnp.float32)
     unknown_B = jnp.isnan(logits_BV).any(axis=-1)
     if not greedy:
-        logits_BV = logits_BV / numbers["temperature"]
+        top_B1 = logits_BV.max(axis=-1, keepdims=True)
+        # the largest stays 0, however small the temperature is: nothing overflows upwards
+        logits_BV = jnp.where(
+            logits_BV == top_B1, 0.0, (logits_BV - top_B1) / numbers["temperature"]
+        )
         if filtered:
             logits_BV = likely(logits_BV, numbers["top_k"], numbers["top_p"], numbers["min_p"])
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:], jnp.float32))

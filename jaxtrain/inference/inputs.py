@@ -1,6 +1,9 @@
 """What the inputs of a trained model must be: fields, shapes, dtypes and ranges, and the
 preparation that each batch goes through. A run writes it into its run.json, and prediction reads
-it back."""
+it back.
+
+Dims: C channels of an image.
+"""
 
 import dataclasses
 import functools

@@ -23,6 +23,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtrain import extras, messages, tree, vocabulary_loss
+from jaxtrain.data.text import chat_template
 from jaxtrain.data.text.protocol import TextStream, Tokenizer
 from jaxtrain.errors import UserError
 from jaxtrain.inference import sampling
@@ -36,6 +37,8 @@ MOST = 256
 """Tokens that are drawn for a task that does not say how many, as in lm_eval."""
 MOST_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """What tasks call that number, the first one given counts, as in lm_eval."""
+END = "\U0010fff2"
+"""Marks the end of a message on its way through a template: a character of private use."""
 
 Done = Callable[[int, Any], object]
 """Called with the index of a request and its answer, as soon as it is there."""
@@ -397,25 +400,27 @@ def rendered(
 ) -> str:
     """A conversation by the tokenizer's template; without the prompt for an answer it ends inside
     the last message, which is to go on."""
-    from jaxtrain.data.text import chat_template
-
     if tokenizer.chat_template is None:
         raise UserError(f"tokenizer {tokenizer.name!r}: has no chat template; ask without one")
+    *told, last = conversation
+    if not add_generation_prompt:
+        # the template's own words behind it may be those of the message
+        last = {**last, "content": f"{last['content'].rstrip()}{END}"}
     text = chat_template.render(
         tokenizer.chat_template,
-        conversation,
+        [*told, last],
         add_generation_prompt=add_generation_prompt,
         special=tokenizer.special,
     )
     if add_generation_prompt:
         return text
-    last = conversation[-1]["content"].strip()
-    if last not in text:
+    before, *behind = text.split(END)
+    if len(behind) != 1 or not f"{before}{END}".endswith(last["content"].lstrip()):
         raise UserError(
             f"tokenizer {tokenizer.name!r}: its chat template does not write the last message as it"
             " is, so nothing can go on from it"
         )
-    return text[: text.rindex(last) + len(last)]
+    return before
 
 
 def _windows(index: int, ids: list[int], first: int, length: int) -> list[_Pair]:

@@ -1,4 +1,7 @@
-"""What a text begins with, how much of it a model can see, and the text of the ids that it says."""
+"""What a text begins with, how much of it a model can see, and the text of the ids that it says.
+
+Dims: N tokens of a text.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

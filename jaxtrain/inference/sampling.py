@@ -6,7 +6,7 @@ whatever the settings. The last token of each prompt is fed by the program that 
 that are drawn, so prompts need no logits at all; and a whole text may come out of one dispatch, or
 a token out of each: it is the same program.
 
-Dims: B batch, T tokens of a piece of the prompts, V vocabulary.
+Dims: B batch, T tokens of a piece of the prompts, V vocabulary, S tokens that end a text.
 """
 
 import dataclasses
@@ -191,9 +191,9 @@ def _filled(
     )
     longest = max(len(text) for text in texts) - 1
     for start in range(0, longest, LONGEST):
-        tokens_BT = np.zeros(
-            (len(texts), bucket(min(longest - start, LONGEST), SHORTEST)), np.int32
-        )
+        # no more than there is room for, which is no more than learned positions
+        length = min(bucket(min(longest - start, LONGEST), SHORTEST), programs.capacity)
+        tokens_BT = np.zeros((len(texts), length), np.int32)
         segments_BT = np.zeros_like(tokens_BT)
         for row, text in enumerate(texts):
             part = text[:-1][start : start + LONGEST]

@@ -190,9 +190,9 @@ def _plain(
 ) -> jax.Array:
     """The sum as it is defined, all products at once.
 
-    Queries that share a key are rows of one product, so no array has a dim of length 1 (XLA's CPU
-    reductions crawl over it), and the weights' sum divides what was found, not the weights: then
-    the gradient has no sum over T x S either.
+    Queries that share a key are rows of one product, so the products have no dim of length 1 of
+    their own (XLA's CPU reductions crawl over it), and the weights' sum divides what was found, not
+    the weights: then the gradient has no sum over T x S either.
     """
     batch, queries, heads, _ = query_BTNK.shape
     keys, shared = key_BSMK.shape[1:3]

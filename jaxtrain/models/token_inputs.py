@@ -49,17 +49,20 @@ def places_of(
 
 
 def places_in_segments(segments_BT: jax.Array) -> jax.Array:
-    """How many tokens of the same segment stand before each, int32 (B, T).
+    """How many tokens of the same segment stand before each, int32 (B, T), whatever stands between
+    them: padding, or other segments.
 
-    >>> places_in_segments(jnp.array([[1, 1, 2, 2, 2, 0]])).tolist()
-    [[0, 1, 0, 1, 2, 0]]
+    >>> places_in_segments(jnp.array([[1, 1, 0, 1, 2, 2, 0]])).tolist()
+    [[0, 1, 0, 2, 0, 1, 1]]
     """
     places_BT = jnp.broadcast_to(
         jnp.arange(segments_BT.shape[1], dtype=jnp.int32)[None], segments_BT.shape
     )
-    new_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
+    # sorted, the tokens of a segment are neighbours and keep their order
+    sorted_BT, order_BT = jax.lax.sort((segments_BT, places_BT), num_keys=1)
+    new_BT = jnp.pad(sorted_BT[:, 1:] != sorted_BT[:, :-1], ((0, 0), (1, 0)))
     starts_BT = jax.lax.cummax(jnp.where(new_BT, places_BT, 0), axis=1)
-    return places_BT - starts_BT
+    return jax.lax.sort((order_BT, places_BT - starts_BT), num_keys=1)[1]
 
 
 def nan_where_placeless(

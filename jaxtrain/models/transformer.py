@@ -8,7 +8,7 @@ the dtype of its parameters: tokens are integers, so the embedding decides the s
 softmax and rotations are float32 inside.
 
 Dims: B batch, T tokens of a sequence, V vocabulary, D model width, N heads, M heads of keys and
-values, K head width, F hidden width, R pairs that are turned.
+values, K head width, F hidden width, R pairs that are turned, P learned positions.
 """
 
 import dataclasses
@@ -47,9 +47,10 @@ class Transformer(nn.Module):
     (2, 8, 11)
 
     A place sees itself and what is before it; with `segments` (B, T) only what has its number, and
-    0 is padding. `positions` (B, T) count from 0, with segments from 0 in each, unless they are
-    given; a negative one says nothing at padding, and makes the sequence of a token nan. Any
-    length will do with rotary positions, up to `max_length` with learned ones. With a
+    0 is padding. `positions` (B, T) count from 0, with segments the tokens of each, whatever stands
+    between them, unless they are given; a negative one says nothing at padding, and makes the
+    sequence of a token nan. A window is as wide with padding in it. Any length will do with rotary
+    positions, up to `max_length` with learned ones. With a
     `cache` the tokens go on from what it holds, segments only tell padding from tokens, and
     (logits, cache) come back. With `chunk` the answer is `LateLogits`, which a loss goes over in
     parts. `UserError` if the input is no (batch, length) of integers or too long, or the settings

@@ -4,6 +4,8 @@ its tensors under Hugging Face's names, dequantised as they are read.
 The package `gguf` dequantises (F32, F16, BF16, the old kinds such as Q4_1 and Q8_0, the K-quants).
 What `llama.cpp`'s converter did to the tensors is undone: queries and keys
 of Llama are interleaved there, norms of Gemma hold 1 + scale, kernels of GPT-2 are turned.
+
+Dims: R pairs of a head that rotations turn.
 """
 
 import dataclasses
@@ -58,8 +60,8 @@ GPT2_WHOLE = {
     "output": "lm_head",
 }
 FREQUENCIES = "rope_freqs.weight"
-FILES = "take the model's safetensors files"
 """By what Llama 3 divides the rates of its rotations."""
+FILES = "take the model's safetensors files"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +347,10 @@ def _llama(fields: _Fields, family: Family, header: Header) -> dict[str, Any]:
 def _gemma(
     fields: _Fields, family: Family, config: Mapping[str, Any], window: int | None
 ) -> dict[str, Any]:
-    """What Gemma has besides; the scale of the largest is not in the file, as little as there."""
+    """What Gemma has besides; the scale of the largest is not in the file, as little as there.
+
+    The first files of Gemma 2 say neither caps nor window, where llama.cpp takes these.
+    """
     newer = family.model_type == "gemma3_text"
     largest = config["num_hidden_layers"] == (62 if newer else 46)
     width, heads = config["hidden_size"], config["num_attention_heads"]
@@ -353,9 +358,9 @@ def _gemma(
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": width // heads if largest else config["head_dim"],
-        "sliding_window": window,
-        "attn_logit_softcapping": fields.get("attn_logit_softcapping"),
-        "final_logit_softcapping": fields.get("final_logit_softcapping"),
+        "sliding_window": window if newer or window is not None else 4096,
+        "attn_logit_softcapping": fields.get("attn_logit_softcapping", None if newer else 50.0),
+        "final_logit_softcapping": fields.get("final_logit_softcapping", None if newer else 30.0),
     }
     if newer:
         own |= {

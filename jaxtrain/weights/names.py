@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain import tree
+from jaxtrain.checkpoints import lazy
 from jaxtrain.errors import UserError
 from jaxtrain.models.encoder import Encoder
 from jaxtrain.models.transformer import Transformer
@@ -210,8 +211,8 @@ def to_ours(
     (2, 1, 2)
 
     `available` has the shapes of all tensors. What is `new` is not in the tree if the file does not
-    have it. `UserError` as in `plan`, and for a second copy of a tensor that differs from the
-    first.
+    have it. `UserError` as in `plan`, for a second copy of a tensor that differs from the first,
+    and for weights of whole numbers.
     """
     planned = plan(model, available, new=new, what=what)
     for copy, first in planned.copies:
@@ -222,7 +223,9 @@ def to_ours(
         place = found
         for folder in folders:
             place = place.setdefault(folder, {})
-        place[leaf] = row.ours(read(row.name))
+        tensor = read(row.name)
+        lazy.check_floating(what, row.name, tensor)
+        place[leaf] = row.ours(tensor)
     return found
 
 

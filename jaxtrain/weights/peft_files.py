@@ -187,6 +187,7 @@ def _pairs(shown: str, tensors: Mapping[str, lazy.Lazy], model: names.Model) -> 
         if match is None or layer not in layers:
             odd.append(name)
         else:
+            lazy.check_floating(shown, name, tensor)
             found.setdefault(layer, {})[match[2]] = tensor
     if odd:
         more = f", ... and {len(odd) - MOST_NAMED} more" if len(odd) > MOST_NAMED else ""

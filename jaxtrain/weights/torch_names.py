@@ -98,8 +98,8 @@ def to_ours(
     """The variables of the model by slash path, from all tensors of a file.
 
     The head may have any number of classes, and the images any number of channels. `UserError`, one
-    for all, if a tensor is missing, is left over or has another shape; and for a ViT whose GELU is
-    not timm's.
+    for all, if a tensor is missing, is left over or has another shape; for weights of whole
+    numbers; and for a ViT whose GELU is not timm's.
     """
     if isinstance(model, ViT) and model.activation != "gelu_exact":
         raise UserError(f"{what}: timm's GELU is the exact one; set --model.activation=gelu_exact")
@@ -125,6 +125,8 @@ def to_ours(
     if any(faults.values()):
         listed = "; ".join(f"{word}: {_listed(names)}" for word, names in faults.items() if names)
         raise UserError(f"{what} is not the {type(model).__name__} of the run: {listed}")
+    for name in stored:
+        lazy.check_floating(what, name, tensors[name])
     return {row.path: row.ours(tensors[row.name]) for row in wanted}
 
 
