@@ -471,7 +471,7 @@ def test_an_evaluation_is_put_off_when_a_signal_came_and_done_first_on_the_way_b
 ) -> None:
     """Whoever sends the signal may wait for seconds only: the commit comes at once, and the lines
     are those of an undisturbed run."""
-    stop: Any = types.SimpleNamespace(status=None, exchange=lambda: None)
+    stop: Any = types.SimpleNamespace(status=None, asked=False, exchange=lambda: None)
     recorder = _Recorder()
     checkpoints: Any = _NoCheckpoints(recorder.events)
     saved: list[dict[str, Any]] = []
