@@ -740,7 +740,7 @@ def test_help_of_a_command_lists_its_flags(capsys: pytest.CaptureFixture[str]) -
             ["lst"],
             (
                 "unknown command 'lst'; valid: list, verify, report, predict, sample, lm_eval,"
-                " export, or FILE.py; did you mean 'list'?"
+                " export, set, or FILE.py; did you mean 'list'?"
             ),
         ),
         (
