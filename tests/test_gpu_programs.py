@@ -156,9 +156,12 @@ def cards() -> dict[str, Any]:
     """A small decoder for each card, in each precision: compiled, or refused in these words."""
     import jax
 
+    from jaxtrain.models import attention
     from jaxtrain.models.transformer import Transformer
     from jaxtrain.tasks import NextToken
 
+    # cuDNN's is a call that the compiler does not look into: with it nothing is refused
+    attention._why_no_cudnn = lambda: "it is looked away from here"
     model, found = Transformer(vocabulary=64, width=64, depth=1, heads=2, max_length=64), {}
     for card in CARDS:
         for precision in ("fp32", "bf16", "fp16"):
