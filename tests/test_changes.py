@@ -251,13 +251,23 @@ BLANK = TrainState(
 )
 
 
-def test_the_journal_is_cut_after_its_last_whole_line(tmp_path: Path) -> None:
-    changes_file.append(tmp_path, ONE)
-    whole = (tmp_path / "changes.jsonl").read_bytes()
-    (tmp_path / "changes.jsonl").write_bytes(whole + whole[:20])
-    assert changes_file.read(tmp_path) == [ONE]
-    changes_file.append(tmp_path, dataclasses.replace(ONE, step=9))
-    assert [change.step for change in changes_file.read(tmp_path)] == [8, 9]
+def test_the_newest_wish_holds_over_changes_of_an_earlier_start(tmp_path: Path) -> None:
+    """Killed after step 14, it goes on from step 10, and is asked for another rate at once: what it
+    had changed of the rate at step 13 is no more, the decay of then is changed again."""
+    folder, never = tmp_path / "W", {"eval_every": Horizon(0, "steps")}
+    at = {8: {RATE: 0.002}, 13: {RATE: 0.02, "optimizer.weight_decay": 0.5}}
+    with pytest.raises(Killed):
+        start(folder, **never, **asks(folder, at, 14))
+    assert start(folder, **never, **asks(folder, {12: {RATE: 0.004}})) == 0
+    journal = changes_file.read(folder)
+    assert [change.step for change in journal] == [8, 12, 13]
+    assert dict(journal[2].values) == {"optimizer.weight_decay": 0.5}
+    assert numbers(folder)[RATE] == np.float32(0.004)
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copy(folder / "changes.jsonl", again)
+    assert start(again, **never, **asks(again, {})) == 0
+    assert digest(again) == digest(folder) and metrics(again) == metrics(folder)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`python -m jaxtrain set WORKDIR NAME=VALUE ...`: changes numbers of a run while it trains."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ def run(arguments: Sequence[str]) -> int:
     pairs = [each for each in arguments if each not in places]
     [folder] = workdirs("set", places, several=False)
     extras.require("set", "jax")
+    # The run has the card.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from jaxtrain.checkpoints import committed, lock
     from jaxtrain.inference import trained
     from jaxtrain.train import changes

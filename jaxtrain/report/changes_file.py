@@ -68,12 +68,11 @@ def read(folder: str | os.PathLike[str]) -> list[Change]:
     >>> read("/nonexistent")
     []
 
-    A line that was cut by a kill had no effect and is left out. `UserError` for any other that is
-    none.
+    `UserError` for a line that is none, for the file is written whole or not at all.
     """
     path = Path(folder) / NAME
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
+        lines = path.read_bytes().splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return []
     changes: list[Change] = []
@@ -93,19 +92,30 @@ def read(folder: str | os.PathLike[str]) -> list[Change]:
     return changes
 
 
-def append(folder: Path, change: Change) -> None:
-    """Adds a change to the journal, durably; what a kill left of a line is cut off first."""
-    path = folder / NAME
-    new = not path.exists()
-    with path.open("ab+") as file:
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
-        file.write(change.line().encode())
-        file.flush()
-        os.fsync(file.fileno())
-    if new:
-        durable_files.fsync(folder)  # its name, too
+def after(journal: Sequence[Change], new: Change) -> list[Change]:
+    """The journal with a change more. It is the newest wish, so what an earlier start of the run
+    changed of the same numbers at later steps is taken out.
+
+    >>> def at(step: int, **values: float) -> Change:
+    ...     return Change(step, str(step), values, values, values)
+    >>> [(each.step, each.values) for each in after([at(2, a=1), at(9, a=2, b=3)], at(5, a=4))]
+    [(2, {'a': 1}), (5, {'a': 4}), (9, {'b': 3})]
+    """
+    kept = [change for change in journal if change.step <= new.step]
+    later = [_without(change, new.values) for change in journal if change.step > new.step]
+    return [*kept, new, *(change for change in later if change.values)]
+
+
+def _without(change: Change, names: Mapping[str, float]) -> Change:
+    def rest(numbers: Mapping[str, float]) -> dict[str, float]:
+        return {name: value for name, value in numbers.items() if name not in names}
+
+    return dataclasses.replace(
+        change,
+        values=rest(change.values),
+        before=rest(change.before),
+        flags=rest(change.flags),
+    )
 
 
 def rewind(folder: Path, step: int) -> None:
@@ -115,7 +125,7 @@ def rewind(folder: Path, step: int) -> None:
 
 
 def write(folder: Path, changes: Sequence[Change]) -> None:
-    """Replaces the journal, whole or not at all."""
+    """Replaces the journal, durably, whole or not at all."""
     path = folder / NAME
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(change.line() for change in changes))

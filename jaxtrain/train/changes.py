@@ -151,9 +151,8 @@ class Live:
             now = {name: float(jax.device_get(leaf)) for name, leaf in state.hyper.items()}
             with jax.transfer_guard("allow"):  # what is said to the others goes by their devices
                 taken = group.on_main(lambda: self._taken(step, now | values))
-            new = [Change(**each) for each in taken]
-            self.journal.extend(new)
-            for change in new:
+            for change in [Change(**each) for each in taken]:
+                self.journal = changes_file.after(self.journal, change)
                 values |= change.values
                 for name, value in change.values.items():
                     self.say(f"step {step:,}: {name} {change.before[name]:g} -> {value:g} (set)")
@@ -161,7 +160,7 @@ class Live:
 
     def _taken(self, step: int, now: dict[str, float]) -> list[dict[str, Any]]:
         """What lies there, as lines of the journal, where each is written before it counts."""
-        taken = []
+        taken, journal = [], self.journal
         known = {change.request for change in self.journal}
         for path in requests(self.folder):
             if path.stem not in known:
@@ -177,7 +176,8 @@ class Live:
                         before={name: now[name] for name in values},
                         flags={name: float(self.flags[name]) for name in values},
                     )
-                    changes_file.append(self.folder, change)
+                    journal = changes_file.after(journal, change)
+                    changes_file.write(self.folder, journal)
                     now |= values
                     taken.append(dataclasses.asdict(change))
             path.unlink(missing_ok=True)
