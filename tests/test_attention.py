@@ -292,3 +292,13 @@ def test_products_of_halves_are_sums_in_float32() -> None:
     program = jax.make_jaxpr(lambda *arrays: module._plain(CAUSAL, *arrays, Marks()))(*[array] * 3)
     products = [each for each in program.jaxpr.eqns if each.primitive.name == "dot_general"]
     assert [each.outvars[0].aval.dtype for each in products] == [jnp.float32] * 2
+
+
+def test_values_wider_than_queries_are_not_narrowed() -> None:
+    narrow, wide = (jax.ShapeDtypeStruct((1, 8, 2, 8), dtype) for dtype in ("bfloat16", "float32"))
+    program = jax.make_jaxpr(lambda *arrays: module._plain(CAUSAL, *arrays, Marks()))(
+        narrow, narrow, wide
+    )
+    products = [each for each in program.jaxpr.eqns if each.primitive.name == "dot_general"]
+    precisions = [each.params["precision"] for each in products]
+    assert precisions == [jax.lax.DotAlgorithmPreset.BF16_BF16_F32, None]

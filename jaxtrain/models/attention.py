@@ -197,13 +197,16 @@ def _plain(
     batch, queries, heads, _ = query_BTNK.shape
     keys, shared = key_BSMK.shape[1:3]
     seen_BTS = _seen(rule, marks, queries, keys)
-    # Said outright: with the default the gradient's products have other dtypes (jax issue 24047).
-    algorithm = {
-        "bfloat16": jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
-        "float16": jax.lax.DotAlgorithmPreset.F16_F16_F32,
-    }.get(query_BTNK.dtype.name)
     wide = jnp.promote_types(query_BTNK.dtype, jnp.float32)
-    product = functools.partial(jnp.einsum, precision=algorithm, preferred_element_type=wide)
+
+    def product(dims: str, left: jax.Array, right: jax.Array) -> jax.Array:
+        # Said outright: with the default the gradient's products have other dtypes (jax issue
+        # 24047).
+        algorithm = {
+            "bfloat16": jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
+            "float16": jax.lax.DotAlgorithmPreset.F16_F16_F32,
+        }.get(jnp.promote_types(left.dtype, right.dtype).name)
+        return jnp.einsum(dims, left, right, precision=algorithm, preferred_element_type=wide)
 
     rows_BMRK = query_BTNK.transpose(0, 2, 1, 3).reshape(batch, shared, -1, query_BTNK.shape[-1])
     products_BMRS = product("bmrk,bsmk->bmrs", rows_BMRK, key_BSMK) * jnp.asarray(rule.scale, wide)
